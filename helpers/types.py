@@ -1,0 +1,233 @@
+"""The dataclasses that several rooms share. Sizes are bytes, times are seconds, unless a name says otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from helpers.prompts import ChatFormat
+
+GIB = 2**30
+ROOT = Path(__file__).resolve().parents[1]
+
+Precision = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+Mode = Literal["inference", "full", "lora", "qlora"]
+FinishReason = Literal["end", "stop", "length"]
+
+
+class Message(TypedDict):
+    """One message of a conversation, in the form chat libraries share."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class WorkbookError(Exception):
+    """An error whose message tells the reader what to do about it."""
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """One model of a profile: where it lives, how to talk to it, and what it stands in for.
+
+    source: "embedded" (a folder of this repository), "package" (a GGUF file inside an installed Python
+    package, see ``file``) or "hub" (a Hugging Face repository at ``revision``).
+    """
+
+    id: str
+    family: Literal["falcon", "llama"]
+    format: Literal["falcon-chat", "llama-2", "chatml", "plain"]
+    source: Literal["embedded", "package", "hub"] = "hub"
+    revision: str | None = None
+    file: str | None = None
+    stand_in_for: str | None = None
+    licence: str = ""
+    download_bytes: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The last part of the id: ``tiiuae/falcon-180B`` -> ``falcon-180B``."""
+        return self.id.rstrip("/").split("/")[-1]
+
+    @property
+    def label(self) -> str:
+        """The name for titles and tables; a stand-in is always named as one."""
+        return f"{self.name} (stand-in for {self.stand_in_for})" if self.stand_in_for else self.name
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The time one notebook may take; ``cell_seconds`` limits each single cell."""
+
+    seconds: float
+    cell_seconds: float
+    expected_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """The least machine a profile runs on."""
+
+    gpus: int = 0
+    gpu_bytes: int = 0
+    ram_bytes: int = 0
+    disk_bytes: int = 0
+    cpus: int = 1
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One kind of machine and the models that run on it (env/profiles/*.yaml)."""
+
+    name: str
+    description: str
+    falcon: ModelRef
+    falcon_chat: ModelRef
+    llama_chat: ModelRef
+    precision: Precision
+    precisions: tuple[Precision, ...]
+    resident: tuple[tuple[str, ...], ...]
+    requires: Requirement
+    budgets: dict[str, Budget]
+    parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def offline(self) -> bool:
+        """True where no model of the profile lives on a hub."""
+        return all(ref.source != "hub" for ref in self.models.values())
+
+    @property
+    def models(self) -> dict[str, ModelRef]:
+        """The three models by role."""
+        return {"falcon": self.falcon, "falcon_chat": self.falcon_chat, "llama_chat": self.llama_chat}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device as the driver reports it."""
+
+    index: int
+    name: str
+    total_bytes: int
+    free_bytes: int
+    compute_capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this machine has."""
+
+    gpus: tuple[Gpu, ...]
+    ram_bytes: int
+    ram_available_bytes: int
+    disk_free_bytes: int
+    cpu_count: int
+    cpu_name: str
+    system: str
+    python: str
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by part (weights, kv_cache, activations, gradients, optimizer); see ``helpers.memory.estimate``."""
+
+    precision: str
+    mode: str
+    weights: int
+    kv_cache: int = 0
+    activations: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The parts by name, in the order of the fields."""
+        names = ("weights", "kv_cache", "activations", "gradients", "optimizer")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which device holds which module. ``per_device_bytes`` counts weights and each layer's share of the rest."""
+
+    device_map: dict[str, int | str]
+    per_device_bytes: dict[int | str, int]
+    fits: bool
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading found, verified. ``stored_bytes`` are the bytes the weights take in memory, quantized or not."""
+
+    model: str
+    stand_in_for: str | None
+    precision: str
+    parameters: int
+    stored_bytes: int
+    linear_layers: int
+    quantized_layers: int
+    dtypes: dict[str, int]
+    devices: dict[str, int]
+    seconds: float
+    repaired: bool
+
+
+@dataclass
+class Loaded:
+    """A verified model with its tokenizer and the chat format it was trained on."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    format: ChatFormat
+    report: LoadReport
+    ref: ModelRef
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw tokens. Temperature 0 is greedy. The defaults are the announcement's example's settings."""
+
+    temperature: float = 0.6
+    top_p: float = 0.9
+    max_new_tokens: int = 50
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A finished reply. ``tokens`` counts generated tokens, stop string and end token included."""
+
+    text: str
+    tokens: int
+    seconds: float
+    first_token_seconds: float
+    finish_reason: FinishReason
+    prompt_tokens: int = 0
+    token_ids: tuple[int, ...] = ()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed: tokens after the first, over the time after the first."""
+        after = self.seconds - self.first_token_seconds
+        return (self.tokens - 1) / after if self.tokens > 1 and after > 0 else float("nan")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+    confidence: float = 0.95
