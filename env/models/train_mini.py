@@ -7,9 +7,11 @@ same command again resumes from the last one. Finished models are written beside
 """
 
 import argparse
+import itertools
 import json
 import random
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,7 +85,7 @@ def conversations(path: Path) -> Iterator[Turns]:
         for record in records(path):
             lines = [line.split(": ", 1) for line in record.splitlines()]
             speakers = [line[0] for line in lines]
-            alternate = all(a != b for a, b in zip(speakers, speakers[1:], strict=False))
+            alternate = all(a != b for a, b in itertools.pairwise(speakers))
             if alternate and len(lines) > 1 and all(len(line) == 2 for line in lines):
                 yield [" ".join(line[1].split()) for line in lines]
 
@@ -135,7 +137,8 @@ def falcon_config(tokenizer: PreTrainedTokenizerFast, recipe: dict) -> FalconCon
     return FalconConfig(
         vocab_size=len(tokenizer), new_decoder_architecture=True, multi_query=True, parallel_attn=True,
         num_ln_in_parallel_attn=2, alibi=False, bias=False, hidden_dropout=0.0, attention_dropout=0.0,
-        max_position_embeddings=recipe["context_tokens"], rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        max_position_embeddings=recipe["context_tokens"],
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **recipe["model"],
     )  # fmt: skip
 
@@ -153,12 +156,19 @@ def arguments(settings: dict, work: Path, epochs: float, seed: int) -> TrainingA
     )  # fmt: skip
 
 
-def fit(model: FalconForCausalLM, rows: list[dict], collator, args: TrainingArguments, out: Path, tokenizer) -> None:
-    """Train (or resume), then save bf16 weights, the tokenizer and the log."""
-    trainer = Trainer(model=model, args=args, train_dataset=rows, data_collator=collator)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if Path(args.output_dir).exists() else None)
+def fit(
+    model: FalconForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: list[dict],
+    args: TrainingArguments,
+    out: Path,
+) -> None:
+    """Train (or resume), then save bf16 weights and the log."""
+    trainer = Trainer(model=model, args=args, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer))
+    work = Path(args.output_dir)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(work) if work.exists() else None)
+    model.config.use_cache = True  # training turned it off
     model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
     log = [row for row in trainer.state.log_history if "loss" in row]
     (out / "training_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
 
@@ -177,6 +187,7 @@ def bits_per_byte(model: FalconForCausalLM, tokenizer: PreTrainedTokenizerFast, 
 
 
 def main() -> None:
+    """Run the stages asked for on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/train-mini"))
@@ -192,8 +203,7 @@ def main() -> None:
     if options.stage in ("base", "all"):
         model = FalconForCausalLM(falcon_config(tokenizer, recipe))
         args = arguments(recipe["pretrain"], options.work / "base", 1, recipe["seed"])
-        collator = DataCollatorForSeq2Seq(tokenizer)
-        fit(model, packed(texts, tokenizer, recipe), collator, args, base, tokenizer)
+        fit(model, tokenizer, packed(texts, tokenizer, recipe), args, base)
         print(f"held-out bits per byte: {bits_per_byte(model, tokenizer, held_out):.3f}")
     if options.stage in ("chat", "all"):
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -205,7 +215,9 @@ def main() -> None:
         print(f"{len(rows):,} chat examples, {sum(len(r['input_ids']) for r in rows):,} tokens")
         args = arguments(recipe["chat"], options.work / "chat", recipe["chat"]["epochs"], recipe["seed"])
         args.train_sampling_strategy = "group_by_length"
-        fit(model, rows, DataCollatorForSeq2Seq(tokenizer), args, chat, tokenizer)
+        fit(model, tokenizer, rows, args, chat)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(base / name, chat / name)
 
 
 if __name__ == "__main__":
