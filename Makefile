@@ -1,0 +1,15 @@
+# PYTHON=/path/to/python3.11 chooses the Python, LOCK=gpu the CUDA build of torch; .venv keeps both choices.
+.PHONY: setup run test lab render lock
+
+setup:
+	@PYTHON="$(PYTHON)" sh env/setup.sh $(LOCK)
+run: setup
+	.venv/bin/workbook run --profile laptop
+test: setup
+	.venv/bin/python -m pytest --cov --cov-report=term --cov-fail-under=85
+lab: setup
+	.venv/bin/workbook lab
+render: setup
+	.venv/bin/workbook render
+lock: setup
+	.venv/bin/python env/requirements/lock.py

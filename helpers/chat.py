@@ -1,0 +1,130 @@
+"""A conversation: history, system prompt, save and load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from helpers.generation import context_tokens, generate, prompt_text, stream
+from helpers.prompts import MessageError, check_messages, encode
+from helpers.types import Loaded, Message, Reply, Sampling, WorkbookError
+
+CHAT_SAMPLING = Sampling(max_new_tokens=200)
+
+
+class Chat:
+    """A conversation with one model.
+
+    The history keeps every turn; where it outgrows the context the model is shown only the newest whole turns (see
+    ``prompt``). Turn n (from 0) is drawn with ``sampling.seed + n``: a question asked twice may get two replies, and
+    the same questions give the same transcript. ``last_reply`` is the newest finished reply with its timings.
+    """
+
+    def __init__(self, loaded: Loaded, system: str | None = None, sampling: Sampling = CHAT_SAMPLING) -> None:
+        self.loaded, self.system, self.sampling = loaded, system, sampling
+        self.last_reply: Reply | None = None
+        self._turns: list[Message] = []
+
+    @property
+    def messages(self) -> list[Message]:
+        """The whole conversation, the system message first where there is one (a copy)."""
+        return [dict(message) for message in self._with_system(self._turns)]
+
+    def ask(self, text: str) -> Reply:
+        """Asks and waits for the whole reply. After an error the history is as before.
+
+        Raises WorkbookError for a blank question, and what ``generation.generate`` raises.
+        """
+        reply = generate(self.loaded, self._asking(text), self._turn_sampling())
+        self._keep(text, reply)
+        return reply
+
+    def stream(self, text: str) -> Generator[str, None, Reply]:
+        """Asks and yields the reply in pieces; the generator's value is the Reply.
+
+        The history changes when the reply is finished: a stream that is closed, interrupted or fails leaves none of
+        its turn behind. Raises as ``ask`` does, before the first piece where the question is to blame.
+        """
+        return self._streamed(text, stream(self.loaded, self._asking(text), self._turn_sampling()))
+
+    def reset(self) -> None:
+        """Forgets every turn; the system prompt stays."""
+        self._turns, self.last_reply = [], None
+
+    def prompt(self, text: str | None = None) -> str:
+        """The very text the model would be given for the question ``text``; without one, for an empty question."""
+        return prompt_text(self.loaded, self._next(text or ""), self.sampling.max_new_tokens)
+
+    def tokens_left(self) -> int:
+        """How many tokens the next question may take before the oldest turn is left out.
+
+        Negative where turns are left out already. Room for the reply is counted as taken.
+        """
+        rendered = self.loaded.format.render(self._next(""))
+        context = context_tokens(self.loaded)
+        reply = min(self.sampling.max_new_tokens, context // 2)
+        return context - reply - len(encode(self.loaded.tokenizer, rendered))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the conversation as JSON (UTF-8): model id, system prompt, sampling and turns."""
+        state = {
+            "model": self.loaded.ref.id,
+            "system": self.system,
+            "sampling": asdict(self.sampling),
+            "turns": self._turns,
+        }
+        Path(path).write_text(json.dumps(state, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path, loaded: Loaded) -> Chat:
+        """A saved conversation, to be continued with ``loaded``: the model that began it, or another.
+
+        Raises WorkbookError where the file is missing or is no saved conversation.
+        """
+        try:
+            state = json.loads(Path(path).read_text(encoding="utf-8"))
+            chat = cls(loaded, state["system"], Sampling(**state["sampling"]))
+            chat._turns = list(state["turns"])
+            check_messages(chat._next("a question may follow"))
+        except FileNotFoundError as error:
+            raise WorkbookError(f"There is no saved conversation at {path}.") from error
+        except (ValueError, KeyError, TypeError, MessageError) as error:
+            raise WorkbookError(f"{path} is not a conversation that Chat.save wrote: {error}") from error
+        return chat
+
+    def _with_system(self, turns: list[Message]) -> list[Message]:
+        return turns if self.system is None else [{"role": "system", "content": self.system}, *turns]
+
+    def _next(self, text: str) -> list[Message]:
+        return self._with_system([*self._turns, {"role": "user", "content": text}])
+
+    def _asking(self, text: str) -> list[Message]:
+        if isinstance(text, str) and not text.strip():
+            raise WorkbookError("The question is blank: ask something.")
+        return self._next(text)
+
+    def _turn_sampling(self) -> Sampling:
+        return replace(self.sampling, seed=self.sampling.seed + len(self._turns) // 2)
+
+    def _streamed(self, text: str, pieces: Generator[str, None, Reply]) -> Generator[str, None, Reply]:
+        reply = yield from pieces
+        self._keep(text, reply)
+        return reply
+
+    def _keep(self, text: str, reply: Reply) -> None:
+        turn: list[Message] = [{"role": "user", "content": text}, {"role": "assistant", "content": reply.text}]
+        self._turns = [*self._turns, *turn]
+        self.last_reply = reply
+
+
+def play(
+    chat: Chat, questions: Iterable[str], show: Callable[[str, Reply], None] = lambda question, reply: None
+) -> list[Reply]:
+    """Asks the questions in order, as a scripted transcript; ``show(question, reply)`` is called after each reply."""
+    replies = []
+    for question in questions:
+        replies.append(chat.ask(question))
+        show(question, replies[-1])
+    return replies

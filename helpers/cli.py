@@ -1,0 +1,241 @@
+"""The command ``workbook``; each command is a few lines over the rooms above.
+
+Exit codes: 0 done (of a run: all passed), 1 some notebook failed or the run stopped, 2 a request that makes no sense.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from helpers.types import GIB, ROOT, ModelRef, Placement, Profile, WorkbookError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from helpers.runner import RunResult
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+app = typer.Typer(
+    help="Falcon-180B by doing: run the notebooks, plan a machine, open the lab.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+ProfileOption = Annotated[str, typer.Option("--profile", help="A name in env/profiles, or auto.")]
+RunFolder = Annotated[Path, typer.Argument(help="The folder of a run, such as runs/20260131T120000Z-laptop.")]
+
+
+def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """Print a WorkbookError as one line and exit: with its own code (RunError: 1), or 2."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except WorkbookError as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(getattr(error, "exit_code", 2)) from error
+
+    return wrapped
+
+
+@app.command()
+@reports_errors
+def run(
+    profile: Annotated[str | None, typer.Option(help="A name in env/profiles, or auto; laptop when left out.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Notebooks whose names start so, such as 02; repeat, or use commas.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this run folder: only what has not passed.")] = None,
+    parameter: Annotated[list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="Set a parameter.")] = None,
+) -> None:
+    """Run the notebooks and write a report. Exit code 0: all passed, 1: some failed, 2: usage."""
+    from helpers import runner
+    from helpers.report import write_report
+
+    result = runner.run(
+        profile, only=_split(only), parameters=parameter or (), resume=resume, command=["workbook", *sys.argv[1:]]
+    )
+    _print_result(result, write_report(result.folder))
+    raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command()
+@reports_errors
+def report(run: RunFolder) -> None:
+    """Write the report of a run again."""
+    from helpers.report import write_report
+
+    typer.echo(write_report(run))
+
+
+@app.command()
+@reports_errors
+def render() -> None:
+    """Make notebooks/*.ipynb from notebooks/source, with the outputs of a laptop run."""
+    from helpers import runner
+    from helpers.report import write_report
+
+    result = runner.render()
+    _print_result(result, write_report(result.folder))
+    raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command()
+@reports_errors
+def expect(runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs of one profile.")]) -> None:
+    """Keep what finished runs agree on as the values to expect; cited values stay as they are."""
+    from helpers import results, runner
+
+    measured = results.expected_from_runs(runs)
+    path = runner.NOTEBOOKS / "expected" / f"{runner.read_manifest(runs[0])['profile']}.json"
+    earlier = results.read_json(path) if path.exists() else {}
+    cited = {key: entry for key, entry in earlier.items() if entry["source"].startswith("citation")}
+    path.parent.mkdir(exist_ok=True)
+    results.write_json(path, dict(sorted({**measured, **cited}.items())))
+    typer.echo(f"{path}: {len(measured)} values from {len(runs)} runs, {len(cited)} from citations")
+
+
+@app.command()
+def lab() -> None:
+    """Open JupyterLab in notebooks/, with this environment's kernel."""
+    options = [f"--ServerApp.root_dir={ROOT}", "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb"]
+    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", *options])
+
+
+@app.command()
+@reports_errors
+def plan(profile: ProfileOption = "laptop") -> None:
+    """Show memory, placement, download and time of a profile, without loading a model."""
+    from helpers.profiles import load_profile
+
+    chosen, console = load_profile(profile), Console()
+    console.print(f"[bold]{chosen.name}[/bold]: {chosen.description}")
+    shapes = {role: _config(ref) for role, ref in chosen.models.items()}
+    for table in (_memory(chosen, shapes), _placement(chosen, shapes), _download(chosen), _time(chosen)):
+        console.print()
+        console.print(table)
+
+
+def _split(texts: Iterable[str] | None) -> list[str]:
+    return [part.strip() for text in texts or () for part in text.split(",") if part.strip()]
+
+
+def _print_result(result: RunResult, report_path: Path) -> None:
+    for name in result.passed:
+        typer.echo(f"passed  {name}")
+    for name, reason in result.failed.items():
+        typer.echo(f"FAILED  {name}: {reason}")
+    if not result.ok:
+        typer.echo(f"Go on with what did not pass: workbook run --resume {_short(result.folder)}")
+    typer.echo(f"Report: {report_path}")
+
+
+def _short(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _config(ref: ModelRef) -> PretrainedConfig:
+    """A model's configuration: the published one where it is known (a chat model has its base's shape)."""
+    from helpers import loading, memory
+
+    for name in (ref.id, ref.id.removesuffix("-chat"), ref.id.removesuffix("-instruct")):
+        if name in memory.published_models():
+            return memory.published_config(name)
+    return loading.config(ref)
+
+
+def _memory(profile: Profile, shapes: dict[str, PretrainedConfig]) -> Table:
+    from helpers import memory
+
+    title = f"Memory to generate, GiB, and whether {_machine(profile)} will do"
+    table = _table(title, ["model", "precision"], ["weights", "KV cache", "total"], ["fits"])
+    for role, ref in profile.models.items():
+        tokens = _context(shapes[role])
+        for precision in profile.precisions:
+            need = memory.estimate(shapes[role], precision, context_tokens=tokens)
+            parts = (f"{size / GIB:,.2f}" for size in (need.weights, need.kv_cache, need.total))
+            table.add_row(ref.label, precision, *parts, _fit(_placed(profile, shapes[role], precision)))
+    contexts = sorted({_context(shape) for shape in shapes.values()})
+    table.caption = f"one conversation of {' or '.join(map(str, contexts))} tokens, as long as the model takes"
+    return table
+
+
+def _placement(profile: Profile, shapes: dict[str, PretrainedConfig]) -> Table:
+    devices = [str(index) for index in range(len(_devices(profile)))]
+    table = _table(f"Placement in {profile.precision}, GiB on each device", ["model"], devices, [])
+    for role, ref in profile.models.items():
+        placed = _placed(profile, shapes[role], profile.precision)
+        table.add_row(ref.label, *(f"{size / GIB:,.2f}" for size in placed.per_device_bytes.values()))
+    groups = "; ".join(" and ".join(group) for group in profile.resident)
+    table.caption = f"in memory at the same time: {groups}"
+    return table
+
+
+def _download(profile: Profile) -> Table:
+    from helpers.profiles import LIVES, downloaded_bytes
+
+    table = _table("Download and disk", ["model", "from"], ["GiB"], [])
+    for ref in dict.fromkeys(profile.models.values()):
+        size = f"{ref.download_bytes / GIB:,.1f}" if ref.download_bytes else "0"
+        table.add_row(ref.id, LIVES[ref.source], size)
+    here = downloaded_bytes(profile) / GIB
+    table.caption = f"here already: {here:,.1f} GiB; free disk needed: {profile.requires.disk_bytes / GIB:,.1f} GiB"
+    return table
+
+
+def _time(profile: Profile) -> Table:
+    table = _table("Time, seconds", ["notebook"], ["expected", "budget", "budget of a cell"], [])
+    for name, budget in profile.budgets.items():
+        expected = f"{budget.expected_seconds:,.0f}" if budget.expected_seconds else "not measured"
+        table.add_row(name, expected, f"{budget.seconds:,.0f}", f"{budget.cell_seconds:,.0f}")
+    return table
+
+
+def _table(title: str, texts: Sequence[str], numbers: Sequence[str], ends: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left", box=None, pad_edge=False)
+    for name in texts:
+        table.add_column(name)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    for name in ends:
+        table.add_column(name)
+    return table
+
+
+def _context(config: PretrainedConfig) -> int:
+    return min(2048, getattr(config, "max_position_embeddings", None) or 2048)
+
+
+def _devices(profile: Profile) -> list[float]:
+    """The bytes of each device of the profile's least machine; its memory where it has no GPU."""
+    need = profile.requires
+    return [need.gpu_bytes] * need.gpus or [need.ram_bytes]
+
+
+def _machine(profile: Profile) -> str:
+    """The profile's least machine in words."""
+    devices = _devices(profile)
+    kind = "GPU" if profile.requires.gpus else "machine"
+    return f"{len(devices)} {kind}{'s' if len(devices) > 1 else ''} of {devices[0] / GIB:.1f} GiB"
+
+
+def _placed(profile: Profile, config: PretrainedConfig, precision: str) -> Placement:
+    from helpers import memory
+
+    return memory.place(config, precision, _devices(profile), context_tokens=_context(config))
+
+
+def _fit(placement: Placement) -> str:
+    return "yes" if placement.fits else placement.why_not.partition(" over ")[0]

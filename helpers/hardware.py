@@ -1,0 +1,156 @@
+"""What this machine has: GPUs, memory, disk, processors, and how fast its memory is.
+
+In a container the limits of the control group and the CPU affinity count where they are lower than the host's numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from helpers.types import ROOT, Gpu, Machine
+
+CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+
+
+def detect() -> Machine:
+    """What this process may use on this machine. ``disk_free_bytes`` is the project folder's.
+
+    Asking a GPU for its free memory opens a CUDA context on it, which holds some hundred MiB while this process lives.
+    """
+    import psutil
+
+    memory = psutil.virtual_memory()
+    limit, room = memory_limit()
+    return Machine(
+        gpus=_gpus(),
+        ram_bytes=int(min(memory.total, limit)),
+        ram_available_bytes=int(min(memory.available, room)),
+        disk_free_bytes=shutil.disk_usage(ROOT).free,
+        cpu_count=_cpu_count(),
+        cpu_name=_cpu_name(),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        python=platform.python_version(),
+    )
+
+
+def memory_bandwidth(bytes: int = 2**28, repeats: int = 7, device: str = "cpu") -> float:
+    """Measured memory bandwidth of a device in bytes a second: the median over large copies.
+
+    A copy of n bytes moves 2n: it reads n and writes n. ``bytes`` should be well above the processor's caches.
+    """
+    import torch
+
+    source = torch.ones(bytes // 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source).copy_(source)  # touches every page before the clock starts
+    seconds = []
+    for _ in range(repeats):
+        _synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        _synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.nbytes / statistics.median(seconds)
+
+
+def process_memory() -> int:
+    """Bytes of RAM this process holds now (resident set size)."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def memory_limit(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> tuple[float, float]:
+    """(limit, room left) in bytes that the control groups set (versions 1 and 2); inf where there is none.
+
+    File cache that the kernel drops under pressure counts as room.
+    """
+    found = [_group_memory(folder) for folder in _groups("memory", cgroups, membership)]
+    limits, rooms = zip(*found, strict=True) if found else ((math.inf,), (math.inf,))
+    return min(limits), min(rooms)
+
+
+def cpu_limit(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float:
+    """CPUs that the control groups' quota allows (1.5 means one and a half), inf where there is none."""
+    return min((_group_cpus(folder) for folder in _groups("cpu", cgroups, membership)), default=math.inf)
+
+
+def _groups(controller: str, cgroups: Path, membership: Path) -> Iterator[Path]:
+    """The folders of this process's control group and of all its parents, for one controller."""
+    if not membership.is_file():
+        return
+    for line in membership.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = cgroups / controllers if controllers else cgroups
+        folder = root / path.lstrip("/")
+        # A container often sees its own group as the root: then the named folder is absent and the root holds.
+        yield from (each for each in (folder, *folder.parents) if each.is_relative_to(root) and each.is_dir())
+
+
+def _group_memory(folder: Path) -> tuple[float, float]:
+    version_2 = (folder / "memory.max").exists()
+    limit = _number(folder / ("memory.max" if version_2 else "memory.limit_in_bytes"))
+    used = _number(folder / ("memory.current" if version_2 else "memory.usage_in_bytes"))
+    if math.isinf(limit) or math.isinf(used):
+        return math.inf, math.inf
+    statistic = folder / "memory.stat"
+    lines = statistic.read_text().splitlines() if statistic.is_file() else []
+    key = "inactive_file " if version_2 else "total_inactive_file "
+    dropped = sum(int(line.split()[1]) for line in lines if line.startswith(key))
+    return limit, max(limit - used + dropped, 0)
+
+
+def _group_cpus(folder: Path) -> float:
+    if (folder / "cpu.max").is_file():
+        quota, period = (folder / "cpu.max").read_text().split()
+        return math.inf if quota == "max" else int(quota) / int(period)
+    quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
+    return quota / period if 0 < quota < math.inf else math.inf
+
+
+def _number(file: Path) -> float:
+    """The number in a control file, inf where the file is absent or says "max"."""
+    text = file.read_text().strip() if file.is_file() else "max"
+    return math.inf if text == "max" else int(text)
+
+
+def _cpu_count() -> int:
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(affinity, cpu_limit())))
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    import torch
+
+    return tuple(_gpu(index) for index in range(torch.cuda.device_count()))
+
+
+def _gpu(index: int) -> Gpu:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    free, _ = torch.cuda.mem_get_info(index)
+    return Gpu(index, properties.name, properties.total_memory, free, (properties.major, properties.minor))
+
+
+def _synchronize(device: str) -> None:
+    import torch
+
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,505 @@
+"""Bytes for weights, KV cache, activations, gradients and optimizer, and where the layers go; nothing is loaded.
+
+Everything follows from a model's configuration, for the Falcon family (both decoder architectures) and the Llama
+family, as transformers, bitsandbytes and AdamW store it. Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Literal
+
+from helpers.types import GIB, PRECISIONS, ROOT, Machine, MemoryEstimate, Placement, WorkbookError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PretrainedConfig
+
+CONFIGS = ROOT / "env" / "models" / "configs"
+A100_PEAK = 312e12  # bf16 FLOP/s, dense: NVIDIA A100 data sheet
+RESERVED = 0.05  # share of each device kept free for the CUDA context and fragments
+QUANTIZED = ("int8", "nf4")
+MODES = ("inference", "full", "lora", "qlora")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One weight matrix of a decoder layer: ``rows`` outputs by ``columns`` inputs."""
+
+    part: str
+    rows: int
+    columns: int
+    bias: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, the bias not counted."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The shape of a model as its configuration gives it; all that the formulas of this room need.
+
+    ``cached_heads`` are the heads that transformers' KV cache holds, ``kept`` the elements a layer keeps for its
+    backward pass and ``returned`` the further ones while that pass runs, both for one token. ``scores`` are fp32
+    attention scores for one token and one token of context.
+    """
+
+    layers: int
+    hidden: int
+    vocabulary: int
+    head_dim: int
+    kv_heads: int
+    cached_heads: int
+    tied: bool
+    linears: tuple[Linear, ...]
+    norms: int
+    final_norm: int
+    kept: int
+    returned: int
+    scores: int
+    embeddings_name: str
+    rotary_name: str
+    layers_name: str
+    final_norm_name: str
+    head_name: str = "lm_head"
+
+    @property
+    def embeddings(self) -> int:
+        """Parameters of the embeddings, and of the head where it is separate."""
+        return self.vocabulary * self.hidden
+
+
+def published_config(repo_id: str) -> PretrainedConfig:
+    """The configuration published with a model, from this repository: works offline.
+
+    The fields are as published, but for ``auto_map``, which points at code on the hub that is never run.
+    Raises WorkbookError, listing the models there are, for another name.
+    """
+    from transformers import AutoConfig
+
+    if repo_id not in published_models():
+        raise WorkbookError(f"no configuration of {repo_id!r} here; there are {', '.join(published_models())}")
+    fields = json.loads((CONFIGS / f"{repo_id.replace('/', '--')}.json").read_text(encoding="utf-8"))
+    return AutoConfig.for_model(**fields)
+
+
+def published_models() -> tuple[str, ...]:
+    """The models whose published configuration is here."""
+    return tuple(sorted(path.stem.replace("--", "/") for path in CONFIGS.glob("*.json")))
+
+
+def anatomy(config: PretrainedConfig) -> Anatomy:
+    """The shape of a model. Raises WorkbookError for families other than Falcon and Llama."""
+    families: dict[str, Callable[[PretrainedConfig], Anatomy]] = {"falcon": _falcon, "llama": _llama}
+    if config.model_type not in families:
+        raise WorkbookError(f"memory knows the families {', '.join(families)}, not {config.model_type!r}")
+    return families[config.model_type](config)
+
+
+def count_parameters(config: PretrainedConfig, tied: bool | None = None) -> int:
+    """The number of parameters by closed formula.
+
+    ``tied`` says whether the head shares the embeddings' matrix; left out, the configuration decides
+    (Falcon shares: 178,557,088,768 for 180B; counted with a separate head: 179,522,565,120).
+    """
+    return sum(count for count, _ in _parts(anatomy(config), tied).values())
+
+
+def parameter_table(config: PretrainedConfig, tied: bool | None = None) -> pd.DataFrame:
+    """Where the parameters sit. Index: part; columns: parameters, share of the whole, per_layer."""
+    import pandas as pd
+
+    parts = _parts(anatomy(config), tied)
+    total = sum(count for count, _ in parts.values())
+    rows = [(name, count, count / total, per_layer) for name, (count, per_layer) in parts.items()]
+    return pd.DataFrame(rows, columns=["part", "parameters", "share", "per_layer"]).set_index("part")
+
+
+def weight_bytes(config: PretrainedConfig, precision: str, *, double_quant: bool = False) -> int:
+    """Bytes of the weights in memory.
+
+    int8 and nf4 as bitsandbytes stores them: the linear layers alone, with their scales and code tables; embeddings,
+    norms and head stay in 16 bit. int8: one byte a weight and one fp32 scale a row (arXiv:2208.07339). nf4: half a byte
+    a weight and one fp32 scale for 64 weights; ``double_quant`` stores these scales in 8 bit, with one fp32 scale for
+    256 of them (arXiv:2305.14314). Raises WorkbookError for an unknown precision.
+    """
+    shape = anatomy(config)
+    first, last = _end_bytes(shape, precision)
+    return first + shape.layers * _layer_bytes(shape, precision, double_quant) + last
+
+
+def kv_bytes_per_token(
+    config: PretrainedConfig, precision: str = "bf16", *, heads: Literal["cached", "kv"] = "cached"
+) -> int:
+    """Bytes of keys and values for one token of one sequence, all layers; in 16 bit unless the precision is fp32.
+
+    heads="cached": what transformers stores. For Falcon's new decoder architecture these are all query heads, because
+    the keys and values are copied to them before they are cached (4,751,360 bytes a token for 180B in bf16);
+    heads="kv": the key-value heads alone, as vLLM and llama.cpp store them (163,840).
+    """
+    shape = anatomy(config)
+    count = {"cached": shape.cached_heads, "kv": shape.kv_heads}[heads]
+    return 2 * shape.layers * count * shape.head_dim * _element_bytes(precision)
+
+
+def estimate(
+    config: PretrainedConfig,
+    precision: str,
+    *,
+    mode: str = "inference",
+    batch_size: int = 1,
+    context_tokens: int = 2048,
+    lora_rank: int = 8,
+    checkpointing: bool = True,
+) -> MemoryEstimate:
+    """Bytes by part for one kind of work, as a sum over all devices; the CUDA context is not in it.
+
+    "inference": weights, the KV cache of every sequence, one layer's activations. "full": every parameter trained with
+    AdamW in mixed precision, 16 bytes a parameter (2 weight, 2 gradient, 4 master weight, 4 + 4 moments: ZeRO,
+    arXiv:1910.02054, section 3.1; fp32 takes 16 as well). "lora" and "qlora": frozen weights, in nf4 or int8 for
+    "qlora", and fp32 adapters of rank ``lora_rank`` on every linear layer, trained with AdamW (arXiv:2106.09685,
+    arXiv:2305.14314). Under ZeRO-3 each of n devices holds an n-th of weights, gradients and optimizer.
+    Activations: see ``activation_bytes``; ``batch_size`` counts the sequences on all devices.
+    Raises WorkbookError for an unknown precision or mode, or where the two do not go together.
+    """
+    _check_mode(precision, mode)
+    work = {"batch_size": batch_size, "context_tokens": context_tokens, "checkpointing": checkpointing}
+    activations = activation_bytes(config, precision, mode=mode, **work)
+    weights = weight_bytes(config, precision)
+    if mode == "inference":
+        cache = batch_size * context_tokens * kv_bytes_per_token(config, precision)
+        return MemoryEstimate(precision, mode, weights, kv_cache=cache, activations=activations)
+    if mode == "full":
+        count = count_parameters(config)
+        gradients = count * _element_bytes(precision)
+        optimizer = 16 * count - weights - gradients
+    else:
+        adapters = 4 * _adapter_parameters(config, lora_rank)
+        weights, gradients, optimizer = weights + adapters, adapters, 2 * adapters
+    return MemoryEstimate(precision, mode, weights, activations=activations, gradients=gradients, optimizer=optimizer)
+
+
+def activation_bytes(
+    config: PretrainedConfig,
+    precision: str,
+    *,
+    mode: str = "inference",
+    batch_size: int = 1,
+    context_tokens: int = 2048,
+    checkpointing: bool = True,
+) -> int:
+    """Bytes of activations at the peak, after Korthikanti et al. 2022 (arXiv:2205.05198, section 4).
+
+    Their count of what a layer keeps for its backward pass, s tokens, batch b, hidden size h, in 16 bit, with fused
+    attention and no dropout, becomes 30sbh for Falcon-180B's parallel block: input 2, two norms 4, queries, keys and
+    values of all heads 6, attention's result 2, MLP 8 + 8. With checkpointing a layer keeps its input alone (2sbh) and
+    one layer at a time is computed anew, with the gradients of its MLP beside it. The other peak of training is the
+    loss: 12 bytes for each token and word of the vocabulary (logits and their gradient in 16 bit, log-probabilities and
+    their gradient in fp32). Inference: one layer, nothing freed before its end, and the last token's logits.
+    nf4 adds one matrix of weights unpacked to 16 bit; a Falcon of the old architecture (7B), whose one key head fused
+    attention does not take, adds attention scores in fp32 (4as²b each for a heads).
+    """
+    shape, size, tokens = anatomy(config), _element_bytes(precision), batch_size * context_tokens
+    scores = 4 * shape.scores * context_tokens
+    layer = tokens * (size * shape.kept + scores)
+    unpacked = 2 * max(linear.weights for linear in shape.linears) if precision == "nf4" else 0
+    if mode == "inference":
+        return layer + tokens * scores + batch_size * shape.vocabulary * (size + 4) + unpacked
+    returned = tokens * max(size * shape.returned, 2 * scores)
+    if mode != "full":  # fp32 copies of what enters the adapters
+        returned += tokens * 4 * sum(linear.columns for linear in shape.linears)
+    loss = tokens * shape.vocabulary * (2 * size + 8)
+    kept = tokens * size * shape.hidden if checkpointing else layer
+    return shape.layers * kept + max(layer * checkpointing + returned, loss) + unpacked
+
+
+def place(
+    config: PretrainedConfig,
+    precision: str,
+    gpus: Sequence[float] = (80e9,) * 8,
+    *,
+    context_tokens: int = 2048,
+    batch_size: int = 1,
+) -> Placement:
+    """Whole layers over devices of the given bytes, in order: the fullest as empty as can be, then all as even.
+
+    Each layer's KV cache lies beside it; the embeddings come first, with the head where the two are tied, and the final
+    norm last, with the head where it is separate. ``device_map`` is what ``from_pretrained`` takes. Of each device
+    ``RESERVED`` and one layer's activations are kept free. Raises WorkbookError without a device.
+    """
+    if not gpus:
+        raise WorkbookError("place needs at least one device: give the bytes of each, such as [80e9, 80e9]")
+    shape = anatomy(config)
+    cache = batch_size * context_tokens * kv_bytes_per_token(config, precision) // shape.layers
+    pieces = _pieces(shape, precision, cache)
+    work = activation_bytes(config, precision, batch_size=batch_size, context_tokens=context_tokens)
+    room = [max(gpu * (1 - RESERVED) - work, 1.0) for gpu in gpus]
+    sizes = [size for _, size in pieces]
+    devices = _spread(sizes, room)
+    device_map = {name: device for (names, _), device in zip(pieces, devices, strict=True) for name in names}
+    used = dict.fromkeys(range(len(gpus)), 0)
+    for size, device in zip(sizes, devices, strict=True):
+        used[device] += size
+    excess = sum(max(used[device] - free, 0) for device, free in enumerate(room))
+    lacking = max(excess, sum(sizes) - sum(room))
+    why_not = "" if excess <= 0 else f"lacks {_gib(lacking)} over {_devices(gpus)}"
+    return Placement(device_map, used, excess <= 0, why_not)
+
+
+def lacks(config: PretrainedConfig, precision: str, machine: Machine, *, context_tokens: int = 2048) -> str:
+    """What is missing for inference here, such as "lacks 12.3 GiB of memory"; empty where the model fits.
+
+    On a machine with GPUs: whole layers over what is free on them (``place``); otherwise the sum in free memory.
+    """
+    if machine.gpus:
+        free = [gpu.free_bytes for gpu in machine.gpus]
+        return place(config, precision, free, context_tokens=context_tokens).why_not
+    missing = estimate(config, precision, context_tokens=context_tokens).total - machine.ram_available_bytes
+    return f"lacks {_gib(missing)} of memory" if missing > 0 else ""
+
+
+def hardware_claims() -> pd.DataFrame:
+    """The machines the article names for Falcon-180B (A13-A17) beside what the bytes add up to, and the least that do.
+
+    Published sizes are GB as published. Estimates: one sequence of 2048 tokens; training in bf16 (QLoRA in nf4) with
+    gradient checkpointing. The least number of GPUs: for inference whole layers on each (``place``); for training
+    weights, gradients and optimizer spread evenly as ZeRO-3 does, each GPU with a sequence of its own and room for one
+    gathered layer. A sum over devices says nothing about speed.
+    """
+    import pandas as pd
+
+    config = published_config("tiiuae/falcon-180B")
+    rows = []
+    for claim, use, machine, published, precision, mode in _CLAIMS:
+        total = estimate(config, precision, mode=mode).total
+        least = [_least_gpus(config, precision, mode, size) for size in (80e9, 40e9)]
+        rows.append((claim, use, machine, published, round(total / 1e9), round(total / GIB), *least))
+    columns = ["claim", "use", "published machine", "published GB", "estimate GB", "estimate GiB"]
+    return pd.DataFrame(rows, columns=[*columns, "least 80 GB GPUs", "least 40 GB GPUs"])
+
+
+def training_flop(parameters: float, tokens: float) -> float:
+    """6·N·D: floating-point operations to train N parameters on D tokens (Kaplan et al. 2020, arXiv:2001.08361)."""
+    return 6 * parameters * tokens
+
+
+def implied_utilisation(flop: float, gpu_hours: float, peak: float = A100_PEAK) -> float:
+    """The share of ``peak`` FLOP/s at which so many GPU hours do so many operations."""
+    return flop / (gpu_hours * 3600 * peak)
+
+
+_CLAIMS = (
+    ("A13", "full fine-tuning", "8x 8x A100 80GB", 5120, "bf16", "full"),
+    ("A14", "LoRA with ZeRO-3", "2x 8x A100 80GB", 1280, "bf16", "lora"),
+    ("A15", "QLoRA", "2x A100 80GB", 160, "nf4", "qlora"),
+    ("A16", "bf16 inference", "8x A100 80GB", 640, "bf16", "inference"),
+    ("A17", "int4 inference", "8x A100 40GB", 320, "nf4", "inference"),
+)
+
+
+def _falcon(config: PretrainedConfig) -> Anatomy:
+    hidden, heads, width = config.hidden_size, config.num_attention_heads, config.ffn_hidden_size
+    new, bias = config.new_decoder_architecture, config.bias
+    kv_heads = 1 if config.multi_query and not new else config.num_kv_heads
+    cached = heads if new else kv_heads
+    norms = _falcon_norms(config)
+    # PyTorch's fused attention does not take one key head for many queries: fp32 copies and scores are made instead.
+    fused = cached == heads
+    attention = 3 * hidden if fused else 6 * hidden
+    sequential = not (new or config.parallel_attn)
+    return Anatomy(
+        layers=config.num_hidden_layers,
+        hidden=hidden,
+        vocabulary=config.vocab_size,
+        head_dim=config.head_dim,
+        kv_heads=kv_heads,
+        cached_heads=cached,
+        tied=config.tie_word_embeddings,
+        linears=(
+            Linear("attention qkv", hidden + 2 * kv_heads * config.head_dim, hidden, bias),
+            Linear("attention out", hidden, hidden, bias),
+            Linear("mlp up", width, hidden, bias),
+            Linear("mlp down", hidden, width, bias),
+        ),
+        norms=norms * 2 * hidden,
+        final_norm=2 * hidden,
+        kept=(2 + sequential + norms) * hidden + attention + 2 * width,
+        returned=2 * width,
+        scores=0 if fused else heads,
+        embeddings_name="transformer.word_embeddings",
+        rotary_name="transformer.rotary_emb",
+        layers_name="transformer.h",
+        final_norm_name="transformer.ln_f",
+    )
+
+
+def _falcon_norms(config: PretrainedConfig) -> int:
+    if not config.parallel_attn:
+        return 2
+    return config.num_ln_in_parallel_attn or (2 if config.new_decoder_architecture else 1)
+
+
+def _llama(config: PretrainedConfig) -> Anatomy:
+    hidden, width, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    return Anatomy(
+        layers=config.num_hidden_layers,
+        hidden=hidden,
+        vocabulary=config.vocab_size,
+        head_dim=head_dim,
+        kv_heads=config.num_key_value_heads,
+        cached_heads=config.num_key_value_heads,
+        tied=config.tie_word_embeddings,
+        linears=(
+            Linear("attention qkv", queries, hidden, config.attention_bias),
+            Linear("attention qkv", keys, hidden, config.attention_bias),
+            Linear("attention qkv", keys, hidden, config.attention_bias),
+            Linear("attention out", hidden, queries, config.attention_bias),
+            Linear("mlp up", width, hidden, config.mlp_bias),
+            Linear("mlp up", width, hidden, config.mlp_bias),
+            Linear("mlp down", hidden, width, config.mlp_bias),
+        ),
+        norms=2 * hidden,
+        final_norm=hidden,
+        # each RMSNorm: input in fp32 (two elements), normalised, scaled; the gated MLP: gate, up, activated, product
+        kept=8 * hidden + 2 * queries + 2 * keys + 4 * width,
+        returned=3 * width,
+        scores=0,
+        embeddings_name="model.embed_tokens",
+        rotary_name="model.rotary_emb",
+        layers_name="model.layers",
+        final_norm_name="model.norm",
+    )
+
+
+def _parts(shape: Anatomy, tied: bool | None) -> dict[str, tuple[int, int]]:
+    """Part -> (parameters, of these in each layer)."""
+    parts = {"embeddings": (shape.embeddings, 0)}
+    for name in ("attention qkv", "attention out", "mlp up", "mlp down"):
+        each = sum(x.weights + x.bias * x.rows for x in shape.linears if x.part == name)
+        parts[name] = (shape.layers * each, each)
+    parts["norms"] = (shape.layers * shape.norms + shape.final_norm, shape.norms)
+    separate = not (shape.tied if tied is None else tied)
+    parts["head"] = (shape.embeddings if separate else 0, 0)
+    return parts
+
+
+def _element_bytes(precision: str) -> int:
+    """Bytes of what is not quantized: embeddings, norms, activations, cache."""
+    if precision not in PRECISIONS:
+        raise WorkbookError(f"unknown precision {precision!r}; there are {', '.join(PRECISIONS)}")
+    return 4 if precision == "fp32" else 2
+
+
+def _linear_bytes(linear: Linear, precision: str, double_quant: bool) -> int:
+    bias = linear.bias * linear.rows * _element_bytes(precision)
+    if precision == "int8":
+        return linear.weights + 4 * linear.rows + bias
+    if precision != "nf4":
+        return linear.weights * _element_bytes(precision) + bias
+    blocks = math.ceil(linear.weights / 64)
+    # 16 fp32 code values; nested: 256 more, one fp32 offset
+    scales = blocks + 4 * math.ceil(blocks / 256) + 4 * (16 + 256 + 1) if double_quant else 4 * (blocks + 16)
+    return math.ceil(linear.weights / 2) + scales + bias
+
+
+def _layer_bytes(shape: Anatomy, precision: str, double_quant: bool = False) -> int:
+    linears = sum(_linear_bytes(linear, precision, double_quant) for linear in shape.linears)
+    return linears + shape.norms * _element_bytes(precision)
+
+
+def _end_bytes(shape: Anatomy, precision: str) -> tuple[int, int]:
+    """Bytes before the layers and after them: a tied head needs none of its own."""
+    size = _element_bytes(precision)
+    separate_head = 0 if shape.tied else shape.embeddings
+    return shape.embeddings * size, (shape.final_norm + separate_head) * size
+
+
+def _adapter_parameters(config: PretrainedConfig, rank: int) -> int:
+    shape = anatomy(config)
+    return shape.layers * rank * sum(linear.rows + linear.columns for linear in shape.linears)
+
+
+def _check_mode(precision: str, mode: str) -> None:
+    _element_bytes(precision)
+    if mode not in MODES:
+        raise WorkbookError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
+    if mode == "qlora" and precision not in QUANTIZED:
+        raise WorkbookError(f"qlora trains over {' or '.join(QUANTIZED)} weights; for {precision} choose mode='lora'")
+    if mode in ("full", "lora") and precision in QUANTIZED:
+        raise WorkbookError(f"{mode} does not train over {precision} weights; choose mode='qlora' or bf16")
+
+
+def _pieces(shape: Anatomy, precision: str, cache: int) -> list[tuple[list[str], int]]:
+    """What may not be split, in the order of the forward pass: (module names, bytes)."""
+    first, last = _end_bytes(shape, precision)
+    start, end = [shape.embeddings_name, shape.rotary_name], [shape.final_norm_name]
+    (start if shape.tied else end).append(shape.head_name)
+    layer = _layer_bytes(shape, precision) + cache
+    layers = [([f"{shape.layers_name}.{i}"], layer) for i in range(shape.layers)]
+    return [(start, first), *layers, (end, last)]
+
+
+def _spread(sizes: Sequence[int], room: Sequence[float]) -> list[int]:
+    """The device of each piece, order kept: the largest share of a room in use is the least, then all are most even."""
+
+    def fits(share: float) -> bool:
+        return _first_fit(sizes, [share * free for free in room])
+
+    low, high = 0.0, 1.0 if fits(1.0) else 2 * sum(sizes) / min(room)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return _most_even(sizes, [high * free for free in room])
+
+
+def _first_fit(sizes: Sequence[int], limits: Sequence[float]) -> bool:
+    """Whether the pieces fit, one device after the other filled up to its limit."""
+    device, used = 0, 0
+    for size in sizes:
+        while used + size > limits[device]:
+            device, used = device + 1, 0
+            if device == len(limits):
+                return False
+        used += size
+    return True
+
+
+def _most_even(sizes: Sequence[int], limits: Sequence[float]) -> list[int]:
+    """Of all placements within the limits the one with the least sum of used² / limit (dynamic programming)."""
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # pieces placed -> (sum, where each device ends)
+    for limit in limits:
+        longer: dict[int, tuple[float, list[int]]] = {}
+        for placed, (total, ends) in best.items():
+            for end, used in enumerate(accumulate(sizes[placed:], initial=0), placed):
+                if used > limit:
+                    break
+                cost = total + used * used / limit
+                if end not in longer or cost < longer[end][0]:
+                    longer[end] = (cost, [*ends, end])
+        best = longer
+    starts_and_ends = pairwise([0, *best[len(sizes)][1]])
+    return [device for device, (start, end) in enumerate(starts_and_ends) for _ in range(start, end)]
+
+
+def _least_gpus(config: PretrainedConfig, precision: str, mode: str, size: float) -> int:
+    if mode == "inference":
+        return next(n for n in range(1, 1000) if place(config, precision, [size] * n).fits)
+    held = estimate(config, precision, mode=mode)
+    gathered = _layer_bytes(anatomy(config), precision)
+    return math.ceil((held.total - held.activations) / (size * (1 - RESERVED) - held.activations - gathered))
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def _devices(gpus: Sequence[float]) -> str:
+    sizes = " and ".join(f"{size / GIB:.1f}" for size in sorted(set(gpus)))
+    return f"{len(gpus)} device{'s' if len(gpus) > 1 else ''} of {sizes} GiB"

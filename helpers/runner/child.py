@@ -1,0 +1,206 @@
+"""One notebook in a process of its own: ``python -m helpers.runner.child``, started by ``helpers.runner.process``.
+
+Standard input carries one JSON line, the job, and then stays open: when it ends, the runner is gone, and this process
+kills the kernel, everything the kernel started, and itself. Standard output carries the events, one JSON line each:
+
+    {"event": "ready", "cells": 12}                                             the kernel is up
+    {"event": "started", "cell": 3, "line": "first line of the cell"}
+    {"event": "finished", "cell": 3}
+    {"event": "end", "reason": null or "why the notebook failed"}
+
+What the kernel and its children print outside of cells goes to standard error. papermill is given no output file: it
+would save secrets, and, after a kernel's death, cells that never ran as completed. The executed notebook is saved
+here, redacted, after each cell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from helpers.results import write_text
+from helpers.runner.portable import make_portable
+from helpers.runner.processes import kill_marked
+from helpers.runner.redaction import redact
+
+if TYPE_CHECKING:
+    from jupyter_client.manager import AsyncKernelManager
+    from nbformat import NotebookNode
+
+IOPUB_SECONDS = 60
+
+
+class Stopped(Exception):
+    """The notebook goes no further: a cell failed or ran past its time."""
+
+
+@dataclass
+class Watcher:
+    """Follows one notebook through nbclient's hooks: reports each cell, sets its time limit, saves the outputs."""
+
+    job: Mapping[str, Any]
+    emit: Callable[..., None]
+    began: float = field(default_factory=monotonic)
+    notebook: NotebookNode | None = None
+    cell: int = 0
+    cells: int = 0
+    current: NotebookNode | None = None
+    cell_began: float = 0.0
+    reason: str | None = None
+
+    def on_notebook_start(self, notebook: NotebookNode) -> None:
+        """The kernel is up."""
+        self.notebook = notebook
+        self.cells = sum(1 for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip())
+        self.emit(event="ready", cells=self.cells)
+
+    def on_cell_execute(self, cell: NotebookNode, cell_index: int) -> None:
+        """A code cell is about to run."""
+        self.cell += 1
+        self.current, self.cell_began = cell, monotonic()
+        self.emit(event="started", cell=self.cell, line=cell.source.strip().splitlines()[0])
+
+    def timeout(self, cell: NotebookNode) -> float:
+        """Seconds this cell may take: its own budget, or what is left of the notebook's."""
+        left = self.job["seconds"] - (monotonic() - self.began)
+        return max(0.1, min(self.job["cell_seconds"], left))
+
+    def on_cell_executed(self, cell: NotebookNode, cell_index: int, execute_reply: Mapping[str, Any]) -> None:
+        """The kernel answered: judge the cell, save the notebook."""
+        self.reason = self._over_budget() or self._error(cell, execute_reply["content"])
+        self.current = None
+        self.save()
+        self.emit(event="finished", cell=self.cell)
+        if self.reason:
+            raise Stopped
+
+    def kernel_died(self) -> None:
+        """The kernel is gone: say so in the reason and in the cell that it left unfinished."""
+        from nbformat.v4 import new_output
+
+        if self.current is None:
+            self.reason = f"kernel died after cell {self.cell}" if self.cell else "kernel died before the first cell"
+            return
+        self.reason = self._over_budget() or f"kernel died at cell {self.cell}"
+        text = f"The kernel died while this cell ran ({self.reason})."
+        self.current.outputs.append(new_output("error", ename="KernelDied", evalue=text, traceback=[text]))
+
+    def save(self) -> None:
+        """Write the notebook as it stands, redacted, without papermill's metadata."""
+        if self.notebook is None:
+            return
+        import nbformat
+
+        document = nbformat.from_dict(redact(self.notebook, self.job["secrets"]))
+        make_portable(document)
+        write_text(Path(self.job["output"]), nbformat.writes(document) + "\n")
+
+    def _over_budget(self) -> str | None:
+        if monotonic() - self.began >= self.job["seconds"]:
+            return f"notebook ran past its {self.job['seconds']:g} s budget at cell {self.cell}"
+        if monotonic() - self.cell_began >= self.job["cell_seconds"]:
+            return f"cell {self.cell} ran past its {self.job['cell_seconds']:g} s budget"
+        return None
+
+    def _error(self, cell: NotebookNode, reply: Mapping[str, Any]) -> str | None:
+        if any(item.get("source") == "ask_exit" for item in reply.get("payload", [])):
+            return f"cell {self.cell} asked the kernel to exit"
+        if reply["status"] != "error" or "raises-exception" in cell.metadata.get("tags", []):
+            return None
+        text = " ".join(str(reply.get("evalue", "")).split())
+        return f"error in cell {self.cell}: {reply.get('ename', 'unknown')}: {text}"
+
+
+def kernel_manager() -> type[AsyncKernelManager]:
+    """A manager whose "python3" is always this interpreter, whatever kernels the user has installed."""
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from traitlets import default
+
+    class SameInterpreter(AsyncKernelManager):
+        @default("kernel_spec_manager")
+        def _kernel_spec_manager_default(self) -> KernelSpecManager:
+            return KernelSpecManager(kernel_dirs=[])
+
+    return SameInterpreter
+
+
+def execute(job: Mapping[str, Any], emit: Callable[..., None]) -> str | None:
+    """Run the notebook; None, or why it failed. Raises OSError when the executed notebook cannot be written."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    watcher = Watcher(job, emit)
+    try:
+        papermill.execute_notebook(_source(job["notebook"]), None, job["parameters"], **_options(watcher))
+    except DeadKernelError:
+        watcher.kernel_died()
+    except Stopped:
+        pass
+    watcher.save()
+    if watcher.reason is None and watcher.cell < watcher.cells:
+        return f"stopped after cell {watcher.cell} of {watcher.cells}"
+    return watcher.reason
+
+
+def _source(path: str) -> NotebookNode:
+    import nbformat
+
+    return nbformat.read(path, as_version=4)
+
+
+def _options(watcher: Watcher) -> dict[str, Any]:
+    return {
+        "kernel_name": "python3",
+        "language": "python",
+        "kernel_manager_class": kernel_manager(),
+        "progress_bar": False,
+        "cwd": os.path.dirname(watcher.job["notebook"]),
+        "interrupt_on_timeout": True,
+        "timeout_func": watcher.timeout,
+        "iopub_timeout": IOPUB_SECONDS,
+        "extra_arguments": ["--log-level=ERROR"],
+        "store_widget_state": False,
+        "on_notebook_start": watcher.on_notebook_start,
+        "on_cell_execute": watcher.on_cell_execute,
+        "on_cell_executed": watcher.on_cell_executed,
+    }
+
+
+def _die_with_runner(stream: BinaryIO, mark: str) -> None:
+    stream.read()
+    kill_marked(mark)
+    os._exit(1)
+
+
+def main() -> None:
+    """Read the job, run it, report the end."""
+    # jsonschema's optional check of addresses builds a grammar for a second at import; notebooks need none.
+    sys.modules.setdefault("rfc3987_syntax", None)
+    stream = os.fdopen(os.dup(0), "rb", buffering=0)
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def emit(**event: Any) -> None:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+
+    job = json.loads(stream.readline())
+    threading.Thread(target=_die_with_runner, args=(stream, job["mark"]), daemon=True).start()
+    try:
+        reason = execute(job, emit)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        sys.excepthook(type(error), error, error.__traceback__)
+    emit(event="end", reason=reason)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""``workbook run``: every notebook in turn, past failures, with status, manifest and resume."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from helpers import results
+from helpers.runner.display import Show, display
+from helpers.runner.folder import (
+    executed_notebook,
+    held,
+    new_folder,
+    read_manifest,
+    read_status,
+    utc_now,
+)
+from helpers.runner.manifest import build_manifest, merge_manifests
+from helpers.runner.parameters import Plan, UsageError, parse_parameters, plan_run
+from helpers.runner.processes import new_mark
+from helpers.runner.redaction import REDACTED, find_secrets, redact, sweep
+from helpers.runner.supervision import Job, Progress, environment, supervise
+from helpers.types import ROOT, Profile, WorkbookError
+
+NOTEBOOKS = ROOT / "notebooks"
+DEFAULT_PROFILE = "laptop"
+
+
+class RunError(WorkbookError):
+    """The run itself could not go on, for example because the disk is full."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended: its folder, and the notebooks asked for that passed and that failed (with the reason)."""
+
+    folder: Path
+    passed: tuple[str, ...]
+    failed: dict[str, str]
+    interrupted: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """True when every notebook asked for has passed."""
+        return not self.failed and not self.interrupted
+
+
+def run(
+    profile: Profile | str | None = None,
+    *,
+    only: Sequence[str] = (),
+    parameters: Sequence[str] = (),
+    resume: Path | None = None,
+    folder: Path | None = None,
+    notebooks: Path | None = None,
+    command: Sequence[str] = (),
+    console: Console | None = None,
+) -> RunResult:
+    """Run the notebooks and return how each ended; a failure does not stop the others.
+
+    ``profile`` is a Profile or its name; None means laptop, or the resumed run's. ``only`` holds the starts of
+    notebooks' names, ``parameters`` texts such as "seed=1". ``resume`` is the folder of a run: what passed there, and
+    has the same source, parameters and profile now, is not run again. ``folder`` is where a new run goes, ``notebooks``
+    where the notebooks are.
+
+    Raises UsageError before anything runs, RunFolderError when the folder cannot be used, RunError on a full disk.
+    """
+    raw, earlier = parse_parameters(parameters), {}
+    if resume is not None:
+        profile, only, earlier = _resumed(read_manifest(resume), profile, only, raw)
+    chosen = profile if isinstance(profile, Profile) else _load_profile(profile or DEFAULT_PROFILE)
+    plans = plan_run(chosen, notebooks or NOTEBOOKS, only, raw, earlier)
+    raw = earlier | raw
+    if folder and (folder / "status.json").exists():
+        raise UsageError(f"{folder} holds a run already: go on with --resume, or name another folder")
+    target = (resume or folder or new_folder(chosen.name)).absolute()
+    with held(target):
+        session = Session(target, chosen, plans, find_secrets({**os.environ, **raw}))
+        return session.run(console or Console(), raw, command)
+
+
+class Session:
+    """One run in its folder, which this process holds."""
+
+    def __init__(self, folder: Path, profile: Profile, plans: Sequence[Plan], secrets: tuple[str, ...]) -> None:
+        self.folder, self.profile, self.plans, self.secrets = folder, profile, plans, secrets
+        self.resumed = (folder / "status.json").exists()
+        self.status = {"state": "running", "notebooks": self._entries()}
+        self.manifest: dict[str, Any] = {}
+
+    def run(self, console: Console, raw: Mapping[str, str], command: Sequence[str]) -> RunResult:
+        """Run what is pending, and leave the folder complete."""
+        try:
+            self._describe(raw, command)
+            interrupted = self._run_pending(console)
+            self._finish(interrupted)
+        except OSError as error:
+            with suppress(OSError):
+                self._finish(interrupted=True)
+            raise RunError(
+                f"the run stopped: {error}. Put that right, then go on with: workbook run --resume {self.folder}"
+            ) from error
+        return self._result(interrupted)
+
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        """The status of each notebook at the start; of an earlier run in this folder, what still holds."""
+        earlier = read_status(self.folder)["notebooks"] if self.resumed else {}
+        entries = dict(earlier)
+        for plan in self.plans:
+            entry = earlier.get(plan.name)
+            entries[plan.name] = entry if entry and self._still_holds(plan, entry) else _pending(plan)
+        return dict(sorted(entries.items()))
+
+    def _still_holds(self, plan: Plan, entry: Mapping[str, Any]) -> bool:
+        executed = executed_notebook(self.folder, plan.name).exists()
+        return entry["status"] == "passed" and entry["inputs"] == plan.inputs and executed
+
+    def _describe(self, raw: Mapping[str, str], command: Sequence[str]) -> None:
+        self.manifest = build_manifest(self.profile, self.plans, raw, command)
+        if self.resumed:
+            self.manifest = merge_manifests(read_manifest(self.folder), self.manifest)
+        self._save_manifest()
+        self._save_status()
+
+    def _run_pending(self, console: Console) -> bool:
+        """Run the pending notebooks; True when a person or the system interrupted this."""
+        try:
+            with interruptible(), display(console) as show:
+                for plan in self.plans:
+                    show(self.status)
+                    if self.status["notebooks"][plan.name]["status"] == "pending":
+                        self._run_notebook(plan, show)
+                show(self.status)
+        except KeyboardInterrupt:
+            return True
+        return False
+
+    def _run_notebook(self, plan: Plan, show: Show) -> None:
+        entry = _pending(plan) | {"status": "running", "started": utc_now()}
+        self.status["notebooks"][plan.name] = entry
+        self._save_status()
+        results.forget(self.folder, plan.name)
+        executed_notebook(self.folder, plan.name).unlink(missing_ok=True)
+        try:
+            log = self.folder / "logs" / f"{plan.name}.log"
+            progress = supervise(self._job(plan), self._environment(plan), log, partial(self._follow, entry, show))
+            entry |= redact(_described(progress), self.secrets) | {"status": "failed" if progress.reason else "passed"}
+        except BaseException:
+            entry |= {"status": "failed", "reason": f"interrupted at cell {entry['cell']}"}
+            raise
+        finally:
+            sweep(self.folder, self.secrets)
+            self._save_status()
+
+    def _follow(self, entry: dict[str, Any], show: Show, progress: Progress) -> None:
+        moved = progress.cell != entry["cell"]
+        entry |= redact(_described(progress), self.secrets)
+        if moved:
+            self._save_status()
+        show(self.status)
+
+    def _job(self, plan: Plan) -> Job:
+        return Job(
+            notebook=str(plan.path.absolute()),
+            output=str(executed_notebook(self.folder, plan.name)),
+            parameters=plan.given,
+            seconds=plan.budget.seconds,
+            cell_seconds=plan.budget.cell_seconds,
+            secrets=self.secrets,
+            mark=new_mark(),
+        )
+
+    def _environment(self, plan: Plan) -> dict[str, str]:
+        workbook = {
+            "RUN_DIR": str(self.folder),
+            "NOTEBOOK": plan.name,
+            "PROFILE": self.profile.name,
+            "EXPECTED": str(plan.path.absolute().parent / "expected" / f"{self.profile.name}.json"),
+        }
+        return environment(os.environ, self.profile.offline, workbook)
+
+    def _finish(self, interrupted: bool) -> None:
+        self.status["state"] = "interrupted" if interrupted else "finished"
+        self.manifest["finished"] = utc_now()
+        self._save_status()
+        self._save_manifest()
+        sweep(self.folder, self.secrets)
+
+    def _save_status(self) -> None:
+        results.write_json(self.folder / "status.json", redact(self.status, self.secrets))
+
+    def _save_manifest(self) -> None:
+        results.write_json(self.folder / "manifest.json", redact(self.manifest, self.secrets))
+
+    def _result(self, interrupted: bool) -> RunResult:
+        entries = {plan.name: self.status["notebooks"][plan.name] for plan in self.plans}
+        failed = {name: entry["reason"] or "not run" for name, entry in entries.items() if entry["status"] != "passed"}
+        passed = tuple(name for name in entries if name not in failed)
+        return RunResult(self.folder, passed, failed, interrupted)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that cleaning up runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, signal.default_int_handler) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _resumed(
+    manifest: Mapping[str, Any], profile: Profile | str | None, only: Sequence[str], raw: Mapping[str, str]
+) -> tuple[Profile | str, Sequence[str], dict[str, str]]:
+    """The profile, notebooks and parameters of an earlier run, where this one does not name its own."""
+    earlier = manifest["profile"]
+    name = profile.name if isinstance(profile, Profile) else profile or earlier
+    if name != earlier:
+        raise UsageError(f"that run is of profile {earlier}, not {name}: start a new run")
+    hidden = [key for key, value in manifest["parameters"].items() if REDACTED in value and key not in raw]
+    if hidden:
+        raise UsageError(f"the run kept no secret: give again -p {hidden[0]}=...")
+    return profile or earlier, only or list(manifest["notebooks"]), dict(manifest["parameters"])
+
+
+def _load_profile(name: str) -> Profile:
+    from helpers.profiles import load_profile
+
+    return load_profile(name)
+
+
+def _pending(plan: Plan) -> dict[str, Any]:
+    return {
+        "status": "pending",
+        "reason": None,
+        "cell": 0,
+        "cells": 0,
+        "line": "",
+        "seconds": 0.0,
+        "started": None,
+        "budget_seconds": plan.budget.seconds,
+        "expected_seconds": plan.budget.expected_seconds,
+        "peak_bytes": 0,
+        "inputs": plan.inputs,
+    }
+
+
+def _described(progress: Progress) -> dict[str, Any]:
+    names = ("reason", "cell", "cells", "line", "peak_bytes")
+    return {name: getattr(progress, name) for name in names} | {"seconds": round(progress.seconds, 2)}

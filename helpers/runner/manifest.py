@@ -1,0 +1,102 @@
+"""What a run needs to be told apart from, and compared with, another: ``manifest.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from helpers.runner.folder import utc_now
+from helpers.runner.parameters import Plan
+from helpers.types import ROOT, ModelRef, Profile
+
+DETECT = "import dataclasses, json, helpers.hardware as h; print(json.dumps(dataclasses.asdict(h.detect())))"
+
+
+def build_manifest(
+    profile: Profile, plans: Sequence[Plan], raw: Mapping[str, str], command: Sequence[str]
+) -> dict[str, Any]:
+    """Everything known at the start of a run; ``finished`` is filled in at its end.
+
+    ``parameters`` are what the command line gave, ``notebooks`` hold the effective ones. Hashes are SHA-256.
+    """
+    with subprocess.Popen([sys.executable, "-c", DETECT], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as detection:
+        manifest = {
+            "profile": profile.name,
+            "description": profile.description,
+            "command": list(command),
+            "started": utc_now(),
+            "finished": None,
+            "parameters": dict(raw),
+            "seeds": {plan.name: plan.effective["seed"] for plan in plans if "seed" in plan.effective},
+            "notebooks": {plan.name: _notebook(plan) for plan in plans},
+            "models": {role: _model(ref) for role, ref in profile.models.items()},
+            "git": git_state(ROOT),
+            "python": platform.python_version(),
+            "packages": packages(),
+        }
+        output, errors = detection.communicate()
+    hardware = json.loads(output) if detection.returncode == 0 else {"error": errors.decode().strip()[-500:]}
+    return manifest | {"hardware": hardware}
+
+
+def merge_manifests(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of a resumed run: as it is now, with the first start, and the notebooks that only then were run."""
+    merged = {**later, "started": earlier["started"], "resumed": [*earlier.get("resumed", []), later["started"]]}
+    for key in ("notebooks", "seeds"):
+        merged[key] = dict(sorted({**earlier[key], **later[key]}.items()))
+    return merged
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """The commit of a checkout and whether it holds changes; both None outside of git."""
+    commit, changes = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def packages() -> dict[str, str]:
+    """The installed packages and their versions."""
+    found = {one.metadata["Name"].lower(): one.version for one in importlib.metadata.distributions()}
+    return dict(sorted(found.items()))
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _notebook(plan: Plan) -> dict[str, Any]:
+    return {"sha256": file_hash(plan.path), "parameters": plan.effective}
+
+
+def _model(ref: ModelRef) -> dict[str, Any]:
+    return asdict(ref) | {"label": ref.label, "sha256": {path.name: file_hash(path) for path in _model_files(ref)}}
+
+
+def _model_files(ref: ModelRef) -> list[Path]:
+    """The files of a model that came with this repository or a package; a hub's are pinned by their revision."""
+    if ref.source == "embedded":
+        return sorted(path for path in (ROOT / ref.id).glob("*") if path.is_file())
+    if ref.source == "package":
+        package, _, name = (ref.file or "").partition("/")
+        spec = importlib.util.find_spec(package)
+        folders = (spec and spec.submodule_search_locations) or []
+        return [Path(folder) / name for folder in folders if (Path(folder) / name).is_file()]
+    return []

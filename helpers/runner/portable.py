@@ -1,0 +1,22 @@
+"""Executed notebooks that show the same everywhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+def make_portable(notebook: NotebookNode) -> None:
+    """Remove papermill's records and live widgets, which would need a kernel or a CDN to show."""
+    for metadata in (notebook.metadata, *(cell.metadata for cell in notebook.cells)):
+        for key in ("papermill", "widgets", "execution"):
+            metadata.pop(key, None)
+    for cell in notebook.cells:
+        if not cell.metadata.get("tags", True):
+            del cell.metadata["tags"]
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET_VIEW not in output.get("data", {})]

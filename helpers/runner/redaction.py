@@ -1,0 +1,113 @@
+"""Keep the values of secret environment variables out of every file of a run."""
+
+from __future__ import annotations
+
+import html
+import json
+import mmap
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from helpers.results import write_json
+
+REDACTED = "[redacted]"
+SHORTEST = 6
+_SECRET_NAME = re.compile(r"(TOKEN|SECRET|KEY|PASSWORD|PASSWD|PASS|PASSPHRASE|CREDENTIAL|AUTH|PAT)S?(_|$)", re.I)
+_SECRET_VALUE = re.compile(r"(hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[abprs]-|AKIA|ASIA|eyJ)[\w.\-]{6,}")
+_JSON_SUFFIXES = {".json", ".ipynb"}
+
+
+def find_secrets(named: Mapping[str, Any]) -> tuple[str, ...]:
+    """The values among ``named`` (the environment, or parameters) that look like a token, longest first.
+
+    A value counts when its name ends in or contains a word such as TOKEN, SECRET, KEY or PASSWORD, when it has the
+    form of a well-known token (``hf_...``), or when it is the password inside an address. Values under six characters
+    and paths that exist are no secrets: blanking them everywhere would only spoil the files.
+    """
+    found = set()
+    for name, value in named.items():
+        text = str(value)
+        if _SECRET_NAME.search(name) or _SECRET_VALUE.fullmatch(text):
+            found.add(text)
+        if "://" in text and (password := _password(text)):
+            found.add(password)
+    return tuple(sorted((text for text in found if _worth_hiding(text)), key=len, reverse=True))
+
+
+def redact(value: Any, secrets: Iterable[str]) -> Any:
+    """A copy of JSON-like data (or a text) in which every occurrence of a secret reads ``[redacted]``."""
+    secrets = tuple(secrets)
+    if isinstance(value, str):
+        return _redact_text(value, secrets)
+    if isinstance(value, Mapping):
+        return {redact(key, secrets): redact(item, secrets) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(item, secrets) for item in value]
+    if isinstance(value, int | float) and any(secret in str(value) for secret in secrets):
+        return REDACTED
+    return value
+
+
+def sweep(folder: Path, secrets: Iterable[str]) -> list[Path]:
+    """Redact every file below ``folder`` that still holds a secret; the files that were changed.
+
+    Binary files keep their length: a secret there is overwritten with asterisks.
+    """
+    secrets = tuple(secrets)
+    if not secrets:
+        return []
+    forms = [form.encode() for secret in secrets for form in _forms(secret)]
+    changed = [path for path in sorted(folder.rglob("*")) if _holds_any(path, forms)]
+    for path in changed:
+        _clean(path, secrets, forms)
+    return changed
+
+
+def _redact_text(text: str, secrets: tuple[str, ...]) -> str:
+    for secret in secrets:
+        for form in _forms(secret):
+            text = text.replace(form, REDACTED)
+    return text
+
+
+def _forms(secret: str) -> tuple[str, ...]:
+    """The secret as it is, and as JSON, HTML, a Python literal and an address would write it."""
+    forms = (secret, json.dumps(secret)[1:-1], html.escape(secret), repr(secret)[1:-1], quote(secret, safe=""))
+    return tuple(dict.fromkeys(forms))
+
+
+def _password(address: str) -> str | None:
+    try:
+        return urlsplit(address).password
+    except ValueError:
+        return None
+
+
+def _worth_hiding(text: str) -> bool:
+    return len(text) >= SHORTEST and not (text.startswith("/") and os.path.exists(text))
+
+
+def _holds_any(path: Path, forms: list[bytes]) -> bool:
+    if path.is_symlink() or not path.is_file() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return any(content.find(form) >= 0 for form in forms)
+
+
+def _clean(path: Path, secrets: tuple[str, ...], forms: list[bytes]) -> None:
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        for form in forms:
+            content = content.replace(form, b"*" * len(form))
+        path.write_bytes(content)
+        return
+    if path.suffix in _JSON_SUFFIXES:
+        write_json(path, redact(json.loads(text), secrets))
+    else:
+        path.write_text(_redact_text(text, secrets), encoding="utf-8")

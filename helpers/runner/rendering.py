@@ -1,0 +1,123 @@
+"""Make the committed notebooks: from their sources (jupytext, py:percent), with the outputs of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from helpers.results import write_text
+from helpers.runner.execution import DEFAULT_PROFILE, NOTEBOOKS, RunResult, run
+from helpers.runner.folder import executed_notebook
+from helpers.runner.portable import make_portable
+from helpers.types import ROOT, Profile
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+_ADDRESS = re.compile(r"( at )0x[0-9a-f]{6,}")
+
+
+def source_notebook(source: Path) -> NotebookNode:
+    """The notebook that a py:percent source describes, without outputs, with ids that depend on its cells alone."""
+    import jupytext
+
+    notebook = jupytext.read(source, fmt={"extension": ".py", "format_name": "percent"})
+    notebook.metadata = type(notebook.metadata)({"kernelspec": KERNELSPEC, "language_info": {"name": "python"}})
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    seen: Counter[str] = Counter()
+    for cell in notebook.cells:
+        digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:12]
+        seen[digest] += 1
+        cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
+    return notebook
+
+
+def sync(notebooks: Path = NOTEBOOKS) -> list[Path]:
+    """Write each notebook again from ``source/``, keeping the outputs of cells that did not change."""
+    written = []
+    for source in sorted((notebooks / "source").glob("*.py")):
+        target = notebooks / f"{source.stem}.ipynb"
+        notebook = source_notebook(source)
+        if target.exists():
+            _copy_outputs(_read(target), notebook)
+        written.append(_write(target, notebook))
+    return written
+
+
+def render(
+    profile: Profile | str = DEFAULT_PROFILE, notebooks: Path = NOTEBOOKS, folder: Path | None = None
+) -> RunResult:
+    """Write the notebooks again from their sources, run them, and keep the outputs of those that passed."""
+    sync(notebooks)
+    result = run(profile, notebooks=notebooks, folder=folder, command=("workbook", "render"), console=Console())
+    for name in result.passed:
+        notebook = source_notebook(notebooks / "source" / f"{name}.py")
+        _copy_outputs(clean(_read(executed_notebook(result.folder, name))), notebook)
+        _write(notebooks / f"{name}.ipynb", notebook)
+    return result
+
+
+def clean(notebook: NotebookNode) -> NotebookNode:
+    """An executed notebook without what belongs to one run: injected parameters, counts, paths, addresses."""
+    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    make_portable(notebook)
+    number = 0
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and cell.source.strip():
+            number += 1
+            cell.execution_count = number
+            cell.outputs = [_clean_output(output, number) for output in cell.outputs]
+    return notebook
+
+
+def _clean_output(output: NotebookNode, number: int) -> NotebookNode:
+    if "execution_count" in output:
+        output.execution_count = number
+    return type(output)(_neutral(output))
+
+
+def _neutral(value: Any) -> Any:
+    """Without this machine's folders and memory addresses."""
+    if isinstance(value, str):
+        for path, name in _paths().items():
+            value = value.replace(path, name)
+        return _ADDRESS.sub(r"\g<1>0x…", value)
+    if isinstance(value, Mapping):
+        return type(value)({key: _neutral(item) for key, item in value.items()})
+    return [_neutral(item) for item in value] if isinstance(value, list) else value
+
+
+def _paths() -> dict[str, str]:
+    """This machine's folders and what stands for them, the longest first."""
+    paths = {f"{ROOT}/": "", str(ROOT): ".", sys.prefix: "$VIRTUAL_ENV", str(Path.home()): "~"}
+    return {path: paths[path] for path in sorted(paths, key=len, reverse=True) if len(path) > 2}
+
+
+def _copy_outputs(executed: NotebookNode, notebook: NotebookNode) -> None:
+    """Give the cells of ``notebook`` the outputs of the cells with the same id."""
+    done = {cell.id: cell for cell in executed.cells if cell.cell_type == "code" and "id" in cell}
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and cell.id in done:
+            cell.outputs, cell.execution_count = done[cell.id].outputs, done[cell.id].execution_count
+
+
+def _read(path: Path) -> NotebookNode:
+    import nbformat
+
+    return nbformat.read(path, as_version=4)
+
+
+def _write(path: Path, notebook: NotebookNode) -> Path:
+    import nbformat
+
+    nbformat.validate(notebook)
+    write_text(path, nbformat.writes(notebook) + "\n")
+    return path

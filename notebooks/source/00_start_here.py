@@ -1,0 +1,309 @@
+# %% [markdown]
+# # 00 · Start here: what Falcon-180B is, and what this machine can run
+#
+# In September 2023 the Technology Innovation Institute (TII) released Falcon-180B: 180 billion parameters, trained on
+# 3.5 trillion tokens, for a time the highest-ranked open model. An article announced it with a list of figures. This
+# notebook takes those figures one by one and, wherever arithmetic is enough, checks them. No model is loaded.
+#
+# **You will learn**
+# - how to count a model's parameters from its configuration, without downloading a byte of its weights;
+# - how training compute, GPU hours and utilisation hang together;
+# - what a key-value cache costs, and what *multi-query attention* saves;
+# - which machine runs Falcon-180B in which precision, and what *your* machine can run.
+#
+# | profile | time | memory |
+# |---|---|---|
+# | `laptop` | 15 s | 1 GiB |
+# | all others | 15 s | 1 GiB |
+#
+# **Next:** [01 · Loading](01_loading.ipynb)
+
+# %% tags=["parameters"]
+profile = "laptop"
+seed = 0
+
+# %% [markdown]
+# The models of this profile. On a laptop, *stand-ins* take the place of the real ones: tiny models of the same
+# architecture. Whatever a stand-in says or scores is **not** what Falcon-180B says or scores; its name is always shown
+# with the word *stand-in*.
+
+# %%
+from helpers import exercises, hardware, memory, plots, profiles, results, widgets
+
+settings = profiles.load_profile(profile)
+profiles.table(settings)
+
+# %% [markdown]
+# ## 1 · One hundred and eighty billion?
+#
+# A configuration of a few hundred bytes fixes every weight's shape. On PyTorch's *meta* device a model has shapes but no
+# storage, so all 80 layers can be built in a moment and counted. `word_embeddings` and `lm_head` may share one matrix
+# (*tied*); counting it twice gives the larger number.
+
+# %%
+import torch
+from transformers import FalconForCausalLM
+
+config = memory.published_config("tiiuae/falcon-180B")
+with torch.device("meta"):
+    model = FalconForCausalLM(config)
+tied = model.num_parameters()
+print(f"{tied:,} parameters with the head tied to the embeddings")
+print(f"{tied + model.lm_head.weight.numel():,} with the head counted separately")
+
+# %% [markdown]
+# `helpers.memory` gets the same numbers from a closed formula, which is what the planner below uses.
+
+# %%
+assert memory.count_parameters(config) == tied
+results.record("parameters_tied", tied, "parameters", claim="A1")
+results.record("parameters_untied", memory.count_parameters(config, tied=False), "parameters", claim="A1")
+
+# %% [markdown]
+# *180 billion* is fair. The article calls Falcon-180B a scaled-up Falcon-40B, after models of 1.3B, 7.5B and 40B. The two
+# that can still be downloaded:
+
+# %%
+import pandas as pd
+
+names = ["tiiuae/falcon-7b", "tiiuae/falcon-40b", "tiiuae/falcon-180B", "meta-llama/Llama-2-70b-chat-hf"]
+configs = {name: memory.published_config(name) for name in names}
+counts = {name: memory.count_parameters(c) for name, c in configs.items()}
+rows = [
+    (name, f"{n / 1e9:.2f}", configs[name].num_hidden_layers, configs[name].hidden_size) for name, n in counts.items()
+]
+pd.DataFrame(rows, columns=["model", "billion parameters", "layers", "hidden size"]).set_index("model")
+
+# %%
+llama = memory.count_parameters(configs["meta-llama/Llama-2-70b-chat-hf"])
+results.record("size_ratio_to_llama", round(tied / llama, 3), "x", claim="A5")
+
+# %% [markdown]
+# The article says 2.5 times Llama-2-70B's size; counting says a little more.
+
+# %% [markdown]
+# ## 2 · Four times the compute
+#
+# Training a dense transformer of $N$ parameters on $D$ tokens takes about $6ND$ floating-point operations: two for each
+# parameter and token forward, four backward ([Kaplan et al. 2020](https://arxiv.org/abs/2001.08361)). Falcon-180B saw
+# 3.5 trillion tokens, less than one epoch of its data; Llama 2 saw 2 trillion.
+
+# %%
+falcon_flop = 6 * tied * 3.5e12
+llama_flop = 6 * llama * 2e12
+assert falcon_flop == memory.training_flop(tied, 3.5e12)
+results.record("compute_ratio_to_llama", round(falcon_flop / llama_flop, 3), "x", claim="A6")
+
+# %%
+compute = {"Falcon-180B": falcon_flop, "Llama-2-70B": llama_flop}
+results.record_figure("training_compute", plots.training_compute(compute))
+
+# %% [markdown]
+# *Four times* is rounded down. Now the machine: up to 4096 GPUs at once (A100s, as the model card says), about
+# 7,000,000 GPU hours. An A100 peaks at 312 TFLOP/s in bf16 (NVIDIA's data sheet). What share of that peak do the figures imply?
+
+# %%
+utilisation = memory.implied_utilisation(falcon_flop, gpu_hours=7e6, peak=312e12)
+results.record("implied_utilisation", round(utilisation, 3), "of peak", claim="A4")
+
+# %%
+days = 7e6 / 4096 / 24
+results.record("days_on_4096_gpus", round(days, 1), "days", claim="A4")
+
+# %% [markdown]
+# Just under half of the peak is what well-tuned runs of that year reached (the PaLM paper lists 21% to 46%,
+# [Chowdhery et al. 2022](https://arxiv.org/abs/2204.02311), table 3), so the three published figures fit each other, with
+# nothing to spare. At 4096 GPUs all the time it would have taken ten weeks.
+
+# %% [markdown]
+# ## 3 · Multi-query attention: a cache of 8 heads, not 232
+#
+# While it writes, a model keeps the keys and values of all tokens so far: the *KV cache*. Falcon-180B has 232 query heads
+# but only 8 key-value heads, so a token needs
+# $2 \cdot \text{layers} \cdot \text{heads} \cdot \text{head size} \cdot \text{bytes}$ with 8 heads instead of 232. The
+# article says that this improves *scalability*; this is the size of it.
+
+# %%
+head_size = config.hidden_size // config.num_attention_heads
+eight = 2 * config.num_hidden_layers * config.num_kv_heads * head_size * 2
+all_heads = 2 * config.num_hidden_layers * config.num_attention_heads * head_size * 2
+assert eight == memory.kv_bytes_per_token(config, "bf16", heads="kv")
+assert all_heads == memory.kv_bytes_per_token(config, "bf16", heads="cached")
+print(f"8 heads: {eight / 2**10:.0f} KiB a token; 232 heads: {all_heads / 2**20:.2f} MiB a token")
+
+# %%
+results.record("kv_bytes_8_heads", eight, "bytes/token", claim="A8")
+results.record("kv_bytes_232_heads", all_heads, "bytes/token", claim="A8")
+
+# %%
+ways = {"8 heads": eight, "232 heads": all_heads}
+results.record_figure("cache_growth", plots.cache_growth(ways, config.max_position_embeddings, "Falcon-180B"))
+
+# %% [markdown]
+# The surprise is the upper line: transformers copies the 8 heads to all 232 *before* it stores them, so whoever runs
+# Falcon-180B with it pays 29 times as much. Serving engines such as vLLM and llama.cpp store 8. Notebook 01 measures this
+# on a real cache.
+
+# %% [markdown]
+# ## 4 · Which machine?
+#
+# The article lists the machines on which each kind of work was tried. They are not the least that would do. Below, the
+# published machine beside what the bytes add up to (weights, cache for 2048 tokens, gradients, optimizer, activations).
+
+# %%
+memory.hardware_claims()
+
+# %% [markdown]
+# And by precision, for generating text:
+
+# %%
+estimates = {p: memory.estimate(config, p) for p in ("bf16", "int8", "nf4")}
+machines = {"8x A100 80GB": 8 * 80e9, "8x A100 40GB": 8 * 40e9, "2x A100 80GB": 2 * 80e9}
+figure = plots.memory_by_precision(list(estimates.values()), machines, "Falcon-180B")
+results.record_figure("memory_by_precision", figure)
+
+# %%
+for name, estimate in estimates.items():
+    results.record(
+        f"inference_{name}", round(estimate.total / 2**30, 1), "GiB", claim={"bf16": "A16", "nf4": "A17"}.get(name)
+    )
+results.recorded().tail(3)
+
+# %% [markdown]
+# ### Plan your own
+#
+# Choose a model, a precision, the work and a machine. In an unattended run this cell shows the plan for its first
+# settings instead of sliders.
+
+# %%
+widgets.memory_planner()
+
+# %% [markdown]
+# ## 5 · What this machine can run
+
+# %%
+machine = hardware.detect()
+print(f"{machine.cpu_count} CPUs, {machine.ram_bytes / 2**30:.1f} GiB of memory, {len(machine.gpus)} GPUs")
+print(f"{machine.disk_free_bytes / 2**30:.0f} GiB free on disk")
+
+# %%
+fits = {name: profiles.lacks(profiles.load_profile(name), machine) for name in profiles.available()}
+rows = [(name, "; ".join(missing) or "runs here") for name, missing in fits.items()]
+pd.DataFrame(rows, columns=["profile", "on this machine"]).set_index("profile")
+
+# %% [markdown]
+# ## 6 · What the article says, and where this workbook tests it
+#
+# | | the article says | here |
+# |---|---|---|
+# | A2 | 3.5 trillion tokens, less than one epoch | cited; the token count goes into section 2 |
+# | A3 | about 85% RefinedWeb, the rest conversations, technical papers and a small share of code | cited, and disputed: a critic quoted there says 5% code, the model's announcement about 3% |
+# | A9 | Open LLM Leaderboard: Falcon-180B 68.74, Llama 2 67.35 | cited; to be re-run on large profiles |
+# | A10, A11 | above Llama-2-70B and GPT-3.5 on MMLU; level with PaLM 2-Large on thirteen tasks | cited; to be re-run on large profiles |
+# | A12 | near GPT-4, or between GPT-3.5 and GPT-4 | cited; not testable here |
+# | A18, A19 | 8-bit and 4-bit cost almost nothing in quality; 8-bit is much faster than 4-bit | notebook 02 |
+# | A20, A21, A22 | the base model has no prompt format; the chat model's; the printed function that builds it | notebook 03 |
+# | A23 | the chat model was tuned on Open-Platypus, UltraChat and Airoboros | cited |
+# | A24, A25 | usable from transformers 4.33; the example prompt and its settings | notebook 01 |
+# | A26 | free for commercial use | **not as simple as that**, see below |
+# | A28, A29 | a reader found the chat model no better than Llama-2-70B; it counted a saddle among the animals | cited; its test items are frozen in `data/` |
+#
+# **Licence.** The article says *free for commercial use*. The licence (Falcon-180B TII License, based on Apache 2.0) has an
+# acceptable use policy and does not allow hosting use, that is offering the model as a service to others, without a
+# separate agreement with TII. Read it before you build on it.
+
+# %% [markdown]
+# ### A27 · Dense, where a mixture of experts was due?
+#
+# A critic quoted in the article held that above 30 billion parameters a *mixture of experts* is due: a router sends each
+# token through a few expert MLPs only, so few of the parameters are *active*. A forward pass costs about two operations
+# for each active parameter. Mixtral 8x7B, released three months later, keeps 46.7 billion and uses 12.9 billion
+# ([Jiang et al. 2024](https://arxiv.org/abs/2401.04088)).
+
+# %%
+active = {"Falcon-180B": tied, "Llama-2-70B": llama, "Mixtral 8x7B": 12.9e9}
+total = {**active, "Mixtral 8x7B": 46.7e9}
+rows = [
+    (n, f"{total[n] / 1e9:.1f}", f"{a / 1e9:.1f}", f"{2 * a / 1e9:.0f}", f"{tied / a:.1f}x") for n, a in active.items()
+]
+columns = ["model", "billion parameters", "active", "GFLOP a token", "Falcon-180B costs"]
+pd.DataFrame(rows, columns=columns).set_index("model")
+
+# %% [markdown]
+# ## What you saw
+#
+# The published size, compute and GPU hours agree with each other, within rounding. The cache is where theory and practice
+# part: multi-query attention would save a factor of 29, and transformers gives it away. The machines the article names
+# are those that were tried, and 4-bit weights need far less.
+
+# %%
+results.recorded()
+
+# %% [markdown]
+# ## Exercises
+#
+# Replace the three dots and run the cell. The check says *right* or *not yet*. Each solution is folded below.
+#
+# **1.** Write the function that gives the bytes one token takes in the KV cache.
+
+
+# %% tags=["exercise"]
+def kv_bytes(layers: int, kv_heads: int, head_size: int, bytes_per_value: int) -> int: ...
+
+
+exercises.check("00-1", kv_bytes)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def kv_bytes(layers: int, kv_heads: int, head_size: int, bytes_per_value: int) -> int:
+#     return 2 * layers * kv_heads * head_size * bytes_per_value  # 2: keys and values
+#
+#
+# exercises.check("00-1", kv_bytes)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **2.** How many days would 4096 A100s need to train Falcon-180B (tied count, 3.5 trillion tokens) at 40% of their peak of
+# 312 TFLOP/s?
+
+# %% tags=["exercise"]
+training_days = ...
+
+exercises.check("00-2", training_days)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# training_days = 6 * 178_557_088_768 * 3.5e12 / (4096 * 0.40 * 312e12) / 86_400
+#
+# exercises.check("00-2", training_days)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **3.** Eight GPUs of 80 GB (640e9 bytes) hold the bf16 weights (`memory.weight_bytes`). How many tokens of cache fit into
+# what is left, with transformers' 232 heads?
+
+# %% tags=["exercise"]
+longest_context = ...
+
+exercises.check("00-3", longest_context)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# falcon = memory.published_config("tiiuae/falcon-180B")
+# free = 8 * 80e9 - memory.weight_bytes(falcon, "bf16")
+# longest_context = free / memory.kv_bytes_per_token(falcon, "bf16", heads="cached")
+#
+# exercises.check("00-3", longest_context)
+# ```
+#
+# </details>

@@ -1,0 +1,309 @@
+# %% [markdown]
+# # 01 · Loading: from a checkpoint to the first sentence
+#
+# **You will learn**
+# - to load a Falcon checkpoint with plain transformers, and to check that what arrived is what you asked for;
+# - where Falcon-180B's parameters sit, and how its 80 layers spread over several GPUs;
+# - what temperature and top-p do, seen on the model's own next-token probabilities;
+# - to stream a reply, and to read its timings.
+#
+# | profile | time | memory |
+# |---|---|---|
+# | `laptop` | 30 s | 2 GiB |
+# | `1x24gb` | minutes, after a download of 14 GB | one 24 GB GPU |
+# | `2x80gb`, `8x40gb`, `8x80gb` | many minutes, after a download of 360 GB | see notebook 00 |
+#
+# **Before:** [00 · Start here](00_start_here.ipynb) · **Next:** [02 · Quantization](02_quantization.ipynb)
+
+# %% tags=["parameters"]
+profile = "laptop"
+seed = 0
+prompt = "My name is Pedro, I live in"
+max_new_tokens = 50
+
+# %%
+from helpers import exercises, generation, loading, memory, plots, profiles, results
+from helpers.types import Sampling
+
+loading.tidy_output()
+settings = profiles.load_profile(profile)
+profiles.table(settings)
+
+# %% [markdown]
+# ## 1 · Load
+#
+# The announcement asks for transformers 4.33 or later (A24), a login and a click on the licence; then four lines do it.
+# `device_map="auto"` spreads the layers over the GPUs found, and `dtype` keeps the weights in bf16. The same lines load
+# the 360 GB of Falcon-180B or the stand-in of this profile.
+
+# %%
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+checkpoint = loading.resolve(settings.falcon)
+tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, device_map="auto")
+print(type(model).__name__, f"with {model.num_parameters():,} parameters in {model.dtype}")
+
+# %% [markdown]
+# Did everything arrive? transformers initialises a missing weight at random and only warns. Our `load` refuses: it checks
+# that no weight is missing or left over, that each has the type and device asked for, that files are safetensors, and that
+# no code of the repository is run. Then it says what it found.
+
+# %%
+loaded = loading.load(settings.falcon, settings.precision)
+loading.report_table(loaded)
+
+# %%
+assert loaded.model.num_parameters() == model.num_parameters()
+del model
+results.record("parameters", loaded.report.parameters, "parameters")
+results.record("stored", loaded.report.stored_bytes, "bytes")
+
+# %% [markdown]
+# ## 2 · Anatomy
+#
+# One decoder layer, as it was loaded. Attention and MLP read the same input side by side (*parallel attention*), each
+# through its own layer norm, and nothing has a bias. `query_key_value` is one matrix whose rows are grouped: for each
+# key-value head its query heads, one key, one value.
+
+# %%
+loaded.model.transformer.h[0]
+
+# %%
+flags = ["new_decoder_architecture", "num_ln_in_parallel_attn", "parallel_attn", "multi_query", "alibi", "bias"]
+sizes = ["num_hidden_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "vocab_size"]
+published = memory.published_config("tiiuae/falcon-180B")
+for key in flags + sizes:
+    print(f"{key:26} {getattr(published, key)!s:>8} {getattr(loaded.model.config, key)!s:>8}")
+
+# %% [markdown]
+# (First column Falcon-180B, second the model loaded here.) Where do the 180 billion parameters sit?
+
+# %%
+anatomy = memory.parameter_table(published)
+results.record_figure("anatomy", plots.parameter_breakdown(anatomy, "Falcon-180B"))
+
+# %% [markdown]
+# Four fifths are in the MLPs. Attention's keys and values, the part that multi-query attention shrinks, are hardly visible.
+
+# %% [markdown]
+# ## 3 · Over several GPUs
+#
+# accelerate can plan a placement on the meta device, without any GPU. Layers may not be split (a residual stream would
+# have to cross devices), so it is told the name of the layer class.
+
+# %%
+from accelerate import infer_auto_device_map, init_empty_weights
+from transformers import FalconForCausalLM
+
+with init_empty_weights():
+    empty = FalconForCausalLM(published).to(torch.bfloat16)
+empty.tie_weights()
+limits = dict.fromkeys(range(8), "72GiB")
+device_map = infer_auto_device_map(empty, max_memory=limits, no_split_module_classes=["FalconDecoderLayer"])
+{device: sum(d == device for d in device_map.values()) for device in limits}
+
+# %% [markdown]
+# It fills one GPU after another and leaves the last ones empty, where the cache will then be short of room on the first.
+# `memory.place` counts each layer's cache beside its weights and levels the load.
+
+# %%
+placement = memory.place(published, "bf16", gpus=[80e9] * 8)
+print("fits" if placement.fits else placement.why_not)
+figure = plots.placement(placement, dict.fromkeys(range(8), 80e9), "Falcon-180B in bf16 on 8x A100 80GB")
+results.record_figure("placement", figure)
+
+# %% [markdown]
+# ## 4 · Generate
+#
+# The announcement's example, with its settings: temperature 0.6, top-p 0.9, 50 new tokens (A25). First plainly. Falcon's
+# forward pass wants `inference_mode` here, and only the two inputs named.
+
+# %%
+torch.manual_seed(seed)
+inputs = tokenizer(prompt, return_tensors="pt").to(loaded.model.device)
+with torch.inference_mode():
+    output = loaded.model.generate(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
+        do_sample=True, temperature=0.6, top_p=0.9, max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+print(tokenizer.decode(output[0]))
+
+# %% [markdown]
+# The helper returns the reply with its timings and the reason why it ended, and the same seed gives the same text.
+
+# %%
+sampling = Sampling(temperature=0.6, top_p=0.9, max_new_tokens=max_new_tokens, seed=seed)
+reply = generation.generate(loaded, prompt, sampling)
+again = generation.generate(loaded, prompt, sampling)
+print(prompt + reply.text)
+print(f"\n{reply.tokens} tokens, ended by {reply.finish_reason!r}; same seed, same text: {reply.text == again.text}")
+
+# %%
+results.record("pedro_repeatable", reply.text == again.text, claim="A25")
+results.record("pedro_tokens", reply.tokens, "tokens", claim="A25")
+results.record("first_token", round(reply.first_token_seconds, 4), "s")
+results.record("decoding_speed", round(reply.tokens_per_second, 1), "tokens/s")
+
+# %% [markdown]
+# The article's Falcon-180B made of Pedro a person from Portugal, 25 years old, a graphic designer. What the model here
+# makes of him depends on the model and on the seed:
+
+# %%
+import pandas as pd
+
+replies = [generation.generate(loaded, prompt, Sampling(max_new_tokens=25, seed=s)).text for s in range(4)]
+pd.DataFrame({"continuation": replies}).rename_axis("seed")
+
+# %% [markdown]
+# ## 5 · What temperature does
+#
+# A model gives each token of its vocabulary a score (*logit*). Softmax turns scores into probabilities; dividing the
+# scores by the *temperature* first sharpens (below 1) or flattens (above 1) them. In plain PyTorch:
+
+# %%
+ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(loaded.model.device)
+with torch.inference_mode():
+    logits = loaded.model(ids).logits[0, -1].float()
+probabilities = (logits / 0.6).softmax(-1)
+best = probabilities.topk(5)
+[(tokenizer.decode([i]), round(p, 3)) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+# %%
+temperatures = (0.3, 0.6, 1.0, 1.5)
+by_temperature = {t: generation.next_token_probabilities(loaded, prompt, k=8, temperature=t) for t in temperatures}
+figure = plots.next_token_probabilities(by_temperature, settings.falcon.label)
+results.record_figure("temperature", figure)
+
+# %% [markdown]
+# *Top-p* then keeps the likeliest tokens until their probabilities reach p, and draws among them.
+
+# %% [markdown]
+# ## 6 · Stream
+#
+# A reader prefers words as they come. `stream` yields pieces of text, the joined pieces are exactly the reply of
+# `generate`, and the times show how the first token differs: it waits for the whole prompt (*prefill*).
+
+# %%
+import time
+
+start, times = time.perf_counter(), []
+for piece in generation.stream(loaded, prompt, sampling):
+    times.append(time.perf_counter() - start)
+    print(piece, end="", flush=True)
+
+# %%
+results.record_figure("token_times", plots.token_times(times, settings.falcon.label))
+
+# %% [markdown]
+# ## 7 · The cache, weighed
+#
+# Notebook 00 computed that transformers stores Falcon's keys and values for *all* query heads. Here is a real cache.
+
+# %%
+with torch.inference_mode():
+    cache = loaded.model(ids, use_cache=True).past_key_values
+held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+print("shape of the keys of one layer (batch, heads, tokens, head size):", tuple(cache.layers[0].keys.shape))
+print(f"{held / ids.shape[1]:,.0f} bytes a token")
+
+# %%
+expected = memory.kv_bytes_per_token(loaded.model.config, settings.precision, heads="cached")
+results.record("cache_bytes_per_token", held // ids.shape[1], "bytes/token", claim="A8")
+results.record("cache_matches_formula", held // ids.shape[1] == expected, claim="A8")
+
+# %% [markdown]
+# ## What you saw
+#
+# A load is only as good as its check: four lines load a model, and a report proves it. Four fifths of the parameters are
+# MLP weights. The example of the announcement runs with its own settings, repeatably, and the cache really holds
+# all query heads.
+
+# %%
+results.recorded()
+
+# %% [markdown]
+# ## Exercises
+#
+# **1.** What share of a decoder layer's matrix weights is in the MLP? Write it for any Falcon configuration with the new
+# decoder architecture (fields `hidden_size`, `num_attention_heads`, `num_kv_heads`).
+
+
+# %% tags=["exercise"]
+def mlp_share(config) -> float: ...
+
+
+exercises.check("01-1", mlp_share)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def mlp_share(config) -> float:
+#     hidden, head_size = config.hidden_size, config.hidden_size // config.num_attention_heads
+#     qkv = hidden * (config.num_attention_heads + 2 * config.num_kv_heads) * head_size
+#     mlp = 2 * hidden * 4 * hidden
+#     return mlp / (mlp + qkv + hidden * hidden)
+#
+#
+# exercises.check("01-1", mlp_share)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **2.** Write greedy decoding: append the likeliest next token `count` times, and return all ids, the prompt's first. The
+# check compares with `model.generate`.
+
+
+# %% tags=["exercise"]
+def greedy(model, input_ids: torch.Tensor, count: int) -> torch.Tensor: ...
+
+
+exercises.check("01-2", greedy)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def greedy(model, input_ids: torch.Tensor, count: int) -> torch.Tensor:
+#     for _ in range(count):
+#         with torch.inference_mode():
+#             best = model(input_ids).logits[:, -1].argmax(-1, keepdim=True)
+#         input_ids = torch.cat([input_ids, best], dim=1)
+#     return input_ids
+#
+#
+# exercises.check("01-2", greedy)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **3.** Write top-p: given a vector of probabilities, keep the likeliest until their sum reaches `p`, set the others to
+# zero and divide by what is left, so that the result sums to one.
+
+
+# %% tags=["exercise"]
+def top_p(probabilities: torch.Tensor, p: float) -> torch.Tensor: ...
+
+
+exercises.check("01-3", top_p)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def top_p(probabilities: torch.Tensor, p: float) -> torch.Tensor:
+#     ordered, order = probabilities.sort(descending=True)
+#     before = ordered.cumsum(0) - ordered  # the sum of all likelier tokens
+#     kept = torch.zeros_like(probabilities)
+#     kept[order[before < p]] = ordered[before < p]
+#     return kept / kept.sum()
+#
+#
+# exercises.check("01-3", top_p)
+# ```
+#
+# </details>

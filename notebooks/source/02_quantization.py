@@ -1,0 +1,318 @@
+# %% [markdown]
+# # 02 · Quantization: fewer bits, at what price?
+#
+# **You will learn**
+# - how bitsandbytes stores weights in 8 and in 4 bits;
+# - that on current transformers a Falcon asked for in 4 bits arrives *unquantized*, with no error, and how to prove what you have;
+# - to measure the price: bytes, tokens per second, logits, perplexity.
+#
+# | profile | time | memory |
+# |---|---|---|
+# | `laptop` | 90 s | 4 GiB |
+# | `1x24gb` | minutes | one 24 GB GPU |
+# | `2x80gb`, `8x40gb`, `8x80gb` | an hour and more | see notebook 00 |
+#
+# **Before:** [01 · Loading](01_loading.ipynb) · **Next:** [03 · Chat prompting](03_chat_prompting.ipynb)
+
+# %% tags=["parameters"]
+profile = "laptop"
+seed = 0
+texts_falcon = 32
+texts_llama = 6
+speed_tokens = 48
+
+# %%
+from helpers import evaluation, exercises, generation, hardware, loading, memory, plots, profiles, quantization, results
+from helpers.types import Sampling
+
+loading.tidy_output()
+settings = profiles.load_profile(profile)
+profiles.table(settings)
+
+# %% [markdown]
+# ## 1 · What shrinking promises
+#
+# A weight in bf16 takes 16 bits. *int8* keeps 8, with one scale for each row of a matrix
+# ([Dettmers et al. 2022](https://arxiv.org/abs/2208.07339)); *nf4* keeps 4, the index of one of 16 values spaced like a
+# normal distribution, with one scale for each 64 weights ([Dettmers et al. 2023](https://arxiv.org/abs/2305.14314)).
+# Embeddings and norms stay in 16 bits. For Falcon-180B, computed:
+
+# %%
+import pandas as pd
+
+published = memory.published_config("tiiuae/falcon-180B")
+weights = {p: memory.weight_bytes(published, p) for p in ("fp32", "bf16", "int8", "nf4")}
+rows = [(p, f"{n / 2**30:.1f}", f"{n / weights['bf16']:.0%}") for p, n in weights.items()]
+pd.DataFrame(rows, columns=["precision", "weights, GiB", "of bf16"]).set_index("precision")
+
+# %% [markdown]
+# One matrix by hand, with the bitsandbytes call underneath: pack, unpack, compare.
+
+# %%
+import bitsandbytes.functional as bnb
+import torch
+
+full = loading.load(settings.falcon, "bf16")
+weight = full.model.transformer.h[0].mlp.dense_h_to_4h.weight.detach().float()
+packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+restored = bnb.dequantize_4bit(packed, state)
+print(f"{weight.nbytes:,} bytes in fp32, {packed.nbytes + state.absmax.nbytes:,} in nf4 with its scales")
+print(
+    f"relative error {(restored - weight).norm() / weight.norm():.3f}, {restored[0, :64].unique().numel()} values in a block"
+)
+
+# %% [markdown]
+# ## 2 · The silent failure
+#
+# This is how the documentation loads a model in 4 bits:
+
+# %%
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+checkpoint = loading.resolve(settings.falcon)
+plain = AutoModelForCausalLM.from_pretrained(
+    checkpoint, quantization_config=nf4, dtype=torch.bfloat16, device_map="auto"
+)
+print("is_quantized:", plain.is_quantized, "· is_loaded_in_4bit:", plain.is_loaded_in_4bit)
+
+# %% [markdown]
+# It says that it is quantized. Is it?
+
+# %%
+inputs = full.tokenizer("Once upon a time", return_tensors="pt").to(plain.device)["input_ids"]
+with torch.inference_mode():
+    same = torch.equal(plain(inputs).logits, full.model(inputs).logits)
+print(f"footprint {plain.get_memory_footprint():,} bytes, in bf16 {full.model.get_memory_footprint():,}")
+print("logits equal to bf16's, to the last bit:", same)
+
+# %%
+try:
+    quantization.verify_quantized(plain, "nf4")
+except quantization.QuantizationError as error:
+    print(error)
+results.record("plain_load_quantizes", not same, claim="A18")
+
+# %% [markdown]
+# Not one layer is. Since transformers 5.5 the code that replaces layers looks for the type `nn.Linear` exactly, and Falcon's
+# layers are of a subclass, `FalconLinear`. Whoever trusts the flag compares bf16 with bf16 and finds *almost no
+# difference*.
+#
+# `loading.load` swaps the subclass for `nn.Linear` while it loads (in full precision the logits stay identical) and then proves
+# by structure that every layer was converted: its class, its storage type and bytes, and one weight against the checkpoint.
+
+# %%
+del plain
+small = loading.load(settings.falcon, "nf4")
+quantization.verify_quantized(small.model, "nf4")
+loading.report_table(small)
+
+# %%
+results.record("nf4_layers", small.report.quantized_layers, "layers")
+results.record("nf4_share_of_bf16", round(small.report.stored_bytes / full.report.stored_bytes, 3), "of bf16")
+
+# %% [markdown]
+# ## 3 · The price, measured
+#
+# For each precision of this profile: bytes, how far the logits move, perplexity on stories that the stand-in never saw, and
+# decoding speed. *Perplexity* is the exponential of the mean negative log-likelihood of a token: 10 means
+# that the model is as unsure as if it chose among 10 tokens. In plain PyTorch, for one text:
+
+# %%
+import json
+from pathlib import Path
+
+lines = Path("data/perplexity_texts.jsonl").read_text(encoding="utf-8").splitlines()
+texts = [json.loads(line)["text"] for line in lines]
+ids = full.tokenizer(full.tokenizer.bos_token + texts[0], return_tensors="pt")["input_ids"]
+with torch.inference_mode():
+    nll = full.model(ids.to(full.model.device), labels=ids.to(full.model.device)).loss
+print(f"perplexity of the first text: {nll.exp():.3f}")
+print(f"the helper says the same: {evaluation.perplexity(full, texts[:1]).perplexity:.3f}")
+
+# %% [markdown]
+# The same for all texts and precisions. A precision that does not fit becomes a row that says so.
+
+
+# %%
+def first_logits(loaded) -> torch.Tensor:
+    ids = loaded.tokenizer(texts[0], return_tensors="pt")["input_ids"].to(loaded.model.device)
+    with torch.inference_mode():
+        return loaded.model(ids).logits[0].float().cpu()
+
+
+def speed(loaded) -> float:
+    sampling = Sampling(temperature=0, max_new_tokens=speed_tokens)
+    speeds = [generation.generate(loaded, "Once upon a time", sampling).tokens_per_second for _ in range(5)]
+    return sorted(speeds)[2]
+
+
+# %%
+def measure(ref, precision: str, texts: list[str]) -> dict:
+    if missing := memory.lacks(loading.config(ref), precision, hardware.detect()):
+        return {"precision": precision, "lacks": missing}
+    loaded = loading.load(ref, precision)
+    quality = evaluation.perplexity(loaded, texts)
+    row = {"precision": precision, "stored_bytes": loaded.report.stored_bytes, "perplexity": quality.perplexity}
+    row["nll"] = [nll / tokens for nll, tokens in zip(quality.nll, quality.text_tokens, strict=True)]
+    row |= {"tokens_per_second": speed(loaded), "logits": first_logits(loaded)}
+    loading.unload(loaded)
+    return row
+
+
+# %%
+loading.unload(full)
+loading.unload(small)
+falcon = [measure(settings.falcon, precision, texts[:texts_falcon]) for precision in settings.precisions]
+
+# %%
+results.record_figure("falcon_by_precision", plots.precision_comparison(falcon, settings.falcon.label))
+
+# %% [markdown]
+# ### How far the logits move
+#
+# The mean absolute difference of each precision's logits from bf16's, on the first text. Had the silent failure struck, its
+# bar would be exactly zero.
+
+# %%
+measured = {row["precision"]: row for row in falcon if "logits" in row}
+differences = {
+    p: (row["logits"] - measured["bf16"]["logits"]).abs().mean().item() for p, row in measured.items() if p != "bf16"
+}
+results.record_figure("logit_differences", plots.logit_differences(differences, settings.falcon.label))
+
+# %% [markdown]
+# ### Almost no difference?
+#
+# The article reports that 8-bit and 4-bit show almost no difference to bf16 in evaluation (A18). Every precision read the
+# *same* texts, so each text gives a pair: its loss in int8 or nf4 minus its loss in bf16. The interval is of the mean of
+# these differences.
+
+# %%
+from helpers import stats
+
+rows = []
+for p in ("int8", "nf4"):
+    if p in measured and "bf16" in measured:
+        change = stats.paired_difference(measured[p]["nll"], measured["bf16"]["nll"])
+        rows.append((p, f"{change.estimate:+.4f}", f"{change.low:+.4f} to {change.high:+.4f}"))
+        results.record(f"nll_change_{p}", round(change.estimate, 4), "nats/token", claim="A18")
+pd.DataFrame(rows, columns=["precision", "change of loss", "95% interval"]).set_index("precision")
+
+# %% [markdown]
+# ### Is 8-bit much faster than 4-bit?
+#
+# The article says so (A19). Others measured int8 as the slowest of all. Speed belongs to the machine, so here is yours:
+
+# %%
+for p, row in measured.items():
+    results.record(f"perplexity_{p}", round(row["perplexity"], 3), "")
+    results.record(f"speed_{p}", round(row["tokens_per_second"], 1), "tokens/s")
+if {"int8", "nf4"} <= measured.keys():
+    ratio = measured["int8"]["tokens_per_second"] / measured["nf4"]["tokens_per_second"]
+    print(f"int8 decodes {ratio:.2f} times as fast as nf4 on this machine")
+    results.record("int8_over_nf4_speed", round(ratio, 2), "x (speed)", claim="A19")
+
+# %% [markdown]
+# ## 4 · The same for the Llama side
+#
+# Llama's layers are plain `nn.Linear`, so its quantization needs no repair; it is proven all the same. On the laptop profile
+# SmolLM2's *bf16* is itself a 4-bit file (Q4_1) dequantized, so its int8 and nf4 are a second rounding. Its vocabulary is
+# another one, so its perplexity cannot be compared with Falcon's; bits per byte could.
+
+# %%
+llama = [measure(settings.llama_chat, precision, texts[:texts_llama]) for precision in settings.precisions]
+
+# %%
+results.record_figure("llama_by_precision", plots.precision_comparison(llama, settings.llama_chat.label))
+
+# %% [markdown]
+# ## What you saw
+#
+# A flag is not a proof: the plain 4-bit load changed nothing and said that it had. Repaired and proven, nf4 takes about a
+# quarter of bf16's bytes in the layers, and the loss it costs has an interval. Which precision is fastest is a property of
+# the machine and its kernels, not of the number of bits.
+
+# %%
+results.recorded()
+
+# %% [markdown]
+# ## Exercises
+#
+# **1.** How many bytes does an nf4 matrix of `rows` by `columns` take, with one fp32 scale for each block of 64 weights (no
+# double quantization)?
+
+
+# %% tags=["exercise"]
+def nf4_bytes(rows: int, columns: int) -> float: ...
+
+
+exercises.check("02-1", nf4_bytes)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def nf4_bytes(rows: int, columns: int) -> float:
+#     count = rows * columns
+#     return count / 2 + count / 64 * 4
+#
+#
+# exercises.check("02-1", nf4_bytes)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **2.** Write your own proof: count the quantized linear layers and all linear layers of a model. bitsandbytes' classes are
+# `Linear4bit` and `Linear8bitLt` in `bitsandbytes.nn`.
+
+
+# %% tags=["exercise"]
+def count_quantized(model: torch.nn.Module) -> tuple[int, int]: ...
+
+
+exercises.check("02-2", count_quantized)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# from bitsandbytes.nn import Linear4bit, Linear8bitLt
+#
+#
+# def count_quantized(model: torch.nn.Module) -> tuple[int, int]:
+#     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+#     quantized = [m for m in linear if isinstance(m, (Linear4bit, Linear8bitLt))]
+#     return len(quantized), len(linear)
+#
+#
+# exercises.check("02-2", count_quantized)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **3.** Quantize one row of weights to int8 by *absmax*: the largest absolute value becomes 127. Return the int8 tensor and
+# the scale that brings it back (`values * scale`).
+
+
+# %% tags=["exercise"]
+def absmax_int8(row: torch.Tensor) -> tuple[torch.Tensor, float]: ...
+
+
+exercises.check("02-3", absmax_int8)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def absmax_int8(row: torch.Tensor) -> tuple[torch.Tensor, float]:
+#     scale = row.abs().max().item() / 127
+#     return (row / scale).round().to(torch.int8), scale
+#
+#
+# exercises.check("02-3", absmax_int8)
+# ```
+#
+# </details>

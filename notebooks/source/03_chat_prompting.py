@@ -1,0 +1,300 @@
+# %% [markdown]
+# # 03 · Chat prompting: the format it was trained on
+#
+# **You will learn**
+# - what a base model does with a question, and what a chat model does;
+# - the exact text Falcon-180B-Chat was trained on, and why the function printed with its announcement builds another;
+# - stop strings, history, system prompts, and what happens when the context is full;
+# - how the same conversation looks in other models' formats.
+#
+# | profile | time | memory |
+# |---|---|---|
+# | `laptop` | 30 s | 2 GiB |
+# | `1x24gb` | minutes, after a download of 28 GB | one 24 GB GPU |
+# | `2x80gb`, `8x40gb`, `8x80gb` | many minutes, after a download of 720 GB | see notebook 00 |
+#
+# **Before:** [02 · Quantization](02_quantization.ipynb) · **Next:** the side-by-side comparison with Llama-2-70B, to come
+
+# %% tags=["parameters"]
+profile = "laptop"
+seed = 0
+question = "What do you like to do on the weekend?"
+max_new_tokens = 60
+
+# %%
+from helpers import chat, exercises, generation, loading, profiles, prompts, results, widgets
+from helpers.types import Sampling
+
+settings = profiles.load_profile(profile)
+profiles.table(settings)
+
+# %% [markdown]
+# ## 1 · Base against chat
+#
+# The base model has no prompt format: it continues text, and the article says that it is not meant for conversation but for
+# further fine-tuning (A20). The chat model was fine-tuned on conversations (Open-Platypus, UltraChat and Airoboros,
+# A23). The same question to both, plainly:
+
+# %%
+base = loading.load(settings.falcon, settings.precision)
+sampling = Sampling(temperature=0.6, top_p=0.9, max_new_tokens=max_new_tokens, seed=seed)
+base_reply = generation.generate(base, question, sampling)
+print(question + base_reply.text)
+print(f"\n[ended by: {base_reply.finish_reason}]")
+
+# %%
+loading.unload(base)
+talker = loading.load(settings.falcon_chat, settings.precision)
+chat_reply = generation.generate(talker, [{"role": "user", "content": question}], sampling)
+print(chat_reply.text)
+print(f"\n[ended by: {chat_reply.finish_reason}]")
+
+# %% [markdown]
+# The base model carries on writing until the token limit; the chat model answers as a partner would and ends its turn.
+
+# %%
+results.record("base_ended_by", base_reply.finish_reason, claim="A20")
+results.record("chat_ended_by", chat_reply.finish_reason, claim="A20")
+
+# %% [markdown]
+# ## 2 · The format, to the letter
+#
+# One line a turn: `System:`, `User:`, `Falcon:` (A21). The prompt ends with `Falcon:` and *no* space, because the space
+# belongs to the first word of the reply. In plain Python:
+
+# %%
+messages = [
+    {"role": "system", "content": "You are a friendly falcon."},
+    {"role": "user", "content": "Hello! How are you?"},
+    {"role": "assistant", "content": "I am well, thank you."},
+    {"role": "user", "content": "What do you eat?"},
+]
+names = {"system": "System", "user": "User", "assistant": "Falcon"}
+plain = "\n".join(f"{names[m['role']]}: {m['content']}" for m in messages) + "\nFalcon:"
+print(plain)
+
+# %% [markdown]
+# The helper renders the same text, and so does the tokenizer's own chat template:
+
+# %%
+falcon = prompts.format_for("falcon-chat")
+assert falcon.render(messages) == plain
+assert talker.format.render(messages) == talker.tokenizer.apply_chat_template(
+    messages, tokenize=False, add_generation_prompt=True
+)
+results.record("render_equals_template", True, claim="A21")
+
+# %% [markdown]
+# And this is what the model reads: tokens. Hover over one to see its id.
+
+# %%
+widgets.tokens_html(talker.tokenizer, talker.tokenizer(talker.format.render(messages))["input_ids"])
+
+# %% [markdown]
+# ## 3 · The printed `format_prompt` is wrong
+#
+# The announcement prints a function that builds the prompt from a message, the history and a system prompt. Its last
+# line stands *inside* the loop over the history. `prompts.published_format_prompt` does what that function does. With an
+# empty history the user's message is gone:
+
+# %%
+wrong = prompts.published_format_prompt
+print(wrong("Is a saddle an animal?", history=[], system_prompt="You are a friendly falcon."))
+
+# %% [markdown]
+# With two turns of history the message is asked twice, in the middle of the past:
+
+# %%
+history = [("Hello!", "Hi there."), ("How are you?", "I am well.")]
+print(wrong("Is a saddle an animal?", history=history, system_prompt=""))
+
+# %%
+said = [{"role": r, "content": t} for turn in history for r, t in zip(("user", "assistant"), turn, strict=True)]
+right = falcon.render([*said, {"role": "user", "content": "Is a saddle an animal?"}])
+print(right)
+
+# %%
+lost = "saddle" not in wrong("Is a saddle an animal?", history=[], system_prompt="")
+asked = wrong("Is a saddle an animal?", history=history, system_prompt="").count("saddle")
+results.record("published_loses_message", lost, claim="A22")
+results.record("published_asks_times", asked, "times", claim="A22")
+
+# %% [markdown]
+# Does it matter? Here is the chat model's reply to each, greedily. With the wrong prompt it has never seen the question.
+
+# %%
+greedy = Sampling(temperature=0, max_new_tokens=40)
+for name, text in (
+    ("wrong", wrong(question, history=[], system_prompt="You are a friendly falcon.")),
+    ("right", falcon.render([messages[0], {"role": "user", "content": question}])),
+):
+    reply = generation.generate(talker, text, greedy)
+    print(f"{name} prompt: {text!r}\n       reply: {reply.text!r}\n")
+
+# %% [markdown]
+# ## 4 · One conversation, four formats
+#
+# Every family was trained on its own text. A format that the model never saw costs quality without any error message.
+
+# %%
+for name in ("falcon-chat", "llama-2", "chatml", "plain"):
+    print(f"--- {name} " + "-" * (60 - len(name)))
+    print(prompts.format_for(name).render(messages))
+
+# %% [markdown]
+# ## 5 · Where to stop
+#
+# Falcon-180B-Chat's history holds no end token, so a model may go on and write the user's next line itself. Hence the *stop
+# string*: generation ends as soon as `\nUser:` appears, and the string is cut from the reply. In a stream the first
+# characters of a possible stop string have to be held back until it is clear whether it comes.
+
+# %%
+print("stop strings:", talker.format.stop_strings)
+text = "I like to fly.\nUser: Why?\nFalcon: It is fun."
+for stop in talker.format.stop_strings:
+    text = text.split(stop)[0]
+print("cut:", repr(text))
+
+# %% [markdown]
+# ## 6 · A conversation
+#
+# A chat is a list of messages that grows. Plainly, each turn renders the whole list again:
+
+# %%
+turns = []
+for question_text in ("Hello!", "What is your favorite movie?"):
+    turns.append({"role": "user", "content": question_text})
+    reply = generation.generate(talker, turns, sampling)
+    turns.append({"role": "assistant", "content": reply.text})
+    print(f"User: {question_text}\nFalcon: {reply.text}")
+
+# %% [markdown]
+# `Chat` keeps the list, the system prompt and the seeds, and counts the tokens left. It saves to a JSON file.
+
+# %%
+conversation = chat.Chat(talker, system="You are a friendly falcon.", sampling=sampling)
+for question_text in ("Hello!", "Do you like music?", "What kind of music?"):
+    print("User:", question_text)
+    print("Falcon:", conversation.ask(question_text).text)
+print(f"\n{conversation.tokens_left()} tokens of the context are left")
+
+# %% [markdown]
+# ### When the context is full
+#
+# Cutting tokens off the front would leave half a turn and no system prompt. `fit` drops whole turns, oldest first, keeps the
+# system message and the last question, and raises an error when even these are too long.
+
+# %%
+tokenizer, limit = talker.tokenizer, 60
+long = [messages[0], *messages[1:3] * 6, messages[-1]]
+kept = talker.format.fit(long, tokenizer, limit)
+print(f"{len(long)} messages, {len(tokenizer(talker.format.render(long))['input_ids'])} tokens")
+print(f"{len(kept)} kept, {len(tokenizer(talker.format.render(kept))['input_ids'])} tokens, at most {limit}\n")
+print(talker.format.render(kept))
+
+# %%
+results.record("fit_messages_kept", len(kept), "messages")
+results.record("fit_keeps_system", kept[0] == messages[0])
+
+# %% [markdown]
+# ## 7 · Talk to it
+#
+# Type, change the temperature, stop a reply half-way, look at the literal prompt. In an unattended run the panel plays the
+# script below and shows the transcript instead.
+
+# %%
+script = ["Hello! How are you?", "What did you do today?", "Tell me a story about a little bird."]
+panel_chat = chat.Chat(talker, sampling=sampling)
+widgets.chat_panel(panel_chat, script=script)
+
+# %% [markdown]
+# ## What you saw
+#
+# The chat format is plain text, and a prompt is right only if it equals, character by character, what the model was trained
+# on. The printed function drops or repeats the question, without an error. Stop strings and whole-turn truncation keep a
+# long conversation in form.
+
+# %%
+results.recorded()
+
+# %% [markdown]
+# ## Exercises
+#
+# **1.** Repair `format_prompt`: from a message, a history of (user, falcon) pairs and a system prompt (which may be empty)
+# to the text of section 2.
+
+
+# %% tags=["exercise"]
+def format_prompt(message: str, history: list[tuple[str, str]], system_prompt: str) -> str: ...
+
+
+exercises.check("03-1", format_prompt)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def format_prompt(message: str, history: list[tuple[str, str]], system_prompt: str) -> str:
+#     prompt = f"System: {system_prompt}\n" if system_prompt else ""
+#     for user, falcon in history:
+#         prompt += f"User: {user}\nFalcon: {falcon}\n"
+#     return prompt + f"User: {message}\nFalcon:"  # after the loop, not in it
+#
+#
+# exercises.check("03-1", format_prompt)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **2.** Fit a history into a limit: drop whole turns, oldest first, until the words of all turns and of the question are at
+# most `limit`. Count words with `str.split`.
+
+
+# %% tags=["exercise"]
+def trim(history: list[tuple[str, str]], question: str, limit: int) -> list[tuple[str, str]]: ...
+
+
+exercises.check("03-2", trim)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def trim(history: list[tuple[str, str]], question: str, limit: int) -> list[tuple[str, str]]:
+#     def words(turns):
+#         return len(question.split()) + sum(len(text.split()) for turn in turns for text in turn)
+#
+#     while history and words(history) > limit:
+#         history = history[1:]
+#     return history
+#
+#
+# exercises.check("03-2", trim)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **3.** Cut a reply at the earliest of several stop strings.
+
+
+# %% tags=["exercise"]
+def cut(text: str, stop_strings: tuple[str, ...]) -> str: ...
+
+
+exercises.check("03-3", cut)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def cut(text: str, stop_strings: tuple[str, ...]) -> str:
+#     found = [text.find(stop) for stop in stop_strings if stop in text]
+#     return text[: min(found, default=len(text))]
+#
+#
+# exercises.check("03-3", cut)
+# ```
+#
+# </details>

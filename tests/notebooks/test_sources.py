@@ -1,0 +1,70 @@
+"""Rules that every notebook keeps, and the agreement of each notebook with its source."""
+
+import ast
+import re
+
+import jupytext
+import nbformat
+import pytest
+
+from helpers import runner
+from helpers.types import ROOT
+
+SOURCES = sorted((ROOT / "notebooks" / "source").glob("*.py"))
+NOTEBOOKS = [ROOT / "notebooks" / f"{path.stem}.ipynb" for path in SOURCES]
+MOST_LINES = 14
+
+
+def source_cells(path, kind):
+    return [c for c in jupytext.read(path)["cells"] if c["cell_type"] == kind]
+
+
+def test_the_notebooks_are_those_of_the_sources():
+    assert sorted((ROOT / "notebooks").glob("*.ipynb")) == NOTEBOOKS
+    assert [path.stem[:2] for path in SOURCES] == [f"{i:02}" for i in range(len(SOURCES))]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_cells_are_short_and_parameters_are_literals(path):
+    code = source_cells(path, "code")
+    for cell in code:
+        assert len(cell["source"].splitlines()) <= MOST_LINES, cell["source"]
+    tagged = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    for statement in ast.parse(tagged[0]["source"]).body:
+        assert isinstance(statement, ast.Assign)
+        ast.literal_eval(statement.value)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_every_notebook_has_its_parts(path):
+    text = "\n".join(c["source"] for c in source_cells(path, "markdown"))
+    assert text.startswith(f"# {path.stem[:2]} · ")
+    for heading in ("**You will learn**", "## What you saw", "## Exercises", "| profile | time | memory |"):
+        assert heading in text
+    first_table = source_cells(path, "code")[1]["source"]
+    assert "profiles.table(settings)" in first_table
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_committed_notebook_is_rendered_from_its_source(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    source = jupytext.read(ROOT / "notebooks" / "source" / f"{path.stem}.py")
+    assert runner.cells_hash(notebook) == runner.cells_hash(source)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_committed_notebook_is_clean(path):
+    notebook, text = nbformat.read(path, as_version=4), path.read_text(encoding="utf-8")
+    assert "papermill" not in notebook["metadata"]
+    assert "widgets" not in notebook["metadata"]
+    assert "widget-view+json" not in text
+    assert not any("injected-parameters" in c["metadata"].get("tags", []) for c in notebook["cells"])
+    assert str(ROOT) not in text
+    assert not re.search(r"(?<![\w.])/(home|root|Users|tmp)/", text)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code" and cell["source"]:
+            assert cell["execution_count"], f"never run: {cell['source'][:60]}"
+            assert not any(o["output_type"] == "error" for o in cell["outputs"])
+            assert not any(o.get("name") == "stderr" for o in cell["outputs"])

@@ -1,0 +1,149 @@
+"""The command ``workbook``: its exit codes, what it prints, and that it answers at once."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from helpers import cli, runner
+from helpers.runner import execution, folder
+
+PARAMETERS = 'profile = "laptop"\nseed = 0'
+
+
+def make_notebook(directory, name, source):
+    cells = [
+        {"cell_type": "code", "id": f"c{index}", "metadata": {"tags": tags}, "source": text, "outputs": [],
+         "execution_count": None}
+        for index, (text, tags) in enumerate([(PARAMETERS, ["parameters"]), (source, [])])
+    ]  # fmt: skip
+    directory.mkdir(parents=True, exist_ok=True)
+    document = {"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": cells}
+    (directory / f"{name}.ipynb").write_text(json.dumps(document))
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """Another project folder, with two notebooks of the laptop profile."""
+    make_notebook(tmp_path / "notebooks", "00_start_here", "from helpers import results\nresults.record('seed', seed)")
+    make_notebook(tmp_path / "notebooks", "01_loading", "raise ValueError('boom')")
+    monkeypatch.setattr(execution, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(folder, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def workbook(*arguments):
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "--only", "01", "-p", "sed=1"], ["sed", "profile, seed"]),
+        (["run", "--only", "07"], ["'07'", "00_start_here, 01_loading"]),
+        (["run", "--only", "00,07"], ["'07'"]),
+        (["run", "-p", "seed=x"], ["seed must be a whole number"]),
+        (["run", "-p", "seed"], ["name=value"]),
+        (["run", "--profile", "9x9gb"], ["9x9gb", "laptop"]),
+        (["run", "--resume", "nowhere"], ["nowhere is not a run folder"]),
+        (["report", "nowhere"], ["nowhere is not a run folder"]),
+        (["expect", "nowhere"], ["nowhere"]),
+        (["plan", "--profile", "9x9gb"], ["9x9gb"]),
+        (["run", "--nonsense"], ["nonsense"]),
+        (["nonsense"], ["nonsense"]),
+    ],
+)
+def test_usage_errors_exit_2_and_name_what_is_wrong(project, arguments, words):
+    result = workbook(*arguments)
+    assert result.exit_code == 2
+    assert all(word in result.stderr for word in words)
+    assert "Traceback" not in result.output
+    assert not (project / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_run_from_start_to_expected_values(project):
+    failed = workbook("run", "-p", "seed=5")
+    assert failed.exit_code == 1
+    (run,) = (project / "runs").iterdir()
+    assert run.name.endswith("Z-laptop")
+    lines = failed.stdout.splitlines()
+    assert "passed  00_start_here" in lines
+    assert "FAILED  01_loading: error in cell 3: ValueError: boom" in lines
+    assert f"Go on with what did not pass: workbook run --resume runs/{run.name}" in lines
+    assert lines[-1] == f"Report: {run / 'report.html'}"
+    assert "ValueError: boom" in (run / "report.html").read_text()
+
+    make_notebook(project / "notebooks", "01_loading", "1")
+    mended = workbook("run", "--resume", f"runs/{run.name}")
+    assert mended.exit_code == 0
+    assert "00_start_here: running" not in mended.stdout
+    assert json.loads((run / "manifest.json").read_text())["parameters"] == {"seed": "5"}
+
+    (project / "notebooks" / "expected").mkdir()
+    path = project / "notebooks" / "expected" / "laptop.json"
+    cited = {"value": 9, "tolerance": 1, "source": "citation somewhere"}
+    path.write_text(json.dumps({"00_start_here/cited": cited, "00_start_here/old": cited | {"source": "run x"}}))
+    kept = workbook("expect", str(run))
+    assert kept.exit_code == 0
+    assert json.loads(path.read_text()) == {
+        "00_start_here/cited": cited,
+        "00_start_here/seed": {"value": 5, "tolerance": 0, "source": f"run {run.name}"},
+    }
+    (run / "report.html").unlink()
+    assert workbook("report", str(run)).stdout.strip() == str(run / "report.html")
+    assert (run / "report.html").exists()
+
+
+def test_plan_shows_what_fits_and_what_lacks(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    result = workbook("plan", "--profile", "8x40gb")
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.stdout.splitlines()]
+    falcon = {line[1]: line for line in lines if line and line[0] == "falcon-180B" and line[1] in ("bf16", "nf4")}
+    assert falcon["bf16"][2] == "332.59"  # 178,557,088,768 parameters of two bytes
+    assert falcon["bf16"][-3] == "lacks"
+    assert falcon["nf4"][-1] == "yes"
+    assert any(line[:1] == ["meta-llama/Llama-2-70b-chat-hf"] for line in lines)
+    assert any(line[:1] == ["02_quantization"] for line in lines)
+
+
+def test_a_run_that_stopped_exits_1(monkeypatch):
+    def stopped(*_, **__):
+        raise runner.RunError("the run stopped: disk full")
+
+    monkeypatch.setattr(runner, "run", stopped)
+    result = workbook("run")
+    assert result.exit_code == 1
+    assert result.stderr == "Error: the run stopped: disk full\n"
+
+
+HEAVY = ["torch", "transformers", "papermill", "nbformat", "pandas", "matplotlib", "numpy", "scipy", "jupytext"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["run", "--only", "99"]])
+def test_answers_without_loading_anything_heavy(arguments):
+    code = (
+        "import sys\nfrom helpers.cli import app\n"
+        f"try: app({arguments!r})\nexcept SystemExit as end: code = end.code\n"
+        f"print('LOADED', [name for name in {HEAVY!r} if name in sys.modules], code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"LOADED [] {2 if '99' in arguments else 0}"
+
+
+def test_lab_is_this_environment_s_on_the_notebooks(monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execv", lambda *call: started.append(call))
+    assert workbook("lab").exit_code == 0
+    ((program, command),) = started
+    assert program == sys.executable
+    assert command[1:3] == ["-m", "jupyterlab"]
+    assert importlib.util.find_spec("jupyterlab")
+    assert any(option.endswith("/lab/tree/notebooks/00_start_here.ipynb") for option in command)

@@ -1,0 +1,139 @@
+"""helpers.hardware against psutil, the kernel's own interfaces, numpy's copy speed and made-up control groups."""
+
+import math
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from helpers import hardware
+from helpers.types import ROOT
+
+
+def files(folder, **texts):
+    """Control files in a folder; a double underscore in a name stands for the dot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / name.replace("__", ".")).write_text(f"{text}\n")
+    return folder
+
+
+def membership(tmp_path, text):
+    file = tmp_path / "cgroup"
+    file.write_text(text)
+    return file
+
+
+def test_detect_agrees_with_the_system():
+    machine = hardware.detect()
+    limit, room = hardware.memory_limit()
+    assert machine.ram_bytes == min(psutil.virtual_memory().total, limit)
+    assert 0 < machine.ram_available_bytes <= min(machine.ram_bytes, room * 1.1)
+    assert machine.cpu_count == max(1, int(min(len(os.sched_getaffinity(0)), hardware.cpu_limit())))
+    assert abs(machine.disk_free_bytes - shutil.disk_usage(ROOT).free) < 2**30
+    assert machine.python == platform.python_version()
+    assert machine.cpu_name
+    assert len(machine.gpus) == torch.cuda.device_count()
+
+
+def test_affinity_lowers_the_cpu_count():
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from helpers import hardware; "
+    code += "print(hardware._cpu_count())"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "1"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gpus_as_torch_sees_them():
+    for gpu, index in zip(hardware.detect().gpus, range(torch.cuda.device_count()), strict=True):
+        assert gpu.name == torch.cuda.get_device_name(index)
+        assert gpu.compute_capability == torch.cuda.get_device_capability(index)
+        assert 0 < gpu.free_bytes <= gpu.total_bytes
+    assert hardware.memory_bandwidth(device="cuda") > 1e11
+
+
+def test_version_2_limits_of_the_group_and_its_parents(tmp_path):
+    statistic = "anon 100\ninactive_file 300\nactive_file 7"
+    files(tmp_path / "job", memory__max=8000, memory__current=1000, cpu__max="400000 100000")
+    files(
+        tmp_path / "job" / "task",
+        memory__max="max",
+        memory__current=900,
+        memory__stat=statistic,
+        cpu__max="150000 100000",
+    )
+    belongs = membership(tmp_path, "0::/job/task\n")
+    assert hardware.memory_limit(tmp_path, belongs) == (8000, 7000)
+    assert hardware.cpu_limit(tmp_path, belongs) == 1.5
+
+
+def test_file_cache_counts_as_room(tmp_path):
+    files(tmp_path, memory__max=8000, memory__current=5000, memory__stat="anon 2000\ninactive_file 3000")
+    assert hardware.memory_limit(tmp_path, membership(tmp_path, "0::/\n")) == (8000, 6000)
+
+
+def test_the_smallest_limit_and_the_least_room_may_be_two_groups(tmp_path):
+    files(tmp_path / "a", memory__max=9000, memory__current=8500)
+    files(tmp_path / "a" / "b", memory__max=4000, memory__current=1000)
+    assert hardware.memory_limit(tmp_path, membership(tmp_path, "0::/a/b\n")) == (4000, 500)
+
+
+def test_version_1_limits(tmp_path):
+    statistic = "inactive_file 1\ntotal_inactive_file 500"
+    files(tmp_path / "memory" / "box", memory__limit_in_bytes=6000, memory__usage_in_bytes=2000, memory__stat=statistic)
+    files(tmp_path / "memory", memory__limit_in_bytes=2**63 - 4096, memory__usage_in_bytes=10**6)
+    files(tmp_path / "cpu,cpuacct" / "box", cpu__cfs_quota_us=50000, cpu__cfs_period_us=100000)
+    files(tmp_path / "cpu,cpuacct", cpu__cfs_quota_us=-1, cpu__cfs_period_us=100000)
+    belongs = membership(tmp_path, "9:cpu,cpuacct:/box\n4:memory:/box\n1:name=systemd:/box\n0::/\n")
+    assert hardware.memory_limit(tmp_path, belongs) == (6000, 4500)
+    assert hardware.cpu_limit(tmp_path, belongs) == 0.5
+
+
+def test_a_container_that_sees_its_group_as_the_root(tmp_path):
+    files(tmp_path, memory__max=4000, memory__current=1000, cpu__max="max 100000")
+    belongs = membership(tmp_path, "0::/docker/0123abcd\n")
+    assert hardware.memory_limit(tmp_path, belongs) == (4000, 3000)
+    assert hardware.cpu_limit(tmp_path, belongs) == math.inf
+
+
+def test_without_control_groups_nothing_is_limited(tmp_path):
+    assert hardware.memory_limit(tmp_path, tmp_path / "absent") == (math.inf, math.inf)
+    assert hardware.cpu_limit(tmp_path, tmp_path / "absent") == math.inf
+
+
+def test_a_small_quota_still_leaves_one_cpu(monkeypatch):
+    monkeypatch.setattr(hardware, "cpu_limit", lambda: 0.5)
+    assert hardware._cpu_count() == 1
+
+
+def test_bandwidth_is_near_numpys():
+    source = np.ones(2**24, dtype=np.float32)
+    target = source.copy()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        np.copyto(target, source)
+        seconds.append(time.perf_counter() - start)
+    copied = 2 * source.nbytes / statistics.median(seconds)
+    assert copied / 4 < hardware.memory_bandwidth(bytes=2**26, repeats=5) < copied * 4
+
+
+def test_process_memory_grows_with_what_is_held():
+    before = hardware.process_memory()
+    held = np.ones(2**24)
+    assert hardware.process_memory() - before > 0.9 * held.nbytes
+
+
+@pytest.mark.parametrize("room", ["hardware", "profiles", "memory"])
+def test_importing_a_room_imports_nothing_heavy(room):
+    heavy = "{'torch', 'transformers', 'pandas', 'pydantic', 'yaml', 'psutil', 'huggingface_hub'}"
+    code = f"import sys, helpers.{room}; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"

@@ -1,0 +1,578 @@
+"""helpers.memory against transformers on the meta device, tensors that are really held, accelerate, and brute force."""
+
+import itertools
+import json
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig
+
+from helpers import memory
+from helpers.types import GIB, Gpu, Machine, WorkbookError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FALCON_180B = "tiiuae/falcon-180B"
+PUBLISHED = memory.published_models()
+LINEARS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+
+
+def falcon(**changes):
+    fields = {
+        "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8, "num_kv_heads": 2,
+        "new_decoder_architecture": True,
+    }  # fmt: skip
+    return FalconConfig(**(fields | changes))
+
+
+def old_falcon(**changes):
+    return falcon(**({"new_decoder_architecture": False, "num_kv_heads": None} | changes))
+
+
+def llama(**changes):
+    fields = {
+        "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2,
+        "intermediate_size": 176, "tie_word_embeddings": False,
+    }  # fmt: skip
+    return LlamaConfig(**(fields | changes))
+
+
+SMALL = {
+    "180B's architecture": falcon(),
+    "one norm": falcon(num_ln_in_parallel_attn=1),
+    "biases": falcon(bias=True),
+    "wide": falcon(ffn_hidden_size=192, num_kv_heads=8),
+    "untied": falcon(tie_word_embeddings=False),
+    "7B's architecture": old_falcon(),
+    "1B's architecture": old_falcon(multi_query=False, parallel_attn=False, alibi=True, bias=True),
+    "Llama": llama(),
+    "Llama, tied": llama(tie_word_embeddings=True, num_key_value_heads=8),
+    "Llama, biases and wide heads": llama(attention_bias=True, mlp_bias=True, head_dim=16),
+}
+small = pytest.mark.parametrize("config", SMALL.values(), ids=SMALL.keys())
+
+
+def on_meta(config):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def real(config, dtype=torch.float32):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).to(dtype)
+
+
+def held(tensors):
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.fixture(scope="module")
+def published_180b():
+    return memory.published_config(FALCON_180B)
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repo_id", PUBLISHED)
+def test_counts_of_published_models(repo_id):
+    config = memory.published_config(repo_id)
+    model = on_meta(config)
+    assert memory.count_parameters(config) == model.num_parameters()
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    separate = model.num_parameters() + (head.numel() if head is embeddings else 0)
+    assert memory.count_parameters(config, tied=False) == separate
+
+
+@small
+def test_counts_of_every_architecture(config):
+    assert memory.count_parameters(config) == on_meta(config).num_parameters()
+
+
+def test_figures_of_falcon_180b(published_180b):
+    assert memory.count_parameters(published_180b) == 178_557_088_768
+    assert memory.count_parameters(published_180b, tied=False) == 179_522_565_120
+    assert sum(linear.weights for linear in memory.anatomy(published_180b).linears) * 80 == 177_586_831_360
+
+
+@pytest.mark.parametrize("repo_id", PUBLISHED)
+def test_published_fields_survive_as_published(repo_id):
+    fields = json.loads((memory.CONFIGS / f"{repo_id.replace('/', '--')}.json").read_text())
+    config = memory.published_config(repo_id).to_dict()
+    renamed = {"torch_dtype", "transformers_version", "rope_scaling", "_name_or_path"}
+    assert {key: config.get(key) for key in fields if key not in renamed} == {
+        key: value for key, value in fields.items() if key not in renamed
+    }
+    assert config["dtype"] == fields["torch_dtype"]
+
+
+def test_the_largest_published_models_are_there():
+    assert {FALCON_180B, "tiiuae/falcon-40b", "tiiuae/falcon-7b", "meta-llama/Llama-2-70b-chat-hf"} <= set(PUBLISHED)
+    with pytest.raises(WorkbookError, match=r"falcon-180b.*there are .*tiiuae/falcon-180B"):
+        memory.published_config("tiiuae/falcon-180b")
+
+
+def test_a_family_without_formulas_is_refused():
+    from transformers import GPT2Config
+
+    with pytest.raises(WorkbookError, match="falcon, llama, not 'gpt2'"):
+        memory.count_parameters(GPT2Config())
+
+
+@small
+def test_parameter_table_adds_up_to_the_models_tensors(config):
+    parts = {
+        "embeddings": ("word_embeddings", "embed_tokens"),
+        "attention qkv": ("query_key_value", "q_proj", "k_proj", "v_proj"),
+        "attention out": ("self_attention.dense", "o_proj"),
+        "mlp up": ("h_to_4h", "gate_proj", "up_proj"),
+        "mlp down": ("4h_to_h", "down_proj"),
+        "norms": ("norm", ".ln_"),
+        "head": ("lm_head",),
+    }
+    counted = dict.fromkeys(parts, 0)
+    for name, tensor in on_meta(config).named_parameters():
+        (part,) = [part for part, words in parts.items() if any(word in name for word in words)]
+        counted[part] += tensor.numel()
+    table = memory.parameter_table(config)
+    assert table["parameters"].to_dict() == counted
+    assert table["share"].sum() == pytest.approx(1)
+    layers = table.drop(index=["embeddings", "head", "norms"])
+    assert (layers["per_layer"] * config.num_hidden_layers == layers["parameters"]).all()
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+@small
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_weight_bytes_are_what_torch_holds(config, precision, dtype):
+    assert memory.weight_bytes(config, precision) == held(real(config, dtype).parameters())
+
+
+def test_published_weight_sizes(published_180b):
+    sizes = {precision: memory.weight_bytes(published_180b, precision) / GIB for precision in ("bf16", "int8", "nf4")}
+    assert sizes == pytest.approx({"bf16": 332.59, "int8": 167.2, "nf4": 94.84}, abs=0.05)
+    assert memory.weight_bytes(published_180b, "nf4", double_quant=True) / GIB == pytest.approx(87.13, abs=0.01)
+
+
+def quantization_states(parameter):
+    """All that bitsandbytes keeps beside a quantized weight."""
+    state = getattr(parameter, "quant_state", None)
+    scale = getattr(parameter, "SCB", None)
+    if scale is not None:
+        return [scale]
+    if state is None:
+        return []
+    nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+    return [state.absmax, state.code, *nested]
+
+
+@pytest.mark.parametrize(
+    ("precision", "double_quant"), [("int8", False), ("nf4", False), ("nf4", True)], ids=["int8", "nf4", "nf4 double"]
+)
+@pytest.mark.parametrize(
+    "config", [falcon(), falcon(hidden_size=192, bias=True), llama()], ids=["Falcon", "biases", "Llama"]
+)
+def test_quantized_bytes_are_what_bitsandbytes_holds(config, precision, double_quant, tmp_path, monkeypatch):
+    import transformers.models.falcon.modeling_falcon as falcon_modeling
+    from transformers import BitsAndBytesConfig
+
+    monkeypatch.setattr(falcon_modeling, "FalconLinear", torch.nn.Linear)  # else transformers quantizes nothing
+    real(config, torch.bfloat16).save_pretrained(tmp_path)
+    how = {"load_in_8bit": True} if precision == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    quantization = BitsAndBytesConfig(**how, bnb_4bit_use_double_quant=double_quant)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization, dtype=torch.bfloat16)
+    states = [state for parameter in model.parameters() for state in quantization_states(parameter)]
+    assert states
+    stored = held(model.parameters()) + held(states)
+    assert memory.weight_bytes(config, precision, double_quant=double_quant) == stored
+
+
+def test_an_unknown_precision_lists_the_known_ones(published_180b):
+    with pytest.raises(WorkbookError, match="unknown precision 'int4'; there are fp32, bf16"):
+        memory.weight_bytes(published_180b, "int4")
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def test_published_cache_sizes(published_180b):
+    assert memory.kv_bytes_per_token(published_180b) == 4_751_360
+    assert memory.kv_bytes_per_token(published_180b, heads="kv") == 163_840
+    assert memory.kv_bytes_per_token(published_180b, "nf4") == 4_751_360
+    assert memory.kv_bytes_per_token(published_180b, "fp32", heads="kv") == 327_680
+    assert memory.estimate(published_180b, "bf16").kv_cache / GIB == pytest.approx(9.06, abs=0.01)
+    # 2 (keys and values) x 80 layers x 8 heads x 128 x 2 bytes, Llama 2 70B
+    assert memory.kv_bytes_per_token(memory.published_config("meta-llama/Llama-2-70b-chat-hf")) == 327_680
+
+
+@small
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_real_cache_holds_the_estimated_bytes(config, precision, dtype):
+    batch_size, tokens = 2, 11
+    with torch.inference_mode():
+        cache = real(config, dtype)(torch.zeros(batch_size, tokens, dtype=torch.long), use_cache=True).past_key_values
+    stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    estimate = memory.estimate(config, precision, batch_size=batch_size, context_tokens=tokens)
+    assert estimate.kv_cache == stored
+    assert memory.kv_bytes_per_token(config, precision) == stored // (batch_size * tokens)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def one_step(model, parameters, vocabulary=96):
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    ids = torch.randint(0, vocabulary, (1, 8))
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return optimizer
+
+
+def moments(optimizer):
+    """AdamW's two moments, without its step counters of a few bytes."""
+    return [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
+
+
+@small
+def test_a_step_in_fp32_holds_the_estimated_bytes(config):
+    model = real(config)
+    optimizer = one_step(model, model.parameters())
+    optimizer.step()
+    estimate = memory.estimate(config, "fp32", mode="full")
+    assert estimate.weights == held(model.parameters())
+    assert estimate.gradients == held(parameter.grad for parameter in model.parameters())
+    assert estimate.optimizer == held(moments(optimizer))
+
+
+@small
+def test_a_mixed_precision_step_holds_sixteen_bytes_a_parameter(config):
+    model = real(config, torch.bfloat16)
+    masters = [parameter.detach().float().requires_grad_() for parameter in model.parameters()]
+    optimizer = one_step(model, masters)
+    gradients = held(parameter.grad for parameter in model.parameters())
+    for master, parameter in zip(masters, model.parameters(), strict=True):
+        master.grad = parameter.grad.float()
+    optimizer.step()
+    estimate = memory.estimate(config, "bf16", mode="full")
+    assert estimate.gradients == gradients
+    assert estimate.optimizer == held(masters) + held(moments(optimizer))
+    assert estimate.weights + estimate.gradients + estimate.optimizer == 16 * model.num_parameters()
+
+
+@pytest.mark.parametrize("config", [falcon(), old_falcon(), llama()], ids=["new", "old", "Llama"])
+@pytest.mark.parametrize("rank", [4, 8])
+def test_a_lora_step_holds_the_estimated_bytes(config, rank):
+    from peft import LoraConfig, get_peft_model
+
+    targets = LINEARS if config.model_type == "falcon" else "all-linear"
+    model = get_peft_model(real(config, torch.bfloat16), LoraConfig(r=rank, target_modules=targets))
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = one_step(model, adapters)
+    optimizer.step()
+    estimate = memory.estimate(config, "bf16", mode="lora", lora_rank=rank)
+    assert estimate.gradients == held(adapter.grad for adapter in adapters)
+    assert estimate.optimizer == held(moments(optimizer))
+    assert estimate.weights == held(model.parameters())
+
+
+def test_qlora_is_the_quantized_base_and_the_same_adapters():
+    config = falcon()
+    lora, qlora = memory.estimate(config, "bf16", mode="lora"), memory.estimate(config, "nf4", mode="qlora")
+    assert (qlora.gradients, qlora.optimizer) == (lora.gradients, lora.optimizer)
+    assert qlora.weights - lora.weights == memory.weight_bytes(config, "nf4") - memory.weight_bytes(config, "bf16")
+    assert qlora.kv_cache == lora.kv_cache == 0
+
+
+@pytest.mark.parametrize(
+    ("precision", "mode", "says"),
+    [
+        ("nf4", "full", "mode='qlora'"),
+        ("int8", "lora", "mode='qlora'"),
+        ("bf16", "qlora", "mode='lora'"),
+        ("bf16", "training", "inference, full, lora, qlora"),
+        ("bf17", "full", "fp32, bf16"),
+    ],
+)
+def test_work_that_is_not_possible_is_refused(precision, mode, says, published_180b):
+    with pytest.raises(WorkbookError, match=says):
+        memory.estimate(published_180b, precision, mode=mode)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes alive at once of the storages that torch makes, ``known`` tensors left out."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.alive = self.peak = 0
+        self.seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.seen:
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage):
+        self.seen.add(storage._cdata)
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
+
+    def _drop(self, key, size):
+        self.seen.discard(key)
+        self.alive -= size
+
+
+WIDE = {
+    "180B's architecture": falcon(hidden_size=256),
+    "7B's architecture": old_falcon(hidden_size=256),
+    "Llama": llama(hidden_size=256, intermediate_size=704),
+}
+wide = pytest.mark.parametrize("config", WIDE.values(), ids=WIDE.keys())
+
+
+@wide
+def test_activations_of_inference_bound_the_measured_peak(config):
+    model, ids = real(config, torch.bfloat16).eval(), torch.zeros(1, 256, dtype=torch.long)
+    with torch.no_grad(), Peak([*model.parameters(), *model.buffers()]) as peak:
+        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    estimate = memory.estimate(config, "bf16", context_tokens=256)
+    assert 0.5 < (peak.peak - stored) / estimate.activations < 1.05
+
+
+def training_peak(config, mode, checkpointing):
+    from peft import LoraConfig, get_peft_model
+
+    model, ids = real(config, torch.bfloat16).train(), torch.zeros(1, 256, dtype=torch.long)
+    if mode == "lora":
+        targets = LINEARS if config.model_type == "falcon" else "all-linear"
+        model = get_peft_model(model, LoraConfig(target_modules=targets))
+        model.enable_input_require_grads()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in trained]
+    with Peak([*model.parameters(), *model.buffers(), *gradients]) as peak:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return peak.peak
+
+
+@wide
+@pytest.mark.parametrize("vocabulary", [96, 8192], ids=["layers peak", "loss peaks"])
+@pytest.mark.parametrize(("mode", "checkpointing"), [("full", True), ("full", False), ("lora", True)])
+def test_activations_of_training_are_near_the_measured_peak(config, vocabulary, checkpointing, mode):
+    changed = type(config)(**(config.to_dict() | {"vocab_size": vocabulary}))
+    estimate = memory.estimate(changed, "bf16", mode=mode, context_tokens=256, checkpointing=checkpointing)
+    assert 0.7 < training_peak(changed, mode, checkpointing) / estimate.activations < 1.15
+
+
+def test_falcons_layer_keeps_thirty_bytes_a_token_and_hidden_unit(published_180b):
+    """Korthikanti et al. count 34sbh with dropout and a sequential block; 30sbh is left for Falcon-180B's."""
+    kept = memory.estimate(published_180b, "bf16", mode="full", checkpointing=False)
+    checkpointed = memory.estimate(published_180b, "bf16", mode="full")
+    assert memory.anatomy(published_180b).kept == 15 * 14848
+    sbh = 2048 * 14848
+    loss = 12 * 2048 * 65024
+    assert checkpointed.activations == 80 * 2 * sbh + loss
+    assert kept.activations == 80 * 30 * sbh + loss
+
+
+# --- placement --------------------------------------------------------------------------------------------------------
+
+
+def room(config, precision, gpus, **work):
+    """What place may use of each device, by its own rule: a share reserved, one layer's activations free."""
+    activations = memory.activation_bytes(config, precision, **work)
+    return [gpu * (1 - memory.RESERVED) - activations for gpu in gpus]
+
+
+def test_bf16_falcon_180b_on_eight_gpus(published_180b):
+    placement = memory.place(published_180b, "bf16", [80e9] * 8)
+    assert placement.fits
+    assert not placement.why_not
+    layers = [placement.device_map[f"transformer.h.{i}"] for i in range(80)]
+    assert layers == sorted(layers)
+    assert [layers.count(device) for device in range(8)] == [10] * 8
+    assert placement.device_map["transformer.word_embeddings"] == placement.device_map["lm_head"] == 0
+    assert placement.device_map["transformer.ln_f"] == 7
+
+
+def test_what_does_not_fit_says_what_it_lacks(published_180b):
+    placement = memory.place(published_180b, "bf16", [80e9] * 2)
+    missing = sum(placement.per_device_bytes.values()) - sum(room(published_180b, "bf16", [80e9] * 2))
+    assert not placement.fits
+    assert placement.why_not == f"lacks {missing / GIB:.1f} GiB over 2 devices of 74.5 GiB"
+    assert missing / GIB == pytest.approx(332.59 + 9.06 - 2 * 74.5 * 0.95 + 2 * 0.85, abs=0.2)
+
+
+def test_devices_of_different_sizes_and_a_single_one(published_180b):
+    mixed = memory.place(published_180b, "bf16", [24e9, 80e9])
+    assert mixed.why_not.endswith("over 2 devices of 22.4 and 74.5 GiB")
+    assert memory.place(published_180b, "nf4", [40e9]).why_not.endswith("over 1 device of 37.3 GiB")
+    with pytest.raises(WorkbookError, match="at least one device"):
+        memory.place(published_180b, "nf4", [])
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize("repo_id", [FALCON_180B, "tiiuae/falcon-7b", "meta-llama/Llama-2-70b-chat-hf"])
+def test_bytes_of_each_device_are_accelerates(repo_id, precision, dtype):
+    from accelerate.utils import compute_module_sizes
+
+    config = memory.published_config(repo_id)
+    placement = memory.place(config, precision, [80e9] * 8, context_tokens=1000)
+    sizes = compute_module_sizes(on_meta(config).to(dtype))
+    layers = config.num_hidden_layers
+    cache = 1000 * memory.kv_bytes_per_token(config, precision) // layers
+    expected = dict.fromkeys(range(8), 0)
+    for name, device in placement.device_map.items():
+        if "rotary" in name or (name == "lm_head" and config.tie_word_embeddings):
+            continue  # buffers of some hundred bytes; a tied head's matrix is the embeddings'
+        expected[device] += sizes[name] + (cache if ".h." in name or ".layers." in name else 0)
+    assert placement.per_device_bytes == expected
+
+
+@pytest.mark.parametrize("precision", ["bf16", "nf4"])
+def test_device_bytes_sum_to_weights_and_cache(published_180b, precision):
+    placement = memory.place(published_180b, precision, [80e9] * 8, batch_size=2, context_tokens=512)
+    estimate = memory.estimate(published_180b, precision, batch_size=2, context_tokens=512)
+    assert sum(placement.per_device_bytes.values()) == estimate.weights + estimate.kv_cache
+
+
+@pytest.mark.parametrize("count", range(4, 9))
+def test_where_accelerate_finds_room_place_does_too(published_180b, count):
+    from accelerate import infer_auto_device_map
+
+    limits = room(published_180b, "bf16", [80e9] * count, context_tokens=0)
+    model = on_meta(published_180b).to(torch.bfloat16)
+    memory_of_each = {device: int(limit) for device, limit in enumerate(limits)} | {"cpu": 10**12}
+    found = infer_auto_device_map(model, max_memory=memory_of_each, no_split_module_classes=["FalconDecoderLayer"])
+    placement = memory.place(published_180b, "bf16", [80e9] * count, context_tokens=0)
+    assert placement.fits == (count >= 5)
+    assert placement.fits or "cpu" in found.values()
+    assert set(placement.device_map) == set(found)
+
+
+@small
+def test_the_device_map_is_one_that_transformers_loads(config, tmp_path):
+    model = real(config)
+    model.save_pretrained(tmp_path)
+    placement = memory.place(config, "fp32", [1e9, 1e9])
+    assert set(placement.device_map.values()) == {0, 1}
+    from accelerate.utils import check_device_map
+
+    check_device_map(model, placement.device_map)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=dict.fromkeys(placement.device_map, "cpu"))
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.inference_mode():
+        assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+
+
+def machine(ram=0, gpus=()):
+    cards = tuple(Gpu(i, "GPU", int(size), int(size), (8, 0)) for i, size in enumerate(gpus))
+    return Machine(cards, ram, ram, 0, 2, "CPU", "Linux", "3.11")
+
+
+def test_what_a_machine_lacks(published_180b):
+    needed = memory.estimate(published_180b, "nf4", context_tokens=100).total
+    assert memory.lacks(published_180b, "nf4", machine(ram=needed), context_tokens=100) == ""
+    short = machine(ram=needed - 3 * GIB)
+    assert memory.lacks(published_180b, "nf4", short, context_tokens=100) == "lacks 3.0 GiB of memory"
+    assert memory.lacks(published_180b, "nf4", machine(gpus=[80e9] * 2)) == ""
+    two = memory.place(published_180b, "bf16", [80e9] * 2).why_not
+    assert memory.lacks(published_180b, "bf16", machine(ram=10**13, gpus=[80e9] * 2)) == two != ""
+
+
+configs = st.one_of(
+    st.builds(falcon, num_hidden_layers=st.integers(1, 7), vocab_size=st.integers(10, 4000)),
+    st.builds(llama, num_hidden_layers=st.integers(1, 7), vocab_size=st.integers(10, 4000)),
+)
+devices = st.lists(st.integers(10**4, 3 * 10**6), min_size=1, max_size=4)
+
+
+def every_split(pieces, count):
+    """All ways to cut so many pieces, in order, over ``count`` devices."""
+    for cuts in itertools.combinations_with_replacement(range(pieces + 1), count - 1):
+        yield list(itertools.pairwise([0, *cuts, pieces]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(configs, devices, st.sampled_from(["fp32", "bf16", "int8", "nf4"]), st.integers(0, 40))
+def test_placement_of_any_model_on_any_devices(config, gpus, precision, tokens):
+    placement = memory.place(config, precision, gpus, context_tokens=tokens)
+    shape = memory.anatomy(config)
+    layers = [f"{shape.layers_name}.{i}" for i in range(shape.layers)]
+    others = {shape.embeddings_name, shape.rotary_name, shape.final_norm_name, "lm_head"}
+    assert set(placement.device_map) == set(layers) | others
+    order = [placement.device_map[name] for name in (shape.embeddings_name, *layers, shape.final_norm_name)]
+    assert order == sorted(order)
+    estimate = memory.estimate(config, precision, context_tokens=tokens)
+    assert sum(placement.per_device_bytes.values()) == estimate.weights + estimate.kv_cache
+    limits = room(config, precision, gpus, context_tokens=tokens)
+    used = [placement.per_device_bytes[device] for device in range(len(gpus))]
+    within = all(size <= max(limit, 1) for size, limit in zip(used, limits, strict=True))
+    assert placement.fits == within == (not placement.why_not)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.lists(st.integers(5, 120), min_size=1, max_size=4))
+def test_no_split_leaves_the_fullest_device_emptier_or_the_load_more_even(sizes, room_of_each):
+    def load(split):
+        """(share of the fullest device, unevenness) of a way to cut the pieces."""
+        used = [sum(sizes[start:end]) for start, end in split]
+        pairs = list(zip(used, room_of_each, strict=True))
+        return max(size / free for size, free in pairs), sum(size**2 / free for size, free in pairs)
+
+    found = memory._spread(sizes, room_of_each)
+    assert found == sorted(found)
+    ends = list(itertools.accumulate(found.count(device) for device in range(len(room_of_each))))
+    fullest, uneven = load(itertools.pairwise([0, *ends]))
+    splits = [load(split) for split in every_split(len(sizes), len(room_of_each))]
+    least = min(share for share, _ in splits)
+    assert fullest == pytest.approx(least, rel=1e-9)
+    assert uneven == pytest.approx(min(u for share, u in splits if share <= least * (1 + 1e-9)), rel=1e-9)
+
+
+# --- the article's claims ---------------------------------------------------------------------------------------------
+
+
+def test_hardware_claims_quote_the_article_and_the_estimate(published_180b):
+    claims = memory.hardware_claims().set_index("claim")
+    assert claims["published GB"].to_dict() == {"A13": 5120, "A14": 1280, "A15": 160, "A16": 640, "A17": 320}
+    assert claims.loc["A16", "estimate GiB"] == round(memory.estimate(published_180b, "bf16").total / GIB)
+    assert claims.loc["A13", "estimate GB"] == pytest.approx(16 * 178.557, rel=0.01)
+    assert (claims["estimate GB"] < claims["published GB"]).all()
+    assert (claims["least 80 GB GPUs"] <= claims["least 40 GB GPUs"]).all()
+
+
+@pytest.mark.parametrize(("claim", "precision"), [("A16", "bf16"), ("A17", "nf4")])
+@pytest.mark.parametrize(("column", "size"), [("least 80 GB GPUs", 80e9), ("least 40 GB GPUs", 40e9)])
+def test_the_least_number_of_gpus_fits_and_one_less_does_not(published_180b, claim, precision, column, size):
+    least = memory.hardware_claims().set_index("claim").loc[claim, column]
+    assert memory.place(published_180b, precision, [size] * least).fits
+    assert not memory.place(published_180b, precision, [size] * (least - 1)).fits
+
+
+def test_the_least_number_of_gpus_for_full_fine_tuning_by_hand():
+    """178.557e9 x 16 bytes over n GPUs of 80e9 x 0.95, less 6.46e9 of activations and one layer of 4.44e9 gathered."""
+    claims = memory.hardware_claims().set_index("claim")
+    assert claims.loc["A13", "least 80 GB GPUs"] == -(-2856.9 // (76 - 6.46 - 4.44))
+
+
+def test_training_arithmetic():
+    assert memory.training_flop(180e9, 3.5e12) == pytest.approx(3.78e24)
+    assert memory.training_flop(2, 3) == 36
+    # GPT-3, 175B parameters on 300B tokens: 3.14e23 FLOP (Brown et al. 2020, arXiv:2005.14165, table D.1)
+    assert memory.training_flop(175e9, 300e9) == pytest.approx(3.14e23, rel=0.01)
+    assert memory.implied_utilisation(312e12 * 3600 * 10, gpu_hours=20) == pytest.approx(0.5)
+    flop = memory.training_flop(178_557_088_768, 3.5e12)
+    assert memory.implied_utilisation(flop, gpu_hours=7e6, peak=312e12) == pytest.approx(0.477, abs=0.001)

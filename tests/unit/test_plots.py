@@ -1,0 +1,210 @@
+"""The figures: what is drawn, not how its pixels look."""
+
+import io
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+from helpers import plots
+from helpers.generation import Candidate
+from helpers.memory import parameter_table, published_config
+from helpers.types import GIB, MemoryEstimate, ModelRef, Placement
+
+GB = 10**9
+MIB = 2**20
+SUBJECT = ModelRef("env/models/falcon-mini", "falcon", "plain", "embedded", stand_in_for="tiiuae/falcon-180B").label
+ROWS = [
+    {"precision": "fp32", "lacks": "lacks 345 GiB"},
+    {"precision": "bf16", "stored_bytes": 16 * MIB, "tokens_per_second": 86.0, "perplexity": 12.3},
+    {"precision": "nf4", "stored_bytes": 6 * MIB, "tokens_per_second": 101.0, "perplexity": 13.2},
+]
+LACKING = {"precision": "fp32", "lacks": "lacks 200.1 GiB over 2 devices of 74.5 GiB"}
+FIGURES = {
+    "parameter_breakdown": lambda: plots.parameter_breakdown({"parameters": {"MLP": 75, "attention": 25}}, SUBJECT),
+    "memory_by_precision": lambda: plots.memory_by_precision([MemoryEstimate("bf16", "inference", GIB)], {}, SUBJECT),
+    "placement": lambda: plots.placement(Placement({}, {0: GIB}, True), {0: 2 * GIB}, SUBJECT),
+    "cache_growth": lambda: plots.cache_growth({"232 heads": 4_751_360, "8 heads": 163_840}, 2048, SUBJECT),
+    "next_token_probabilities": lambda: plots.next_token_probabilities({0.6: [Candidate(" a", 0.7, 1)]}, SUBJECT),
+    "precision_comparison": lambda: plots.precision_comparison(ROWS, SUBJECT),
+    "precision_comparison_long_reason": lambda: plots.precision_comparison([LACKING, *ROWS[1:]], SUBJECT),
+    "logit_differences": lambda: plots.logit_differences({"int8": 0.03, "nf4": 0.0}, SUBJECT),
+    "token_times": lambda: plots.token_times([0.08, 0.09, 0.102], SUBJECT),
+}
+
+
+def heights(axis):
+    return [[bar.get_height() for bar in group] for group in axis.containers]
+
+
+def widths(axis):
+    return [bar.get_width() for bar in axis.containers[0]]
+
+
+def texts(axis):
+    return [text.get_text() for text in axis.texts]
+
+
+def legend(axis):
+    return [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_names_the_stand_in_in_its_title(name):
+    assert "falcon-mini (stand-in for tiiuae/falcon-180B)" in FIGURES[name]().get_suptitle()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_nothing_is_cut_off(name):
+    figure = FIGURES[name]()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    box = figure.get_tightbbox(canvas.get_renderer())
+    width, height = figure.get_size_inches()
+    assert min(box.x0, box.y0) >= 0
+    assert box.x1 <= width
+    assert box.y1 <= height
+
+
+def test_the_look_and_pyplot_stay_inside():
+    code = (
+        "import sys, matplotlib; before = matplotlib.rcParams.copy()\n"
+        "from helpers import plots; plots.token_times([0.1, 0.2], 'x')._repr_png_()\n"
+        "assert matplotlib.rcParams.copy() == before and 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_figure_shows_itself_as_a_sharp_picture_on_white():
+    data, metadata = plots.token_times([0.1, 0.2], "x")._repr_png_()
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
+    assert metadata == {"width": 800}
+    assert image.width == 1200
+    assert image.getpixel((0, 0)) == image.getpixel((image.width - 1, image.height - 1)) == (255, 255, 255, 255)
+
+
+def test_parameter_breakdown_of_falcon_180b():
+    figure = plots.parameter_breakdown(parameter_table(published_config("tiiuae/falcon-180B")), SUBJECT)
+    axis = figure.axes[0]
+    assert "178.6 B" in figure.get_suptitle()
+    matrix = 4 * 14848**2 * 80
+    assert widths(axis)[:2] == pytest.approx([matrix / 178_557_088_768 * 100] * 2)
+    assert [tick.get_text() for tick in axis.get_yticklabels()][-1] == "norms"
+    assert texts(axis)[0] == "70.5 B (40%)"
+    assert texts(axis)[-2:] == ["965.5 M (0.5%)", "4.8 M (under 0.1%)"]
+    assert sum(widths(axis)) == pytest.approx(100)
+
+
+def test_memory_by_precision_stacks_the_parts_that_exist():
+    estimates = [
+        MemoryEstimate("bf16", "inference", weights=332 * GIB, kv_cache=9 * GIB),
+        MemoryEstimate("nf4", "inference", weights=87 * GIB, kv_cache=9 * GIB),
+    ]
+    axis = plots.memory_by_precision(estimates, {"8x80 GB": 640 * GB}, SUBJECT).axes[0]
+    assert heights(axis) == [[332, 87], [9, 9]]
+    assert legend(axis) == ["weights", "KV cache"]
+    assert texts(axis) == ["341", "96", "8x80 GB\n596 GiB"]
+    assert axis.lines[0].get_ydata()[0] == pytest.approx(640e9 / 2**30)
+    assert axis.get_ylabel() == "memory (GiB)"
+
+
+def test_small_models_are_shown_in_mib():
+    axis = plots.memory_by_precision([MemoryEstimate("bf16", "full", 16 * MIB)], {}, SUBJECT).axes[0]
+    assert axis.get_ylabel() == "memory (MiB)"
+    assert heights(axis) == [[16]]
+
+
+def test_placement_shows_used_free_and_too_much():
+    placed = Placement({}, {0: 60 * GIB, 1: 90 * GIB}, fits=False, why_not="lacks 10 GiB")
+    figure = plots.placement(placed, {0: 80 * GIB, 1: 80 * GIB}, SUBJECT)
+    axis = figure.axes[0]
+    assert "2 devices: does not fit" in figure.get_suptitle()
+    assert heights(axis) == [[60, 80], [20, 0], [0, 10]]
+    assert legend(axis) == ["used", "free", "too much"]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["GPU 0\n60", "GPU 1\n90"]
+    assert texts(axis) == ["80 GiB\na device"]
+
+
+def test_placement_over_many_devices_numbers_them():
+    figure = plots.placement(Placement({}, {}, True), dict.fromkeys(range(64), GIB), SUBJECT)
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == [str(device) for device in range(64)]
+    assert "64 devices: fits" in figure.get_suptitle()
+
+
+def test_cache_growth_ends_where_the_arithmetic_says():
+    axis = plots.cache_growth({"232 heads": 4_751_360, "8 heads": 163_840}, 2048, SUBJECT).axes[0]
+    assert [line.get_ydata()[-1] for line in axis.lines] == [9.0625, 0.3125]
+    assert texts(axis) == ["232 heads\n9.06 GiB", "8 heads\n0.312 GiB"]
+
+
+def test_next_token_probabilities_has_a_panel_for_each_temperature():
+    the, formula = Candidate(" the", 0.75, 1), Candidate("$x$\n", 0.25, 2)
+    by_temperature = {0.1: [the._replace(probability=1.0), formula._replace(probability=0.0)], 1.0: [formula, the]}
+    first, second = plots.next_token_probabilities(by_temperature, SUBJECT).axes
+    assert [first.get_title(), second.get_title()] == ["temperature 0.1", "temperature 1"]
+    assert [tick.get_text() for tick in first.get_yticklabels()] == ["␣the", "$x$↵"]
+    assert widths(first) == [1.0, 0.0]
+    assert widths(second) == [0.75, 0.25]
+
+
+@pytest.mark.parametrize("rows", [ROWS, pd.DataFrame(ROWS)], ids=["dicts", "frame"])
+def test_precision_comparison_shows_what_lacks_memory(rows):
+    axes = plots.precision_comparison(rows, SUBJECT).axes
+    assert [axis.get_title("left") for axis in axes] == [
+        "stored weights (MiB)",
+        "speed (tokens/s)",
+        "perplexity (lower is better)",
+    ]
+    assert [heights(axis)[0] for axis in axes] == [[0, 16, 6], [0, 86, 101], [0, 12.3, 13.2]]
+    for axis in axes:
+        assert [tick.get_text() for tick in axis.get_xticklabels()] == ["fp32", "bf16", "nf4"]
+        assert texts(axis)[-1] == "lacks 345 GiB"
+
+
+def test_a_long_reason_stays_inside_its_panel():
+    figure = plots.precision_comparison([LACKING, *ROWS[1:]], SUBJECT)
+    FigureCanvasAgg(figure).draw()
+    for axis in figure.axes:
+        assert axis.texts[-1].get_window_extent().y1 <= axis.get_window_extent().y1
+        assert " ".join(axis.texts[-1].get_text().split()) == LACKING["lacks"]
+
+
+def test_a_precision_without_a_reason_is_called_not_measured():
+    axis = plots.precision_comparison([{"precision": "fp16"}, ROWS[1]], SUBJECT).axes[0]
+    assert "not measured" in texts(axis)
+
+
+def test_logit_differences_marks_exactly_zero():
+    axis = plots.logit_differences({"int8": 0.031, "plain transformers": 0.0}, SUBJECT).axes[0]
+    assert widths(axis) == [0.031, 0.0]
+    assert texts(axis) == ["0.031", "exactly 0: nothing was changed"]
+
+
+def test_logit_differences_that_are_all_zero_can_be_drawn():
+    axis = plots.logit_differences({"nf4": 0.0}, SUBJECT, against="fp32").axes[0]
+    assert axis.get_xlim() == (0, 1)
+
+
+def test_token_times_marks_the_first_and_the_median_of_the_others():
+    axis = plots.token_times([0.080, 0.090, 0.102, 0.152], SUBJECT).axes[0]
+    assert heights(axis) == [[80], pytest.approx([10, 12, 50])]
+    assert axis.lines[0].get_ydata()[0] == pytest.approx(12)
+    assert legend(axis)[0] == "median of the others: 12 ms (83 tokens/s)"
+    assert "80 ms" in legend(axis)[1]
+
+
+def test_one_token_has_no_median():
+    assert len(plots.token_times([0.080], SUBJECT).axes[0].lines) == 0
+
+
+def test_training_compute_of_the_article():
+    flop = {"Falcon-180B": 6 * 180e9 * 3.5e12, "Llama-2-70B": 6 * 70e9 * 2e12}
+    figure = plots.training_compute(flop)
+    axis = figure.axes[0]
+    assert widths(axis) == pytest.approx([3.78, 0.84])
+    assert texts(axis) == ["3.78 (4.5×)", "0.84 (1.0×)"]
+    assert axis.get_xlabel() == "training compute (10²⁴ FLOP)"
+    assert "Falcon-180B" in figure.get_suptitle()

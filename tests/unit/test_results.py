@@ -1,0 +1,229 @@
+"""Recording: what is kept, what is refused, and how verdicts and expected values come about."""
+
+import json
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+
+from helpers import results
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run folder as the runner names it to a notebook, with three expected values."""
+    expected = tmp_path / "laptop.json"
+    expected.write_text(
+        json.dumps(
+            {
+                "01_x/loss": {"value": 2.0, "tolerance": 0.1, "source": "run a"},
+                "01_x/layers": {"value": 80, "tolerance": 0, "source": "citation"},
+                "01_x/reply": {"value": "a saddle", "tolerance": 0, "source": "run a"},
+            }
+        )
+    )
+    folder = tmp_path / "run"
+    values = {"RUN_DIR": folder, "NOTEBOOK": "01_x", "PROFILE": "laptop", "EXPECTED": expected, "UNATTENDED": "1"}
+    for name, value in values.items():
+        monkeypatch.setenv(f"WORKBOOK_{name}", str(value))
+    monkeypatch.setattr(results, "_session", {})
+    return folder
+
+
+def stored(run):
+    return json.loads((run / "results.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "verdict"),
+    [
+        ("loss", 2.05, "as expected"),
+        ("loss", 1.9, "as expected"),
+        ("loss", 2.11, "differs"),
+        ("layers", 80, "as expected"),
+        ("layers", 81, "differs"),
+        ("layers", "80", "differs"),
+        ("layers", True, "differs"),
+        ("reply", "a saddle", "as expected"),
+        ("reply", "a horse", "differs"),
+        ("other", 1, "unmeasured"),
+    ],
+)
+def test_verdicts(run, name, value, verdict):
+    assert results.record(name, value).verdict == verdict
+    assert stored(run)["values"]["01_x"][name]["verdict"] == verdict
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (np.float32(0.5), 0.5),
+        (np.int64(7), 7),
+        (np.bool_(True), True),
+        (np.array(3), 3),
+        (np.array([2.5]), 2.5),
+        ("text", "text"),
+        (178_557_088_768, 178_557_088_768),
+    ],
+)
+def test_scalars_are_stored_as_plain_json(run, value, plain):
+    results.record("x", value, "GiB", claim="A1")
+    entry = stored(run)["values"]["01_x"]["x"]
+    assert entry["value"] == plain
+    assert type(entry["value"]) is type(plain)
+    assert (entry["unit"], entry["claim"], entry["expected"]) == ("GiB", "A1", None)
+
+
+def test_torch_scalar_is_accepted(run):
+    torch = pytest.importorskip("torch")
+    assert results.record("x", torch.tensor(1.5)).value == 1.5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan"), [1, 2], np.ones(2), None, {"a": 1}])
+def test_other_values_are_refused_by_name(run, value):
+    with pytest.raises(results.ResultError, match="perplexity"):
+        results.record("perplexity", value)
+    assert not (run / "results.json").exists()
+
+
+def test_empty_name_is_refused(run):
+    with pytest.raises(results.ResultError):
+        results.record("  ", 1)
+
+
+def test_a_repeated_name_replaces_and_order_is_kept(run):
+    results.record("a", 1)
+    results.record("b", 2)
+    results.record("a", 3)
+    assert [(name, entry["value"]) for name, entry in stored(run)["values"]["01_x"].items()] == [("a", 3), ("b", 2)]
+
+
+def test_notebooks_do_not_share_names(run, monkeypatch):
+    results.record("a", 1)
+    monkeypatch.setenv("WORKBOOK_NOTEBOOK", "02_y")
+    results.record("a", 2)
+    assert {name: entries["a"]["value"] for name, entries in stored(run)["values"].items()} == {"01_x": 1, "02_y": 2}
+    results.forget(run, "02_y")
+    assert list(stored(run)["values"]) == ["01_x"]
+
+
+def _record_many(start):
+    for number in range(start, start + 20):
+        results.record(f"v{number}", number)
+
+
+def test_processes_that_record_at_once_lose_nothing(run):
+    workers = [multiprocessing.get_context("fork").Process(target=_record_many, args=(n,)) for n in (0, 20)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(entry["value"] for entry in stored(run)["values"]["01_x"].values()) == list(range(40))
+
+
+def test_recap_table(run):
+    results.record("loss", 2.5)
+    results.record("layers", 80, claim="A8")
+    results.record("speed", 12.3456789, "tokens/s")
+    table = results.recorded()
+    assert list(table.index) == ["loss", "layers", "speed"]
+    assert list(table["verdict"]) == ["differs", "as expected", "unmeasured"]
+    assert list(table["value"]) == ["2.5", "80", "12.3457 tokens/s"]
+    assert list(table["expected"]) == ["2 ± 0.1", "80", "–"]
+    assert list(table["claim"]) == ["", "A8", ""]
+
+
+def test_without_a_run_values_stay_in_memory(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("WORKBOOK_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(results, "_session", {})
+    monkeypatch.setenv("JPY_SESSION_NAME", "/home/somebody/notebooks/77_mine.ipynb")
+    monkeypatch.chdir(tmp_path)
+    entry = results.record("a", 1.5, "GiB")
+    assert entry.verdict == "unmeasured"
+    assert list(results.recorded().index) == ["a"]
+    assert list(tmp_path.iterdir()) == []
+    assert not results.unattended()
+
+
+def test_unattended_in_a_run(run):
+    assert results.unattended()
+
+
+def test_record_shows_itself_escaped(run):
+    html = results.record("loss", 2.5, claim="<A1>")._repr_html_()
+    assert "differs" in html
+    assert "2 ± 0.1" in html
+    assert "&lt;A1&gt;" in html
+    assert "<A1>" not in html
+    assert str(results.record("n", 1_000_000)) == "n: 1,000,000 | no expected value | unmeasured"
+
+
+def test_figure_is_saved_listed_and_returned(run):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2, 1))
+    figure.subplots().plot([1, 2])
+    assert results.record_figure("loss / step", figure) is figure
+    path = stored(run)["figures"]["01_x"]["loss / step"]
+    assert path == "figures/01_x_loss-step.png"
+    assert (run / path).read_bytes().startswith(b"\x89PNG")
+    results.forget(run, "01_x")
+    assert not (run / path).exists()
+
+
+def test_damaged_results_are_named(run):
+    run.mkdir()
+    (run / "results.json").write_text("{")
+    with pytest.raises(results.ResultError, match=r"results\.json"):
+        results.record("a", 1)
+
+
+def test_an_interrupted_write_leaves_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    results.write_json(path, {"a": 1})
+    with pytest.raises(ValueError):
+        results.write_json(path, {"a": float("nan")})
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        results.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def finished_run(folder, values, profile="laptop", status="passed"):
+    folder.mkdir()
+    entries = {name: {"value": value, "unit": unit, "claim": None} for name, (value, unit) in values.items()}
+    (folder / "manifest.json").write_text(json.dumps({"profile": profile}))
+    (folder / "status.json").write_text(json.dumps({"notebooks": {"01_x": {"status": status}}}))
+    (folder / "results.json").write_text(json.dumps({"values": {"01_x": entries}, "figures": {}}))
+    return folder
+
+
+def test_expected_values_from_runs(tmp_path):
+    observed = [
+        {"loss": (2.0, ""), "layers": (80, ""), "speed": (9.0, "tokens/s"), "time": (1.0, "s"), "reply": ("a", "")},
+        {"loss": (2.2, ""), "layers": (80, ""), "speed": (5.0, "tokens/s"), "time": (2.0, "s"), "reply": ("b", "")},
+        {"loss": (2.3, ""), "layers": (80, ""), "speed": (7.0, "tokens/s"), "time": (2.0, "s"), "reply": ("a", "")},
+    ]
+    runs = [finished_run(tmp_path / f"r{index}", values) for index, values in enumerate(observed)]
+    found = results.expected_from_runs(runs)
+    assert set(found) == {"01_x/loss", "01_x/layers"}
+    assert found["01_x/layers"] == {"value": 80, "tolerance": 0, "source": "run r0, r1, r2"}
+    assert found["01_x/loss"]["value"] == 2.2
+    assert found["01_x/loss"]["tolerance"] == pytest.approx(0.6)
+
+
+def test_one_run_gives_floats_one_percent(tmp_path):
+    found = results.expected_from_runs([finished_run(tmp_path / "r", {"loss": (-5.0, ""), "same": (True, "")})])
+    assert found["01_x/loss"]["tolerance"] == pytest.approx(0.05)
+    assert found["01_x/same"] == {"value": True, "tolerance": 0, "source": "run r"}
+
+
+def test_failed_notebooks_and_mixed_profiles_give_no_expected_values(tmp_path):
+    failed = finished_run(tmp_path / "failed", {"loss": (2.0, "")}, status="failed")
+    with pytest.raises(results.ResultError, match="no value"):
+        results.expected_from_runs([failed])
+    with pytest.raises(results.ResultError, match="one profile"):
+        results.expected_from_runs([failed, finished_run(tmp_path / "other", {}, profile="8x80gb")])

@@ -1,0 +1,648 @@
+"""The runner: whole runs of tiny notebooks in real kernels, and its parts alone."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from rich.console import Console
+
+from helpers import runner
+from helpers.runner import execution, folder, manifest, supervision
+from helpers.runner.display import PlainLines, describe, table
+from helpers.runner.parameters import cells_hash, declared_parameters, parse_parameters, plan_run, select
+from helpers.runner.processes import kill_marked, marked, new_mark
+from helpers.runner.redaction import find_secrets, redact, sweep
+from helpers.runner.rendering import clean, source_notebook
+from helpers.types import Budget, ModelRef, Profile, Requirement
+
+TOKEN = "hf_sentinel123"
+DEFAULTS = 'profile = "laptop"\nseed = 0\nrate = 0.5\nname = "x"\nquick = True\nitems = [1]\nfree = None'
+
+
+def make_notebook(directory, name, *cells, parameters=DEFAULTS):
+    """A notebook file with a parameters cell (unless None) and the given code cells, written as plain JSON."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tagged = [(parameters, ["parameters"])] if parameters is not None else []
+    document = {
+        "nbformat": 4,
+        "nbformat_minor": 5,
+        "metadata": {},
+        "cells": [
+            {"cell_type": "code", "id": f"c{index}", "metadata": {"tags": tags}, "source": source, "outputs": [],
+             "execution_count": None}
+            for index, (source, tags) in enumerate([*tagged, *((cell, []) for cell in cells)])
+        ],
+    }  # fmt: skip
+    path = directory / f"{name}.ipynb"
+    path.write_text(json.dumps(document))
+    return path
+
+
+def make_profile(*names, parameters=None, source="embedded", budget=Budget(60, 40, 5)):  # noqa: B008
+    ref = ModelRef("env/models/none", "falcon", "plain", source=source, stand_in_for="tiiuae/falcon-180B")
+    budgets = dict.fromkeys(names, budget)
+    needs = Requirement()
+    return Profile(
+        "laptop", "for tests", ref, ref, ref, "bf16", ("bf16",), (("falcon",),), needs, budgets, parameters or {}
+    )
+
+
+def quiet():
+    return Console(file=io.StringIO())
+
+
+def status_of(run_dir):
+    return json.loads((run_dir / "status.json").read_text())
+
+
+def outputs(run_dir, name):
+    """Everything the code cells of an executed notebook show, as one text."""
+    notebook = json.loads((run_dir / "notebooks" / f"{name}.ipynb").read_text())
+    return json.dumps([cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code"])
+
+
+def processes_with(text):
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and any(text in part for part in process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+SURVIVOR = "987654"  # the seconds a child sleeps: nobody else sleeps that long, so it is found by them
+GOOD = (
+    "import os, subprocess, sys\nfrom pathlib import Path\nfrom IPython.display import HTML, display\n"
+    "from helpers import results\ntoken = os.environ['HF_TOKEN']\nprint('token', token)",
+    "display(HTML(f'<b>{token}</b>'))\nresults.record('secret', token)\nresults.record('seed', seed, claim='A1')\n"
+    "run = Path(os.environ['WORKBOOK_RUN_DIR'])\n(run / 'mine.txt').write_text(token)\n"
+    "(run / 'mine.bin').write_bytes(b'\\xff\\x00' + token.encode())\n"
+    "print(*(f'\\x1b[1m{part}' for part in [token]), file=sys.stderr)",
+    "os.system(f'echo from a child {token} >&2')\n"
+    f"child = subprocess.Popen(['sleep', '{SURVIVOR}'], start_new_session=True)\n"
+    f"subprocess.run(['sh', '-c', 'setsid sleep {SURVIVOR} & exit'])",
+    "import json\nfacts = {name: os.environ.get(name) for name in ('HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE')}\n"
+    "facts |= {'python': sys.executable, 'folder': os.getcwd(), 'given': [profile, seed, rate, items]}\n"
+    "facts |= {'unattended': results.unattended(), 'backend': os.environ['MPLBACKEND']}\n"
+    "(run / 'facts.json').write_text(json.dumps(facts))",
+)
+
+
+@pytest.fixture(scope="module")
+def mixed_run(tmp_path_factory):
+    """One run of six notebooks, of which one passes; a token in the environment, a broken kernelspec at the user's."""
+    base = tmp_path_factory.mktemp("mixed run ü")
+    notebooks, run_dir = base / "notebooks", base / "run {x}"
+    make_notebook(notebooks, "00_good", *GOOD)
+    make_notebook(notebooks, "01_raises", "import os\nprint('before')", "raise ValueError(os.environ['HF_TOKEN'])", "1")
+    make_notebook(
+        notebooks, "02_killed", "import os, time", "print('half')\ntime.sleep(0.5)\nos.kill(os.getpid(), 9)", "1"
+    )
+    make_notebook(notebooks, "03_exits", "import sys\nsys.exit(0)", "print('never')")
+    make_notebook(notebooks, "05_quits", "quit()", "print('too late')")
+    make_notebook(notebooks, "04_slow", "import time\ntime.sleep(100)", "print('never')")
+    names = [path.stem for path in notebooks.glob("*.ipynb")]
+    profile = make_profile(*names, parameters={"00_good": {"rate": 0.25}})
+    profile.budgets["04_slow"] = Budget(60, 1, 5)
+    spec = base / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", TOKEN)
+        patch.setenv("JUPYTER_PATH", str(base / "jupyter"))
+        patch.setenv("MPLBACKEND", "Agg")
+        patch.chdir(base)
+        arguments = {
+            "notebooks": Path("notebooks"),
+            "folder": Path("run {x}"),
+            "parameters": ["seed=7", f"name={TOKEN}"],
+        }
+        result = runner.run(profile, **arguments, command=["workbook", "run", "-p", f"name={TOKEN}"], console=quiet())
+    return notebooks, run_dir, profile, result
+
+
+@pytest.mark.slow
+def test_a_failure_stops_nothing_and_each_says_why(mixed_run):
+    _, run_dir, _, result = mixed_run
+    assert result.passed == ("00_good",)
+    assert not result.ok
+    reasons = {name: entry["reason"] for name, entry in status_of(run_dir)["notebooks"].items()}
+    assert reasons == {
+        "00_good": None,
+        "01_raises": "error in cell 4: ValueError: [redacted]",
+        "02_killed": "kernel died at cell 4",
+        "03_exits": "error in cell 3: SystemExit: 0",
+        "04_slow": "cell 3 ran past its 1 s budget",
+        "05_quits": "cell 3 asked the kernel to exit",
+    }
+    assert {name: reasons[name] for name in result.failed} == result.failed
+    assert status_of(run_dir)["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_cells_are_counted_as_the_executed_notebook_counts_them(mixed_run):
+    _, run_dir, _, _ = mixed_run
+    notebook = json.loads((run_dir / "notebooks" / "02_killed.ipynb").read_text())
+    assert notebook["cells"][1]["metadata"]["tags"] == ["injected-parameters"]
+    died = notebook["cells"][3]
+    assert [output.get("name", output.get("ename")) for output in died["outputs"]] == ["stdout", "KernelDied"]
+    assert notebook["cells"][4]["outputs"] == []
+    entry = status_of(run_dir)["notebooks"]["02_killed"]
+    assert (entry["cell"], entry["cells"], entry["line"]) == (4, 5, "print('half')")
+    assert entry["peak_bytes"] > 20 * 2**20
+
+
+@pytest.mark.slow
+def test_no_papermill_records_in_executed_notebooks(mixed_run):
+    _, run_dir, _, _ = mixed_run
+    for path in (run_dir / "notebooks").glob("*.ipynb"):
+        assert '"papermill"' not in path.read_text()
+
+
+@pytest.mark.slow
+def test_the_token_is_in_no_file_of_the_run(mixed_run):
+    _, run_dir, _, _ = mixed_run
+    files = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert len(files) > 12
+    assert [path for path in files if b"sentinel123" in path.read_bytes()] == []
+    assert outputs(run_dir, "00_good").count("[redacted]") >= 3
+    assert "[redacted]" in outputs(run_dir, "01_raises")
+    assert "[redacted]" in (run_dir / "logs" / "00_good.log").read_text()
+    assert json.loads((run_dir / "results.json").read_text())["values"]["00_good"]["secret"]["value"] == "[redacted]"
+    assert (run_dir / "mine.txt").read_text() == "[redacted]"
+    assert (run_dir / "mine.bin").read_bytes() == b"\xff\x00" + b"*" * len(TOKEN)
+    assert json.loads((run_dir / "manifest.json").read_text())["parameters"] == {"seed": "7", "name": "[redacted]"}
+
+
+@pytest.mark.slow
+def test_no_process_survives(mixed_run):
+    assert processes_with(SURVIVOR) == []
+
+
+@pytest.mark.slow
+def test_the_kernel_is_this_interpreter_in_the_notebooks_folder(mixed_run):
+    notebooks, run_dir, _, _ = mixed_run
+    assert json.loads((run_dir / "facts.json").read_text()) == {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "python": sys.executable,
+        "folder": str(notebooks),
+        "given": ["laptop", 7, 0.25, [1]],
+        "unattended": True,
+        "backend": "module://matplotlib_inline.backend_inline",
+    }
+
+
+@pytest.mark.slow
+def test_manifest_says_what_ran(mixed_run):
+    notebooks, run_dir, _, _ = mixed_run
+    content = json.loads((run_dir / "manifest.json").read_text())
+    import torch
+
+    assert content["packages"]["torch"] == torch.__version__
+    assert content["python"] == sys.version.split()[0]
+    assert content["hardware"]["cpu_count"] >= 1
+    assert content["seeds"]["00_good"] == 7
+    assert content["notebooks"]["00_good"]["parameters"]["rate"] == 0.25
+    digest = subprocess.run(["sha256sum", notebooks / "00_good.ipynb"], capture_output=True, text=True, check=True)
+    assert content["notebooks"]["00_good"]["sha256"] == digest.stdout.split()[0]
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=manifest.ROOT, capture_output=True, text=True, check=False)
+    assert content["git"]["commit"] == (head.stdout.strip() or None)
+    assert content["command"] == ["workbook", "run", "-p", "name=[redacted]"]
+    assert content["started"] <= content["finished"]
+
+
+@pytest.mark.slow
+def test_a_run_in_a_used_folder_is_refused(mixed_run):
+    notebooks, run_dir, profile, _ = mixed_run
+    with pytest.raises(runner.UsageError, match="resume"):
+        runner.run(profile, notebooks=notebooks, folder=run_dir, console=quiet())
+
+
+@pytest.mark.slow
+def test_resume_runs_only_what_did_not_pass_or_changed(mixed_run, monkeypatch):
+    notebooks, run_dir, profile, _ = mixed_run
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(manifest, "DETECT", "raise SystemExit(1)")
+    again = {"notebooks": notebooks, "resume": run_dir, "console": quiet()}
+    before = status_of(run_dir)["notebooks"]["00_good"]
+    with pytest.raises(runner.UsageError, match="-p name"):
+        runner.run(profile, **again)
+    # A mended notebook and one that passed: only the mended one runs.
+    make_notebook(notebooks, "02_killed", "print('mended')")
+    result = runner.run(profile, only=["00", "02"], parameters=[f"name={TOKEN}"], **again)
+    assert result.ok
+    assert result.passed == ("00_good", "02_killed")
+    after = status_of(run_dir)["notebooks"]
+    assert after["00_good"] == before
+    assert after["01_raises"]["status"] == "failed"
+    assert "mended" in outputs(run_dir, "02_killed")
+    assert json.loads((run_dir / "manifest.json").read_text())["notebooks"].keys() == after.keys()
+    # Another parameter makes what passed before out of date.
+    session = execution.Session(run_dir, profile, plan_run(profile, notebooks, ["02"], {"seed": "8"}, {}), ())
+    assert session.status["notebooks"]["02_killed"]["status"] == "pending"
+    with pytest.raises(runner.UsageError, match="profile laptop"):
+        runner.run("8x80gb", **again)
+
+
+RUN = (
+    "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]);"
+    "from test_runner import make_profile; from helpers import runner;"
+    "runner.run(make_profile('00_long'), notebooks=Path(sys.argv[2]), folder=Path(sys.argv[3]))"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_nothing_survives_the_runner(tmp_path, number):
+    seconds = str(800_000 + number)
+    code = f"import subprocess\nsubprocess.run(['sleep', '{seconds}'], start_new_session=True)"
+    make_notebook(tmp_path / "notebooks", "00_long", code)
+    arguments = [str(Path(__file__).parent), str(tmp_path / "notebooks"), str(tmp_path / "run")]
+    process = subprocess.Popen([sys.executable, "-c", RUN, *arguments], stdout=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: processes_with(seconds))
+        assert status_of(tmp_path / "run")["notebooks"]["00_long"]["cell"] == 3
+        if number == signal.SIGTERM:
+            with pytest.raises(runner.RunFolderError, match="another run"):
+                runner.run(make_profile("00_long"), notebooks=tmp_path / "notebooks", resume=tmp_path / "run")
+        process.send_signal(number)
+        process.wait(timeout=30)
+        wait_for(lambda: not processes_with(seconds), 15)
+        wait_for(lambda: not processes_with(str(tmp_path)), 15)
+    finally:
+        process.kill()
+    entry = status_of(tmp_path / "run")
+    if number != signal.SIGKILL:
+        assert entry["state"] == "interrupted"
+        assert entry["notebooks"]["00_long"]["reason"] == "interrupted at cell 3"
+
+
+@pytest.mark.slow
+def test_a_cell_deaf_to_interrupts_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "DETECT", "raise SystemExit(1)")  # importing torch would take most of the time
+    monkeypatch.setattr(supervision, "GRACE_SECONDS", 1.0)
+    deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(100)"
+    make_notebook(tmp_path, "00_deaf", deaf)
+    profile = make_profile("00_deaf", budget=Budget(60, 1))
+    result = runner.run(profile, notebooks=tmp_path, folder=tmp_path / "run", console=quiet())
+    assert result.failed == {"00_deaf": "cell 3 ran past its 1 s budget"}
+    assert status_of(tmp_path / "run")["notebooks"]["00_deaf"]["seconds"] < 30
+
+
+def test_a_full_disk_ends_the_run_with_a_clear_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    make_notebook(tmp_path, "00_a", "1")
+    monkeypatch.setattr(manifest, "DETECT", "raise SystemExit(1)")
+    monkeypatch.setattr(execution, "supervise", full)
+    with pytest.raises(runner.RunError, match=r"No space left on device.*--resume") as caught:
+        runner.run(make_profile("00_a"), notebooks=tmp_path, folder=tmp_path / "run", console=quiet())
+    assert caught.value.exit_code == 1
+    assert status_of(tmp_path / "run")["state"] == "interrupted"
+
+
+def test_a_nearly_full_disk_and_an_unwritable_folder_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(runner.RunFolderError, match=r"cannot write.*file"), folder.held(tmp_path / "file" / "run"):
+        pass
+    monkeypatch.setattr(folder, "LEAST_FREE_BYTES", 2**70)
+    with pytest.raises(runner.RunFolderError, match="MiB are free"), folder.held(tmp_path / "run"):
+        pass
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def notebooks(tmp_path):
+    make_notebook(tmp_path, "01_a", "1")
+    make_notebook(tmp_path, "02_b", "1", parameters="profile = 'laptop'\nseed: int = 3\nlimit = -2")
+    make_notebook(tmp_path, "02_c", "1", parameters="# nothing but the profile\nprofile = 'laptop'")
+    return tmp_path
+
+
+def planned(notebooks, raw=(), only=(), parameters=None, earlier=None):
+    profile = make_profile("01_a", "02_b", "02_c", parameters=parameters)
+    plans = plan_run(profile, notebooks, only, parse_parameters(raw), earlier or {})
+    return {plan.name: plan for plan in plans}
+
+
+def test_selection_is_by_the_start_of_the_name(notebooks):
+    assert [path.stem for path in select(notebooks, [])] == ["01_a", "02_b", "02_c"]
+    assert [path.stem for path in select(notebooks, ["02"])] == ["02_b", "02_c"]
+    assert [path.stem for path in select(notebooks, ["02_c", "01"])] == ["01_a", "02_c"]
+    with pytest.raises(runner.UsageError, match=r"'7'.*01_a, 02_b, 02_c"):
+        select(notebooks, ["7"])
+    with pytest.raises(runner.UsageError, match="workbook render"):
+        select(notebooks / "none", [])
+
+
+def test_an_unknown_parameter_names_itself_and_those_there_are(notebooks):
+    with pytest.raises(runner.UsageError, match=r"unknown parameter sed;.*profile, seed, limit$"):
+        planned(notebooks, ["sed=1"], only=["02"])
+    assert planned(notebooks, ["limit=5"])["02_b"].given == {"profile": "laptop", "limit": 5}
+
+
+def test_parameters_go_only_where_they_exist_and_override_the_profile(notebooks):
+    plans = planned(notebooks, ["seed=9"], parameters={"01_a": {"seed": 4, "rate": 1}, "02_b": {"limit": 0}})
+    assert plans["01_a"].given == {"profile": "laptop", "seed": 9, "rate": 1.0}
+    assert plans["02_b"].given == {"profile": "laptop", "limit": 0, "seed": 9}
+    assert plans["02_b"].effective == {"profile": "laptop", "limit": 0, "seed": 9}
+    assert plans["02_c"].given == {"profile": "laptop"}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("seed=3", 3),
+        ("rate=2", 2.0),
+        ("rate=1e-4", 1e-4),
+        ("rate=1.5e+3", 1500.0),
+        ("name=falcon mini", "falcon mini"),
+        ("name=a=b", "a=b"),
+        ("name='12'", "12"),
+        ("quick=false", False),
+        ("items=[2, 3]", [2, 3]),
+        ("free=12", 12),
+        ("free=twelve", "twelve"),
+    ],
+)
+def test_values_are_yaml_of_the_default_s_type(notebooks, text, value):
+    found = planned(notebooks, [text], only=["01"])["01_a"].given[text.partition("=")[0]]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["seed=x", "seed=1.5", "seed=true", "seed=", "rate=fast", "name=12", "quick=1", "items=3", "name=[", "seed", "=1"],
+)
+def test_values_of_another_type_are_refused(notebooks, text):
+    with pytest.raises(runner.UsageError):
+        planned(notebooks, [text], only=["01"])
+
+
+def test_the_profile_is_no_parameter(notebooks):
+    with pytest.raises(runner.UsageError, match="--profile"):
+        planned(notebooks, ["profile=8x80gb"])
+
+
+def test_a_profile_that_does_not_fit_the_notebooks_is_refused(notebooks):
+    with pytest.raises(runner.UsageError, match=r"'depth' for 01_a"):
+        planned(notebooks, parameters={"01_a": {"depth": 1}})
+    with pytest.raises(runner.UsageError, match="budget for 01_a"):
+        plan_run(make_profile("02_b"), notebooks, ["01"], {}, {})
+
+
+def test_a_notebook_without_parameters_cell_is_refused(tmp_path):
+    make_notebook(tmp_path, "00_x", "1", parameters=None)
+    with pytest.raises(runner.UsageError, match=r"00_x.ipynb needs exactly one cell tagged 'parameters'"):
+        plan_run(make_profile("00_x"), tmp_path, [], {}, {})
+
+
+def test_computed_defaults_and_broken_files_are_refused(tmp_path):
+    cell = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": ["size = 2\n", "area = size * size"]}
+    with pytest.raises(runner.UsageError, match="area"):
+        declared_parameters({"cells": [cell]}, "x")
+    (tmp_path / "00_x.ipynb").write_text("[]")
+    with pytest.raises(runner.UsageError, match="not a notebook"):
+        plan_run(make_profile("00_x"), tmp_path, [], {}, {})
+
+
+def test_inputs_change_with_source_parameters_and_models_but_not_with_budgets(notebooks):
+    def inputs(raw=(), **changes):
+        profile = make_profile("01_a", "02_b", "02_c", **changes)
+        return plan_run(profile, notebooks, ["01"], parse_parameters(raw), {})[0].inputs
+
+    first = inputs()
+    assert inputs(budget=Budget(1, 1)) == first
+    assert inputs(["seed=1"]) != first
+    assert inputs(source="hub") != first
+    make_notebook(notebooks, "01_a", "2")
+    assert inputs() != first
+
+
+def test_only_the_real_hub_needs_the_network():
+    base = {"PATH": "/bin", "MPLBACKEND": "Agg"}
+    offline = supervision.environment(base, True, {"NOTEBOOK": "x"})
+    online = supervision.environment(base, make_profile(source="hub").offline, {"NOTEBOOK": "x"})
+    assert offline.keys() - online.keys() == {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"}
+    assert online == {"PATH": "/bin", "WORKBOOK_NOTEBOOK": "x", "WORKBOOK_UNATTENDED": "1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "secret"),
+    [
+        ("HF_TOKEN", "abcdef", True),
+        ("hf_token", "abcdef", True),
+        ("OPENAI_API_KEY", "abcdef", True),
+        ("AWS_SECRET_ACCESS_KEY", "a/b+c=d", True),
+        ("DB_PASSWORD", "hunter22", True),
+        ("GOOGLE_CREDENTIALS", "{'a': 1}", True),
+        ("ANYTHING", "hf_abcdefghijk", True),
+        ("ANYTHING", "ghp_abcdefghijk", True),
+        ("INDEX", "https://me:hunter22@example.org/simple", True),
+        ("TOKENIZERS_PARALLELISM", "false_false", False),
+        ("HF_TOKEN", "short", False),
+        ("SSH_AUTH_SOCK", "/", False),
+        ("HOME", "/root/somewhere", False),
+        ("PYTHONPATH", "abcdefgh", False),
+    ],
+)
+def test_what_counts_as_a_secret(name, value, secret):
+    found = find_secrets({name: value})
+    assert bool(found) is secret
+    if secret and "://" not in value:
+        assert found == (value,)
+
+
+def test_an_existing_path_is_no_secret(tmp_path):
+    assert find_secrets({"APP_CREDENTIALS": str(tmp_path)}) == ()
+
+
+def test_redaction_finds_every_way_of_writing(tmp_path):
+    secret = 'p"w<&>\\ü d'
+    texts = [secret, json.dumps(secret), repr(secret), "a p&quot;w&lt;&amp;&gt;\\ü d b", "p%22w%3C%26%3E%5C%C3%BC%20d"]
+    for text in texts:
+        assert "[redacted]" in redact(text, [secret])
+    nested = redact({"a": [secret, {"k" + secret: 1}], "n": 5, "none": None, "flag": True}, [secret])
+    assert nested == {"a": ["[redacted]", {"k[redacted]": 1}], "n": 5, "none": None, "flag": True}
+    assert redact(12345678, ["345678"]) == "[redacted]"
+
+
+def test_sweep_changes_only_files_with_secrets_and_keeps_json_valid(tmp_path):
+    (tmp_path / "deep").mkdir()
+    contents = {
+        "a.json": json.dumps({"x": 'quo"te1', "n": 7654321}),
+        "deep/b.html": "<b>quo&quot;te1</b>",
+        "c.txt": "clean",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    changed = sweep(tmp_path, ['quo"te1', "7654321"])
+    assert [path.name for path in changed] == ["a.json", "b.html"]
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": "[redacted]", "n": "[redacted]"}
+    assert (tmp_path / "deep" / "b.html").read_text() == "<b>[redacted]</b>"
+
+
+def test_marked_processes_are_found_with_their_children_and_killed():
+    mark = new_mark()
+    command = "sleep 812345 & setsid sleep 812345 & env -i sleep 812345 & wait"
+    child = subprocess.Popen(["sh", "-c", command], env={**os.environ, mark: "1"}, start_new_session=True)
+    wait_for(lambda: len(processes_with("812345")) == 4)
+    assert len(marked(mark)) == 4
+    assert os.getpid() not in [process.pid for process in marked(mark)]
+    assert kill_marked(mark) == 4
+    assert child.wait(timeout=10) == -signal.SIGKILL
+    assert processes_with("812345") == []
+    assert kill_marked(mark) == 0
+
+
+def test_plain_lines_when_the_output_is_no_terminal(tmp_path):
+    entry = {
+        "status": "pending", "cell": 0, "cells": 0, "seconds": 0.0, "budget_seconds": 90, "reason": None, "line": "",
+    }  # fmt: skip
+    status = {"notebooks": {"00_a": dict(entry), "01_b": dict(entry)}}
+    with (tmp_path / "out").open("w") as file:
+        show = PlainLines(Console(file=file, width=20))
+        show(status)
+        status["notebooks"]["00_a"] |= {"status": "running"}
+        show(status)
+        show(status)
+        status["notebooks"]["00_a"] |= {"status": "failed", "seconds": 12.4, "reason": "kernel died at cell 3"}
+        show(status)
+    assert (tmp_path / "out").read_text().splitlines() == [
+        "00_a: running, 0 s of 90 s",
+        "00_a: failed, 12 s of 90 s, kernel died at cell 3",
+    ]
+    running = entry | {"status": "running", "cell": 3, "cells": 12, "seconds": 4.2, "line": "load [red]it[/red]"}
+    assert describe(running) == "running, cell 3 of 12, 4 s of 90 s"
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(table({"notebooks": {"00_a": running}}))
+    shown = console.export_text()
+    assert all(text in shown for text in ("00_a", "running", "3/12", "4 s", "90 s", "load [red]it[/red]"))
+
+
+# --- rendering --------------------------------------------------------------------------------------------------------
+
+SOURCE = """# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Anything
+#     name: other
+# ---
+
+# %% [markdown]
+# # Title
+
+# %% tags=["parameters"]
+profile = "laptop"
+seed = 0
+
+# %%
+import os
+here = os.getcwd()
+print(here, object())
+
+# %%
+print("twice")
+
+# %%
+print("twice")
+"""
+
+
+@pytest.fixture
+def sources(tmp_path):
+    (tmp_path / "notebooks" / "source").mkdir(parents=True)
+    (tmp_path / "notebooks" / "source" / "00_a.py").write_text(SOURCE)
+    return tmp_path / "notebooks"
+
+
+def test_sync_is_stable_and_keeps_the_outputs_of_unchanged_cells(sources):
+    import nbformat
+
+    (path,) = runner.sync(sources)
+    first = path.read_text()
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert len({cell.id for cell in notebook.cells}) == 5
+    assert notebook.metadata.kernelspec.name == "python3"
+    runner.sync(sources)
+    assert path.read_text() == first
+    for cell in notebook.cells[2:]:
+        cell.outputs = [nbformat.v4.new_output("stream", text="kept")]
+    nbformat.write(notebook, path)
+    (sources / "source" / "00_a.py").write_text(SOURCE.replace("here, object()", "object()"))
+    runner.sync(sources)
+    outputs_now = [cell.get("outputs") for cell in nbformat.read(path, as_version=4).cells]
+    assert [bool(outputs) for outputs in outputs_now] == [False, False, False, True, True]
+
+
+def test_cells_hash_is_of_texts_types_and_tags(sources):
+    (path,) = runner.sync(sources)
+    source = source_notebook(sources / "source" / "00_a.py")
+    assert cells_hash(json.loads(path.read_text())) == cells_hash(source)
+    source.cells[2].outputs = ["anything"]
+    source.metadata["x"] = 1
+    assert cells_hash(json.loads(path.read_text())) == cells_hash(source)
+    source.cells[2].source += " "
+    source.cells[1].metadata.tags = []
+    assert cells_hash(json.loads(path.read_text())) != cells_hash(source)
+
+
+def test_clean_removes_what_belongs_to_one_run():
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "text/plain": "Box()"}
+    text = f"{execution.ROOT}/notebooks at {sys.prefix}/lib, <object object at 0x7f00deadbeef>"
+    cells = [
+        new_code_cell("p = 1", metadata={"tags": ["injected-parameters"]}),
+        new_code_cell("", metadata={"papermill": {"duration": 1}, "tags": []}),
+        new_code_cell("x", execution_count=9, outputs=[new_output("display_data", view)]),
+        new_code_cell("y", outputs=[new_output("execute_result", {"text/plain": text}, execution_count=9)]),
+    ]
+    notebook = clean(new_notebook(cells=cells, metadata={"papermill": {}, "widgets": {"state": 1}}))
+    nbformat.validate(notebook)
+    assert dict(notebook.metadata) == {}
+    assert [cell.source for cell in notebook.cells] == ["", "x", "y"]
+    assert dict(notebook.cells[0].metadata) == {}
+    assert notebook.cells[1].outputs == []
+    assert [cell.execution_count for cell in notebook.cells] == [None, 1, 2]
+    assert notebook.cells[2].outputs[0].execution_count == 2
+    assert notebook.cells[2].outputs[0].data["text/plain"] == "notebooks at $VIRTUAL_ENV/lib, <object object at 0x…>"
+
+
+@pytest.mark.slow
+def test_render_writes_the_outputs_of_a_run(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "DETECT", "raise SystemExit(1)")
+    result = runner.render(make_profile("00_a"), sources, tmp_path / "run")
+    assert result.ok
+    text = (sources / "00_a.ipynb").read_text()
+    assert "injected-parameters" not in text
+    notebook = json.loads(text)
+    assert [cell.get("execution_count") for cell in notebook["cells"]] == [None, 1, 2, 3, 4]
+    assert notebook["cells"][3]["outputs"][0]["text"] == ["twice\n"]
+    assert "<object object at 0x…>" in "".join(notebook["cells"][2]["outputs"][0]["text"])
+    assert cells_hash(notebook) == cells_hash(source_notebook(sources / "source" / "00_a.py"))
