@@ -59,7 +59,7 @@ def check_disk(free: int, needed: int, folder: Path) -> None:
     if free < needed:
         raise SetupError(
             f"the set-up needs {needed / GIB:.1f} GiB of free disk and {folder} has {free / GIB:.1f} GiB.\n"
-            "Free some space, or make .venv a link to an empty folder on a larger disk; then run make setup again."
+            "Free some space, or move this folder to a larger disk; then run make setup again."
         )
 
 

@@ -163,10 +163,12 @@ def _memory(profile: Profile, shapes: dict[str, PretrainedConfig]) -> Table:
     table = _table(title, ["model", "precision"], ["weights", "KV cache", "total"], ["fits"])
     for role, ref in profile.models.items():
         tokens = _context(shapes[role])
-        for precision in profile.precisions:
+        for index, precision in enumerate(profile.precisions):
             need = memory.estimate(shapes[role], precision, context_tokens=tokens)
-            parts = (f"{size / GIB:,.2f}" for size in (need.weights, need.kv_cache, need.total))
-            table.add_row(ref.label, precision, *parts, _fit(_placed(profile, shapes[role], precision)))
+            parts = map(_gib, (need.weights, need.kv_cache, need.total))
+            table.add_row(
+                "" if index else ref.label, precision, *parts, _fit(_placed(profile, shapes[role], precision))
+            )
     contexts = sorted({_context(shape) for shape in shapes.values()})
     table.caption = f"one conversation of {' or '.join(map(str, contexts))} tokens, as long as the model takes"
     return table
@@ -177,7 +179,7 @@ def _placement(profile: Profile, shapes: dict[str, PretrainedConfig]) -> Table:
     table = _table(f"Placement in {profile.precision}, GiB on each device", ["model"], devices, [])
     for role, ref in profile.models.items():
         placed = _placed(profile, shapes[role], profile.precision)
-        table.add_row(ref.label, *(f"{size / GIB:,.2f}" for size in placed.per_device_bytes.values()))
+        table.add_row(ref.label, *map(_gib, placed.per_device_bytes.values()))
     groups = "; ".join(" and ".join(group) for group in profile.resident)
     table.caption = f"in memory at the same time: {groups}"
     return table
@@ -212,6 +214,10 @@ def _table(title: str, texts: Sequence[str], numbers: Sequence[str], ends: Seque
     for name in ends:
         table.add_column(name)
     return table
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.{2 if size > GIB / 10 else 4}f}"
 
 
 def _context(config: PretrainedConfig) -> int:

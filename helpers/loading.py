@@ -111,10 +111,10 @@ def prepare(profile: Profile) -> None:
     console = Console()
     for ref in dict.fromkeys(profile.models.values()):
         started = time.perf_counter()
-        console.print(f"{ref.label}: getting it ready ...", highlight=False)
+        console.print(f"{ref.label}: getting it ready ...", highlight=False, soft_wrap=True)
         size = sum(file.stat().st_size for file in resolve(ref).iterdir())
         seconds = time.perf_counter() - started
-        console.print(f"{ref.label}: ready, {_human(size)}, {seconds:.1f} s", highlight=False)
+        console.print(f"{ref.label}: ready, {_human(size)}, {seconds:.1f} s", highlight=False, soft_wrap=True)
 
 
 def report_table(loaded: Loaded) -> pd.DataFrame:

@@ -277,9 +277,9 @@ def _checkpoint_tensor(checkpoint: Path, name: str) -> torch.Tensor:
 
 
 def _error_share(module: nn.Module, source: torch.Tensor) -> float:
-    """Largest error of a layer's weight against ``source`` (float32, same shape), as a share of what is allowed."""
+    """Largest error of a weight against ``source`` (float32, same shape) as a share of what is allowed, or NaN."""
     stored, allowed = _dequantized_4bit(module, source) if _is_4bit(module) else _dequantized_8bit(module, source)
-    return ((stored - source).abs() / allowed).nan_to_num(nan=float("inf")).max().item()
+    return ((stored - source).abs() / allowed).max().item()
 
 
 def _dequantized_4bit(module: nn.Module, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

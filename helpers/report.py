@@ -61,7 +61,9 @@ def duration(seconds: float | None) -> str:
     whole = round(seconds)
     if whole < 120:
         return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 7200 else f"{whole // 3600} h {whole % 3600 // 60} min"
+    large, small = (whole // 60, whole % 60) if whole < 7200 else (whole // 3600, whole % 3600 // 60)
+    units = ("min", "s") if whole < 7200 else ("h", "min")
+    return f"{large} {units[0]} {small} {units[1]}" if small else f"{large} {units[0]}"
 
 
 def _outcome(status: Mapping[str, Any]) -> dict[str, str]:

@@ -121,7 +121,7 @@ def test_one_file_that_fetches_nothing(run, page):
         "20260131T120000Z-laptop", "1 of 2 notebooks did not pass", "These numbers are not Falcon-180B's.",
         "falcon-mini (stand-in for tiiuae/falcon-180B)", "laptop: two cores", "2026-01-31 12:00:00 UTC",
         "workbook run", "0123456789ab with uncommitted changes", "A processor, 2 cores", "8.0 GiB",
-        "2 × H100 (80.0 GiB)", "error in cell 3: ValueError: a < b", "compare('<b>')", "75 s", "60 s", "2 min 0 s",
+        "2 × H100 (80.0 GiB)", "error in cell 3: ValueError: a < b", "compare('<b>')", "75 s", "60 s", "2 min",
         "3.0 GiB", "2.55 times", "2.5 ± 0.1 times", "A5", "178,557,088,768", "<i>odd</i>",
         "1 as expected, 1 differ, 1 unmeasured.", "torch", "2.13.0", "zipp 3.0", "seed=7", "ab" * 32, "cd" * 32,
     ],
@@ -173,7 +173,15 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(None, "–"), (0.44, "0.4 s"), (12.4, "12 s"), (119.6, "2 min 0 s"), (185, "3 min 5 s"), (7800, "2 h 10 min")],
+    [
+        (None, "–"),
+        (0.44, "0.4 s"),
+        (12.4, "12 s"),
+        (119.6, "2 min"),
+        (185, "3 min 5 s"),
+        (7800, "2 h 10 min"),
+        (14400, "4 h"),
+    ],
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
