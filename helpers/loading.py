@@ -148,13 +148,15 @@ def unload(loaded: Loaded) -> None:
 
 
 def tidy_output() -> None:
-    """For notebooks that call transformers directly: bars that leave one line of text, no harmless warnings.
+    """For notebooks: bars that leave one line of text, no harmless warnings, tables that show long texts whole.
 
     A bar shows after two seconds. In a notebook it is plain text that updates in place, so that a saved notebook
     shows how it ended; in a terminal it goes when it is done; written to a file, there is none.
     """
+    import pandas as pd
     from transformers.utils import logging
 
+    pd.set_option("display.max_colwidth", None)
     quiet_bitsandbytes()
     logging.set_tqdm_hook(lambda factory, args, options: _bar_class()(*args, **options))
 

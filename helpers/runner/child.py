@@ -168,6 +168,7 @@ def _options(watcher: Watcher) -> dict[str, Any]:
         "iopub_timeout": IOPUB_SECONDS,
         "extra_arguments": ["--log-level=ERROR"],
         "store_widget_state": False,
+        "coalesce_streams": True,
         "on_notebook_start": watcher.on_notebook_start,
         "on_cell_execute": watcher.on_cell_execute,
         "on_cell_executed": watcher.on_cell_executed,

@@ -28,8 +28,9 @@ seed = 0
 # with the word *stand-in*.
 
 # %%
-from helpers import exercises, hardware, memory, plots, profiles, results, widgets
+from helpers import exercises, hardware, loading, memory, plots, profiles, results, widgets
 
+loading.tidy_output()
 settings = profiles.load_profile(profile)
 profiles.table(settings)
 
@@ -57,7 +58,9 @@ print(f"{tied + model.lm_head.weight.numel():,} with the head counted separately
 # %%
 assert memory.count_parameters(config) == tied
 results.record("parameters_tied", tied, "parameters", claim="A1")
-results.record("parameters_untied", memory.count_parameters(config, tied=False), "parameters", claim="A1")
+results.record(
+    "parameters_untied", memory.count_parameters(config, tied=False), "parameters", claim="A1"
+)
 
 # %% [markdown]
 # *180 billion* is fair. The article calls Falcon-180B a scaled-up Falcon-40B, after models of 1.3B, 7.5B and 40B. The two
@@ -66,13 +69,17 @@ results.record("parameters_untied", memory.count_parameters(config, tied=False),
 # %%
 import pandas as pd
 
-names = ["tiiuae/falcon-7b", "tiiuae/falcon-40b", "tiiuae/falcon-180B", "meta-llama/Llama-2-70b-chat-hf"]
+names = ["tiiuae/falcon-7b", "tiiuae/falcon-40b", "tiiuae/falcon-180B"]
+names.append("meta-llama/Llama-2-70b-chat-hf")
 configs = {name: memory.published_config(name) for name in names}
 counts = {name: memory.count_parameters(c) for name, c in configs.items()}
 rows = [
-    (name, f"{n / 1e9:.2f}", configs[name].num_hidden_layers, configs[name].hidden_size) for name, n in counts.items()
+    (name, f"{counts[name] / 1e9:.2f}", configs[name].num_hidden_layers, configs[name].hidden_size)
+    for name in names
 ]
-pd.DataFrame(rows, columns=["model", "billion parameters", "layers", "hidden size"]).set_index("model")
+pd.DataFrame(rows, columns=["model", "billion parameters", "layers", "hidden size"]).set_index(
+    "model"
+)
 
 # %%
 llama = memory.count_parameters(configs["meta-llama/Llama-2-70b-chat-hf"])
@@ -84,7 +91,7 @@ results.record("size_ratio_to_llama", round(tied / llama, 3), "x", claim="A5")
 # %% [markdown]
 # ## 2 · Four times the compute
 #
-# Training a dense transformer of $N$ parameters on $D$ tokens takes about $6ND$ floating-point operations: two for each
+# Training a dense transformer of N parameters on D tokens takes about 6·N·D floating-point operations: two for each
 # parameter and token forward, four backward ([Kaplan et al. 2020](https://arxiv.org/abs/2001.08361)). Falcon-180B saw
 # 3.5 trillion tokens, less than one epoch of its data; Llama 2 saw 2 trillion.
 
@@ -119,9 +126,8 @@ results.record("days_on_4096_gpus", round(days, 1), "days", claim="A4")
 # ## 3 · Multi-query attention: a cache of 8 heads, not 232
 #
 # While it writes, a model keeps the keys and values of all tokens so far: the *KV cache*. Falcon-180B has 232 query heads
-# but only 8 key-value heads, so a token needs
-# $2 \cdot \text{layers} \cdot \text{heads} \cdot \text{head size} \cdot \text{bytes}$ with 8 heads instead of 232. The
-# article says that this improves *scalability*; this is the size of it.
+# but only 8 key-value heads, so a token needs *2 · layers · heads · head size · bytes* with 8 heads instead of 232 (2: keys
+# and values). The article says that this improves *scalability*; this is the size of it.
 
 # %%
 head_size = config.hidden_size // config.num_attention_heads
@@ -137,7 +143,9 @@ results.record("kv_bytes_232_heads", all_heads, "bytes/token", claim="A8")
 
 # %%
 ways = {"8 heads": eight, "232 heads": all_heads}
-results.record_figure("cache_growth", plots.cache_growth(ways, config.max_position_embeddings, "Falcon-180B"))
+results.record_figure(
+    "cache_growth", plots.cache_growth(ways, config.max_position_embeddings, "Falcon-180B")
+)
 
 # %% [markdown]
 # The surprise is the upper line: transformers copies the 8 heads to all 232 *before* it stores them, so whoever runs
@@ -163,10 +171,9 @@ figure = plots.memory_by_precision(list(estimates.values()), machines, "Falcon-1
 results.record_figure("memory_by_precision", figure)
 
 # %%
+claims = {"bf16": "A16", "int8": None, "nf4": "A17"}
 for name, estimate in estimates.items():
-    results.record(
-        f"inference_{name}", round(estimate.total / 2**30, 1), "GiB", claim={"bf16": "A16", "nf4": "A17"}.get(name)
-    )
+    results.record(f"inference_{name}", round(estimate.total / 2**30, 1), "GiB", claim=claims[name])
 results.recorded().tail(3)
 
 # %% [markdown]
@@ -183,7 +190,8 @@ widgets.memory_planner()
 
 # %%
 machine = hardware.detect()
-print(f"{machine.cpu_count} CPUs, {machine.ram_bytes / 2**30:.1f} GiB of memory, {len(machine.gpus)} GPUs")
+memory_gib = machine.ram_bytes / 2**30
+print(f"{machine.cpu_count} CPUs, {memory_gib:.1f} GiB of memory, {len(machine.gpus)} GPUs")
 print(f"{machine.disk_free_bytes / 2**30:.0f} GiB free on disk")
 
 # %%
@@ -224,7 +232,8 @@ pd.DataFrame(rows, columns=["profile", "on this machine"]).set_index("profile")
 active = {"Falcon-180B": tied, "Llama-2-70B": llama, "Mixtral 8x7B": 12.9e9}
 total = {**active, "Mixtral 8x7B": 46.7e9}
 rows = [
-    (n, f"{total[n] / 1e9:.1f}", f"{a / 1e9:.1f}", f"{2 * a / 1e9:.0f}", f"{tied / a:.1f}x") for n, a in active.items()
+    (name, f"{total[name] / 1e9:.1f}", f"{n / 1e9:.1f}", f"{2 * n / 1e9:.0f}", f"{tied / n:.1f}x")
+    for name, n in active.items()
 ]
 columns = ["model", "billion parameters", "active", "GFLOP a token", "Falcon-180B costs"]
 pd.DataFrame(rows, columns=columns).set_index("model")

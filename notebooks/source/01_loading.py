@@ -71,14 +71,22 @@ results.record("stored", loaded.report.stored_bytes, "bytes")
 loaded.model.transformer.h[0]
 
 # %%
-flags = ["new_decoder_architecture", "num_ln_in_parallel_attn", "parallel_attn", "multi_query", "alibi", "bias"]
+flags = [
+    "new_decoder_architecture",
+    "num_ln_in_parallel_attn",
+    "parallel_attn",
+    "multi_query",
+    "alibi",
+    "bias",
+]
 sizes = ["num_hidden_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "vocab_size"]
 published = memory.published_config("tiiuae/falcon-180B")
 for key in flags + sizes:
     print(f"{key:26} {getattr(published, key)!s:>8} {getattr(loaded.model.config, key)!s:>8}")
 
 # %% [markdown]
-# (First column Falcon-180B, second the model loaded here.) Where do the 180 billion parameters sit?
+# First column Falcon-180B, second the model loaded here. `num_ln_in_parallel_attn` is left open in 180B's file; the new
+# architecture's own default is 2, the same. Where do the 180 billion parameters sit?
 
 # %%
 anatomy = memory.parameter_table(published)
@@ -94,14 +102,19 @@ results.record_figure("anatomy", plots.parameter_breakdown(anatomy, "Falcon-180B
 # have to cross devices), so it is told the name of the layer class.
 
 # %%
+import logging
+
 from accelerate import infer_auto_device_map, init_empty_weights
 from transformers import FalconForCausalLM
 
+logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)  # no word on absent GPUs
 with init_empty_weights():
     empty = FalconForCausalLM(published).to(torch.bfloat16)
 empty.tie_weights()
 limits = dict.fromkeys(range(8), "72GiB")
-device_map = infer_auto_device_map(empty, max_memory=limits, no_split_module_classes=["FalconDecoderLayer"])
+device_map = infer_auto_device_map(
+    empty, max_memory=limits, no_split_module_classes=["FalconDecoderLayer"]
+)
 {device: sum(d == device for d in device_map.values()) for device in limits}
 
 # %% [markdown]
@@ -111,7 +124,9 @@ device_map = infer_auto_device_map(empty, max_memory=limits, no_split_module_cla
 # %%
 placement = memory.place(published, "bf16", gpus=[80e9] * 8)
 print("fits" if placement.fits else placement.why_not)
-figure = plots.placement(placement, dict.fromkeys(range(8), 80e9), "Falcon-180B in bf16 on 8x A100 80GB")
+figure = plots.placement(
+    placement, dict.fromkeys(range(8), 80e9), "Falcon-180B in bf16 on 8x A100 80GB"
+)
 results.record_figure("placement", figure)
 
 # %% [markdown]
@@ -131,14 +146,16 @@ with torch.inference_mode():
 print(tokenizer.decode(output[0]))
 
 # %% [markdown]
-# The helper returns the reply with its timings and the reason why it ended, and the same seed gives the same text.
+# The helper returns the reply with its timings and the reason why it ended, and the same seed gives the same text. (It draws
+# by temperature and top-p alone; plain `generate` also keeps only the 50 likeliest tokens, its default `top_k`.)
 
 # %%
 sampling = Sampling(temperature=0.6, top_p=0.9, max_new_tokens=max_new_tokens, seed=seed)
 reply = generation.generate(loaded, prompt, sampling)
 again = generation.generate(loaded, prompt, sampling)
 print(prompt + reply.text)
-print(f"\n{reply.tokens} tokens, ended by {reply.finish_reason!r}; same seed, same text: {reply.text == again.text}")
+print(f"\n{reply.tokens} tokens, ended by {reply.finish_reason!r}")
+print("same seed, same text:", reply.text == again.text)
 
 # %%
 results.record("pedro_repeatable", reply.text == again.text, claim="A25")
@@ -153,7 +170,9 @@ results.record("decoding_speed", round(reply.tokens_per_second, 1), "tokens/s")
 # %%
 import pandas as pd
 
-replies = [generation.generate(loaded, prompt, Sampling(max_new_tokens=25, seed=s)).text for s in range(4)]
+replies = [
+    generation.generate(loaded, prompt, Sampling(max_new_tokens=25, seed=s)).text for s in range(4)
+]
 pd.DataFrame({"continuation": replies}).rename_axis("seed")
 
 # %% [markdown]
@@ -168,11 +187,16 @@ with torch.inference_mode():
     logits = loaded.model(ids).logits[0, -1].float()
 probabilities = (logits / 0.6).softmax(-1)
 best = probabilities.topk(5)
-[(tokenizer.decode([i]), round(p, 3)) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+{
+    tokenizer.decode([token]): round(p.item(), 3)
+    for token, p in zip(best.indices, best.values, strict=True)
+}
 
 # %%
 temperatures = (0.3, 0.6, 1.0, 1.5)
-by_temperature = {t: generation.next_token_probabilities(loaded, prompt, k=8, temperature=t) for t in temperatures}
+by_temperature = {
+    t: generation.next_token_probabilities(loaded, prompt, k=8, temperature=t) for t in temperatures
+}
 figure = plots.next_token_probabilities(by_temperature, settings.falcon.label)
 results.record_figure("temperature", figure)
 
@@ -205,7 +229,10 @@ results.record_figure("token_times", plots.token_times(times, settings.falcon.la
 with torch.inference_mode():
     cache = loaded.model(ids, use_cache=True).past_key_values
 held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-print("shape of the keys of one layer (batch, heads, tokens, head size):", tuple(cache.layers[0].keys.shape))
+print(
+    "shape of the keys of one layer (batch, heads, tokens, head size):",
+    tuple(cache.layers[0].keys.shape),
+)
 print(f"{held / ids.shape[1]:,.0f} bytes a token")
 
 # %%

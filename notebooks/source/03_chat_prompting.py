@@ -25,6 +25,7 @@ max_new_tokens = 60
 from helpers import chat, exercises, generation, loading, profiles, prompts, results, widgets
 from helpers.types import Sampling
 
+loading.tidy_output()
 settings = profiles.load_profile(profile)
 profiles.table(settings)
 
@@ -36,21 +37,39 @@ profiles.table(settings)
 # A23). The same question to both, plainly:
 
 # %%
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+checkpoint = loading.resolve(settings.falcon)
+tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, device_map="auto")
+ids = tokenizer(question, return_tensors="pt")["input_ids"].to(model.device)
+torch.manual_seed(seed)
+with torch.inference_mode():
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=60
+    )
+print(tokenizer.decode(output[0]))
+
+# %% [markdown]
+# `generation.generate` takes a text as it is, or messages, which it renders in the format of the model. It says why a reply
+# ended: at an end token, at a stop string, or at the token limit.
+
+# %%
+del model
 base = loading.load(settings.falcon, settings.precision)
 sampling = Sampling(temperature=0.6, top_p=0.9, max_new_tokens=max_new_tokens, seed=seed)
 base_reply = generation.generate(base, question, sampling)
-print(question + base_reply.text)
-print(f"\n[ended by: {base_reply.finish_reason}]")
+print(f"{question}{base_reply.text}\n\n[ended by: {base_reply.finish_reason}]")
 
 # %%
 loading.unload(base)
 talker = loading.load(settings.falcon_chat, settings.precision)
 chat_reply = generation.generate(talker, [{"role": "user", "content": question}], sampling)
-print(chat_reply.text)
-print(f"\n[ended by: {chat_reply.finish_reason}]")
+print(f"{chat_reply.text}\n\n[ended by: {chat_reply.finish_reason}]")
 
 # %% [markdown]
-# The base model carries on writing until the token limit; the chat model answers as a partner would and ends its turn.
+# A base model carries on writing, often both sides of a talk; a chat model answers and ends its turn.
 
 # %%
 results.record("base_ended_by", base_reply.finish_reason, claim="A20")
@@ -109,7 +128,8 @@ history = [("Hello!", "Hi there."), ("How are you?", "I am well.")]
 print(wrong("Is a saddle an animal?", history=history, system_prompt=""))
 
 # %%
-said = [{"role": r, "content": t} for turn in history for r, t in zip(("user", "assistant"), turn, strict=True)]
+roles = ("user", "assistant")
+said = [{"role": r, "content": t} for turn in history for r, t in zip(roles, turn, strict=True)]
 right = falcon.render([*said, {"role": "user", "content": "Is a saddle an animal?"}])
 print(right)
 
@@ -178,6 +198,15 @@ for question_text in ("Hello!", "Do you like music?", "What kind of music?"):
     print("Falcon:", conversation.ask(question_text).text)
 print(f"\n{conversation.tokens_left()} tokens of the context are left")
 
+# %%
+import tempfile
+from pathlib import Path
+
+with tempfile.TemporaryDirectory() as folder:
+    conversation.save(Path(folder) / "chat.json")
+    again = chat.Chat.load(Path(folder) / "chat.json", talker)
+results.record("chat_survives_saving", again.messages == conversation.messages)
+
 # %% [markdown]
 # ### When the context is full
 #
@@ -188,8 +217,9 @@ print(f"\n{conversation.tokens_left()} tokens of the context are left")
 tokenizer, limit = talker.tokenizer, 60
 long = [messages[0], *messages[1:3] * 6, messages[-1]]
 kept = talker.format.fit(long, tokenizer, limit)
-print(f"{len(long)} messages, {len(tokenizer(talker.format.render(long))['input_ids'])} tokens")
-print(f"{len(kept)} kept, {len(tokenizer(talker.format.render(kept))['input_ids'])} tokens, at most {limit}\n")
+for chosen in (long, kept):
+    tokens = len(tokenizer(talker.format.render(chosen))["input_ids"])
+    print(f"{len(chosen)} messages, {tokens} tokens (at most {limit} wanted)")
 print(talker.format.render(kept))
 
 # %%
