@@ -109,7 +109,8 @@ def _tiny_falcon(seed: int) -> FalconForCausalLM:
 
     config = FalconConfig(
         vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2,
-        new_decoder_architecture=True, bias=False, alibi=False, bos_token_id=None, eos_token_id=None,
+        new_decoder_architecture=True, bias=False, alibi=False, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
