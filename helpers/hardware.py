@@ -60,13 +60,6 @@ def memory_bandwidth(bytes: int = 2**28, repeats: int = 7, device: str = "cpu") 
     return 2 * source.nbytes / statistics.median(seconds)
 
 
-def process_memory() -> int:
-    """Bytes of RAM this process holds now (resident set size)."""
-    import psutil
-
-    return psutil.Process().memory_info().rss
-
-
 def memory_limit(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> tuple[float, float]:
     """(limit, room left) in bytes that the control groups set (versions 1 and 2); inf where there is none.
 

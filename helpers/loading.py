@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.prompts import format_for
 from helpers.quantization import (
-    QUANTIZED,
     bnb_config,
     falcon_repair,
     keep_unpacked,
@@ -31,7 +30,7 @@ from helpers.quantization import (
     verify_quantized,
     weights_in,
 )
-from helpers.types import GIB, PRECISIONS, ROOT, Loaded, LoadReport, ModelRef, Profile, WorkbookError
+from helpers.types import GIB, PRECISIONS, QUANTIZED, ROOT, Loaded, LoadReport, ModelRef, Profile, WorkbookError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -172,16 +171,16 @@ def _from_project(ref: ModelRef) -> Path:
 
 
 def _from_package(ref: ModelRef) -> Path:
-    gguf = _packaged_file(ref)
-    folder = _cache() / f"{ref.name}-{_digest(gguf)[:12]}"
+    gguf = packaged_file(ref)
+    folder = _cache() / f"{ref.name}-{file_hash(gguf)[:12]}"
     if not folder.is_dir():
         with _waiting(f"Unpacking {ref.name} (once, under a minute)"):
             _build_once(gguf, folder)
     return folder
 
 
-def _packaged_file(ref: ModelRef) -> Path:
-    """The file ``package/file`` of an installed package, which is found without being imported."""
+def packaged_file(ref: ModelRef) -> Path:
+    """The file ``package/file`` of an installed package, found without importing it. Raises LoadError."""
     package, _, name = (ref.file or "").partition("/")
     spec = importlib.util.find_spec(package) if package else None
     for folder in (spec and spec.submodule_search_locations) or []:
@@ -194,7 +193,8 @@ def _cache() -> Path:
     return Path(os.environ.get("WORKBOOK_CACHE") or ROOT / ".cache") / "models"
 
 
-def _digest(file: Path) -> str:
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Literal
 
-from helpers.types import GIB, PRECISIONS, ROOT, Machine, MemoryEstimate, Placement, WorkbookError
+from helpers.types import GIB, PRECISIONS, QUANTIZED, ROOT, Machine, MemoryEstimate, Placement, WorkbookError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 CONFIGS = ROOT / "env" / "models" / "configs"
 A100_PEAK = 312e12  # bf16 FLOP/s, dense: NVIDIA A100 data sheet
 RESERVED = 0.05  # share of each device kept free for the CUDA context and fragments
-QUANTIZED = ("int8", "nf4")
 MODES = ("inference", "full", "lora", "qlora")
 
 
@@ -250,6 +249,30 @@ def place(
     lacking = max(excess, sum(sizes) - sum(room))
     why_not = "" if excess <= 0 else f"lacks {_gib(lacking)} over {_devices(gpus)}"
     return Placement(device_map, used, excess <= 0, why_not)
+
+
+def shard(
+    config: PretrainedConfig,
+    precision: str,
+    gpus: Sequence[float],
+    *,
+    mode: str,
+    batch_size: int = 1,
+    context_tokens: int = 2048,
+) -> Placement:
+    """Training spread evenly over equal devices, as ZeRO-3 does (Rajbhandari et al. 2020, arXiv:1910.02054).
+
+    Weights, gradients and optimizer are divided; each device works on its share of the sequences and has room for one
+    gathered layer. ``RESERVED`` of each device is kept free. There is no ``device_map``: every device holds a part of
+    every layer. Raises WorkbookError where precision and mode do not go together.
+    """
+    sequences = math.ceil(batch_size / len(gpus))
+    held = estimate(config, precision, mode=mode, batch_size=sequences, context_tokens=context_tokens)
+    gathered = _layer_bytes(anatomy(config), precision)
+    each = math.ceil((held.total - held.activations) / len(gpus)) + held.activations + gathered
+    lacking = each - min(gpus) * (1 - RESERVED)
+    why_not = f"each of {_devices(gpus)} lacks {_gib(lacking)}" if lacking > 0 else ""
+    return Placement({}, dict.fromkeys(range(len(gpus)), each), lacking <= 0, why_not)
 
 
 def lacks(config: PretrainedConfig, precision: str, machine: Machine, *, context_tokens: int = 2048) -> str:
@@ -491,9 +514,7 @@ def _most_even(sizes: Sequence[int], limits: Sequence[float]) -> list[int]:
 def _least_gpus(config: PretrainedConfig, precision: str, mode: str, size: float) -> int:
     if mode == "inference":
         return next(n for n in range(1, 1000) if place(config, precision, [size] * n).fits)
-    held = estimate(config, precision, mode=mode)
-    gathered = _layer_bytes(anatomy(config), precision)
-    return math.ceil((held.total - held.activations) / (size * (1 - RESERVED) - held.activations - gathered))
+    return next(n for n in range(1, 1000) if shard(config, precision, [size] * n, mode=mode, batch_size=n).fits)
 
 
 def _gib(size: float) -> str:

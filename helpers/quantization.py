@@ -12,14 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.types import WorkbookError
+from helpers.types import QUANTIZED, WorkbookError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
-QUANTIZED = ("int8", "nf4")
 _KNOWN_NOISE = {
     "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",

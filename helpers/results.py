@@ -11,17 +11,18 @@ A run folder, ``runs/<UTC time>-<profile>/``, holds::
 ``results.json`` keeps the order of recording::
 
     {"values":  {"<notebook>": {"<name>": {"value": .., "unit": "..", "claim": "A1" or null, "expected": ..,
-                                           "tolerance": .., "source": "..", "verdict": ".."}}},
+                                           "tolerance": .., "source": "..", "verdict": "..", "floor": .. or null}}},
      "figures": {"<notebook>": {"<name>": "figures/<notebook>_<name>.png"}}}
 
 Expected values stand in ``notebooks/expected/<profile>.json``::
 
     {"<notebook>/<name>": {"value": .., "tolerance": .., "source": "run .." or "citation .."}}
 
-with an absolute tolerance. A verdict is "as expected", "differs" or "unmeasured" (nothing to compare with; this never
-counts as passed). The runner names the run to a notebook through environment variables: ``WORKBOOK_RUN_DIR``,
-``WORKBOOK_NOTEBOOK``, ``WORKBOOK_PROFILE``, ``WORKBOOK_EXPECTED`` (the file above) and ``WORKBOOK_UNATTENDED``.
-Without them values are compared and shown, and kept only in memory.
+with an absolute tolerance; ``floor`` is the least that a tolerance made from this run may be. A verdict is "as
+expected", "differs" or "unmeasured" (nothing to compare with; this never counts as passed). The runner names the run to
+a notebook through environment variables: ``WORKBOOK_RUN_DIR``, ``WORKBOOK_NOTEBOOK``, ``WORKBOOK_PROFILE``,
+``WORKBOOK_EXPECTED`` (the file above) and ``WORKBOOK_UNATTENDED``. Without them values are compared and shown, and kept
+only in memory.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class Record:
     tolerance: float | None = None
     source: str | None = None
     verdict: str = UNMEASURED
+    floor: float | None = None
 
     def __str__(self) -> str:
         return f"{self.name}: {with_unit(self.value, self.unit)} | {self._expectation()} | {self.verdict}"
@@ -125,18 +127,24 @@ def unattended() -> bool:
     return os.environ.get("WORKBOOK_UNATTENDED") == "1"
 
 
-def record(name: str, value: Any, unit: str = "", claim: str | None = None) -> Record:
+def record(
+    name: str, value: Any, unit: str = "", claim: str | None = None, *, tolerance: float | None = None
+) -> Record:
     """Compare a value with the expected one and keep it in the run's ``results.json``.
 
     ``value`` is a number, a text or a bool (numpy and torch scalars too); ``claim`` names a statement of the source
-    article, such as "A1". A name recorded again in the same notebook replaces the earlier value.
-    Raises ResultError for an empty name, any other type, NaN and infinity.
+    article, such as "A1". ``tolerance``, in the value's unit, is the least that ``expected_from_runs`` allows a number:
+    give it where a hundredth of the value is finer than the value's own meaning, as for a difference near zero.
+    A name recorded again in the same notebook replaces the earlier value.
+    Raises ResultError for an empty name, any other type, NaN and infinity, and a tolerance that is no distance.
     """
     if not name.strip():
         raise ResultError("a recorded value needs a name")
     checked = _scalar(name, value)
+    if tolerance is not None and not (_is_number(checked) and 0 <= tolerance < math.inf):
+        raise ResultError(f"{name!r} cannot have the tolerance {tolerance}: give a number a finite one from 0 up")
     expected = _expected_values().get(f"{_notebook()}/{name}")
-    entry = Record(name, checked, unit, claim, **_comparison(checked, expected))
+    entry = Record(name, checked, unit, claim, **_comparison(checked, expected), floor=tolerance)
     _keep(entry)
     return entry
 
@@ -234,8 +242,9 @@ def expected_from_runs(run_dirs: Sequence[Path]) -> dict[str, dict[str, Any]]:
 
     The value is the median. The tolerance of a float is twice the range over the runs, and at least 1% of the value,
     because another processor rounds differently; integers that agree in all runs are exact, others get twice their
-    range. Texts and bools are kept where all runs agree. Times and speeds (units such as s or tokens/s) are left out:
-    they belong to the machine. Only notebooks that passed count.
+    range. Neither is under the tolerance that the notebook gave when it recorded the value. Texts and bools are kept
+    where all runs agree. Times and speeds (units such as s or tokens/s) are left out: they belong to the machine. Only
+    notebooks that passed count.
 
     Raises ResultError when the runs are of different profiles or hold no value.
     """
@@ -243,24 +252,28 @@ def expected_from_runs(run_dirs: Sequence[Path]) -> dict[str, dict[str, Any]]:
     if len({read_json(run / "manifest.json")["profile"] for run in runs}) != 1:
         raise ResultError("expected values come from runs of one profile: give runs of the same profile")
     observed: dict[str, list[Value]] = {}
+    floors: dict[str, float] = {}
     for run in runs:
-        for key, value in _portable_values(run):
-            observed.setdefault(key, []).append(value)
+        for key, entry in _portable_entries(run):
+            observed.setdefault(key, []).append(entry["value"])
+            floors[key] = max(floors.get(key, 0), entry.get("floor") or 0)
     source = "run " + ", ".join(run.name for run in runs)
-    entries = {key: _summary(values) | {"source": source} for key, values in observed.items() if _agree(values)}
+    entries = {
+        key: _summary(values, floors[key]) | {"source": source} for key, values in observed.items() if _agree(values)
+    }
     if not entries:
         raise ResultError("these runs recorded no value that another machine could repeat")
     return dict(sorted(entries.items()))
 
 
-def _portable_values(run: Path) -> Iterator[tuple[str, Value]]:
+def _portable_entries(run: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     status = read_json(run / "status.json")["notebooks"]
     for notebook, entries in read(run)["values"].items():
         if status.get(notebook, {}).get("status") != "passed":
             continue
         for name, entry in entries.items():
             if entry["unit"] not in TIME_UNITS and not entry["unit"].endswith("/s"):
-                yield f"{notebook}/{name}", entry["value"]
+                yield f"{notebook}/{name}", entry
 
 
 def _is_number(value: Any) -> bool:
@@ -271,10 +284,10 @@ def _agree(values: Sequence[Value]) -> bool:
     return all(_is_number(value) for value in values) or len(set(values)) == 1
 
 
-def _summary(values: Sequence[Value]) -> dict[str, Any]:
+def _summary(values: Sequence[Value], floor: float) -> dict[str, Any]:
     if not _is_number(values[0]):
         return {"value": values[0], "tolerance": 0}
-    median, spread = statistics.median(values), 2 * (max(values) - min(values))
+    median, spread = statistics.median(values), max(floor, 2 * (max(values) - min(values)))
     if all(isinstance(value, int) for value in values):
         return {"value": int(median) if median == int(median) else median, "tolerance": spread}
     return {"value": median, "tolerance": max(spread, FLOAT_FLOOR * abs(median))}

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 Precision = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+QUANTIZED = ("int8", "nf4")
 Mode = Literal["inference", "full", "lora", "qlora"]
 FinishReason = Literal["end", "stop", "length"]
 

@@ -8,7 +8,6 @@ All text of models and users is escaped; styles are inline, set both colours, an
 from __future__ import annotations
 
 import html
-import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -413,31 +412,19 @@ def memory_planner(setup: Setup = Setup()) -> MemoryPlanner | Views:
 def plan(setup: Setup) -> Plan:
     """The estimate and the placement for a setup. Raises WorkbookError where precision and mode do not go together.
 
-    Inference places whole layers (``memory.place``). Training spreads weights, gradients and optimizer evenly as ZeRO-3
-    does; each GPU works on its share of the sequences and has room for one gathered layer.
+    Inference places whole layers (``memory.place``), training is spread evenly (``memory.shard``).
     """
     from helpers import memory
 
     config = memory.published_config(setup.model)
     work = {"batch_size": setup.batch_size, "context_tokens": setup.context_tokens}
     estimate = memory.estimate(config, setup.precision, mode=setup.mode, **work)
+    gpus = [setup.gpu_gb * 1e9] * setup.gpu_count
     if setup.mode == "inference":
-        placed = memory.place(config, setup.precision, [setup.gpu_gb * 1e9] * setup.gpu_count, **work)
+        placed = memory.place(config, setup.precision, gpus, **work)
     else:
-        placed = _spread_evenly(setup, estimate, config.num_hidden_layers)
+        placed = memory.shard(config, setup.precision, gpus, mode=setup.mode, **work)
     return Plan(setup, estimate, placed)
-
-
-def _spread_evenly(setup: Setup, estimate: MemoryEstimate, layers: int) -> Placement:
-    from helpers.memory import RESERVED
-
-    sequences = math.ceil(setup.batch_size / setup.gpu_count)
-    activations = estimate.activations * sequences // setup.batch_size
-    gathered = estimate.weights // layers
-    each = (estimate.total - estimate.activations) // setup.gpu_count + activations + gathered
-    lacking = each - setup.gpu_gb * 1e9 * (1 - RESERVED)
-    why_not = f"each GPU lacks {lacking / GIB:.1f} GiB" if lacking > 0 else ""
-    return Placement({}, dict.fromkeys(range(setup.gpu_count), each), lacking <= 0, why_not)
 
 
 def plan_html(planned: Plan) -> Html:

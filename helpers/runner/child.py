@@ -1,4 +1,4 @@
-"""One notebook in a process of its own: ``python -m helpers.runner.child``, started by ``helpers.runner.process``.
+"""One notebook in a process of its own: ``python -m helpers.runner.child``, started by ``helpers.runner.supervision``.
 
 Standard input carries one JSON line, the job, and then stays open: when it ends, the runner is gone, and this process
 kills the kernel, everything the kernel started, and itself. Standard output carries the events, one JSON line each:
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from helpers.results import write_text
 from helpers.runner.portable import make_portable
-from helpers.runner.processes import kill_marked
+from helpers.runner.processes import adopt_orphans, kill_marked
 from helpers.runner.redaction import redact
 
 if TYPE_CHECKING:
@@ -194,12 +194,14 @@ def main() -> None:
         events.flush()
 
     job = json.loads(stream.readline())
+    adopt_orphans()
     threading.Thread(target=_die_with_runner, args=(stream, job["mark"]), daemon=True).start()
     try:
         reason = execute(job, emit)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         sys.excepthook(type(error), error, error.__traceback__)
+    kill_marked(job["mark"])  # what the kernel left behind, while it is still this process's
     emit(event="end", reason=reason)
 
 

@@ -24,7 +24,7 @@ from helpers.runner.folder import (
     read_status,
     utc_now,
 )
-from helpers.runner.manifest import build_manifest, merge_manifests
+from helpers.runner.manifest import build_manifest, hub_commit, merge_manifests
 from helpers.runner.parameters import Plan, UsageError, parse_parameters, plan_run
 from helpers.runner.processes import new_mark
 from helpers.runner.redaction import REDACTED, find_secrets, redact, sweep
@@ -102,9 +102,10 @@ class Session:
     def run(self, console: Console, raw: Mapping[str, str], command: Sequence[str]) -> RunResult:
         """Run what is pending, and leave the folder complete."""
         try:
-            self._describe(raw, command)
-            interrupted = self._run_pending(console)
-            self._finish(interrupted)
+            with interruptible():
+                self._describe(raw, command)
+                interrupted = self._run_pending(console)
+                self._finish(interrupted)
         except OSError as error:
             with suppress(OSError):
                 self._finish(interrupted=True)
@@ -136,7 +137,7 @@ class Session:
     def _run_pending(self, console: Console) -> bool:
         """Run the pending notebooks; True when a person or the system interrupted this."""
         try:
-            with interruptible(), display(console) as show:
+            with display(console) as show:
                 for plan in self.plans:
                     show(self.status)
                     if self.status["notebooks"][plan.name]["status"] == "pending":
@@ -193,6 +194,8 @@ class Session:
     def _finish(self, interrupted: bool) -> None:
         self.status["state"] = "interrupted" if interrupted else "finished"
         self.manifest["finished"] = utc_now()
+        for role, model in self.manifest.get("models", {}).items():
+            model["commit"] = hub_commit(self.profile.models[role])  # the run may have downloaded it
         self._save_status()
         self._save_manifest()
         sweep(self.folder, self.secrets)
@@ -212,16 +215,28 @@ class Session:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that cleaning up runs."""
+    """Within the block the first SIGINT, SIGTERM or SIGHUP raises KeyboardInterrupt, so that cleaning up runs.
+
+    Further ones are ignored to the block's end, so that nothing cuts the cleaning up short. A signal that was ignored
+    before (by nohup, say) stays ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    signals = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, signal.default_int_handler) for number in signals]
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in stops if signal.getsignal(number) != signal.SIG_IGN}
+
+    def interrupt(*_: Any) -> None:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in before:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        for number, handler in zip(signals, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from helpers.loading import LoadError, file_hash, packaged_file
 from helpers.runner.folder import utc_now
 from helpers.runner.parameters import Plan
 from helpers.types import ROOT, ModelRef, Profile
@@ -68,10 +68,12 @@ def packages() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def hub_commit(ref: ModelRef) -> str | None:
+    """The commit that a hub's model is at in the Hugging Face cache; None where it is not there, or no hub's."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(ref.id, "config.json", revision=ref.revision) if ref.source == "hub" else None
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
@@ -87,16 +89,15 @@ def _notebook(plan: Plan) -> dict[str, Any]:
 
 
 def _model(ref: ModelRef) -> dict[str, Any]:
-    return asdict(ref) | {"label": ref.label, "sha256": {path.name: file_hash(path) for path in _model_files(ref)}}
+    hashes = {path.name: file_hash(path) for path in _model_files(ref)}
+    return asdict(ref) | {"label": ref.label, "sha256": hashes, "commit": hub_commit(ref)}
 
 
 def _model_files(ref: ModelRef) -> list[Path]:
-    """The files of a model that came with this repository or a package; a hub's are pinned by their revision."""
+    """The files of a model that came with this repository or a package; for a hub's, see ``hub_commit``."""
     if ref.source == "embedded":
         return sorted(path for path in (ROOT / ref.id).glob("*") if path.is_file())
     if ref.source == "package":
-        package, _, name = (ref.file or "").partition("/")
-        spec = importlib.util.find_spec(package)
-        folders = (spec and spec.submodule_search_locations) or []
-        return [Path(folder) / name for folder in folders if (Path(folder) / name).is_file()]
+        with suppress(LoadError):
+            return [packaged_file(ref)]
     return []

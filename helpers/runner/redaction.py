@@ -7,34 +7,41 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote
 
 from helpers.results import write_json
 
 REDACTED = "[redacted]"
 SHORTEST = 6
-_SECRET_NAME = re.compile(r"(TOKEN|SECRET|KEY|PASSWORD|PASSWD|PASS|PASSPHRASE|CREDENTIAL|AUTH|PAT)S?(_|$)", re.I)
-_SECRET_VALUE = re.compile(r"(hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[abprs]-|AKIA|ASIA|eyJ)[\w.\-]{6,}")
+_SECRET_NAME = re.compile(
+    r"(TOKEN|SECRET|KEY|PASSWORD|PASSWD|(?<!^)(?<!^OLD)PWD|PASS|PASSPHRASE|CREDENTIAL|AUTH|PAT)S?\d*(_|$)", re.I
+)
+# Not as a part of a path: a folder may be called hf_downloads.
+_SECRET_VALUE = re.compile(
+    r"(?<![\w./-])(hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[abprs]-|AKIA|ASIA|AIza|eyJ)[\w.-]{6,}(?![\w./-])"
+)
+_USER_INFO = re.compile(r"://([^/?#\s]*)@")
 _JSON_SUFFIXES = {".json", ".ipynb"}
 
 
 def find_secrets(named: Mapping[str, Any]) -> tuple[str, ...]:
     """The values among ``named`` (the environment, or parameters) that look like a token, longest first.
 
-    A value counts when its name ends in or contains a word such as TOKEN, SECRET, KEY or PASSWORD, when it has the
-    form of a well-known token (``hf_...``), or when it is the password inside an address. Values under six characters
-    and paths that exist are no secrets: blanking them everywhere would only spoil the files.
+    A value counts when its name ends in or contains a word such as TOKEN, SECRET, KEY or PASSWORD. Of any value, what
+    has the form of a well-known token (``hf_...``) counts, and the password inside an address, decoded too. Values
+    under six characters and paths that exist are no secrets: blanking them everywhere would only spoil the files.
     """
     found = set()
     for name, value in named.items():
         text = str(value)
-        if _SECRET_NAME.search(name) or _SECRET_VALUE.fullmatch(text):
+        if _SECRET_NAME.search(name):
             found.add(text)
-        if "://" in text and (password := _password(text)):
-            found.add(password)
+        found.update(match.group() for match in _SECRET_VALUE.finditer(text))
+        found.update(_in_addresses(text))
     return tuple(sorted((text for text in found if _worth_hiding(text)), key=len, reverse=True))
 
 
@@ -80,11 +87,13 @@ def _forms(secret: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(forms))
 
 
-def _password(address: str) -> str | None:
-    try:
-        return urlsplit(address).password
-    except ValueError:
-        return None
+def _in_addresses(text: str) -> Iterator[str]:
+    """The passwords of the addresses in a text, as they stand and decoded, and users' names that are tokens."""
+    for match in _USER_INFO.finditer(text):
+        user, _, password = match.group(1).partition(":")
+        yield from (password, unquote(password))
+        if _SECRET_VALUE.fullmatch(user):
+            yield user
 
 
 def _worth_hiding(text: str) -> bool:
@@ -108,6 +117,7 @@ def _clean(path: Path, secrets: tuple[str, ...], forms: list[bytes]) -> None:
         path.write_bytes(content)
         return
     if path.suffix in _JSON_SUFFIXES:
-        write_json(path, redact(json.loads(text), secrets))
-    else:
-        path.write_text(_redact_text(text, secrets), encoding="utf-8")
+        with suppress(ValueError, RecursionError):  # a damaged file, or one that holds NaN, is text like any other
+            write_json(path, redact(json.loads(text), secrets))
+            return
+    path.write_text(_redact_text(text, secrets), encoding="utf-8")

@@ -15,7 +15,9 @@ from queue import Empty, Queue
 from time import monotonic
 from typing import IO, Any
 
-from helpers.runner.processes import kill_marked, memory_bytes
+import psutil
+
+from helpers.runner.processes import Family, kill_marked
 from helpers.runner.redaction import redact
 
 GRACE_SECONDS = 15.0
@@ -80,16 +82,16 @@ def supervise(job: Job, environ: Mapping[str, str], log: Path, show: Callable[[P
     Whatever happens, an exception in ``show`` or Ctrl-C included, no process of the notebook outlives this call.
     """
     progress = Progress(monotonic())
-    with _child(job, environ, log) as (child, events):
+    with _child(job, environ, log) as (child, events, family):
         sampled = 0.0
         while (event := _next(events)) is not None:
             if event:
                 progress.take(event)
             if progress.ended:
                 break
-            if monotonic() - sampled > MEMORY_SECONDS:
+            if event or monotonic() - sampled > MEMORY_SECONDS:
                 sampled = monotonic()
-                progress.peak_bytes = max(progress.peak_bytes, memory_bytes(child.pid))
+                progress.peak_bytes = max(progress.peak_bytes, family.look())
             progress.reason = progress.overdue(job)
             if progress.reason:
                 break
@@ -105,7 +107,7 @@ def supervise(job: Job, environ: Mapping[str, str], log: Path, show: Callable[[P
 @contextmanager
 def _child(
     job: Job, environ: Mapping[str, str], log: Path
-) -> Iterator[tuple[subprocess.Popen[bytes], Queue[dict[str, Any] | None]]]:
+) -> Iterator[tuple[subprocess.Popen[bytes], Queue[dict[str, Any] | None], Family]]:
     child = subprocess.Popen(
         [sys.executable, "-m", "helpers.runner.child"],
         stdin=subprocess.PIPE,
@@ -115,25 +117,27 @@ def _child(
         cwd=os.path.dirname(job.notebook),
         start_new_session=True,
     )
+    family = Family({psutil.Process(child.pid)})
     events: Queue[dict[str, Any] | None] = Queue()
-    readers = [
-        threading.Thread(target=_forward, args=(child.stdout, events), daemon=True),
-        threading.Thread(target=_write_log, args=(child.stderr, log, job.secrets), daemon=True),
-    ]
+    readers = {
+        child.stdout: threading.Thread(target=_forward, args=(child.stdout, events), daemon=True),
+        child.stderr: threading.Thread(target=_write_log, args=(child.stderr, log, job.secrets), daemon=True),
+    }
     try:
-        for reader in readers:
+        for reader in readers.values():
             reader.start()
         child.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
         child.stdin.flush()
-        yield child, events
+        yield child, events, family
     finally:
+        kill_marked(job.mark, family)  # first, while orphans are still the child's
         child.kill()
-        child.wait()  # before anything else waits for it, or its exit code is lost
-        kill_marked(job.mark)
-        for reader in readers:
+        child.wait()
+        child.stdin.close()
+        for stream, reader in readers.items():
             reader.join(timeout=2)
-        for stream in (child.stdin, child.stdout, child.stderr):
-            stream.close()
+            if not reader.is_alive():  # else somebody still holds the other end, and closing would wait for them
+                stream.close()
 
 
 def _next(events: Queue[dict[str, Any] | None]) -> dict[str, Any] | None:

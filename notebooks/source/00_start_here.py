@@ -20,7 +20,7 @@
 
 # %% tags=["parameters"]
 profile = "laptop"
-seed = 0
+seed = 0  # nothing is drawn at random here; one -p seed=... serves all notebooks
 
 # %% [markdown]
 # The models of this profile. On a laptop, *stand-ins* take the place of the real ones: tiny models of the same
@@ -63,8 +63,8 @@ results.record(
 )
 
 # %% [markdown]
-# *180 billion* is fair. The article calls Falcon-180B a scaled-up Falcon-40B, after models of 1.3B, 7.5B and 40B. The two
-# that can still be downloaded:
+# *180 billion* is fair. The article calls Falcon-180B a scaled-up Falcon-40B, after models of 1.3B, 7.5B and 40B (A7). Two of
+# the family and the rival, counted from their configurations:
 
 # %%
 import pandas as pd
@@ -106,7 +106,7 @@ compute = {"Falcon-180B": falcon_flop, "Llama-2-70B": llama_flop}
 results.record_figure("training_compute", plots.training_compute(compute))
 
 # %% [markdown]
-# *Four times* is rounded down. Now the machine: up to 4096 GPUs at once (A100s, as the model card says), about
+# *Four times* is rounded down. Now the machine: up to 4096 GPUs at once on Amazon SageMaker (A100s, as the model card says), about
 # 7,000,000 GPU hours. An A100 peaks at 312 TFLOP/s in bf16 (NVIDIA's data sheet). What share of that peak do the figures imply?
 
 # %%
@@ -118,8 +118,8 @@ days = 7e6 / 4096 / 24
 results.record("days_on_4096_gpus", round(days, 1), "days", claim="A4")
 
 # %% [markdown]
-# Just under half of the peak is what well-tuned runs of that year reached (the PaLM paper lists 21% to 46%,
-# [Chowdhery et al. 2022](https://arxiv.org/abs/2204.02311), table 3), so the three published figures fit each other, with
+# That is a little above the best of the runs that the PaLM paper lists (21% to 46%,
+# [Chowdhery et al. 2022](https://arxiv.org/abs/2204.02311), table 3), so the three published figures can fit each other, with
 # nothing to spare. At 4096 GPUs all the time it would have taken ten weeks.
 
 # %% [markdown]
@@ -195,9 +195,21 @@ print(f"{machine.cpu_count} CPUs, {memory_gib:.1f} GiB of memory, {len(machine.g
 print(f"{machine.disk_free_bytes / 2**30:.0f} GiB free on disk")
 
 # %%
-fits = {name: profiles.lacks(profiles.load_profile(name), machine) for name in profiles.available()}
-rows = [(name, "; ".join(missing) or "runs here") for name, missing in fits.items()]
+rows = []
+for each in map(profiles.load_profile, profiles.available()):
+    missing = profiles.lacks(each, machine, profiles.downloaded_bytes(each))
+    rows.append((each.name, "; ".join(missing) or "runs here"))
 pd.DataFrame(rows, columns=["profile", "on this machine"]).set_index("profile")
+
+# %% [markdown]
+# To write one token, a model reads all its weights once, so memory bandwidth over bytes bounds the speed of a single reply.
+# Measured here, and what it would mean if Falcon-180B's weights had to come through this machine's memory:
+
+# %%
+bandwidth = hardware.memory_bandwidth()
+rows = [(p, f"{bandwidth / memory.weight_bytes(config, p):.3f}") for p in ("bf16", "int8", "nf4")]
+print(f"{bandwidth / 1e9:.0f} GB/s of memory bandwidth")
+pd.DataFrame(rows, columns=["precision", "tokens/s at most"]).set_index("precision")
 
 # %% [markdown]
 # ## 6 · What the article says, and where this workbook tests it
@@ -206,7 +218,7 @@ pd.DataFrame(rows, columns=["profile", "on this machine"]).set_index("profile")
 # |---|---|---|
 # | A2 | 3.5 trillion tokens, less than one epoch | cited; the token count goes into section 2 |
 # | A3 | about 85% RefinedWeb, the rest conversations, technical papers and a small share of code | cited, and disputed: a critic quoted there says 5% code, the model's announcement about 3% |
-# | A9 | Open LLM Leaderboard: Falcon-180B 68.74, Llama 2 67.35 | cited; to be re-run on large profiles |
+# | A9 | Open LLM Leaderboard (ARC 25-shot, HellaSwag 10, MMLU 5, TruthfulQA 0): Falcon-180B 68.74, Llama 2 67.35; the announcement adds LLaMA-65B 64.23, Falcon-40B 61.48, MPT-30B 56.15 | cited; to be re-run on large profiles |
 # | A10, A11 | above Llama-2-70B and GPT-3.5 on MMLU; level with PaLM 2-Large on thirteen tasks | cited; to be re-run on large profiles |
 # | A12 | near GPT-4, or between GPT-3.5 and GPT-4 | cited; not testable here |
 # | A18, A19 | 8-bit and 4-bit cost almost nothing in quality; 8-bit is much faster than 4-bit | notebook 02 |
@@ -223,14 +235,15 @@ pd.DataFrame(rows, columns=["profile", "on this machine"]).set_index("profile")
 # %% [markdown]
 # ### A27 · Dense, where a mixture of experts was due?
 #
-# A critic quoted in the article held that above 30 billion parameters a *mixture of experts* is due: a router sends each
+# A critic quoted in the article held that a model trained on so little code cannot claim GPT-3.5's level (cited; not testable
+# here), and that above 30 billion parameters a *mixture of experts* is due: a router sends each
 # token through a few expert MLPs only, so few of the parameters are *active*. A forward pass costs about two operations
-# for each active parameter. Mixtral 8x7B, released three months later, keeps 46.7 billion and uses 12.9 billion
+# for each active parameter. Mixtral 8x7B, released three months later, keeps 47 billion and uses 13 billion
 # ([Jiang et al. 2024](https://arxiv.org/abs/2401.04088)).
 
 # %%
-active = {"Falcon-180B": tied, "Llama-2-70B": llama, "Mixtral 8x7B": 12.9e9}
-total = {**active, "Mixtral 8x7B": 46.7e9}
+active = {"Falcon-180B": tied, "Llama-2-70B": llama, "Mixtral 8x7B": 13e9}
+total = {**active, "Mixtral 8x7B": 47e9}
 rows = [
     (name, f"{total[name] / 1e9:.1f}", f"{n / 1e9:.1f}", f"{2 * n / 1e9:.0f}", f"{tied / n:.1f}x")
     for name, n in active.items()

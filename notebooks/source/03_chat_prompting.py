@@ -38,26 +38,20 @@ profiles.table(settings)
 
 # %%
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-checkpoint = loading.resolve(settings.falcon)
-tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, device_map="auto")
-ids = tokenizer(question, return_tensors="pt")["input_ids"].to(model.device)
+base = loading.load(settings.falcon, settings.precision)
+ids = base.tokenizer(question, return_tensors="pt")["input_ids"].to(base.model.device)
 torch.manual_seed(seed)
-with torch.inference_mode():
-    output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=60
-    )
-print(tokenizer.decode(output[0]))
+output = base.model.generate(
+    ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=60
+)
+print(base.tokenizer.decode(output[0]))
 
 # %% [markdown]
 # `generation.generate` takes a text as it is, or messages, which it renders in the format of the model. It says why a reply
 # ended: at an end token, at a stop string, or at the token limit.
 
 # %%
-del model
-base = loading.load(settings.falcon, settings.precision)
 sampling = Sampling(temperature=0.6, top_p=0.9, max_new_tokens=max_new_tokens, seed=seed)
 base_reply = generation.generate(base, question, sampling)
 print(f"{question}{base_reply.text}\n\n[ended by: {base_reply.finish_reason}]")
@@ -98,10 +92,13 @@ print(plain)
 # %%
 falcon = prompts.format_for("falcon-chat")
 assert falcon.render(messages) == plain
-assert talker.format.render(messages) == talker.tokenizer.apply_chat_template(
-    messages, tokenize=False, add_generation_prompt=True
-)
-results.record("render_equals_template", True, claim="A21")
+rendered = talker.format.render(messages)
+if talker.tokenizer.chat_template:
+    templated = talker.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    results.record("render_equals_template", rendered == templated, claim="A21")
+print(repr(rendered))
 
 # %% [markdown]
 # And this is what the model reads: tokens. Hover over one to see its id.
@@ -121,7 +118,7 @@ wrong = prompts.published_format_prompt
 print(wrong("Is a saddle an animal?", history=[], system_prompt="You are a friendly falcon."))
 
 # %% [markdown]
-# With two turns of history the message is asked twice, in the middle of the past:
+# With two turns of history the message is asked twice, once in the middle of the past:
 
 # %%
 history = [("Hello!", "Hi there."), ("How are you?", "I am well.")]

@@ -112,7 +112,7 @@ def test_every_weight_of_falcon_mini_is_the_checkpoints():
 def test_smollm2_equals_its_published_file():
     """The copy in the cache holds the GGUF file's weights, and gives the logits that transformers reads from it."""
     cached = load(MODELS["llama_chat"], "bf16")
-    file = loading._packaged_file(MODELS["llama_chat"])
+    file = loading.packaged_file(MODELS["llama_chat"])
     direct = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
     weights = direct.state_dict()
     assert cached.model.state_dict().keys() == weights.keys()

@@ -576,3 +576,17 @@ def test_training_arithmetic():
     assert memory.implied_utilisation(312e12 * 3600 * 10, gpu_hours=20) == pytest.approx(0.5)
     flop = memory.training_flop(178_557_088_768, 3.5e12)
     assert memory.implied_utilisation(flop, gpu_hours=7e6, peak=312e12) == pytest.approx(0.477, abs=0.001)
+
+
+def test_shard_divides_what_training_keeps_and_adds_one_layer_and_its_own_sequence():
+    falcon = memory.published_config("tiiuae/falcon-180B")
+    parameters = 178_557_088_768
+    layer = 4_439_789_568  # bytes in bf16, counted on the meta device
+    own = memory.activation_bytes(falcon, "bf16", mode="full")
+    placed = memory.shard(falcon, "bf16", [80e9] * 64, mode="full", batch_size=64)
+    assert placed.fits
+    assert set(placed.per_device_bytes) == set(range(64))
+    assert placed.per_device_bytes[0] == pytest.approx(16 * parameters / 64 + own + layer, rel=1e-4)
+    crowded = memory.shard(falcon, "bf16", [80e9] * 32, mode="full")
+    assert not crowded.fits
+    assert crowded.why_not.startswith("each of 32 devices of 74.5 GiB lacks ")

@@ -221,6 +221,26 @@ def test_one_run_gives_floats_one_percent(tmp_path):
     assert found["01_x/same"] == {"value": True, "tolerance": 0, "source": "run r"}
 
 
+@pytest.mark.parametrize(
+    ("values", "tolerance"), [((0.0002, 0.0003), 0.002), ((0.1, 0.2), 0.2), ((5.0, 5.0), 0.05), ((3, 3), 0.002)]
+)
+def test_a_recorded_tolerance_is_a_floor(run, monkeypatch, values, tolerance):
+    folders = [run.parent / f"r{index}" for index in range(len(values))]
+    for folder, value in zip(folders, values, strict=True):
+        finished_run(folder, {})
+        monkeypatch.setenv("WORKBOOK_RUN_DIR", str(folder))
+        results.record("change", value, tolerance=0.002)
+        assert stored(folder)["values"]["01_x"]["change"]["floor"] == 0.002
+        assert list(results.recorded().index) == ["change"]
+    assert results.expected_from_runs(folders)["01_x/change"]["tolerance"] == pytest.approx(tolerance)
+
+
+@pytest.mark.parametrize(("value", "tolerance"), [(1.0, -0.1), (1.0, float("nan")), ("text", 0.1), (True, 0.1)])
+def test_a_tolerance_that_is_no_distance_is_refused(run, value, tolerance):
+    with pytest.raises(results.ResultError, match="change"):
+        results.record("change", value, tolerance=tolerance)
+
+
 def test_failed_notebooks_and_mixed_profiles_give_no_expected_values(tmp_path):
     failed = finished_run(tmp_path / "failed", {"loss": (2.0, "")}, status="failed")
     with pytest.raises(results.ResultError, match="no value"):

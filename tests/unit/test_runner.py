@@ -17,7 +17,7 @@ from helpers import runner
 from helpers.runner import execution, folder, manifest, supervision
 from helpers.runner.display import PlainLines, describe, table
 from helpers.runner.parameters import cells_hash, declared_parameters, parse_parameters, plan_run, select
-from helpers.runner.processes import kill_marked, marked, new_mark
+from helpers.runner.processes import Family, kill_marked, marked, new_mark
 from helpers.runner.redaction import find_secrets, redact, sweep
 from helpers.runner.rendering import clean, source_notebook
 from helpers.types import Budget, ModelRef, Profile, Requirement
@@ -45,8 +45,8 @@ def make_notebook(directory, name, *cells, parameters=DEFAULTS):
     return path
 
 
-def make_profile(*names, parameters=None, source="embedded", budget=Budget(60, 40, 5)):  # noqa: B008
-    ref = ModelRef("env/models/none", "falcon", "plain", source=source, stand_in_for="tiiuae/falcon-180B")
+def make_profile(*names, parameters=None, model="env/models/none", source="embedded", budget=Budget(60, 40, 5)):  # noqa: B008
+    ref = ModelRef(model, "falcon", "plain", source=source, stand_in_for="tiiuae/falcon-180B")
     budgets = dict.fromkeys(names, budget)
     needs = Requirement()
     return Profile(
@@ -297,6 +297,22 @@ def test_nothing_survives_the_runner(tmp_path, number):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("last", ["os.kill(os.getpid(), 9)", "1"])
+def test_no_unmarked_process_survives_its_kernel(tmp_path, monkeypatch, last):
+    monkeypatch.setattr(manifest, "DETECT", "raise SystemExit(1)")
+    seconds = f"81235{len(last)}"
+    code = f"import os, subprocess\nsubprocess.Popen(['sleep', '{seconds}'], env={{}}, start_new_session=True)\n{last}"
+    make_notebook(tmp_path, "00_a", code)
+    result = runner.run(make_profile("00_a"), notebooks=tmp_path, folder=tmp_path / "run", console=quiet())
+    assert result.ok is (last == "1")
+    try:
+        assert processes_with(seconds) == []
+    finally:
+        for process in processes_with(seconds):
+            process.kill()
+
+
+@pytest.mark.slow
 def test_a_cell_deaf_to_interrupts_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "DETECT", "raise SystemExit(1)")  # importing torch would take most of the time
     monkeypatch.setattr(supervision, "GRACE_SECONDS", 1.0)
@@ -467,6 +483,14 @@ def test_only_the_real_hub_needs_the_network():
         ("SSH_AUTH_SOCK", "/", False),
         ("HOME", "/root/somewhere", False),
         ("PYTHONPATH", "abcdefgh", False),
+        ("MYSQL_PWD", "hunter22", True),
+        ("TOKEN1", "abcdef", True),
+        ("ANYTHING", "AIzaSyabcdefgh", True),
+        ("PWD", "/gone/away", False),
+        ("OLDPWD", "/gone/away", False),
+        ("CACHE", "/data/hf_downloads", False),
+        ("CACHE", "hf_downloads/models", False),
+        ("REMOTE", "ssh://somebody@example.org/x", False),
     ],
 )
 def test_what_counts_as_a_secret(name, value, secret):
@@ -474,6 +498,20 @@ def test_what_counts_as_a_secret(name, value, secret):
     assert bool(found) is secret
     if secret and "://" not in value:
         assert found == (value,)
+
+
+@pytest.mark.parametrize(
+    ("value", "secrets"),
+    [
+        ("https://hf_abcdefghijk@example.org/simple", {"hf_abcdefghijk"}),
+        ("Authorization: Bearer hf_abcdefghijk", {"hf_abcdefghijk"}),
+        ('{"a": "sk-abcdefghijk", "b": "ghp_abcdefghijk"}', {"sk-abcdefghijk", "ghp_abcdefghijk"}),
+        ("https://me:p%40ssw%2Frd@example.org", {"p%40ssw%2Frd", "p@ssw/rd"}),
+        ("https://a:hunter22@x https://b:hunter33@y", {"hunter22", "hunter33"}),
+    ],
+)
+def test_secrets_inside_a_value_are_found(value, secrets):
+    assert set(find_secrets({"ANYTHING": value})) == secrets
 
 
 def test_an_existing_path_is_no_secret(tmp_path):
@@ -503,6 +541,144 @@ def test_sweep_changes_only_files_with_secrets_and_keeps_json_valid(tmp_path):
     assert [path.name for path in changed] == ["a.json", "b.html"]
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": "[redacted]", "n": "[redacted]"}
     assert (tmp_path / "deep" / "b.html").read_text() == "<b>[redacted]</b>"
+
+
+@pytest.mark.parametrize("content", ['{"x": "quo\\"te1', '{"x": NaN, "y": "quo\\"te1"}', '{"x": "\\ud800 quo\\"te1"}'])
+def test_sweep_cleans_json_that_cannot_be_written_again_as_text(tmp_path, content):
+    (tmp_path / "a.ipynb").write_text(content)
+    (tmp_path / "b.json").write_text('{"x": "quo\\"te1"}')
+    assert len(sweep(tmp_path, ['quo"te1'])) == 2
+    assert (tmp_path / "a.ipynb").read_text() == content.replace('quo\\"te1', "[redacted]")
+    assert json.loads((tmp_path / "b.json").read_text()) == {"x": "[redacted]"}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_second_signal_does_not_cut_the_cleaning_up_short(first):
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in stops]
+    cleaned = []
+
+    def work():
+        try:
+            os.kill(os.getpid(), first)
+            time.sleep(5)
+        finally:
+            for number in stops:
+                os.kill(os.getpid(), number)
+            time.sleep(0.1)
+            cleaned.append(first)
+
+    with pytest.raises(KeyboardInterrupt), execution.interruptible():
+        work()
+    assert cleaned == [first]
+    assert [signal.getsignal(number) for number in stops] == before
+
+
+def test_signals_that_were_ignored_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with execution.interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_whole_run_is_interruptible_to_its_last_file(tmp_path, monkeypatch):
+    """A second signal while the status is written comes to nothing."""
+
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    finish = execution.Session._finish
+
+    def impatient(session, interrupted):
+        os.kill(os.getpid(), signal.SIGTERM)
+        finish(session, interrupted)
+
+    make_notebook(tmp_path, "00_a", "1")
+    monkeypatch.setattr(manifest, "DETECT", "raise SystemExit(1)")
+    monkeypatch.setattr(execution, "supervise", interrupted)
+    monkeypatch.setattr(execution.Session, "_finish", impatient)
+    result = runner.run(make_profile("00_a"), notebooks=tmp_path, folder=tmp_path / "run", console=quiet())
+    assert result.interrupted
+    assert status_of(tmp_path / "run")["state"] == "interrupted"
+
+
+def test_a_family_outlives_parents_and_marks():
+    """Seen once, unmarked processes are found after their parent's death, in sessions of their own or not."""
+    seconds = "812346"
+    command = f"env -i setsid sh -c 'sleep {seconds} & wait' & env -i sleep {seconds} & wait"
+    parent = subprocess.Popen(["sh", "-c", command], start_new_session=True)
+    family = Family({psutil.Process(parent.pid)})
+    try:
+        wait_for(lambda: len([one for one in processes_with(seconds) if one.name() == "sleep"]) == 2)
+        assert family.look() > 2**16
+        parent.kill()
+        parent.wait()
+        assert len(processes_with(seconds)) == 3
+        assert kill_marked(new_mark(), family) == 3
+        assert processes_with(seconds) == []
+        assert family.look() == 0
+    finally:
+        for process in processes_with(seconds):
+            process.kill()
+
+
+@pytest.mark.timeout(30)
+def test_who_holds_the_pipe_does_not_hold_the_run(tmp_path, monkeypatch):
+    """The child ends, and an unreachable process of it keeps the write ends of its output open."""
+    program = tmp_path / "child"
+    program.write_text("#!/bin/sh\nread job\nsetsid sleep 812347 &\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(supervision.sys, "executable", str(program))
+    monkeypatch.setattr(supervision, "kill_marked", lambda *_: 0)
+    job = supervision.Job(str(tmp_path / "x.ipynb"), str(tmp_path / "y.ipynb"), {}, 60, 60, (), new_mark())
+    try:
+        with supervision._child(job, os.environ, tmp_path / "log"):
+            wait_for(lambda: processes_with("812347"))
+    finally:
+        for process in processes_with("812347"):
+            process.kill()
+
+
+def test_the_manifest_names_the_commit_of_a_hub_model_that_the_run_downloaded(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    commit, repo = "5f" * 20, tmp_path / "hub" / "models--tiiuae--falcon-180B"
+    seen = []
+
+    def download(*_):
+        seen.append(json.loads((tmp_path / "run" / "manifest.json").read_text())["models"]["falcon"]["commit"])
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text(commit)
+        (repo / "snapshots" / commit).mkdir(parents=True)
+        (repo / "snapshots" / commit / "config.json").write_text("{}")
+        return supervision.Progress(time.monotonic())
+
+    make_notebook(tmp_path, "00_a", "1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(manifest, "DETECT", "raise SystemExit(1)")
+    monkeypatch.setattr(execution, "supervise", download)
+    profile = make_profile("00_a", model="tiiuae/falcon-180B", source="hub")
+    runner.run(profile, notebooks=tmp_path, folder=tmp_path / "run", console=quiet())
+    models = json.loads((tmp_path / "run" / "manifest.json").read_text())["models"]
+    assert seen == [None]
+    assert {model["commit"] for model in models.values()} == {commit}
+    assert manifest.hub_commit(make_profile(source="embedded").models["falcon"]) is None
+
+
+def test_the_manifest_hashes_a_packaged_model(tmp_path, monkeypatch):
+    package = tmp_path / "some_package"
+    package.mkdir()
+    (package / "m.gguf").write_bytes(b"abc")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ref = ModelRef("x/y", "llama", "plain", source="package", file="some_package/m.gguf")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    assert manifest._model(ref)["sha256"] == {"m.gguf": digest}
+    assert manifest._model(ModelRef("x/y", "llama", "plain", source="package", file="absent/m"))["sha256"] == {}
 
 
 def test_marked_processes_are_found_with_their_children_and_killed():
