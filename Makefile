@@ -6,7 +6,7 @@ setup:
 run: setup
 	.venv/bin/workbook run --profile laptop
 test: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=85
+	.venv/bin/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=85
 lab: setup
 	.venv/bin/workbook lab
 render: setup

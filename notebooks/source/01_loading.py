@@ -125,8 +125,8 @@ device_map = infer_auto_device_map(
 {device: sum(d == device for d in device_map.values()) for device in limits}
 
 # %% [markdown]
-# It fills one GPU after another and leaves the last ones empty, where the cache will then be short of room on the first.
-# `memory.place` counts each layer's cache beside its weights and levels the load.
+# It fills one GPU after another: three stay empty, and on the first five weights leave little room for the cache. `memory.place`
+# counts each layer's cache beside its weights and levels the load.
 
 # %%
 placement = memory.place(published, "bf16", gpus=[80e9] * 8)

@@ -26,6 +26,14 @@ TOKEN = "hf_sentinel123"
 DEFAULTS = 'profile = "laptop"\nseed = 0\nrate = 0.5\nname = "x"\nquick = True\nitems = [1]\nfree = None'
 
 
+@pytest.fixture(autouse=True)
+def interrupts():
+    """A shell starts its background jobs with SIGINT ignored, and every process they start inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def make_notebook(directory, name, *cells, parameters=DEFAULTS):
     """A notebook file with a parameters cell (unless None) and the given code cells, written as plain JSON."""
     directory.mkdir(parents=True, exist_ok=True)
