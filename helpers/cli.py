@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -57,7 +58,9 @@ def run(
     only: Annotated[
         list[str] | None, typer.Option(help="Notebooks whose names start so, such as 02; repeat, or use commas.")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with this run folder: only what has not passed.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with this run folder: only what has not passed, or has changed.")
+    ] = None,
     parameter: Annotated[list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="Set a parameter.")] = None,
 ) -> None:
     """Run the notebooks and write a report. Exit code 0: all passed, 1: some failed, 2: usage."""
@@ -138,7 +141,8 @@ def _print_result(result: RunResult, report_path: Path) -> None:
     for name, reason in result.failed.items():
         typer.echo(f"FAILED  {name}: {reason}")
     if not result.ok:
-        typer.echo(f"Go on with what did not pass: workbook run --resume {_short(result.folder)}")
+        command = "workbook" if shutil.which("workbook") else ".venv/bin/workbook"
+        typer.echo(f"Go on with what did not pass: {command} run --resume {_short(result.folder)}")
     typer.echo(f"Report: {report_path}")
 
 

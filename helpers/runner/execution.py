@@ -81,6 +81,7 @@ def run(
         profile, only, earlier = _resumed(read_manifest(resume), profile, only, raw)
     chosen = profile if isinstance(profile, Profile) else _load_profile(profile or DEFAULT_PROFILE)
     plans = plan_run(chosen, notebooks or NOTEBOOKS, only, raw, earlier)
+    _check_machine(chosen)
     raw = earlier | raw
     if folder and (folder / "status.json").exists():
         raise UsageError(f"{folder} holds a run already: go on with --resume, or name another folder")
@@ -238,6 +239,17 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _check_machine(profile: Profile) -> None:
+    """Refuse a profile whose GPUs, memory or disk this machine lacks: a download of hours would end in an error."""
+    from helpers import hardware, profiles
+
+    if not profile.requires.gpus:
+        return
+    if missing := profiles.lacks(profile, hardware.detect(), profiles.downloaded_bytes(profile)):
+        needs = "; ".join(missing)
+        raise UsageError(f"profile {profile.name} cannot run here: {needs} (workbook plan --profile {profile.name})")
 
 
 def _resumed(

@@ -2,8 +2,10 @@
 # # 00 · Start here: what Falcon-180B is, and what this machine can run
 #
 # In September 2023 the Technology Innovation Institute (TII) released Falcon-180B: 180 billion parameters, trained on
-# 3.5 trillion tokens, for a time the highest-ranked open model. An article announced it with a list of figures. This
-# notebook takes those figures one by one and, wherever arithmetic is enough, checks them. No model is loaded.
+# 3.5 trillion tokens, for a time the highest-ranked open model. An article, built on the model's
+# [announcement](https://huggingface.co/blog/falcon-180b), spread a list of figures. This notebook takes those figures one by one
+# and, wherever arithmetic is enough, checks them. No model is loaded. Codes such as A5 number the article's statements; the list
+# is in section 6.
 #
 # **You will learn**
 # - how to count a model's parameters from its configuration, without downloading a byte of its weights;
@@ -53,7 +55,9 @@ print(f"{tied:,} parameters with the head tied to the embeddings")
 print(f"{tied + model.lm_head.weight.numel():,} with the head counted separately")
 
 # %% [markdown]
-# `helpers.memory` gets the same numbers from a closed formula, which is what the planner below uses.
+# `helpers.memory` gets the same numbers from a closed formula, which is what the planner below uses. `record` keeps a value for
+# the report. What it calls *expected* is what earlier runs of this notebook gave, so *as expected* means *reproduced*, not that
+# the article is right; *unmeasured* means that there is nothing to compare with.
 
 # %%
 assert memory.count_parameters(config) == tied
@@ -125,6 +129,9 @@ results.record("days_on_4096_gpus", round(days, 1), "days", claim="A4")
 # %% [markdown]
 # ## 3 · Multi-query attention: a cache of 8 heads, not 232
 #
+# One key-value head for all queries is *multi-query*, a few heads are *grouped-query* attention; the article uses the first name
+# for Falcon-180B's 8. Llama-2-70B has 8 as well.
+#
 # While it writes, a model keeps the keys and values of all tokens so far: the *KV cache*. Falcon-180B has 232 query heads
 # but only 8 key-value heads, so a token needs *2 · layers · heads · head size · bytes* with 8 heads instead of 232 (2: keys
 # and values). The article says that this improves *scalability*; this is the size of it.
@@ -156,7 +163,9 @@ results.record_figure(
 # ## 4 · Which machine?
 #
 # The article lists the machines on which each kind of work was tried. They are not the least that would do. Below, the
-# published machine beside what the bytes add up to (weights, cache for 2048 tokens, gradients, optimizer, activations).
+# published machine beside what the bytes add up to (weights, cache for 2048 tokens, gradients, optimizer, activations). The
+# least numbers of GPUs keep 5% of each free; for inference each holds whole layers; for training everything is spread evenly
+# (ZeRO-3), but each GPU also works on a sequence of its own and gathers one layer at a time, so the sum grows with the GPUs.
 
 # %%
 memory.hardware_claims()
@@ -216,6 +225,11 @@ pd.DataFrame(rows, columns=["precision", "tokens/s at most"]).set_index("precisi
 #
 # | | the article says | here |
 # |---|---|---|
+# | A1, A5, A7 | 180 billion parameters, 2.5 times Llama-2-70B; after 1.3B, 7.5B and 40B | section 1 |
+# | A4, A6 | up to 4096 GPUs, 7,000,000 GPU hours; 4 times the compute of Llama 2 | section 2 |
+# | A8 | multi-query attention improves scalability | section 3, notebook 01 |
+# | A13 to A17 | hardware: full fine-tune 5120 GB, LoRA 1280, QLoRA 160, bf16 inference 640, int4 inference 320 | section 4 |
+# | A27 | dense, where a mixture of experts was due | below |
 # | A2 | 3.5 trillion tokens, less than one epoch | cited; the token count goes into section 2 |
 # | A3 | about 85% RefinedWeb, the rest conversations, technical papers and a small share of code | cited, and disputed: a critic quoted there says 5% code, the model's announcement about 3% |
 # | A9 | Open LLM Leaderboard (ARC 25-shot, HellaSwag 10, MMLU 5, TruthfulQA 0): Falcon-180B 68.74, Llama 2 67.35; the announcement adds LLaMA-65B 64.23, Falcon-40B 61.48, MPT-30B 56.15 | cited; to be re-run on large profiles |
@@ -254,7 +268,8 @@ pd.DataFrame(rows, columns=columns).set_index("model")
 # %% [markdown]
 # ## What you saw
 #
-# The published size, compute and GPU hours agree with each other, within rounding. The cache is where theory and practice
+# The published size, compute and GPU hours are compatible: counting gives 2.6 times Llama's size where the article says 2.5, 4.5
+# times its compute where it says 4, and an utilisation at the upper end of what was reached then. The cache is where theory and practice
 # part: multi-query attention would save a factor of 29, and transformers gives it away. The machines the article names
 # are those that were tried, and 4-bit weights need far less.
 

@@ -110,11 +110,27 @@ widgets.tokens_html(talker.tokenizer, talker.tokenizer(talker.format.render(mess
 # ## 3 · The printed `format_prompt` is wrong
 #
 # The announcement prints a function that builds the prompt from a message, the history and a system prompt. Its last
-# line stands *inside* the loop over the history. `prompts.published_format_prompt` does what that function does. With an
-# empty history the user's message is gone:
+# line stands *inside* the loop over the history. This is what it does; `prompts.published_format_prompt` does the same.
+
 
 # %%
+def format_prompt(message, history, system_prompt):
+    prompt = f"System: {system_prompt}\n" if system_prompt else ""
+    for user_message, reply in history:
+        prompt += f"User: {user_message}\nFalcon: {reply}\n"
+        prompt += f"User: {message}\nFalcon:"  # inside the loop
+    return prompt
+
+
 wrong = prompts.published_format_prompt
+past = [("a", "b"), ("c", "d")]
+assert all(wrong("e", past[:n], "s") == format_prompt("e", past[:n], "s") for n in range(3))
+
+# %% [markdown]
+# With an empty history the user's message is gone. (The question is the article's, which reports that Falcon-180B once counted
+# a saddle among the animals, A29.)
+
+# %%
 print(wrong("Is a saddle an animal?", history=[], system_prompt="You are a friendly falcon."))
 
 # %% [markdown]
@@ -151,17 +167,20 @@ for name, text in (
 # %% [markdown]
 # ## 4 · One conversation, four formats
 #
-# Every family was trained on its own text. A format that the model never saw costs quality without any error message.
+# Every family was trained on its own text. A format that the model never saw raises no error; here is what the chat model of this
+# profile replies to each.
 
 # %%
 for name in ("falcon-chat", "llama-2", "chatml", "plain"):
+    text = prompts.format_for(name).render(messages)
+    reply = generation.generate(talker, text, greedy)
     print(f"--- {name} " + "-" * (60 - len(name)))
-    print(prompts.format_for(name).render(messages))
+    print(f"{text}\n>>> {reply.text!r}")
 
 # %% [markdown]
 # ## 5 · Where to stop
 #
-# Falcon-180B-Chat's history holds no end token, so a model may go on and write the user's next line itself. Hence the *stop
+# Falcon-180B-Chat's history holds no end token between turns, so a model may go on and write the user's next line itself. Hence the *stop
 # string*: generation ends as soon as `\nUser:` appears, and the string is cut from the reply. In a stream the first
 # characters of a possible stop string have to be held back until it is clear whether it comes.
 
@@ -252,7 +271,12 @@ results.recorded()
 
 
 # %% tags=["exercise"]
-def format_prompt(message: str, history: list[tuple[str, str]], system_prompt: str) -> str: ...
+def format_prompt(message: str, history: list[tuple[str, str]], system_prompt: str) -> str:
+    prompt = f"System: {system_prompt}\n" if system_prompt else ""
+    for user_message, reply in history:
+        prompt += f"User: {user_message}\nFalcon: {reply}\n"
+        prompt += f"User: {message}\nFalcon:"
+    return prompt
 
 
 exercises.check("03-1", format_prompt)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -830,3 +831,11 @@ def test_render_writes_the_outputs_of_a_run(sources, tmp_path, monkeypatch):
     assert notebook["cells"][3]["outputs"][0]["text"] == ["twice\n"]
     assert "<object object at 0x…>" in "".join(notebook["cells"][2]["outputs"][0]["text"])
     assert cells_hash(notebook) == cells_hash(source_notebook(sources / "source" / "00_a.py"))
+
+
+def test_a_profile_that_this_machine_cannot_run_is_refused_before_anything_runs(tmp_path):
+    make_notebook(tmp_path / "notebooks", "00_quick", "print(1)")
+    greedy = replace(make_profile("00_quick"), requires=Requirement(gpus=999, gpu_bytes=80_000_000_000))
+    with pytest.raises(runner.UsageError, match="needs 999 GPUs of 80 GB"):
+        runner.run(greedy, notebooks=tmp_path / "notebooks", folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
