@@ -126,14 +126,16 @@ def _child(
     try:
         for reader in readers.values():
             reader.start()
-        child.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
-        child.stdin.flush()
+        with suppress(BrokenPipeError):  # it died before it read its job: the end of its events tells
+            child.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
+            child.stdin.flush()
         yield child, events, family
     finally:
         kill_marked(job.mark, family)  # first, while orphans are still the child's
         child.kill()
         child.wait()
-        child.stdin.close()
+        with suppress(BrokenPipeError):
+            child.stdin.close()
         for stream, reader in readers.items():
             reader.join(timeout=2)
             if not reader.is_alive():  # else somebody still holds the other end, and closing would wait for them

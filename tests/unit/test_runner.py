@@ -839,3 +839,12 @@ def test_a_profile_that_this_machine_cannot_run_is_refused_before_anything_runs(
     with pytest.raises(runner.UsageError, match="needs 999 GPUs of 80 GB"):
         runner.run(greedy, notebooks=tmp_path / "notebooks", folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_child_that_dies_before_it_reads_its_job_fails_its_notebook_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    more_than_a_pipe_holds = {"text": "x" * 2**20}
+    paths = str(tmp_path / "x.ipynb"), str(tmp_path / "y.ipynb")
+    job = supervision.Job(*paths, more_than_a_pipe_holds, 60, 60, (), new_mark())
+    progress = supervision.supervise(job, os.environ, tmp_path / "log", lambda progress: None)
+    assert "ended unexpectedly (exit code 1)" in progress.reason
