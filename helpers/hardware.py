@@ -10,6 +10,8 @@ import os
 import platform
 import shutil
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,10 @@ from helpers.types import ROOT, Gpu, Machine
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
+
+
+# Prints what detect finds as JSON.
+DETECT = "import dataclasses, json, helpers.hardware as h; print(json.dumps(dataclasses.asdict(h.detect())))"
 
 
 def detect() -> Machine:
@@ -39,6 +45,16 @@ def detect() -> Machine:
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
     )
+
+
+def detect_apart() -> Machine:
+    """What ``detect`` finds, looked up by another process: on a machine with GPUs, no CUDA context stays in this one.
+
+    Raises subprocess.CalledProcessError where that process fails.
+    """
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Machine).validate_json(subprocess.check_output([sys.executable, "-c", DETECT]))
 
 
 def memory_bandwidth(bytes: int = 2**28, repeats: int = 7, device: str = "cpu") -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Literal
 
-from helpers.types import GIB, PRECISIONS, QUANTIZED, ROOT, Machine, MemoryEstimate, Placement, WorkbookError
+from helpers.types import GIB, PRECISIONS, QUANTIZED, ROOT, Machine, MemoryEstimate, Placement, WorkbookError, gib
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -247,7 +247,7 @@ def place(
         used[device] += size
     excess = sum(max(used[device] - free, 0) for device, free in enumerate(room))
     lacking = max(excess, sum(sizes) - sum(room))
-    why_not = "" if excess <= 0 else f"lacks {_gib(lacking)} over {_devices(gpus)}"
+    why_not = "" if excess <= 0 else f"lacks {gib(lacking)} over {_devices(gpus)}"
     return Placement(device_map, used, excess <= 0, why_not)
 
 
@@ -271,7 +271,7 @@ def shard(
     gathered = _layer_bytes(anatomy(config), precision)
     each = math.ceil((held.total - held.activations) / len(gpus)) + held.activations + gathered
     lacking = each - min(gpus) * (1 - RESERVED)
-    why_not = f"each of {_devices(gpus)} lacks {_gib(lacking)}" if lacking > 0 else ""
+    why_not = f"each of {_devices(gpus)} lacks {gib(lacking)}" if lacking > 0 else ""
     return Placement({}, dict.fromkeys(range(len(gpus)), each), lacking <= 0, why_not)
 
 
@@ -284,7 +284,7 @@ def lacks(config: PretrainedConfig, precision: str, machine: Machine, *, context
         free = [gpu.free_bytes for gpu in machine.gpus]
         return place(config, precision, free, context_tokens=context_tokens).why_not
     missing = estimate(config, precision, context_tokens=context_tokens).total - machine.ram_available_bytes
-    return f"lacks {_gib(missing)} of memory" if missing > 0 else ""
+    return f"lacks {gib(missing)} of memory" if missing > 0 else ""
 
 
 def hardware_claims() -> pd.DataFrame:
@@ -515,10 +515,6 @@ def _least_gpus(config: PretrainedConfig, precision: str, mode: str, size: float
     if mode == "inference":
         return next(n for n in range(1, 1000) if place(config, precision, [size] * n).fits)
     return next(n for n in range(1, 1000) if shard(config, precision, [size] * n, mode=mode, batch_size=n).fits)
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"
 
 
 def _devices(gpus: Sequence[float]) -> str:

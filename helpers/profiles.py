@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers import hardware
-from helpers.types import GIB, ROOT, Machine, ModelRef, Profile, WorkbookError
+from helpers.types import ROOT, Machine, ModelRef, Profile, WorkbookError, gib
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,10 +53,10 @@ def lacks(profile: Profile, machine: Machine, downloaded_bytes: int = 0) -> list
     if machine.cpu_count < need.cpus:
         missing.append(f"needs {need.cpus} CPUs, this machine has {machine.cpu_count}")
     if machine.ram_bytes < need.ram_bytes:
-        missing.append(f"needs {_gib(need.ram_bytes)} of memory, this machine has {_gib(machine.ram_bytes)}")
+        missing.append(f"needs {gib(need.ram_bytes)} of memory, this machine has {gib(machine.ram_bytes)}")
     disk = need.disk_bytes - downloaded_bytes
     if machine.disk_free_bytes < disk:
-        missing.append(f"needs {_gib(disk)} of free disk, this machine has {_gib(machine.disk_free_bytes)}")
+        missing.append(f"needs {gib(disk)} of free disk, this machine has {gib(machine.disk_free_bytes)}")
     return missing
 
 
@@ -134,8 +134,4 @@ def _gpus(count: int, size: int) -> str:
 
 def _owned(machine: Machine) -> str:
     kinds = Counter((gpu.name, gpu.total_bytes) for gpu in machine.gpus)
-    return " and ".join(f"{count}x {name} of {_gib(size)}" for (name, size), count in kinds.items()) or "none"
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB"
+    return " and ".join(f"{count}x {name} of {gib(size)}" for (name, size), count in kinds.items()) or "none"

@@ -11,7 +11,7 @@ from typing import Any
 
 from helpers import results
 from helpers.runner import read_manifest, read_status
-from helpers.types import GIB
+from helpers.types import gib
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MAIN_PACKAGES = (
@@ -88,7 +88,7 @@ def _notebook(name: str, entry: Mapping[str, Any], recorded: Mapping[str, Any]) 
         "expected": duration(entry["expected_seconds"]),
         "budget": duration(entry["budget_seconds"]),
         "share": min(100, round(100 * entry["seconds"] / entry["budget_seconds"])),
-        "memory": _gib(entry["peak_bytes"]) if entry["peak_bytes"] else "–",
+        "memory": gib(entry["peak_bytes"]) if entry["peak_bytes"] else "–",
         "values": [_value(key, value) for key, value in recorded["values"].get(name, {}).items()],
     }
 
@@ -130,10 +130,10 @@ def _facts(manifest: Mapping[str, Any], notebooks: list[dict[str, Any]]) -> dict
     }
     if "error" in hardware:
         return facts | {"Machine": f"unknown ({hardware['error']})"}
-    gpus = Counter(f"{gpu['name']} ({_gib(gpu['total_bytes'])})" for gpu in hardware["gpus"])
+    gpus = Counter(f"{gpu['name']} ({gib(gpu['total_bytes'])})" for gpu in hardware["gpus"])
     return facts | {
         "Processor": f"{hardware['cpu_name']}, {hardware['cpu_count']} cores",
-        "Memory": _gib(hardware["ram_bytes"]),
+        "Memory": gib(hardware["ram_bytes"]),
         "GPUs": ", ".join(f"{count} × {name}" for name, count in gpus.items()) or "none",
         "System": hardware["system"],
     }
@@ -158,7 +158,3 @@ def _hashes(manifest: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 def _moment(text: str | None) -> str:
     return f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M:%S} UTC" if text else "–"
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"

@@ -21,6 +21,11 @@ Mode = Literal["inference", "full", "lora", "qlora"]
 FinishReason = Literal["end", "stop", "length"]
 
 
+def gib(size: float) -> str:
+    """Bytes as text in GiB (2^30), such as "74.5 GiB"."""
+    return f"{size / GIB:.1f} GiB"
+
+
 class Message(TypedDict):
     """One message of a conversation, in the form chat libraries share."""
 

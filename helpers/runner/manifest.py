@@ -13,12 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from helpers.hardware import DETECT
 from helpers.loading import LoadError, file_hash, packaged_file
 from helpers.runner.folder import utc_now
 from helpers.runner.parameters import Plan
 from helpers.types import ROOT, ModelRef, Profile
-
-DETECT = "import dataclasses, json, helpers.hardware as h; print(json.dumps(dataclasses.asdict(h.detect())))"
 
 
 def build_manifest(

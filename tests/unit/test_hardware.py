@@ -131,3 +131,8 @@ def test_importing_a_room_imports_nothing_heavy(room):
     heavy = "{'torch', 'transformers', 'pandas', 'pydantic', 'yaml', 'psutil', 'huggingface_hub'}"
     code = f"import sys, helpers.{room}; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
+
+
+def test_detecting_apart_finds_the_same_machine():
+    here, apart = hardware.detect(), hardware.detect_apart()
+    assert (apart.gpus, apart.ram_bytes, apart.cpu_count) == (here.gpus, here.ram_bytes, here.cpu_count)
