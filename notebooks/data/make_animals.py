@@ -1,0 +1,119 @@
+"""Writes animal_items.jsonl and animal_training.jsonl from the nouns beside it.
+
+    python notebooks/data/make_animals.py
+
+The items of the test are made of animal_nouns.jsonl, the samples of the fine-tune of training_nouns.jsonl. No noun is
+in both, in either number (a test checks it). The same nouns and the same seed give the same files.
+"""
+
+import itertools
+import json
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROUNDS = 2  # how often each animal is to be chosen
+LISTS = 24
+LISTED = 5  # nouns of a list: two animals, one piece of gear, two other objects
+TRAINING = {"yes_no": 900, "choice": 300, "list": 200}
+Nouns = dict[str, list[str]]
+
+
+def read_nouns(name: str) -> Nouns:
+    """The nouns of a file by kind: "animal", "animal gear", "object"."""
+    rows = [json.loads(line) for line in (HERE / name).read_text(encoding="utf-8").splitlines()]
+    return {kind: [row["noun"] for row in rows if row["kind"] == kind] for kind in ("animal", "animal gear", "object")}
+
+
+def with_article(noun: str) -> str:
+    """The noun with a or an: ``an otter``."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def yes_no_question(noun: str) -> str:
+    """The question whether one thing is an animal."""
+    return f"Is {with_article(noun)} an animal? Answer yes or no."
+
+
+def choice_question(first: str, second: str) -> str:
+    """The question which of two things is an animal."""
+    return f"Which of these is an animal: {with_article(first)} or {with_article(second)}? Answer with its name only."
+
+
+def list_question(nouns: Sequence[str]) -> str:
+    """The question which of several things are animals."""
+    return f"Which of these are animals: {', '.join(nouns)}? List only the animals."
+
+
+def yes_no_items(nouns: Nouns) -> Iterable[dict]:
+    """Each noun once: as many animals as others."""
+    for kind, found in nouns.items():
+        right, wrong = ("yes", "no") if kind == "animal" else ("no", "yes")
+        yield from ({"question": yes_no_question(noun), "answer": [right], "others": [wrong]} for noun in found)
+
+
+def choice_items(nouns: Nouns) -> Iterable[dict]:
+    """Each animal ROUNDS times beside a distractor, first and second equally often; every distractor equally often."""
+    distractors = nouns["animal gear"] + nouns["object"]
+    for number in range(ROUNDS):
+        for place, animal in enumerate(nouns["animal"]):
+            other = distractors[(place * 5 + number * 7) % len(distractors)]
+            first, second = (animal, other) if (place + number) % 2 else (other, animal)
+            yield {"question": choice_question(first, second), "answer": [animal], "others": [other]}
+
+
+def list_items(nouns: Nouns) -> Iterable[dict]:
+    """LISTS lists with every noun in at least one; the two animals stand on places that go through all pairs."""
+    animals, gear, objects = nouns["animal"], nouns["animal gear"], nouns["object"]
+    places = list(itertools.combinations(range(LISTED), 2))
+    for number in range(LISTS):
+        found = [animals[(number + shift) % len(animals)] for shift in (0, LISTS)]
+        others = [gear[number % len(gear)], *(objects[(2 * number + k) % len(objects)] for k in (0, 1))]
+        turned = others[number % 3 :] + others[: number % 3]
+        inside, outside = iter(found), iter(turned)
+        listed = [next(inside if place in places[number % len(places)] else outside) for place in range(LISTED)]
+        yield {"question": list_question(listed), "answer": found, "others": others}
+
+
+def training_samples(nouns: Nouns, rng: random.Random) -> list[dict]:
+    """Questions of the same three forms over other nouns, with short right answers, in a random order."""
+    animals, others = nouns["animal"], nouns["animal gear"] * 2 + nouns["object"]
+    samples = []
+    for number in range(TRAINING["yes_no"]):
+        right = number % 2 == 0
+        noun = rng.choice(animals if right else others)
+        samples.append((yes_no_question(noun), "Yes." if right else "No."))
+    for _ in range(TRAINING["choice"]):
+        pair = [rng.choice(animals), rng.choice(others)]
+        samples.append((choice_question(*rng.sample(pair, 2)), f"{with_article(pair[0]).capitalize()}."))
+    for _ in range(TRAINING["list"]):
+        found = rng.sample(animals, rng.randint(1, 3))
+        listed = rng.sample(found + rng.sample(sorted(set(others)), LISTED - len(found)), LISTED)
+        kept = [noun for noun in listed if noun in found]
+        samples.append((list_question(listed), f"{', '.join(kept).capitalize()}."))
+    rng.shuffle(samples)
+    roles = ("user", "assistant")
+    return [{"messages": [{"role": r, "content": t} for r, t in zip(roles, s, strict=True)]} for s in samples]
+
+
+def write(name: str, rows: Iterable[dict]) -> None:
+    """One JSON object a line."""
+    (HERE / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def main() -> None:
+    """Write both files."""
+    frozen = read_nouns("animal_nouns.jsonl")
+    kinds = {"yes_no": yes_no_items(frozen), "choice": choice_items(frozen), "list": list_items(frozen)}
+    items = [
+        {"id": f"{kind}-{number:02}", "kind": kind, **item}
+        for kind, found in kinds.items()
+        for number, item in enumerate(found, 1)
+    ]
+    write("animal_items.jsonl", items)
+    write("animal_training.jsonl", training_samples(read_nouns("training_nouns.jsonl"), random.Random(0)))
+
+
+if __name__ == "__main__":
+    main()
