@@ -77,9 +77,11 @@ class ChatFormat(ABC):
     """How one family of models writes a conversation.
 
     ``stop_strings`` end a reply when the model writes them; ``control_strings`` are broken where content holds them.
+    ``reply_start`` is what stands between the prompt and the first character of a reply.
     """
 
     name: ClassVar[str]
+    reply_start: ClassVar[str] = ""
     stop_strings: ClassVar[tuple[str, ...]] = ()
     control_strings: ClassVar[tuple[str, ...]] = ()
 
@@ -135,6 +137,7 @@ class FalconChat(ChatFormat):
     """
 
     name = "falcon-chat"
+    reply_start = " "
     stop_strings = ("\nUser:", "\nFalcon:", "\nSystem:")
     control_strings = (*stop_strings, "<|endoftext|>")
     tags: ClassVar[dict[str, str]] = {"system": "System", "user": "User", "assistant": "Falcon"}
@@ -154,6 +157,7 @@ class Llama2Chat(ChatFormat):
     """
 
     name = "llama-2"
+    reply_start = " "
     stop_strings = ("</s>", "[INST]")
     control_strings = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>")
 
@@ -195,6 +199,7 @@ class Plain(ChatFormat):
     """No format, for base models: the contents alone, one below the other; a single message stands as it is."""
 
     name = "plain"
+    reply_start = "\n"
 
     def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         return "\n".join(message["content"] for message in messages)

@@ -210,3 +210,10 @@ def test_the_published_function_fails_as_the_announcement_prints_it():
     two = published_format_prompt("u3", [("u1", "a1"), ("u2", "a2")])
     assert two == "User: u1\nFalcon: a1\nUser: u3\nFalcon:User: u2\nFalcon: a2\nUser: u3\nFalcon:"
     assert right.endswith("User: u2\nFalcon:")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_reply_stands_in_the_history_after_the_prompt_and_the_reply_start(name):
+    form = format_for(name)
+    question, reply = FIRST
+    assert form.render([question, reply], False).startswith(form.render([question]) + form.reply_start + "a1")
