@@ -1,19 +1,21 @@
-"""A finished run as one HTML page, made from the files of its run folder alone."""
+"""A finished run as HTML pages, made from the files of its run folder alone: the report, and its notebooks' pages."""
 
 from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from helpers import results
+from helpers.pages import write_pages
 from helpers.runner import read_manifest, read_status
-from helpers.types import gib
+from helpers.types import ROOT, gib
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
+TEMPLATES = Path(__file__).parent
+CLAIMS = ROOT / "notebooks" / "data" / "claims.yaml"
 MAIN_PACKAGES = (
     *("torch", "transformers", "accelerate", "bitsandbytes", "peft", "trl", "safetensors", "tokenizers", "numpy"),
     *("papermill", "ipykernel", "ipywidgets", "jupyterlab", "matplotlib"),
@@ -22,34 +24,75 @@ ROLES = {"falcon": "Falcon, base", "falcon_chat": "Falcon, chat", "llama_chat": 
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write ``report.html`` into a run folder and return its path. Raises RunFolderError where there is no run."""
+    """Write ``report.html`` and its notebooks' pages (``html/``) into a run folder and return the report's path.
+
+    A notebook's page is written again only when the executed notebook is newer. Raises RunFolderError where there is no
+    run.
+    """
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    content = context(run_dir)
     target = run_dir / "report.html"
-    results.write_text(target, template.render(context(run_dir)))
+    results.write_text(target, environment.get_template("report.html.j2").render(content))
     return target
 
 
 def context(run_dir: Path) -> dict[str, Any]:
-    """What the page shows, ready for display."""
+    """What the page shows, ready for display. Writes the notebooks' pages that are missing or old, to link to them."""
     status, manifest, recorded = read_status(run_dir), read_manifest(run_dir), results.read(run_dir)
-    notebooks = [_notebook(name, entry, recorded) for name, entry in status["notebooks"].items()]
+    pages = write_pages(run_dir, status["notebooks"])
+    notebooks = [_notebook(name, entry, recorded, pages) for name, entry in status["notebooks"].items()]
+    statements = read_claims()
+    stand_ins = _stand_ins(manifest)
+    claims = _claims(statements, notebooks, stand_ins)
     return {
         "name": run_dir.resolve().name,
         "manifest": manifest,
         "outcome": _outcome(status),
-        "notebooks": notebooks,
+        "machine": _machine(manifest["hardware"]),
+        "date": f"{datetime.fromisoformat(manifest['started']):%-d %B %Y}",
+        "labels": sorted({ref["label"] for ref in manifest["models"].values()}),
+        "stand_ins": stand_ins,
+        "tiles": _tiles(status, notebooks, claims, statements),
+        "facts": _facts(manifest),
         "models": [_model(role, ref) for role, ref in manifest["models"].items()],
-        "stand_ins": sorted({ref["label"] for ref in manifest["models"].values() if ref["stand_in_for"]}),
-        "facts": _facts(manifest, notebooks),
-        "verdicts": Counter(value["verdict"] for notebook in notebooks for value in notebook["values"]),
-        "values": [notebook for notebook in notebooks if notebook["values"]],
-        "figures": _figures(run_dir, recorded["figures"]),
+        "notebooks": notebooks,
+        "claims": claims,
+        "unmet": [number for number in statements if number not in {claim["number"] for claim in claims}],
+        "verdicts": _verdicts(notebooks),
+        "values": [_differing_first(notebook) for notebook in notebooks if notebook["values"]],
+        "figures": _figures(run_dir, recorded["figures"], notebooks),
         "packages": {name: manifest["packages"][name] for name in MAIN_PACKAGES if name in manifest["packages"]},
         "hashes": {label: files for label, files in _hashes(manifest).items() if files},
     }
+
+
+def read_claims() -> dict[str, dict[str, str]]:
+    """The article's statements by number, each with ``statement`` and ``published`` ("" where it gives no value)."""
+    import yaml
+
+    return yaml.safe_load(CLAIMS.read_text(encoding="utf-8"))
+
+
+def claim_verdict(values: Iterable[Mapping[str, Any]], stand_ins: Mapping[str, str]) -> tuple[str, str]:
+    """What a claim's values say of it, and the mark to show it with.
+
+    ``values`` have ``agrees`` (bool or None) and ``model`` (a label or None); ``stand_ins`` gives the short name of a
+    stand-in by its label. One value that disagrees decides. A value measured on a stand-in says nothing about the
+    real model, so that a claim with one is neither confirmed nor refuted.
+    """
+    values = list(values)
+    judged = [value["agrees"] for value in values if value["agrees"] is not None]
+    agrees = all(judged) if judged else None
+    names = dict.fromkeys(stand_ins[value["model"]] for value in values if value["model"] in stand_ins)
+    if not names:
+        texts = {True: "confirmed", False: "not confirmed", None: "shown, not judged"}
+        return texts[agrees], {True: "passed", False: "failed", None: "shown"}[agrees]
+    where = f"on the stand-in{'s' if len(names) > 1 else ''} {' and '.join(names)}"
+    texts = {True: f"{where}: agrees", False: f"{where}: does not agree", None: f"shown {where}"}
+    return texts[agrees], "shown" if agrees is None else "on-stand-in"
 
 
 def duration(seconds: float | None) -> str:
@@ -76,9 +119,13 @@ def _outcome(status: Mapping[str, Any]) -> dict[str, str]:
     return {"mark": "failed", "text": f"{total - counts['passed']} of {total} notebooks did not pass"}
 
 
-def _notebook(name: str, entry: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+def _notebook(
+    name: str, entry: Mapping[str, Any], recorded: Mapping[str, Any], pages: Mapping[str, str]
+) -> dict[str, Any]:
+    values = [_value(key, value) for key, value in recorded["values"].get(name, {}).items()]
     return {
         "name": name,
+        "page": pages.get(name, ""),
         "status": entry["status"],
         "reason": entry["reason"],
         "line": entry["line"],
@@ -88,21 +135,92 @@ def _notebook(name: str, entry: Mapping[str, Any], recorded: Mapping[str, Any]) 
         "expected": duration(entry["expected_seconds"]),
         "budget": duration(entry["budget_seconds"]),
         "share": min(100, round(100 * entry["seconds"] / entry["budget_seconds"])),
+        "peak_bytes": entry["peak_bytes"] or 0,
         "memory": gib(entry["peak_bytes"]) if entry["peak_bytes"] else "–",
-        "values": [_value(key, value) for key, value in recorded["values"].get(name, {}).items()],
+        "values": values,
     }
 
 
-def _value(name: str, entry: Mapping[str, Any]) -> dict[str, str]:
+def _value(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "name": name,
+        "key": name,
+        "name": name.replace("_", " "),
         "claim": entry["claim"] or "",
         "value": results.with_unit(entry["value"], entry["unit"]),
         "expected": results.with_tolerance(entry["expected"], entry["tolerance"], entry["unit"]),
         "source": entry["source"] or "",
         "verdict": entry["verdict"],
         "mark": entry["verdict"].replace(" ", "-"),
+        "agrees": entry.get("agrees"),
+        "model": entry.get("model"),
     }
+
+
+def _differing_first(notebook: Mapping[str, Any]) -> dict[str, Any]:
+    return {**notebook, "values": sorted(notebook["values"], key=lambda value: value["verdict"] != results.DIFFERS)}
+
+
+def _verdicts(notebooks: Iterable[Mapping[str, Any]]) -> Counter[str]:
+    return Counter(value["verdict"] for notebook in notebooks for value in notebook["values"])
+
+
+def _tiles(
+    status: Mapping[str, Any],
+    notebooks: Sequence[Mapping[str, Any]],
+    claims: Sequence[Mapping[str, Any]],
+    statements: Mapping[str, Any],
+) -> list[dict[str, str]]:
+    """The summary: a few figures, each with the section that tells more and a mark."""
+    passed, verdicts = sum(notebook["status"] == "passed" for notebook in notebooks), _verdicts(notebooks)
+    whole = passed == len(notebooks) and status["state"] == "finished"
+    peak = max((notebook["peak_bytes"] for notebook in notebooks), default=0)
+    rows = (
+        ("notebooks passed", f"{passed} of {len(notebooks)}", "notebooks", "passed" if whole else "failed"),
+        ("values as expected", verdicts[results.AS_EXPECTED], "values", ""),
+        ("values that differ", verdicts[results.DIFFERS], "values", "failed" if verdicts[results.DIFFERS] else ""),
+        ("values unmeasured", verdicts[results.UNMEASURED], "values", ""),
+        ("claims examined", f"{len(claims)} of {len(statements)}", "claims", ""),
+        ("total time", duration(sum(notebook["seconds"] for notebook in notebooks)), "notebooks", ""),
+        ("peak memory", gib(peak) if peak else "–", "notebooks", ""),
+    )
+    return [{"label": label, "value": str(value), "to": to, "mark": mark} for label, value, to, mark in rows]
+
+
+def _stand_ins(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The short name of each model that is a stand-in, by label."""
+    return {
+        ref["label"]: ref["id"].rstrip("/").split("/")[-1] for ref in manifest["models"].values() if ref["stand_in_for"]
+    }
+
+
+def _claims(
+    statements: Mapping[str, Mapping[str, str]],
+    notebooks: Iterable[Mapping[str, Any]],
+    stand_ins: Mapping[str, str],
+) -> list[dict[str, Any]]:
+    """The claims that the recorded values name, in numeric order, with the verdict and the values by their source."""
+    met: dict[str, list[dict[str, Any]]] = {}
+    for notebook in notebooks:
+        for value in notebook["values"]:
+            if value["claim"]:
+                met.setdefault(value["claim"], []).append({**value, "notebook": notebook})
+    unknown = {"statement": "not in the workbook's list of claims", "published": ""}
+    claims = []
+    for number in sorted(met, key=lambda number: (len(number), number)):
+        verdict, mark = claim_verdict(met[number], stand_ins)
+        entry = {"number": number, "sources": _by_source(met[number]), "verdict": verdict, "mark": mark}
+        claims.append(entry | statements.get(number, unknown))
+    return claims
+
+
+def _by_source(values: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Values in the order of recording, those of one notebook and model together."""
+    sources: dict[tuple[str, str | None], dict[str, Any]] = {}
+    for value in values:
+        notebook, model = value["notebook"], value["model"]
+        source = {"notebook": notebook, "model": model, "values": []}
+        sources.setdefault((notebook["name"], model), source)["values"].append(value)
+    return list(sources.values())
 
 
 def _model(role: str, ref: Mapping[str, Any]) -> dict[str, str]:
@@ -115,35 +233,48 @@ def _model(role: str, ref: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _facts(manifest: Mapping[str, Any], notebooks: list[dict[str, Any]]) -> dict[str, str]:
-    """The lines of the page's head, by label."""
+def _facts(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What ran and where, by label."""
     hardware, git = manifest["hardware"], manifest["git"]
     changed = " with uncommitted changes" if git["dirty"] else ""
     facts = {
         "Profile": f"{manifest['profile']}: {manifest['description']}",
         "Started": _moment(manifest["started"]),
         "Finished": _moment(manifest["finished"]),
-        "Notebooks took": duration(sum(notebook["seconds"] for notebook in notebooks)),
         "Command": " ".join(manifest["command"]) or "–",
         "Commit": f"{git['commit'][:12]}{changed}" if git["commit"] else "not a git checkout",
         "Python": manifest["python"],
     }
     if "error" in hardware:
         return facts | {"Machine": f"unknown ({hardware['error']})"}
-    gpus = Counter(f"{gpu['name']} ({gib(gpu['total_bytes'])})" for gpu in hardware["gpus"])
     return facts | {
         "Processor": f"{hardware['cpu_name']}, {hardware['cpu_count']} cores",
         "Memory": gib(hardware["ram_bytes"]),
-        "GPUs": ", ".join(f"{count} × {name}" for name, count in gpus.items()) or "none",
+        "GPUs": _gpus(hardware) or "none",
         "System": hardware["system"],
     }
 
 
-def _figures(run_dir: Path, figures: Mapping[str, Mapping[str, str]]) -> list[dict[str, str]]:
+def _gpus(hardware: Mapping[str, Any]) -> str:
+    gpus = Counter(f"{gpu['name']} ({gib(gpu['total_bytes'])})" for gpu in hardware["gpus"])
+    return ", ".join(f"{count} × {name}" for name, count in gpus.items())
+
+
+def _machine(hardware: Mapping[str, Any]) -> str:
+    """The machine in half a sentence."""
+    if "error" in hardware:
+        return "an unknown machine"
+    return _gpus(hardware) or f"{hardware['cpu_count']} processor cores without a GPU"
+
+
+def _figures(
+    run_dir: Path, figures: Mapping[str, Mapping[str, str]], notebooks: Iterable[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The figures in the order of the notebooks, each as a data URI with what its caption says."""
     return [
-        {"notebook": notebook, "name": name, "uri": _data_uri(run_dir / path)}
-        for notebook, named in sorted(figures.items())
-        for name, path in named.items()
+        {"notebook": notebook, "name": name.replace("_", " "), "uri": _data_uri(run_dir / path)}
+        for notebook in notebooks
+        for name, path in figures.get(notebook["name"], {}).items()
     ]
 
 

@@ -6,12 +6,13 @@ A run folder, ``runs/<UTC time>-<profile>/``, holds::
     status.json     the state of each notebook, kept up to date while it runs (by the runner)
     results.json    what the notebooks recorded (by this module)
     notebooks/      the executed notebooks            figures/   <notebook>_<name>.png
-    logs/           what a notebook's process wrote   report.html
+    logs/           what a notebook's process wrote   report.html, html/<notebook>.html
 
 ``results.json`` keeps the order of recording::
 
     {"values":  {"<notebook>": {"<name>": {"value": .., "unit": "..", "claim": "A1" or null, "expected": ..,
-                                           "tolerance": .., "source": "..", "verdict": "..", "floor": .. or null}}},
+                                           "tolerance": .., "source": "..", "verdict": "..", "floor": .. or null,
+                                           "agrees": true, false or null, "model": ".." or null}}},
      "figures": {"<notebook>": {"<name>": "figures/<notebook>_<name>.png"}}}
 
 Expected values stand in ``notebooks/expected/<profile>.json``::
@@ -19,10 +20,11 @@ Expected values stand in ``notebooks/expected/<profile>.json``::
     {"<notebook>/<name>": {"value": .., "tolerance": .., "source": "run .." or "citation .."}}
 
 with an absolute tolerance; ``floor`` is the least that a tolerance made from this run may be. A verdict is "as
-expected", "differs" or "unmeasured" (nothing to compare with; this never counts as passed). The runner names the run to
-a notebook through environment variables: ``WORKBOOK_RUN_DIR``, ``WORKBOOK_NOTEBOOK``, ``WORKBOOK_PROFILE``,
-``WORKBOOK_EXPECTED`` (the file above) and ``WORKBOOK_UNATTENDED``. Without them values are compared and shown, and kept
-only in memory.
+expected", "differs" or "unmeasured" (nothing to compare with; this never counts as passed). ``agrees`` answers another
+question: whether the value agrees with the article's statement ``claim``. ``model`` is the label of the model that it
+was measured on. The runner names the run to a notebook through environment variables: ``WORKBOOK_RUN_DIR``,
+``WORKBOOK_NOTEBOOK``, ``WORKBOOK_PROFILE``, ``WORKBOOK_EXPECTED`` (the file above) and ``WORKBOOK_UNATTENDED``. Without
+them values are compared and shown, and kept only in memory.
 """
 
 from __future__ import annotations
@@ -77,6 +79,8 @@ class Record:
     source: str | None = None
     verdict: str = UNMEASURED
     floor: float | None = None
+    agrees: bool | None = None
+    model: str | None = None
 
     def __str__(self) -> str:
         return f"{self.name}: {with_unit(self.value, self.unit)} | {self._expectation()} | {self.verdict}"
@@ -128,23 +132,37 @@ def unattended() -> bool:
 
 
 def record(
-    name: str, value: Any, unit: str = "", claim: str | None = None, *, tolerance: float | None = None
+    name: str,
+    value: Any,
+    unit: str = "",
+    claim: str | None = None,
+    *,
+    tolerance: float | None = None,
+    agrees: bool | None = None,
+    model: str | None = None,
 ) -> Record:
     """Compare a value with the expected one and keep it in the run's ``results.json``.
 
     ``value`` is a number, a text or a bool (numpy and torch scalars too); ``claim`` names a statement of the source
     article, such as "A1". ``tolerance``, in the value's unit, is the least that ``expected_from_runs`` allows a number:
     give it where a hundredth of the value is finer than the value's own meaning, as for a difference near zero.
+    ``agrees`` says whether the value agrees with that statement as published; None: it only illustrates it. ``model``
+    is the ``ModelRef.label`` of the model it was measured on; None: it was computed from published configurations.
     A name recorded again in the same notebook replaces the earlier value.
-    Raises ResultError for an empty name, any other type, NaN and infinity, and a tolerance that is no distance.
+    Raises ResultError for an empty name, any other type, NaN and infinity, a tolerance that is no distance, and
+    ``agrees`` without a claim.
     """
     if not name.strip():
         raise ResultError("a recorded value needs a name")
     checked = _scalar(name, value)
     if tolerance is not None and not (_is_number(checked) and 0 <= tolerance < math.inf):
         raise ResultError(f"{name!r} cannot have the tolerance {tolerance}: give a number a finite one from 0 up")
+    if agrees is not None and claim is None:
+        raise ResultError(f"{name!r} agrees with nothing: name the claim that it is judged by")
+    judged = None if agrees is None else bool(agrees)  # numpy's truth values are no JSON
     expected = _expected_values().get(f"{_notebook()}/{name}")
-    entry = Record(name, checked, unit, claim, **_comparison(checked, expected), floor=tolerance)
+    comparison = _comparison(checked, expected)
+    entry = Record(name, checked, unit, claim, **comparison, floor=tolerance, agrees=judged, model=model)
     _keep(entry)
     return entry
 

@@ -1,12 +1,17 @@
-"""The report: one page, made from the run folder's files alone."""
+"""The report and the notebooks' pages, made from the run folder's files alone."""
 
 import base64
 import json
+import os
+import re
 from html.parser import HTMLParser
 
+import nbformat
 import pytest
+from nbformat import v4
 
-from helpers.report import duration, write_report
+from helpers.pages import link_to_pages
+from helpers.report import claim_verdict, duration, read_claims, write_report
 from helpers.runner import RunFolderError
 
 PNG = base64.b64decode(
@@ -69,18 +74,59 @@ def run(tmp_path):
     return folder
 
 
+WIDGET, WIDGET_STATE = "application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json"
+
+
+def output(data):
+    return v4.new_output("display_data", data={"text/plain": "plain", **data})
+
+
+def executed(run, name, *cells):
+    """Write an executed notebook of a run, and return its path."""
+    path = run / "notebooks" / f"{name}.ipynb"
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(v4.new_notebook(cells=cells), path)
+    return path
+
+
+@pytest.fixture
+def notebook(run):
+    """An executed notebook with every kind of output, and one that would load much if it could."""
+    outputs = [
+        output({"image/png": base64.b64encode(PNG).decode()}),
+        output({"text/html": "<b>a table</b>"}),
+        output({WIDGET: {"model_id": "1", "version_major": 2, "version_minor": 0}}),
+        output({"application/javascript": "fetch('https://example.org')"}),
+        v4.new_output("stream", text="printed \x1b[31mred\x1b[0m"),
+    ]
+    path = executed(
+        run,
+        "00_a",
+        v4.new_markdown_cell(
+            "# A title\n\nNext: [b](01_b.ipynb#part), [c](02_c.ipynb), [web](https://example.org) $x^2$"
+        ),
+        v4.new_code_cell("answer = 42", outputs=outputs, execution_count=1),
+    )
+    document = nbformat.read(path, as_version=4)
+    document.metadata["widgets"] = {WIDGET_STATE: {"state": {}, "version_major": 2, "version_minor": 0}}
+    nbformat.write(document, path)
+    return path
+
+
 class Page(HTMLParser):
     """What a browser would show of a page, and what it would fetch."""
 
     def __init__(self, text):
         super().__init__()
-        self.text, self.addresses, self.tags, self.hidden = "", [], [], False
+        self.text, self.addresses, self.loaded, self.tags, self.ids, self.hidden = "", [], [], [], [], False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.hidden = tag == "style"
-        self.addresses += [address for name, address in attrs if name in ("src", "href")]
+        self.addresses += [address for name, address in attrs if name == "href"]
+        self.loaded += [address for name, address in attrs if name == "src" or (name == "href" and tag == "link")]
+        self.ids += [identifier for name, identifier in attrs if name == "id"]
 
     def handle_endtag(self, tag):
         self.hidden = False
@@ -104,15 +150,62 @@ def change(run, name, update):
     return Page(write_report(run).read_text(encoding="utf-8"))
 
 
-def test_one_file_that_fetches_nothing(run, page):
-    (address,) = page.addresses
-    assert base64.b64decode(address.removeprefix("data:image/png;base64,")) == PNG
-    assert not {"script", "link", "iframe"} & set(page.tags)
-    text = (run / "report.html").read_text()
-    assert "http" not in text
-    assert "url(" not in text
-    assert "@import" not in text
-    assert "prefers-color-scheme: dark" in text
+def test_no_page_of_a_run_loads_anything(run, notebook):
+    write_report(run)
+    pages = [run / "report.html", run / "html" / "00_a.html"]
+    assert sorted(run.rglob("*.html")) == sorted(pages)
+    for path in pages:
+        text = path.read_text(encoding="utf-8")
+        page = Page(text)
+        (address,) = page.loaded
+        assert base64.b64decode(address.removeprefix("data:image/png;base64,")) == PNG
+        assert not {"script", "link", "iframe"} & set(page.tags)
+        assert not re.findall(r"url\(|@import", text)
+        assert "default-src 'none'" in text
+        assert "prefers-color-scheme: dark" in text
+    assert "://" not in pages[0].read_text(encoding="utf-8")
+
+
+def test_the_page_of_an_executed_notebook(run, notebook):
+    assert "html/00_a.html" in Page(write_report(run).read_text(encoding="utf-8")).addresses
+    page = Page((run / "html" / "00_a.html").read_text(encoding="utf-8"))
+    for shown in ("A title", "answer", "42", "a table", "red", "plain", "20260131T120000Z-laptop: 00_a, as executed"):
+        assert shown in page.text
+    assert "../report.html#notebooks" in page.addresses
+
+
+def test_a_notebook_that_failed_half_way_has_a_page(run):
+    error = v4.new_output("error", ename="ValueError", evalue="a < b", traceback=["\x1b[31mValueError\x1b[39m: a < b"])
+    executed(run, "01_b", v4.new_code_cell("compare()", outputs=[error]), v4.new_code_cell("never_run()"))
+    write_report(run)
+    page = Page((run / "html" / "01_b.html").read_text(encoding="utf-8"))
+    assert "ValueError" in page.text
+    assert ": a < b" in page.text
+    assert "never_run" in page.text
+
+
+def test_only_a_newer_notebook_is_converted_again(run, notebook):
+    write_report(run)
+    page = run / "html" / "00_a.html"
+    page.write_text("kept")
+    write_report(run)
+    assert page.read_text() == "kept"
+    later = page.stat().st_mtime + 1
+    os.utime(notebook, (later, later))
+    write_report(run)
+    assert "A title" in page.read_text(encoding="utf-8")
+
+
+def test_links_between_notebooks_lead_to_pages():
+    text = "[b](01_b.ipynb#part) [c](02_c.ipynb) [web](https://example.org/x.ipynb)"
+    linked = "[b](01_b.html#part) [c](../report.html#notebooks) [web](https://example.org/x.ipynb)"
+    assert link_to_pages(text, ["00_a", "01_b"]) == linked
+
+
+def test_every_link_within_the_report_has_its_target(page):
+    targets = {address.removeprefix("#") for address in page.addresses if address.startswith("#")}
+    assert {"run", "models", "notebooks", "claims", "values", "figures", "versions", "claim-A5"} <= targets
+    assert targets <= set(page.ids)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +216,9 @@ def test_one_file_that_fetches_nothing(run, page):
         "workbook run", "0123456789ab with uncommitted changes", "A processor, 2 cores", "8.0 GiB",
         "2 × H100 (80.0 GiB)", "error in cell 3: ValueError: a < b", "compare('<b>')", "75 s", "60 s", "2 min",
         "3.0 GiB", "2.55 times", "2.5 ± 0.1 times", "A5", "178,557,088,768", "<i>odd</i>",
-        "1 as expected, 1 differ, 1 unmeasured.", "torch", "2.13.0", "zipp 3.0", "seed=7", "ab" * 32, "cd" * 32,
+        "1 as expected, 1 differ, 1 unmeasured.", "2 × H100 (80.0 GiB); how it ended: 1 of 2 notebooks did not pass.",
+        "sizes, from", "1 of 29", "It is two and a half times the size of Llama-2-70B.", "shown, not judged",
+        "torch", "2.13.0", "zipp 3.0", "seed=7", "ab" * 32, "cd" * 32,
     ],
 )  # fmt: skip
 def test_what_the_page_says(page, shown):
@@ -132,6 +227,71 @@ def test_what_the_page_says(page, shown):
 
 def test_values_are_escaped(page):
     assert page.tags.count("i") == 2  # one bar of time for each notebook, and no value's own
+
+
+def test_the_claims_section(run):
+    stand_in = "falcon-mini (stand-in for tiiuae/falcon-180B)"
+
+    def judged(results):
+        results["values"]["01_b"] = {
+            "cache_bytes": value(8192, claim="A12", agrees=False, model="real"),
+            "kv_bytes_8_heads": value(163840, "bytes/token", claim="A8", agrees=True, model=stand_in),
+        }
+
+    page = change(run, "results", judged)
+    claims = [identifier for identifier in page.ids if identifier.startswith("claim-")]
+    assert claims == ["claim-A5", "claim-A8", "claim-A12"]
+    for shown in ("not confirmed", "on the stand-in falcon-mini: agrees", "kv bytes 8 heads", "163,840 bytes/token"):
+        assert shown in page.text
+    assert "Not met in this run: A1, A2, A3, A4, A6, A7, A9, A10, A11, A13" in page.text
+
+
+def test_an_unknown_claim_is_shown_as_one(run):
+    page = change(run, "results", lambda results: results["values"]["00_a"]["size"].update(claim="A99"))
+    assert "not in the workbook's list of claims" in page.text
+
+
+STAND_INS = {"mini (stand-in for big)": "mini", "chat (stand-in for big-chat)": "chat"}
+MINI, CHAT = STAND_INS
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ([(None, None)], "shown, not judged"),
+        ([(True, None), (None, "real")], "confirmed"),
+        ([(True, None), (False, "real")], "not confirmed"),
+        ([(True, MINI), (None, None)], "on the stand-in mini: agrees"),
+        ([(True, None), (None, MINI)], "on the stand-in mini: agrees"),
+        ([(False, None), (True, MINI)], "on the stand-in mini: does not agree"),
+        ([(True, MINI), (True, CHAT), (True, MINI)], "on the stand-ins mini and chat: agrees"),
+        ([(None, MINI)], "shown on the stand-in mini"),
+    ],
+)
+def test_what_values_say_of_a_claim(values, verdict):
+    entries = [{"agrees": agrees, "model": model} for agrees, model in values]
+    assert claim_verdict(entries, STAND_INS)[0] == verdict
+
+
+def test_the_list_of_claims_is_whole():
+    claims = read_claims()
+    assert list(claims) == [f"A{number}" for number in range(1, 30)]
+    assert all(set(claim) == {"statement", "published"} and claim["statement"] for claim in claims.values())
+
+
+def test_values_that_differ_come_first(page):
+    recorded = page.text[page.text.index("Values that differ come first.") :]
+    assert recorded.index("compute") < recorded.index("size")
+
+
+def test_figures_stand_in_the_order_of_the_notebooks(run):
+    (run / "figures" / "01_b_loss.png").write_bytes(PNG)
+
+    def second_first(results):
+        results["figures"] = {"01_b": {"loss": "figures/01_b_loss.png"}} | results["figures"]
+
+    page = change(run, "results", second_first)
+    assert page.text.index("sizes, from") < page.text.index("loss, from")
 
 
 def test_no_stand_ins_no_warning(run):

@@ -87,6 +87,20 @@ def test_other_values_are_refused_by_name(run, value):
     assert not (run / "results.json").exists()
 
 
+@pytest.mark.parametrize(("agrees", "kept"), [(True, True), (np.bool_(False), False), (None, None)])
+def test_a_judgement_and_its_model_are_kept(run, agrees, kept):
+    results.record("ratio", 2.6, claim="A5", agrees=agrees, model="falcon-mini (stand-in for x)")
+    entry = stored(run)["values"]["01_x"]["ratio"]
+    assert entry["agrees"] is kept
+    assert entry["model"] == "falcon-mini (stand-in for x)"
+    assert list(results.recorded().index) == ["ratio"]
+
+
+def test_a_judgement_without_a_claim_is_refused(run):
+    with pytest.raises(results.ResultError, match=r"ratio.*claim"):
+        results.record("ratio", 2.6, agrees=True)
+
+
 def test_empty_name_is_refused(run):
     with pytest.raises(results.ResultError):
         results.record("  ", 1)
