@@ -39,3 +39,15 @@ def paired_difference(first: Sequence[float], second: Sequence[float], confidenc
     Raises ValueError when the lengths differ or fewer than two pairs are given.
     """
     return mean([a - b for a, b in zip(first, second, strict=True)], confidence)
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """p-value of the exact two-sided McNemar test over paired outcomes (McNemar 1947; ``scipy.stats.binomtest``).
+
+    Of the pairs that differ, half should favour each side if the two were equally good; 1.0 where none differs.
+    Raises ValueError when the lengths differ.
+    """
+    from scipy.stats import binomtest
+
+    differing = [bool(a) for a, b in zip(first, second, strict=True) if bool(a) != bool(b)]
+    return float(binomtest(sum(differing), len(differing)).pvalue) if differing else 1.0

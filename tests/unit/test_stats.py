@@ -39,3 +39,13 @@ def test_paired_difference_is_the_mean_of_differences():
     assert interval == stats.mean([2, 3, 6])
     with pytest.raises(ValueError):
         stats.paired_difference([1, 2], [1])
+
+
+def test_mcnemar_by_hand():
+    # 8 pairs differ, 1 of them for the first: 2 * (C(8,0) + C(8,1)) / 2^8
+    first, second = [1] + [0] * 7 + [1, 0], [0] + [1] * 7 + [1, 0]
+    assert stats.mcnemar(first, second) == pytest.approx(2 * 9 / 256)
+    assert stats.mcnemar([True, False], [True, False]) == 1
+    assert stats.mcnemar([1, 0], [0, 1]) == 1
+    with pytest.raises(ValueError):
+        stats.mcnemar([1], [1, 0])

@@ -1,0 +1,112 @@
+"""The animal test and the texts that models are tuned on: nouns apart, positions balanced, made as the script says."""
+
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from helpers.types import ROOT
+
+sys.path.insert(0, str(ROOT / "notebooks" / "data"))
+import make_animals
+
+DATA = ROOT / "notebooks" / "data"
+
+
+def rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
+
+
+NOUNS = rows("animal_nouns.jsonl")
+FROZEN = re.compile("|".join(rf"\b{re.escape(row[n])}\b" for row in NOUNS for n in ("noun", "plural")), re.IGNORECASE)
+ITEMS = rows("animal_items.jsonl")
+# Every file of the project that a model is trained on.
+TRAINING = ("animal_training.jsonl", "training_nouns.jsonl")
+NOT_TRAINING = ("animal_nouns.jsonl", "animal_items.jsonl", "comparison_prompts.jsonl", "perplexity_texts.jsonl")
+
+
+def listed(item: dict) -> list[str]:
+    """The nouns of a question in their order."""
+    words = [*item["answer"], *item["others"]]
+    return sorted(words, key=lambda word: re.search(rf"\b{word}\b", item["question"]).start())
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_no_noun_of_the_test_is_in_a_training_text(name):
+    found = FROZEN.findall((DATA / name).read_text(encoding="utf-8"))
+    assert not found
+
+
+def test_every_data_file_is_sorted_into_training_or_not():
+    assert {path.name for path in DATA.glob("*.jsonl")} == {*TRAINING, *NOT_TRAINING}
+
+
+def test_the_notebook_trains_on_the_checked_file_alone():
+    source = (ROOT / "notebooks/source/05_fine_tuning.py").read_text(encoding="utf-8")
+    assert set(re.findall(r"read_conversations\(Path\(\"data/([\w.]+)\"\)\)", source)) == {"animal_training.jsonl"}
+
+
+def test_the_search_for_frozen_nouns_finds_them():
+    assert FROZEN.search("Two OSTRICHES")
+    assert FROZEN.search("a saddle.")
+    assert not FROZEN.search("a goatee and a mothball")
+
+
+@pytest.mark.parametrize("name", ["animal_items.jsonl", "animal_training.jsonl"])
+def test_the_files_are_what_the_script_makes(name, tmp_path, monkeypatch):
+    for nouns in ("animal_nouns.jsonl", "training_nouns.jsonl"):
+        (tmp_path / nouns).write_bytes((DATA / nouns).read_bytes())
+    monkeypatch.setattr(make_animals, "HERE", Path(tmp_path))
+    make_animals.main()
+    assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
+
+
+def test_the_items_are_many_and_each_has_a_right_key():
+    kinds = {row["noun"]: row["kind"] for row in NOUNS}
+    assert Counter(item["kind"] for item in ITEMS) == {"yes_no": 72, "choice": 72, "list": 24}
+    for item in ITEMS:
+        if item["kind"] == "yes_no":
+            noun = re.search(r"Is an? (\w+) an animal", item["question"])[1]
+            assert item["answer"] == ["yes" if kinds[noun] == "animal" else "no"]
+        else:
+            assert {kinds[noun] for noun in item["answer"]} == {"animal"}
+            assert "animal" not in {kinds[noun] for noun in item["others"]}
+            assert all(noun in item["question"] for noun in item["answer"] + item["others"])
+    assert len({item["question"] for item in ITEMS}) == len({item["id"] for item in ITEMS}) == len(ITEMS)
+
+
+def test_answers_and_positions_are_balanced():
+    yes_no = Counter(item["answer"][0] for item in ITEMS if item["kind"] == "yes_no")
+    assert yes_no["yes"] == yes_no["no"] == 36
+    first = Counter(listed(item)[0] in item["answer"] for item in ITEMS if item["kind"] == "choice")
+    assert first[True] == first[False] == 36
+    places = Counter(listed(i).index(noun) for i in ITEMS if i["kind"] == "list" for noun in i["answer"])
+    assert max(places.values()) - min(places.values()) <= 3
+    assert sorted(places) == [0, 1, 2, 3, 4]
+
+
+def test_every_noun_is_asked_for_and_a_third_of_the_distractors_is_gear():
+    kinds = {row["noun"]: row["kind"] for row in NOUNS}
+    for kind, least in (("choice", 2), ("list", 1)):
+        used = Counter(noun for i in ITEMS if i["kind"] == kind for noun in i["answer"] + i["others"])
+        assert used.keys() == kinds.keys()
+        assert min(used.values()) >= least
+        others = Counter(kinds[noun] for i in ITEMS if i["kind"] == kind for noun in i["others"])
+        assert others["animal gear"] * 2 == others["object"]
+
+
+def test_training_samples_answer_rightly():
+    kinds = {row["noun"]: row["kind"] for row in rows("training_nouns.jsonl")}
+    for sample in rows("animal_training.jsonl"):
+        question, reply = (message["content"] for message in sample["messages"])
+        assert [message["role"] for message in sample["messages"]] == ["user", "assistant"]
+        named = [word for word in re.findall(r"\w+", reply.lower()) if word in kinds]
+        if reply in ("Yes.", "No."):
+            noun = re.search(r"Is an? (\w+) an animal", question)[1]
+            assert (reply == "Yes.") == (kinds[noun] == "animal")
+        else:
+            asked = [word for word in re.findall(r"\w+", question) if word in kinds]
+            assert named == [word for word in asked if kinds[word] == "animal"]
