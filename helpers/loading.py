@@ -152,11 +152,15 @@ def tidy_output() -> None:
     A bar shows after two seconds. In a notebook it is plain text that updates in place, so that a saved notebook
     shows how it ended; in a terminal it goes when it is done; written to a file, there is none.
     """
+    import warnings
+
     import pandas as pd
     from transformers.utils import logging
 
     pd.set_option("display.max_colwidth", None)
     quiet_bitsandbytes()
+    # peft and trl still use names that transformers renamed; nothing a reader could change
+    warnings.filterwarnings("ignore", r".* is deprecated and will be removed in v6", FutureWarning, "transformers")
     logging.set_tqdm_hook(lambda factory, args, options: _bar_class()(*args, **options))
 
 

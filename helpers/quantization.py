@@ -138,6 +138,12 @@ def keep_unpacked(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def may_repack(model: PreTrainedModel) -> bool:
+    """True where an inference would repack nf4 weights in place, or has: see ``keep_unpacked``."""
+    layers = [module for module in model.modules() if _is_4bit(module)]
+    return any(layer.support_avx512bf16_for_cpu and layer.weight.device.type == "cpu" for layer in layers)
+
+
 def weights_in(parameter: nn.Parameter) -> int:
     """How many weights a parameter stands for; 4-bit storage holds two in a byte."""
     state = getattr(parameter, "quant_state", None)
