@@ -69,11 +69,13 @@ def names(text: str, word: str) -> bool:
 
 def is_correct(item: Item, text: str) -> bool:
     """The rule of correctness: every word of the answer is named, and none of the others."""
-    return all(names(text, word) for word in item.answer) and not any(names(text, word) for word in item.others)
+    missing = [word for word in item.answer if not names(text, word)]
+    wrong = [word for word in item.others if names(text, word)]
+    return not missing and not wrong
 
 
 def is_concise(reply: Reply) -> bool:
-    """The rule of conciseness: the reply ended by itself, with at least one word and at most ``CONCISE_WORDS``."""
+    """The rule of conciseness: it ended by itself, with at least one word and at most CONCISE_WORDS."""
     return reply.finish_reason != "length" and 1 <= len(reply.text.split()) <= CONCISE_WORDS
 
 
@@ -171,7 +173,7 @@ class Comparison:
             }
             for side, replies in self.replies.items()
         }
-        return pd.DataFrame(rows).T.rename_axis("side")
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("side")
 
     def beside(self, other: Comparison) -> Comparison:
         """Both comparisons as one, as of a model before and after. Raises ValueError where the items differ."""

@@ -233,6 +233,92 @@ def _cut(function: Callable[[str, tuple[str, ...]], str]) -> Hint:
     return None
 
 
+def _is_right(function: Callable[[str, list[str], list[str]], bool]) -> Hint:
+    cases = [
+        ("A goat.", ["goat"], ["saddle"], True),
+        ("The goat, not the saddle", ["goat"], ["saddle"], False),
+        ("GOAT, swan", ["swan", "goat"], ["kettle"], True),
+        ("Goat", ["goat", "swan"], ["kettle"], False),
+        ("A scapegoat", ["goat"], ["saddle"], False),
+        ("", ["yes"], ["no"], False),
+        ("Yes, I know.", ["yes"], ["no"], True),
+    ]
+    for text, answer, others, expected in cases:
+        if function(text, list(answer), list(others)) is not expected:
+            return f"{text!r} with answer {answer} and others {others} should be {expected}. Compare whole words."
+    return None
+
+
+def _wilson(function: Callable[[int, int], tuple[float, float]]) -> Hint:
+    from helpers.stats import proportion
+
+    for passed, trials in ((63, 168), (0, 20), (7, 7), (1, 1000)):
+        expected = proportion(passed, trials)
+        low, high = function(passed, trials)
+        if abs(low - expected.low) > 1e-3 or abs(high - expected.high) > 1e-3:
+            return f"For {passed} of {trials} it is {expected.low:.4f} to {expected.high:.4f}, by scipy."
+    return None
+
+
+def _p_value(function: Callable[[int, int], float]) -> Hint:
+    from scipy.stats import binomtest
+
+    for first, second in ((0, 5), (3, 9), (10, 10), (40, 22), (1, 0)):
+        expected = float(binomtest(first, first + second).pvalue)
+        if not _close(function(first, second), expected, 1e-6):
+            return (
+                f"For a split of {first} to {second} it is {expected:.6f}, by scipy. Both directions count; at most 1."
+            )
+    return None
+
+
+def _lora_parameters(function: Callable[[int, int, int], int]) -> Hint:
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+
+    for inputs, outputs, rank in ((64, 32, 4), (16, 80, 1), (8, 8, 16)):
+        layer = nn.Sequential(nn.Linear(inputs, outputs))
+        model = get_peft_model(layer, LoraConfig(r=rank, target_modules=["0"]))
+        expected = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if function(inputs, outputs, rank) != expected:
+            return f"peft trains {expected:,} parameters for {inputs} inputs, {outputs} outputs and rank {rank}."
+    return None
+
+
+def _labels(function: Callable[[list[int], int], list[int]]) -> Hint:
+    for ids, prompt in (([5, 6, 7, 8], 3), ([9, 9, 9], 0), ([1, 2], 1)):
+        expected = [-100] * prompt + ids[prompt:]
+        given = list(ids)
+        if list(function(given, prompt)) != expected:
+            return f"For ids {ids} with a prompt of {prompt} tokens it should return {expected}."
+        if given != ids:
+            return "Leave the ids as they are: the model still reads the whole prompt."
+    return None
+
+
+def _merged(function: Callable[[Any, Any, Any, float, int], Any]) -> Hint:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+
+    for rank, alpha in ((2, 4), (3, 1)):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rank)
+            layer = nn.Linear(6, 5, bias=False)
+            weight = layer.weight.detach().clone()
+            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"], init_lora_weights=False)
+            model = get_peft_model(nn.Sequential(layer), config)
+        adapted = model.base_model.model[0]
+        a, b = (part["default"].weight.detach().clone() for part in (adapted.lora_A, adapted.lora_B))
+        expected = model.merge_and_unload()[0].weight.detach()
+        answer = function(weight, a, b, alpha, rank)
+        if not isinstance(answer, torch.Tensor) or answer.shape != expected.shape:
+            return f"Return a matrix of the shape of the weight, {tuple(weight.shape)}."
+        if not torch.allclose(answer, expected, atol=1e-5):
+            return f"For rank {rank} and alpha {alpha} peft's merged weight is another. Which product, which scale?"
+    return None
+
+
 _CHECKS: dict[str, Callable[[Any], Hint]] = {
     "00-1": _kv_bytes,
     "00-2": _training_days,
@@ -246,4 +332,10 @@ _CHECKS: dict[str, Callable[[Any], Hint]] = {
     "03-1": _format_prompt,
     "03-2": _trim,
     "03-3": _cut,
+    "04-1": _is_right,
+    "04-2": _wilson,
+    "04-3": _p_value,
+    "05-1": _lora_parameters,
+    "05-2": _labels,
+    "05-3": _merged,
 }

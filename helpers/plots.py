@@ -377,3 +377,46 @@ def training_compute(flop: Mapping[str, float]) -> Figure:
     axis.set(xlabel=f"training compute (10{power} FLOP)", xlim=(0, 1.25 * max(values)))
     axis.invert_yaxis()
     return figure
+
+
+@_styled
+def score_intervals(scores: Any, subject: str) -> Figure:
+    """Shares with their 95% intervals: a row for each group of items, a mark for each side, a panel for each rule.
+
+    ``scores`` is ``Comparison.scores``' table, or rows with items, side, rule, share, low and high (0 to 1).
+    """
+    rows = _records(scores)
+    rules, groups, sides = (list(dict.fromkeys(row[key] for row in rows)) for key in ("rule", "items", "side"))
+    figure, axes = _canvas("Share of the replies, with 95% intervals", subject, 1.7 + 0.55 * len(groups), len(rules))
+    for axis, rule in zip(axes, rules, strict=True):
+        for number, side in enumerate(sides):
+            chosen = [row for row in rows if row["rule"] == rule and row["side"] == side]
+            places = [groups.index(row["items"]) + (number - (len(sides) - 1) / 2) * 0.22 for row in chosen]
+            share = [100 * row["share"] for row in chosen]
+            errors = [[100 * abs(row["share"] - row[end]) for row in chosen] for end in ("low", "high")]
+            marker, colour = "osD^v"[number % 5], PALETTE[number % len(PALETTE)]
+            axis.errorbar(share, places, xerr=errors, fmt=marker, color=colour, capsize=3, label=side)
+        axis.set(title=rule, xlabel="share of the replies (%)", xlim=(-4, 104), ylim=(len(groups) - 0.5, -0.5))
+        axis.set_yticks(range(len(groups)), groups if axis is axes[0] else [""] * len(groups))
+        axis.grid(axis="x")
+    _legend_on_top(axes[0])
+    return figure
+
+
+@_styled
+def loss_curve(history: Sequence[Any], steps: int, subject: str) -> Figure:
+    """The training loss, and the loss on held-out examples, by step (nats a token), over all ``steps`` to come.
+
+    ``history`` holds points with ``step``, ``loss`` and ``held_out_loss`` (either may be None).
+    """
+    figure, (axis,) = _canvas("Loss while fine-tuning", subject, 3.6)
+    curves = (("loss", BLUE, "-", "training batches"), ("held_out_loss", ORANGE, "o--", "held-out examples"))
+    for name, colour, style, label in curves:
+        points = [(point.step, getattr(point, name)) for point in history if getattr(point, name) is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), style, color=colour, label=f"{label}, now {points[-1][1]:.3f}")
+    axis.set(xlabel="step", ylabel="loss (nats a token)", xlim=(0, steps), ylim=(0, None))
+    axis.grid()
+    if history:
+        _legend_on_top(axis)
+    return figure

@@ -1,4 +1,4 @@
-"""What a person plays with: the memory planner and the chat panel, and the HTML pieces that show texts and tokens.
+"""What a person plays with: the chat panel, the comparison panel, the memory planner; and HTML of texts and tokens.
 
 Each panel is a small class over plain functions: its controls are attributes (``panel.send.click()``), so code drives
 it as a person does. Where nobody is there to play (``results.unattended``) the same call gives a static view.
@@ -8,38 +8,56 @@ All text of models and users is escaped; styles are inline, set both colours, an
 from __future__ import annotations
 
 import html
+import math
 import re
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from threading import Event, Thread, Timer
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from helpers import plots
-from helpers.types import GIB, MemoryEstimate, Message, Placement, Reply, WorkbookError
+from helpers.types import GIB, Loaded, MemoryEstimate, Message, ModelRef, Placement, Reply, Sampling, WorkbookError
 
 if TYPE_CHECKING:
-    from ipywidgets import Box, ValueWidget
+    from ipywidgets import Box, HBox, ValueWidget
     from matplotlib.figure import Figure
+    from pandas import Series
     from transformers import PreTrainedTokenizerBase
 
     from helpers.chat import Chat
+    from helpers.comparison import Comparison, Item, Side
+    from helpers.finetuning import Example, Point
 
 T = TypeVar("T")
 
 CURSOR = " ▌"
-ERROR = "background:#fbe3df;color:#8c1d0a;padding:2px 6px"
+GOOD = "background:#d5f0e6;color:#00482f"
+BAD = "background:#fbe3df;color:#8c1d0a"
+ERROR = f"{BAD};padding:2px 6px"
 
 BLOCK = "font-family:sans-serif;font-size:14px;line-height:1.45;max-width:860px"
 MONOSPACE = "font-family:monospace;font-size:13px;white-space:pre-wrap;overflow-wrap:anywhere"
+ASKED = "background:#cfe4f7;color:#1c1c1c"
+REPLIED = "background:#eeeeee;color:#1c1c1c"
 BUBBLES = {
     "system": "background:#fff3cd;color:#1c1c1c;margin-right:80px",
-    "user": "background:#cfe4f7;color:#1c1c1c;margin-left:80px",
-    "assistant": "background:#eeeeee;color:#1c1c1c;margin-right:80px",
+    "user": f"{ASKED};margin-left:80px",
+    "assistant": f"{REPLIED};margin-right:80px",
 }
-TOKEN_COLOURS = ("#cfe4f7", "#fde3b0", "#c9ecdf", "#f4d6e6")
+TOKEN_COLOURS = tuple(f"background:{tint};color:#1c1c1c" for tint in ("#cfe4f7", "#fde3b0", "#c9ecdf", "#f4d6e6"))
+TRAINED = "background:#0b6e4f;color:#ffffff"
+ROLE_COLOURS = {
+    "system": "background:#ece6d6;color:#1c1c1c",
+    "user": "background:#dde4ec;color:#1c1c1c",
+    "assistant": "background:#e7dfea;color:#1c1c1c",
+    "format": "background:#ececec;color:#1c1c1c",
+}
 ROLE_TAGS = {
     "falcon-chat": r"^(?:System|User|Falcon):",
     "llama-2": r"</?s>|\[/?INST\]|<</?SYS>>",
@@ -81,7 +99,7 @@ def show(live: Callable[[], T], static: Callable[[], T]) -> T:
 def transcript_html(messages: Sequence[Message], assistant: str = "Falcon", footer: str = "") -> Html:
     """A conversation as bubbles; ``assistant`` is the name shown for the model."""
     names = {"system": "System", "user": "User", "assistant": assistant}
-    bubbles = "".join(_bubble(names[message["role"]], message["content"], message["role"]) for message in messages)
+    bubbles = "".join(_bubble(names[m["role"]], m["content"], BUBBLES[m["role"]]) for m in messages)
     return Html(f'<div style="{BLOCK}">{bubbles}{_note(footer)}</div>')
 
 
@@ -91,9 +109,9 @@ def scrolled(content: str, height: int = 420) -> Html:
     return Html(f'<div style="{style}"><div>{content}</div></div>')
 
 
-def _bubble(name: str, content: str, role: str) -> str:
+def _bubble(name: str, content: str, look: str) -> str:
     return (
-        f'<div style="{BUBBLES[role]};padding:6px 12px;margin-top:4px;margin-bottom:4px;border-radius:10px">'
+        f'<div style="{look};padding:6px 12px;margin-top:4px;margin-bottom:4px;border-radius:10px">'
         f'<b style="font-size:12px">{html.escape(name)}</b>'
         f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">{html.escape(content.strip())}</div></div>'
     )
@@ -101,15 +119,47 @@ def _bubble(name: str, content: str, role: str) -> str:
 
 def tokens_html(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Html:
     """A strip of tokens: each with its own background, its id on hover, spaces and line ends visible."""
-    pieces = "".join(_token(token, tokenizer.decode([token]), place) for place, token in enumerate(ids))
-    return Html(f'<div style="{BLOCK}"><div style="{MONOSPACE}">{pieces}</div>{_note(_tokens(len(ids)))}</div>')
+    looks = [(TOKEN_COLOURS[place % len(TOKEN_COLOURS)], f"id {token}") for place, token in enumerate(ids)]
+    return Html(f'<div style="{BLOCK}">{_strip(tokenizer, ids, looks)}{_note(_tokens(len(ids)))}</div>')
 
 
-def _token(token: int, text: str, place: int) -> str:
-    colour = TOKEN_COLOURS[place % len(TOKEN_COLOURS)]
-    style = f"background:{colour};color:#1c1c1c;padding:1px 0"
+def trained_tokens_html(tokenizer: PreTrainedTokenizerBase, example: Example) -> Html:
+    """The tokens of a fine-tuning example: green where the loss is taken, a tint of its role elsewhere.
+
+    On hover a token shows its id and its role.
+    """
+    tokens = list(zip(example.input_ids, example.roles, example.trained, strict=True))
+    looks = [(_role_colour(role, trained), f"id {token}, {role}") for token, role, trained in tokens]
+    counts = Counter(role for _, role, trained in tokens if trained)
+    legend = ", ".join(f"{role} {count}" for role, count in counts.items())
+    note = _note(f"{counts.total()} of {_tokens(len(tokens))} carry the loss: {legend}")
+    strip = _strip(tokenizer, example.input_ids, looks)
+    return Html(f'<div style="{BLOCK}">{strip}{note}{_role_key((role, trained) for _, role, trained in tokens)}</div>')
+
+
+def _role_colour(role: str, trained: bool) -> str:
+    return TRAINED if trained else ROLE_COLOURS[role]
+
+
+def _role_key(kinds: Iterable[tuple[str, bool]]) -> str:
+    """What the colours of the roles mean, in the order in which they occur."""
+    names: dict[str, list[str]] = {}
+    for role, trained in dict.fromkeys(kinds):
+        names.setdefault(_role_colour(role, trained), []).append(role)
+    swatches = (f'<span style="{look};padding:1px 6px">{", ".join(roles)}</span>' for look, roles in names.items())
+    return f'<div style="font-size:12px;margin-top:2px">{" ".join(swatches)}</div>'
+
+
+def _strip(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], looks: Iterable[tuple[str, str]]) -> str:
+    """The tokens in a row; ``looks`` gives the colours and the title of each."""
+    tokens = (_token(tokenizer.decode([token]), *look) for token, look in zip(ids, looks, strict=True))
+    return f'<div style="{MONOSPACE}">{"".join(tokens)}</div>'
+
+
+def _token(text: str, colours: str, title: str) -> str:
     line_ends = "<br>" * text.count("\n")
-    return f'<span title="id {token}" style="{style}">{html.escape(plots.visible(text))}</span>{line_ends}'
+    style = f"{colours};padding:1px 0;margin-right:1px"
+    return f'<span title="{title}" style="{style}">{html.escape(plots.visible(text))}</span>{line_ends}'
 
 
 def _tokens(number: int) -> str:
@@ -190,24 +240,25 @@ def room_left(chat: Chat) -> str:
     return f"{left} tokens left of the context" if left >= 0 else "context full: the oldest turns are left out"
 
 
-class ChatPanel:
-    """A conversation to take part in. The reply streams in from a thread of its own; Stop ends it after a token.
+class _QuestionPanel(ABC):
+    """A text box whose question is answered in a thread of its own: Send or Enter asks, Stop ends it after a token.
 
-    A stopped reply is shown, but, like its question, not kept in the conversation.
+    ``locked`` holds the controls that are off while a reply is written, ``sliders`` the sampling controls by the name
+    of their field in Sampling.
     """
 
     REDRAW_SECONDS = 0.1
     ENTER_SECONDS = 0.2
     MAX_REPLY_TOKENS = 1024
+    box: Box
 
-    def __init__(self, chat: Chat, suggestions: Sequence[str] = ()) -> None:
+    def __init__(self, sampling: Sampling, suggestions: Sequence[str]) -> None:
         import ipywidgets as w
 
-        self.chat = chat
         self._thread: Thread | None = None
         self._entered: Timer | None = None
         self._stopping = Event()
-        self.conversation, self.status, self.prompt = w.HTML(), w.HTML(), w.HTML()
+        self.status = w.HTML()
         self.text = w.Combobox(
             options=tuple(suggestions),
             placeholder="Ask something, then press Enter",
@@ -216,19 +267,15 @@ class ChatPanel:
         )
         self.send = w.Button(description="Send", button_style="primary", icon="paper-plane")
         self.stop = w.Button(description="Stop", icon="stop", disabled=True)
-        self.reset = w.Button(description="Reset", icon="trash")
-        self.save = w.Button(description="Save", icon="save")
-        self.path = w.Text("chat.json", description="File", layout={"width": "220px"})
-        self._make_sliders()
-        self.box = self._layout()
-        self._connect()
-        self._draw()
-        self._say(room_left(chat))
+        self._make_sliders(sampling)
+        self.locked = [self.send, *self.sliders.values()]
+        self.send.on_click(lambda _: self.ask())
+        self.stop.on_click(lambda _: self._stopping.set())
+        self.text.on_msg(lambda _, content, buffers: self._on_enter() if content.get("event") == "submit" else None)
 
-    def _make_sliders(self) -> None:
+    def _make_sliders(self, sampling: Sampling) -> None:
         from ipywidgets import FloatSlider, IntSlider
 
-        sampling = self.chat.sampling
         most = max(self.MAX_REPLY_TOKENS, sampling.max_new_tokens)
         style = {"style": {"description_width": "initial"}, "layout": {"width": "280px"}}
         self.temperature = FloatSlider(
@@ -236,33 +283,17 @@ class ChatPanel:
         )
         self.top_p = FloatSlider(sampling.top_p, min=0.05, max=1, step=0.05, description="Top-p", **style)
         self.max_new_tokens = IntSlider(sampling.max_new_tokens, min=1, max=most, description="Max tokens", **style)
-
-    @property
-    def sliders(self) -> dict[str, ValueWidget]:
-        """The sampling controls by the name of their field in Sampling."""
-        return {"temperature": self.temperature, "top_p": self.top_p, "max_new_tokens": self.max_new_tokens}
-
-    def _layout(self) -> Box:
-        import ipywidgets as w
-
-        title = w.HTML(f"<b>{html.escape(self.chat.loaded.ref.label)}</b>")
-        self.inspector = w.Accordion([self.prompt], titles=["Prompt inspector: the text the model reads"])
-        rows = [
-            w.HBox(row, layout={"flex_flow": "row wrap"})
-            for row in ([self.text, self.send, self.stop], [self.reset, self.save, self.path], [*self.sliders.values()])
-        ]
-        return w.VBox([title, self.conversation, rows[0], self.status, *rows[1:], self.inspector])
-
-    def _connect(self) -> None:
-        self.send.on_click(lambda _: self.ask())
-        self.stop.on_click(lambda _: self._stopping.set())
-        self.reset.on_click(lambda _: self._reset())
-        self.save.on_click(lambda _: self._save())
-        self.text.on_msg(lambda _, content, buffers: self._on_enter() if content.get("event") == "submit" else None)
-        self.text.observe(lambda _: self._draw_prompt(), "value")
-        self.inspector.observe(lambda _: self._draw_prompt(), "selected_index")
+        self.sliders = {"temperature": self.temperature, "top_p": self.top_p, "max_new_tokens": self.max_new_tokens}
         for slider in self.sliders.values():
-            slider.observe(lambda _: self._set_sampling(), "value")
+            slider.observe(lambda _: self._set_sampling({n: s.value for n, s in self.sliders.items()}), "value")
+
+    @abstractmethod
+    def _stream(self, text: str) -> bool:
+        """Shows the answer to a question while it is written. False where it did not end by itself."""
+
+    @abstractmethod
+    def _set_sampling(self, values: Mapping[str, float]) -> None:
+        """Takes what the sliders show."""
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         return self.box._repr_mimebundle_(**options)
@@ -279,7 +310,7 @@ class ChatPanel:
             return
         self.text.value = ""
         self._set_busy(True)
-        self._thread = Thread(target=self._answer, args=(text,), name="chat-panel", daemon=True)
+        self._thread = Thread(target=self._answer, args=(text,), name=type(self).__name__, daemon=True)
         self._thread.start()
 
     @property
@@ -302,15 +333,85 @@ class ChatPanel:
         try:
             finished = self._stream(text)
         except Exception as error:
-            self._draw()
-            self._say_error(error)
+            self._fail(error)
         finally:
             self.text.value = self.text.value or ("" if finished else text)
             self._set_busy(False)
-            self._draw_prompt()
+
+    def _fail(self, error: Exception) -> None:
+        """Shows why there is no answer."""
+        self._say_error(error)
+
+    def _set_busy(self, busy: bool) -> None:
+        self._stopping.clear()
+        for control in self.locked:
+            control.disabled = busy
+        self.stop.disabled = not busy
+
+    def _say(self, text: str) -> None:
+        self.status.value = html.escape(text)
+
+    def _say_error(self, error: Exception) -> None:
+        self.status.value = _error_html(error)
+
+
+def _error_html(error: Exception) -> str:
+    name = "" if isinstance(error, WorkbookError) else f"{type(error).__name__}: "
+    return f'<b style="{ERROR}">{html.escape(f"{name}{error}")}</b>'
+
+
+def _wrapped(controls: Iterable[Any]) -> HBox:
+    """A row of controls that goes on below where the window is narrow."""
+    from ipywidgets import HBox
+
+    return HBox(list(controls), layout={"flex_flow": "row wrap"})
+
+
+class ChatPanel(_QuestionPanel):
+    """A conversation to take part in. The reply streams in from a thread of its own; Stop ends it after a token.
+
+    A stopped reply is shown, but, like its question, not kept in the conversation.
+    """
+
+    def __init__(self, chat: Chat, suggestions: Sequence[str] = ()) -> None:
+        import ipywidgets as w
+
+        super().__init__(chat.sampling, suggestions)
+        self.chat = chat
+        self.conversation, self.prompt = w.HTML(), w.HTML()
+        self.reset = w.Button(description="Reset", icon="trash")
+        self.save = w.Button(description="Save", icon="save")
+        self.path = w.Text("chat.json", description="File", layout={"width": "220px"})
+        self.locked += [self.reset, self.save]
+        self.box = self._layout()
+        self._connect()
+        self._draw()
+        self._say(room_left(chat))
+
+    def _layout(self) -> Box:
+        import ipywidgets as w
+
+        title = w.HTML(f"<b>{html.escape(self.chat.loaded.ref.label)}</b>")
+        self.inspector = w.Accordion([self.prompt], titles=["Prompt inspector: the text the model reads"])
+        asking = _wrapped([self.text, self.send, self.stop])
+        settings = [_wrapped([self.reset, self.save, self.path]), _wrapped(self.sliders.values())]
+        return w.VBox([title, self.conversation, asking, self.status, *settings, self.inspector])
+
+    def _connect(self) -> None:
+        self.reset.on_click(lambda _: self._reset())
+        self.save.on_click(lambda _: self._save())
+        self.text.observe(lambda _: self._draw_prompt(), "value")
+        self.inspector.observe(lambda _: self._draw_prompt(), "selected_index")
+
+    def _answer(self, text: str) -> None:
+        super()._answer(text)
+        self._draw_prompt()
+
+    def _fail(self, error: Exception) -> None:
+        self._draw()
+        super()._fail(error)
 
     def _stream(self, text: str) -> bool:
-        """Shows the reply while it is written. False where Stop ended it."""
         self._say("writing ...")
         self._draw(text, CURSOR)
         shown, drawn = "", 0.0
@@ -329,12 +430,6 @@ class ChatPanel:
         self._say(f"{reply_summary(self.chat.last_reply)}; {room_left(self.chat)}")
         return True
 
-    def _set_busy(self, busy: bool) -> None:
-        self._stopping.clear()
-        for control in (self.send, self.reset, self.save, *self.sliders.values()):
-            control.disabled = busy
-        self.stop.disabled = not busy
-
     def _draw(self, question: str | None = None, reply: str = "") -> None:
         """The conversation, with the turn in progress if there is one."""
         messages = self.chat.messages
@@ -350,15 +445,7 @@ class ChatPanel:
             except WorkbookError as error:
                 self.prompt.value = html.escape(str(error))
 
-    def _say(self, text: str) -> None:
-        self.status.value = html.escape(text)
-
-    def _say_error(self, error: Exception) -> None:
-        name = "" if isinstance(error, WorkbookError) else f"{type(error).__name__}: "
-        self.status.value = f'<b style="{ERROR}">{html.escape(f"{name}{error}")}</b>'
-
-    def _set_sampling(self) -> None:
-        values = {name: slider.value for name, slider in self.sliders.items()}
+    def _set_sampling(self, values: Mapping[str, float]) -> None:
         self.chat.sampling = replace(self.chat.sampling, **values)
         self._draw_prompt()
 
@@ -374,6 +461,267 @@ class ChatPanel:
             self._say(f"Saved to {self.path.value}")
         except OSError as error:
             self._say_error(error)
+
+
+COMPARED_SAMPLING = Sampling(temperature=0, max_new_tokens=100)
+
+
+def comparison_panel(
+    models: Mapping[str, Side],
+    sampling: Sampling = COMPARED_SAMPLING,
+    *,
+    script: Sequence[str] = (),
+    precision: str = "bf16",
+) -> ComparisonPanel | Html:
+    """A panel that asks every model the same question; unattended, the replies to the questions of ``script``.
+
+    Where a person is there, ``script`` gives the suggestions of the text box. ``precision`` is that of models given as
+    ModelRef, which are loaded for their turn only. Unattended raises as ``comparison.compare`` does.
+    """
+    return show(
+        lambda: ComparisonPanel(models, sampling, script, precision),
+        lambda: compared_html(models, script, sampling, precision),
+    )
+
+
+def compared_html(models: Mapping[str, Side], script: Sequence[str], sampling: Sampling, precision: str) -> Html:
+    """Asks every model the questions of ``script`` and shows the replies side by side, with their median speeds."""
+    from helpers.comparison import compare
+
+    compared = compare(script, models, sampling, precision=precision)
+    asked = zip(script, zip(*compared.replies.values(), strict=True), strict=True)
+    pairs = "".join(_pair_html(models, question, replies) for question, replies in asked)
+    medians = "; ".join(f"{side} {_speed_text(row)}" for side, row in compared.speed().iterrows())
+    caption = f"Medians of {_counted(len(script), 'reply', 'replies')}, written one at a time: {medians}"
+    return Html(f'{_models_html(models)}{pairs}<div style="{BLOCK}">{_note(caption)}</div>')
+
+
+def _pair_html(models: Mapping[str, Side], question: str, replies: Sequence[Reply]) -> str:
+    columns = "".join(
+        f'<div style="flex:1 1 300px;min-width:0">{reply_html(name, reply.text, _note(reply_summary(reply)))}</div>'
+        for name, reply in zip(_column_names(models).values(), replies, strict=True)
+    )
+    row = f'<div style="display:flex;flex-wrap:wrap;gap:2px 10px">{columns}</div>'
+    return f'<div style="max-width:860px;margin-top:10px;margin-bottom:14px">{question_html(question)}{row}</div>'
+
+
+def _speed_text(row: Series) -> str:
+    speed = "" if math.isnan(row["tokens/s"]) else f"{row['tokens/s']:.0f} tokens/s, "
+    return f"{speed}first token after {row['first token (s)']:.2f} s"
+
+
+def question_html(text: str) -> Html:
+    """A question that several models are asked."""
+    return Html(f'<div style="{BLOCK}">{_bubble("Question", text, ASKED)}</div>')
+
+
+def reply_html(name: str, text: str, below: str = "") -> Html:
+    """One model's reply under its name; ``below`` is HTML that stands under it."""
+    return Html(f'<div style="{BLOCK}">{_bubble(name, text, REPLIED)}{below}</div>')
+
+
+def _ref(model: Side) -> ModelRef:
+    return model.ref if isinstance(model, Loaded) else model
+
+
+def _models_html(models: Mapping[str, Side]) -> str:
+    """Which model each side is, stand-ins named as such."""
+    labels = (f"<b>{html.escape(side)}</b>: {html.escape(_ref(model).label)}" for side, model in models.items())
+    return f'<div style="{BLOCK}">{"<br>".join(labels)}</div>'
+
+
+def _column_names(models: Mapping[str, Side]) -> dict[str, str]:
+    return {side: f"{side}: {_ref(model).name}" for side, model in models.items()}
+
+
+class ComparisonPanel(_QuestionPanel):
+    """One question to several models, their replies side by side. Every question is a fresh one, without history.
+
+    Loaded models write at the same time, a piece from each in turn; where one is given as ModelRef they go one after
+    the other, each loaded for its turn only. Stop ends all. ``replies`` holds the finished replies to the question
+    last asked, ``columns`` what is shown of each side. An error of one side stands in its column.
+    """
+
+    def __init__(
+        self, models: Mapping[str, Side], sampling: Sampling, suggestions: Sequence[str] = (), precision: str = "bf16"
+    ) -> None:
+        import ipywidgets as w
+
+        super().__init__(sampling, suggestions)
+        self.models, self.sampling, self.precision = models, sampling, precision
+        self.replies: dict[str, Reply] = {}
+        self.columns = {side: _Column(name) for side, name in _column_names(models).items()}
+        self.question = w.HTML()
+        row = _wrapped(column.view for column in self.columns.values())
+        asking = _wrapped([self.text, self.send, self.stop])
+        self.box = w.VBox(
+            [w.HTML(_models_html(models)), self.question, row, asking, self.status, _wrapped(self.sliders.values())],
+            layout={"max_width": "864px"},
+        )
+
+    @property
+    def together(self) -> bool:
+        """True where all models are loaded and so write at the same time."""
+        return all(isinstance(model, Loaded) for model in self.models.values())
+
+    def _set_sampling(self, values: Mapping[str, float]) -> None:
+        self.sampling = replace(self.sampling, **values)
+
+    def _stream(self, text: str) -> bool:
+        self.replies = {}
+        self.question.value = question_html(text)
+        for column in self.columns.values():
+            column.begin()
+        for sides in [list(self.models)] if self.together else [[side] for side in self.models]:
+            if not self._stopping.is_set():
+                self._write(sides, text)
+        self._say(self._ending())
+        return len(self.replies) == len(self.models)
+
+    def _write(self, sides: Sequence[str], question: str) -> None:
+        """Shows the replies of these sides while they are written, a piece from each in turn."""
+        columns = [self.columns[side] for side in sides]
+        replies = [self._reply(side, question) for side in sides]
+        drawn = 0.0
+        for pieces in zip_longest(*replies, fillvalue=""):
+            for column, piece in zip(columns, pieces, strict=True):
+                column.text += piece
+            if self._stopping.is_set():
+                for reply in replies:
+                    reply.close()
+            elif perf_counter() - drawn > self.REDRAW_SECONDS:
+                for column in columns:
+                    column.draw()
+                drawn = perf_counter()
+
+    def _reply(self, side: str, question: str) -> Generator[str, None, None]:
+        """The pieces of one side's reply; however it ends is shown below it."""
+        from helpers.comparison import opened
+        from helpers.generation import stream
+
+        column, model = self.columns[side], self.models[side]
+        below = _note("Stopped.")
+        try:
+            if isinstance(model, ModelRef):
+                self._say(f"loading {model.label} in {self.precision} ...")
+            with opened(model, self.precision) as loaded:
+                self._say("writing ...")
+                column.writing = True
+                reply = yield from stream(loaded, [{"role": "user", "content": question}], self.sampling)
+            self.replies[side] = reply
+            below = _note(reply_summary(reply))
+        except Exception as error:
+            below = _error_html(error)
+        finally:
+            column.end(below)
+
+    def _ending(self) -> str:
+        if self._stopping.is_set():
+            return "Stopped."
+        if len(self.replies) < len(self.models):
+            return "Not every model has replied: the reason stands in its column."
+        if self.together and len(self.models) > 1:
+            return "Done. The models wrote at the same time, so each was slower than it is alone."
+        return "Done."
+
+
+class _Column:
+    """What is shown of one side: its name, the reply as far as it is written, and what stands below it."""
+
+    def __init__(self, name: str) -> None:
+        from ipywidgets import HTML
+
+        self.name = name
+        self.view = HTML(layout={"flex": "1 1 320px", "min_width": "0"})
+        self.begin()
+
+    def begin(self) -> None:
+        """Shows an empty reply."""
+        self.text, self.below, self.writing = "", "", False
+        self.draw()
+
+    def end(self, below: str) -> None:
+        """Shows the reply as it is, with something below it."""
+        self.below, self.writing = below, False
+        self.draw()
+
+    def draw(self) -> None:
+        """Shows the reply as far as it is written."""
+        self.view.value = reply_html(self.name, self.text + CURSOR * self.writing, self.below)
+
+
+SHOWN_CHARACTERS = 400
+MARKS = {"correct": ("correct", "wrong"), "concise": ("concise", "long")}
+CELL = "text-align:left;vertical-align:top;padding:6px 10px;border:1px solid #b9c0ca;white-space:normal"
+
+
+def replies_html(comparison: Comparison, rows: Sequence[int] | None = None) -> Html:
+    """The replies of a comparison side by side: all, or those of the items ``rows`` (places from 0).
+
+    A reply to an item with an answer key is marked by ``comparison.RULES``: correct or wrong, concise or long.
+    """
+    places = range(len(comparison.items)) if rows is None else rows
+    heads = [f"{html.escape(side)}<br>{_label(comparison.labels[side])}" for side in comparison.sides]
+    lines = [_table_row("th", ["question", *heads], "background:#dde4ec;color:#1c1c1c")]
+    for place in places:
+        item = comparison.items[place]
+        replies = [_reply_cell(item, comparison.replies[side][place]) for side in comparison.sides]
+        lines.append(_table_row("td", [_text(item.question), *replies], "background:#ffffff;color:#1c1c1c"))
+    width = f"width:100%;min-width:{220 * (1 + len(heads))}px;table-layout:fixed;border-collapse:collapse;margin:0"
+    return Html(f'<div style="{BLOCK};overflow-x:auto"><table style="{width}">{"".join(lines)}</table></div>')
+
+
+def _label(label: str) -> str:
+    return f'<span style="font-size:12px;font-weight:normal">{html.escape(label)}</span>'
+
+
+def _table_row(tag: str, cells: Sequence[str], colours: str) -> str:
+    row = "".join(f'<{tag} style="{colours};{CELL}">{cell}</{tag}>' for cell in cells)
+    return f'<tr style="{colours}">{row}</tr>'
+
+
+def _text(text: str) -> str:
+    """At most ``SHOWN_CHARACTERS`` of a text, its white space kept."""
+    cut = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS].rstrip()} …"
+    return f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">{html.escape(cut)}</div>'
+
+
+def _reply_cell(item: Item, reply: Reply) -> str:
+    from helpers.comparison import RULES
+
+    marks = [_mark(rule, passes(item, reply)) for rule, passes in RULES.items()] if item.answer else []
+    return f'{_text(reply.text.strip() or "(no text)")}<div style="margin-top:4px">{" ".join(marks)}</div>'
+
+
+def _mark(rule: str, passed: bool) -> str:
+    word = MARKS[rule][not passed]
+    return f'<span style="{GOOD if passed else BAD};font-size:12px;padding:1px 6px;border-radius:8px">{word}</span>'
+
+
+class LiveCurve:
+    """A figure that grows with a training: ``on_point=curve.update``, and at the end ``curve.finish(history)``.
+
+    ``draw`` makes the figure of a history. It is shown in the cell that is the first to call, and replaced in place.
+    """
+
+    REDRAW_SECONDS = 1.0
+
+    def __init__(self, draw: Callable[[Sequence[Point]], Figure]) -> None:
+        from IPython.display import DisplayHandle
+
+        self._draw, self._display = draw, DisplayHandle()
+        self._drawn: float | None = None
+
+    def update(self, history: Sequence[Point]) -> None:
+        """Shows a history, unless one was shown within the last second."""
+        if self._drawn is None or perf_counter() - self._drawn >= self.REDRAW_SECONDS:
+            self.finish(history)
+
+    def finish(self, history: Sequence[Point]) -> None:
+        """Shows a history in any case."""
+        display = self._display.display if self._drawn is None else self._display.update
+        display(self._draw(history))
+        self._drawn = perf_counter()
 
 
 @dataclass(frozen=True)
@@ -431,7 +779,7 @@ def plan_html(planned: Plan) -> Html:
     """What is planned, the parts in GiB, their sum, and whether that fits."""
     parts = {plots.part_name(name): size for name, size in planned.estimate.parts.items() if size}
     rows = "".join(_row(name, size) for name, size in [*parts.items(), ("sum", planned.estimate.total)])
-    colours = "background:#d5f0e6;color:#00482f" if planned.placed.fits else ERROR
+    colours = GOOD if planned.placed.fits else BAD
     verdict = f'<div style="{colours};padding:4px 10px;margin-top:6px">{html.escape(verdict_text(planned))}</div>'
     title = f"<b>{html.escape(setup_text(planned.setup))}</b>"
     return Html(f'<div style="{BLOCK}">{title}<table>{rows}</table>{verdict}</div>')

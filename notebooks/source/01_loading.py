@@ -165,8 +165,9 @@ print(f"\n{reply.tokens} tokens, ended by {reply.finish_reason!r}")
 print("same seed, same text:", reply.text == again.text)
 
 # %%
-results.record("pedro_repeatable", reply.text == again.text, claim="A25")
-results.record("pedro_tokens", reply.tokens, "tokens", claim="A25")
+options = {"claim": "A25", "model": settings.falcon.label}
+results.record("pedro_repeatable", reply.text == again.text, **options)
+results.record("pedro_tokens", reply.tokens, "tokens", **options)
 results.record("first_token", round(reply.first_token_seconds, 4), "s")
 results.record("decoding_speed", round(reply.tokens_per_second, 1), "tokens/s")
 
@@ -255,8 +256,9 @@ print(f"{held / ids.shape[1]:,.0f} bytes a token")
 
 # %%
 expected = memory.kv_bytes_per_token(loaded.model.config, settings.precision, heads="cached")
-results.record("cache_bytes_per_token", held // ids.shape[1], "bytes/token", claim="A8")
-results.record("cache_matches_formula", held // ids.shape[1] == expected, claim="A8")
+options = {"claim": "A8", "model": settings.falcon.label}
+results.record("cache_bytes_per_token", held // ids.shape[1], "bytes/token", **options)
+results.record("cache_matches_formula", held // ids.shape[1] == expected, **options)
 
 # %% [markdown]
 # ## What you saw

@@ -13,7 +13,7 @@
 # | `1x24gb` | minutes, after a download of 28 GB | one 24 GB GPU |
 # | `2x80gb`, `8x40gb`, `8x80gb` | many minutes, after a download of 720 GB | see notebook 00 |
 #
-# **Before:** [02 · Quantization](02_quantization.ipynb) · **Next:** the side-by-side comparison with Llama-2-70B, to come
+# **Before:** [02 · Quantization](02_quantization.ipynb) · **Next:** [04 · Falcon beside Llama](04_falcon_vs_llama.ipynb)
 
 # %% tags=["parameters"]
 profile = "laptop"
@@ -66,8 +66,9 @@ print(f"{chat_reply.text}\n\n[ended by: {chat_reply.finish_reason}]")
 # A base model carries on writing, often both sides of a talk; a chat model answers and ends its turn.
 
 # %%
-results.record("base_ended_by", base_reply.finish_reason, claim="A20")
-results.record("chat_ended_by", chat_reply.finish_reason, claim="A20")
+roles = {"base": (base_reply, settings.falcon), "chat": (chat_reply, settings.falcon_chat)}
+for name, (reply, ref) in roles.items():
+    results.record(f"{name}_ended_by", reply.finish_reason, claim="A20", model=ref.label)
 
 # %% [markdown]
 # ## 2 · The format, to the letter
@@ -97,7 +98,8 @@ if talker.tokenizer.chat_template:
     templated = talker.tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
     )
-    results.record("render_equals_template", rendered == templated, claim="A21")
+    options = {"claim": "A21", "model": settings.falcon_chat.label}
+    results.record("render_equals_template", rendered == templated, **options)
 print(repr(rendered))
 
 # %% [markdown]
@@ -149,8 +151,8 @@ print(right)
 # %%
 lost = "saddle" not in wrong("Is a saddle an animal?", history=[], system_prompt="")
 asked = wrong("Is a saddle an animal?", history=history, system_prompt="").count("saddle")
-results.record("published_loses_message", lost, claim="A22")
-results.record("published_asks_times", asked, "times", claim="A22")
+results.record("published_loses_message", lost, claim="A22", agrees=not lost)
+results.record("published_asks_times", asked, "times", claim="A22", agrees=asked == 1)
 
 # %% [markdown]
 # Does it matter? Here is the chat model's reply to each, greedily. With the wrong prompt it has never seen the question.

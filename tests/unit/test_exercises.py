@@ -25,6 +25,12 @@ WRONG = {
     "03-1": "lambda message, history, system: f'System: {system}\\nUser: {message}\\nFalcon:'",
     "03-2": "lambda history, question, limit: history[-2:]",
     "03-3": "lambda text, stops: text.split(stops[0])[0]",
+    "04-1": "lambda text, answer, others: all(word in text.lower() for word in answer)",
+    "04-2": "lambda k, n: (k / n - 0.1, k / n + 0.1)",
+    "04-3": "lambda a, b: sum(__import__('math').comb(a + b, k) for k in range(min(a, b) + 1)) / 2 ** (a + b)",
+    "05-1": "lambda inputs, outputs, rank: inputs * outputs",
+    "05-2": "lambda ids, prompt: [-100] * len(ids)",
+    "05-3": "lambda weight, a, b, alpha, rank: weight + b @ a",
 }
 
 

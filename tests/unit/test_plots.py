@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from helpers import plots
+from helpers.finetuning import Point
 from helpers.generation import Candidate
 from helpers.memory import parameter_table, published_config
 from helpers.types import GIB, MemoryEstimate, ModelRef, Placement
@@ -23,6 +24,12 @@ ROWS = [
     {"precision": "nf4", "stored_bytes": 6 * MIB, "tokens_per_second": 101.0, "perplexity": 13.2},
 ]
 LACKING = {"precision": "fp32", "lacks": "lacks 200.1 GiB over 2 devices of 74.5 GiB"}
+SCORES = [
+    {"items": items, "side": side, "rule": rule, "share": share, "low": share - 0.1, "high": share + 0.2}
+    for items, share in (("yes_no", 0.5), ("all", 0.25))
+    for side in ("falcon", "llama")
+    for rule in ("correct", "concise")
+]
 FIGURES = {
     "parameter_breakdown": lambda: plots.parameter_breakdown({"parameters": {"MLP": 75, "attention": 25}}, SUBJECT),
     "memory_by_precision": lambda: plots.memory_by_precision([MemoryEstimate("bf16", "inference", GIB)], {}, SUBJECT),
@@ -32,6 +39,8 @@ FIGURES = {
     "precision_comparison": lambda: plots.precision_comparison(ROWS, SUBJECT),
     "precision_comparison_long_reason": lambda: plots.precision_comparison([LACKING, *ROWS[1:]], SUBJECT),
     "logit_differences": lambda: plots.logit_differences({"int8": 0.03, "nf4": 0.0}, SUBJECT),
+    "score_intervals": lambda: plots.score_intervals(SCORES, SUBJECT),
+    "loss_curve": lambda: plots.loss_curve([Point(5, 2.0)], 10, SUBJECT),
     "token_times": lambda: plots.token_times([0.08, 0.09, 0.102], SUBJECT),
 }
 
@@ -208,3 +217,28 @@ def test_training_compute_of_the_article():
     assert texts(axis) == ["3.78 (4.5×)", "0.84 (1.0×)"]
     assert axis.get_xlabel() == "training compute (10²⁴ FLOP)"
     assert "Falcon-180B" in figure.get_suptitle()
+
+
+def test_score_intervals_stand_where_the_scores_are():
+    figure = plots.score_intervals(SCORES, SUBJECT)
+    correct, concise = figure.axes
+    assert (correct.get_title(), concise.get_title()) == ("correct", "concise")
+    assert [label.get_text() for label in correct.get_yticklabels()] == ["yes_no", "all"]
+    for container in correct.containers:
+        marks, _, (bars,) = container
+        assert marks.get_xdata() == pytest.approx([50, 25])
+        ends = [sorted(segment[:, 0]) for segment in bars.get_segments()]
+        assert ends == [pytest.approx([40, 70]), pytest.approx([15, 45])]
+    falcon, llama = (container[0].get_ydata() for container in correct.containers)
+    assert all(a < b for a, b in zip(falcon, llama, strict=True))
+
+
+def test_the_loss_curve_shows_both_losses_over_all_steps():
+    history = [Point(0, None, 3.0), Point(5, 2.0), Point(10, 1.0), Point(10, None, 1.5)]
+    (axis,) = plots.loss_curve(history, 20, SUBJECT).axes
+    training, held_out = axis.lines
+    assert (list(training.get_xdata()), list(training.get_ydata())) == ([5, 10], [2.0, 1.0])
+    assert (list(held_out.get_xdata()), list(held_out.get_ydata())) == ([0, 10], [3.0, 1.5])
+    assert axis.get_xlim() == (0, 20)
+    assert legend(axis) == ["training batches, now 1.000", "held-out examples, now 1.500"]
+    assert plots.loss_curve([], 20, SUBJECT).axes[0].lines[:] == []

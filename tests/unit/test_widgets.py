@@ -1,5 +1,6 @@
-"""The panels, driven through their own controls against a small random Falcon; and the HTML pieces."""
+"""The panels, driven through their own controls against small Falcons; the HTML pieces; the curve in a real kernel."""
 
+import base64
 import json
 import re
 import time
@@ -8,11 +9,13 @@ from html.parser import HTMLParser
 
 import pytest
 
-from helpers import widgets
+from helpers import comparison, finetuning, loading, plots, widgets
 from helpers.chat import Chat
+from helpers.generation import generate, stream
 from helpers.memory import estimate, hardware_claims, published_config
+from helpers.profiles import load_profile
 from helpers.prompts import format_for
-from helpers.types import ModelRef, Reply, Sampling
+from helpers.types import ROOT, ModelRef, Reply, Sampling, WorkbookError
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> & \"quotes\" 'too'"
 LIMIT = 20
@@ -443,3 +446,344 @@ def test_attended_the_planner_has_a_control_for_every_setting():
     planner = widgets.memory_planner(widgets.Setup(gpu_gb=32, context_tokens=1000))
     assert planner.setup == widgets.Setup(gpu_gb=32, context_tokens=1000)
     assert "application/vnd.jupyter.widget-view+json" in planner._repr_mimebundle_()
+
+
+# The comparison panel
+
+
+GREEDY = Sampling(temperature=0, max_new_tokens=12)
+QUESTION = "Is a dog an animal? Answer yes or no."
+LONG = "What is the capital of France? Answer with its name only."  # the small chat model repeats itself here
+
+
+@pytest.fixture(scope="module")
+def minis():
+    """The profile's small Falcons: the one that chats, and the base model, which has no chat format."""
+    profile = load_profile("laptop")
+    return {"chat": loading.load(profile.falcon_chat, "fp32"), "base": loading.load(profile.falcon, "fp32")}
+
+
+@pytest.fixture
+def refs(minis):
+    return {side: loaded.ref for side, loaded in minis.items()}
+
+
+@pytest.fixture
+def comparing(minis):
+    return widgets.ComparisonPanel(minis, GREEDY, [QUESTION])
+
+
+@pytest.fixture
+def slowly(falcon):
+    """The forward passes of the random Falcon, each of which takes a moment."""
+    forwards = []
+
+    def slow_forward(*_):
+        forwards.append(1)
+        time.sleep(0.01)
+
+    hook = falcon.model.register_forward_hook(slow_forward)
+    yield forwards
+    hook.remove()
+
+
+def asked(loaded, question=QUESTION, sampling=GREEDY):
+    return generate(loaded, [{"role": "user", "content": question}], sampling)
+
+
+def shown(panel):
+    return {side: check_harmless(column.view.value).text for side, column in panel.columns.items()}
+
+
+def followed(panel):
+    """(side, text) each time a column is drawn, from now on."""
+    panel.REDRAW_SECONDS = 0.0
+    seen = []
+    for side, column in panel.columns.items():
+        column.view.observe(lambda change, side=side: seen.append((side, Elements(change["new"]).text)), "value")
+    return seen
+
+
+def test_each_model_answers_the_same_question_in_its_own_format(comparing, minis):
+    say(comparing, QUESTION)
+    assert comparing.busy
+    comparing.wait(60)
+    texts = shown(comparing)
+    for side, loaded in minis.items():
+        reply = asked(loaded)
+        assert comparing.replies[side].token_ids == reply.token_ids
+        summary = widgets.reply_summary(comparing.replies[side])
+        assert texts[side] == f"{side}: {loaded.ref.name}{reply.text.strip()}{summary}"
+    assert texts["chat"] != texts["base"]
+    assert check_harmless(comparing.question.value).text == f"Question{QUESTION}"
+    assert "at the same time" in comparing.status.value
+    assert comparing.text.value == ""
+
+
+def test_the_replies_advance_in_turn(comparing, minis):
+    counts = dict.fromkeys(minis, 0)
+    gaps, seen = [], followed(comparing)
+    say(comparing, LONG)
+    comparing.wait(60)
+    message = [{"role": "user", "content": LONG}]
+    pieces = {side: len(list(stream(loaded, message, GREEDY))) for side, loaded in minis.items()}
+    for side, text in seen:
+        if text.endswith("▌"):
+            counts[side] += 1
+            gaps.append(abs(counts["chat"] - counts["base"]))
+    assert min(pieces.values()) > 5
+    assert all(counts[side] >= pieces[side] - 1 for side in minis)
+    assert max(gaps[: 2 * min(pieces.values()) - 2]) == 1
+
+
+def test_the_same_model_may_stand_on_both_sides(minis):
+    panel = widgets.ComparisonPanel({"one": minis["chat"], "two": minis["chat"]}, GREEDY)
+    say(panel, QUESTION)
+    panel.wait(60)
+    assert panel.replies["one"].text == panel.replies["two"].text == asked(minis["chat"]).text
+
+
+def test_every_question_is_a_fresh_one(comparing, minis):
+    for question in ("Name an animal.", QUESTION):
+        say(comparing, question)
+        comparing.wait(60)
+    assert comparing.replies["chat"].token_ids == asked(minis["chat"]).token_ids
+    assert "Name an animal" not in comparing.question.value
+
+
+def test_models_given_by_name_are_loaded_one_after_the_other(refs, minis):
+    panel = widgets.ComparisonPanel(refs, GREEDY, precision="fp32")
+    said, seen = [], followed(panel)
+    panel.status.observe(lambda change: said.append(change["new"]), "value")
+    say(panel, QUESTION)
+    panel.wait(60)
+    loads = [f"loading {ref.label} in fp32 ..." for ref in refs.values()]
+    assert said == [loads[0], "writing ...", loads[1], "writing ...", "Done."]
+    order = [side for side, text in seen if text.endswith("▌")]
+    assert order == sorted(order, reverse=True)
+    assert set(order) == {"chat", "base"}
+    assert {side: reply.text for side, reply in panel.replies.items()} == {
+        side: asked(loaded).text for side, loaded in minis.items()
+    }
+
+
+def test_stop_ends_both_generations(falcon, slowly):
+    panel = widgets.ComparisonPanel({"left": falcon, "right": falcon}, replace(GREEDY, max_new_tokens=100))
+    say(panel, "Tell me a long story")
+    while len(slowly) < 10:
+        time.sleep(0.001)
+    panel.stop.click()
+    panel.wait(10)
+    done = len(slowly)
+    time.sleep(0.1)
+    assert len(slowly) == done < 60
+    assert all(text.endswith("Stopped.") and "▌" not in text for text in shown(panel).values())
+    assert (panel.status.value, panel.replies, panel.busy) == ("Stopped.", {}, False)
+    assert panel.text.value == "Tell me a long story"
+
+
+def test_after_a_stop_no_further_model_is_loaded(falcon, refs):
+    panel = widgets.ComparisonPanel({"first": falcon, "second": refs["chat"]}, GREEDY)
+    said = []
+    panel.status.observe(lambda change: said.append(change["new"]), "value")
+    panel.status.observe(lambda change: panel.stop.click(), "value")
+    say(panel, QUESTION)
+    panel.wait(60)
+    assert said == ["writing ...", "Stopped."]
+    assert shown(panel)["second"] == f"second: {refs['chat'].name}"
+
+
+def test_a_question_too_long_for_one_model_is_answered_by_the_other(falcon, minis):
+    panel = widgets.ComparisonPanel({"short": falcon, "long": minis["chat"]}, GREEDY)
+    question = "word " * 150 + EVIL
+    say(panel, question)
+    panel.wait(60)
+    texts = shown(panel)
+    assert "shorten the question" in texts["short"]
+    assert texts["long"].endswith(widgets.reply_summary(panel.replies["long"]))
+    assert list(panel.replies) == ["long"]
+    assert "the reason stands in its column" in panel.status.value
+    assert EVIL in check_harmless(panel.question.value).text
+    assert panel.text.value == question.strip()
+
+
+def test_a_model_that_cannot_be_loaded_does_not_stop_the_other(minis):
+    missing = ModelRef("env/models/none <b>", "falcon", "falcon-chat", "embedded")
+    panel = widgets.ComparisonPanel({"none": missing, "chat": minis["chat"]}, GREEDY)
+    say(panel, QUESTION)
+    panel.wait(60)
+    with pytest.raises(WorkbookError) as error:
+        loading.load(missing)
+    assert shown(panel)["none"].endswith(str(error.value))
+    assert panel.replies["chat"].text == asked(minis["chat"]).text
+
+
+def test_the_sliders_set_the_sampling_of_the_comparison(comparing):
+    comparing.temperature.value, comparing.top_p.value, comparing.max_new_tokens.value = 0.8, 0.5, 3
+    assert comparing.sampling == Sampling(temperature=0.8, top_p=0.5, max_new_tokens=3, seed=0)
+    say(comparing, "Tell me a story.")
+    states = [control.disabled for control in (comparing.send, comparing.top_p, comparing.stop)]
+    comparing.wait(60)
+    assert states == [True, True, False]
+    assert {reply.tokens for reply in comparing.replies.values()} == {3}
+
+
+def test_the_comparison_names_the_stand_ins_and_wraps_in_a_narrow_window(comparing):
+    title, _, row, *_ = comparing.box.children
+    assert "<b>chat</b>: falcon-mini-chat (stand-in for tiiuae/falcon-180B-chat)" in title.value
+    assert "<b>base</b>: falcon-mini (stand-in for tiiuae/falcon-180B)" in title.value
+    assert row.layout.flex_flow == "row wrap"
+    assert row.children == tuple(column.view for column in comparing.columns.values())
+    assert comparing.text.options == (QUESTION,)
+    assert "application/vnd.jupyter.widget-view+json" in comparing._repr_mimebundle_()
+
+
+def test_unattended_the_script_is_compared(minis, monkeypatch):
+    assert isinstance(widgets.comparison_panel(minis, GREEDY), widgets.ComparisonPanel)
+    monkeypatch.setenv("WORKBOOK_UNATTENDED", "1")
+    view = widgets.comparison_panel(minis, GREEDY, script=[QUESTION, EVIL])
+    text = check_harmless(view).text
+    assert "chat: falcon-mini-chat (stand-in for tiiuae/falcon-180B-chat)" in text
+    places = [text.index(f"Question{question}") for question in (QUESTION, EVIL)]
+    for question, part in zip((QUESTION, EVIL), (text[places[0] : places[1]], text[places[1] :]), strict=True):
+        assert all(asked(loaded, question).text.strip() in part for loaded in minis.values())
+    numbers = r"(\d+ tokens/s, )?first token after \d\.\d\d s"
+    assert re.search(f"Medians of 2 replies, written one at a time: chat {numbers}; base {numbers}$", text)
+
+
+# Replies in a table
+
+
+def reply(text, reason="end", tokens=5):
+    return Reply(text, tokens=tokens, seconds=1.0, first_token_seconds=0.5, finish_reason=reason)
+
+
+@pytest.fixture
+def compared():
+    items = (
+        comparison.Item("a", "kind", f"What? {EVIL}", ("dog",), ("cat",)),
+        comparison.Item("b", "kind", "Which?", ("dog",)),
+        comparison.Item("c", "story", "Tell me."),
+    )
+    replies = {
+        "left": (reply("A dog."), reply(""), reply("one\n  two")),
+        "right": (reply(f"A cat. {EVIL}"), reply("dog " * 30, "length"), reply("x" * 300 + " " + "y" * 300)),
+    }
+    return comparison.Comparison(items, replies, {"left": "model <1>", "right": "model 2"}, {"left": 1, "right": 1})
+
+
+def cells(source):
+    return [Elements(cell).text for cell in re.findall(r"<t[hd] .*?>(.*?)</t[hd]>", source, re.DOTALL)]
+
+
+def test_replies_stand_side_by_side_with_the_rules_verdicts_in_words(compared):
+    source = widgets.replies_html(compared)
+    check_harmless(source)
+    rows = cells(source)
+    assert rows[:3] == ["question", "leftmodel <1>", "rightmodel 2"]
+    assert rows[3:6] == [f"What? {EVIL}", "A dog.correct concise", f"A cat. {EVIL}wrong concise"]
+    assert rows[6:9] == ["Which?", "(no text)wrong long", f"{'dog ' * 29}dogcorrect long"]
+    assert rows[9:11] == ["Tell me.", "one\n  two"]
+
+
+def test_the_marks_are_those_of_the_comparison(compared):
+    source = widgets.replies_html(compared)
+    for rule, (word, other) in widgets.MARKS.items():
+        verdicts = [verdict for side in compared.sides for verdict in compared.verdicts(side, rule)]
+        assert source.count(f">{word}</span>") == sum(verdicts)
+        assert source.count(f">{other}</span>") == len(verdicts) - sum(verdicts)
+    assert set(widgets.MARKS) == set(comparison.RULES)
+
+
+def test_a_long_reply_is_cut_with_an_ellipsis(compared):
+    assert cells(widgets.replies_html(compared))[-1] == "x" * 300 + " " + "y" * 99 + " …"
+
+
+def test_rows_choose_the_items_and_their_order(compared):
+    assert cells(widgets.replies_html(compared, [2, 1]))[3::3] == ["Tell me.", "Which?"]
+
+
+# The tokens of an example
+
+
+def test_the_tokens_that_carry_the_loss_are_told_apart(minis):
+    loaded = minis["chat"]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": f"One\ntwo {EVIL}"},
+        {"role": "assistant", "content": "First."},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "A dog <b>."},
+    ]
+    example = finetuning.examples(loaded, [messages])[1]
+    elements = check_harmless(widgets.trained_tokens_html(loaded.tokenizer, example))
+    titles = [value for name, value in elements.attributes if name == "title"]
+    pairs = zip(example.input_ids, example.roles, strict=True)
+    assert titles == [f"id {token}, {role}" for token, role in pairs]
+    styles = dict(zip(titles, [v for n, v in elements.attributes if "padding:1px 0" in v], strict=True))
+    green = {title.split(", ")[1] for title, style in styles.items() if style.startswith(widgets.TRAINED)}
+    assert green == {"reply", "end"}
+    tints = {style for title, style in styles.items() if not style.startswith(widgets.TRAINED)}
+    assert len(tints) == len({"system", "user", "assistant", "format"})
+    strip = "".join(plots.visible(loaded.tokenizer.decode([token])) for token in example.input_ids)
+    count = example.roles.count("reply")
+    legend = f"{count + 1} of {len(titles)} tokens carry the loss: reply {count}, end 1"
+    assert elements.text.startswith(strip + legend)
+    assert elements.text.removeprefix(strip + legend).split(" ", 4) == [
+        "format", "system", "user", "assistant", "reply, end"
+    ]  # fmt: skip
+    assert elements.tags.count("br") == strip.count("↵") > 3
+
+
+# The curve of a training
+
+
+CURVE = """
+from helpers import plots, widgets
+curve = widgets.LiveCurve(lambda history: plots.token_times(history, "model"))
+curve.REDRAW_SECONDS = 0.0
+for number in range(2, 5):
+    curve.update([token + 1.0 for token in range(number)])
+"""
+FINISH = "curve.finish([1.0, 2.0, 4.0, 5.0])"
+
+
+@pytest.mark.parametrize("sources", [[CURVE + FINISH], [CURVE, FINISH]], ids=["in one cell", "in two"])
+def test_a_notebook_keeps_one_figure_the_last(sources):
+    import papermill
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    from helpers.runner.child import kernel_manager
+
+    notebook = papermill.execute_notebook(
+        new_notebook(cells=[new_code_cell(source, metadata={"tags": []}) for source in sources]),
+        None,
+        kernel_name="python3",
+        language="python",
+        kernel_manager_class=kernel_manager(),
+        progress_bar=False,
+        cwd=str(ROOT),
+    )
+    outputs = [output for cell in notebook.cells for output in cell.outputs]
+    assert notebook.cells[0].outputs == outputs
+    (data,) = (output["data"] for output in outputs)
+    expected = plots.png(plots.token_times([1.0, 2.0, 4.0, 5.0], "model"))
+    assert base64.b64decode(data["image/png"]) == expected
+
+
+def test_the_curve_is_drawn_at_most_once_a_second_and_at_the_end(capsys):
+    drawn = []
+    curve = widgets.LiveCurve(lambda history: drawn.append(len(history)) or widgets.Html(f"<b>{len(history)}</b>"))
+    curve.REDRAW_SECONDS = 0.2
+    history = []
+    end = time.perf_counter() + 0.5
+    while time.perf_counter() < end:
+        history.append(finetuning.Point(len(history), 1.0))
+        curve.update(history)
+        time.sleep(0.005)
+    assert drawn[0] == 1
+    assert 2 <= len(drawn) <= 3
+    history.append(finetuning.Point(len(history), 1.0))
+    curve.finish(history)
+    assert drawn[-1] == len(history)
+    assert capsys.readouterr().out.split() == [f"<b>{number}</b>" for number in drawn]

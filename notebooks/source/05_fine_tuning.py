@@ -1,0 +1,353 @@
+# %% [markdown]
+# # 05 · Fine-tuning: repair what the comparison found
+#
+# **You will learn**
+# - what LoRA trains, and what QLoRA adds to it;
+# - which tokens of a conversation carry the loss, and which only are read;
+# - how to train, save, reload and merge an adapter, and how far each step changes the model;
+# - how to tell what a fine-tune repaired from what it broke, with the test of notebook 04;
+# - four silent traps on the way.
+#
+# | profile | time | memory |
+# |---|---|---|
+# | `laptop` | 100 s | 2 GiB |
+# | `1x24gb` | minutes, after a download of 14 GB | one 24 GB GPU |
+# | `2x80gb`, `8x40gb`, `8x80gb` | hours, after a download of 360 GB | see notebook 00 |
+#
+# **Before:** [04 · Falcon beside Llama](04_falcon_vs_llama.ipynb) · **This is the last notebook.**
+
+# %% tags=["parameters"]
+profile = "laptop"
+seed = 0
+steps = 150
+batch_size = 16
+learning_rate = 0.002
+rank = 16
+gradient_checkpointing = False
+merge = True
+
+# %%
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from helpers import comparison, evaluation, exercises, finetuning, loading, plots
+from helpers import profiles, quantization, results, widgets
+from helpers.types import Sampling
+
+loading.tidy_output()
+settings = profiles.load_profile(profile)
+profiles.table(settings)
+
+# %% [markdown]
+# ## 1 · LoRA, plainly
+#
+# LoRA freezes a model's matrices `W` and trains two thin ones beside each: the layer computes `W·x + (alpha / rank)·B·A·x`. With rank 16 these
+# are a few percent of the weights (0.2% of Falcon-180B's), and only they need gradients and optimizer state. Here is the plain way with peft and trl, for three
+# steps, on a small model that runs everywhere: `falcon-mini-chat`.
+
+# %%
+from peft import LoraConfig, get_peft_model
+
+mini = loading.load(profiles.load_profile("laptop").falcon_chat, "bf16")
+linear = [mini.model.get_submodule(n) for n in quantization.quantizable_layers(mini.model)]
+targets = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+config = LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
+adapted = get_peft_model(mini.model, config)
+trainable, everything = adapted.get_nb_trainable_parameters()
+print(f"{trainable:,} of {everything:,} parameters are trained")
+
+# %% [markdown]
+# peft's default for Falcon is `query_key_value` alone; the four names are all linear layers of the decoder. By hand: a layer from `n`
+# to `m` numbers gets `rank · (n + m)` parameters.
+
+# %%
+by_hand = sum(16 * (layer.in_features + layer.out_features) for layer in linear)
+print(f"{len(linear)} layers, {by_hand:,} parameters by hand")
+results.record("lora_parameters_by_hand", by_hand == trainable)
+
+# %% [markdown]
+# trl's `SFTTrainer` takes a prompt and its completion as text, and trains on the completion.
+
+# %%
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+pairs = [{"prompt": "User: Is a dog an animal?\nFalcon:", "completion": " Yes."}] * 3
+options = {"per_device_train_batch_size": 1, "max_steps": 3, "packing": False}
+options |= {"report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+options |= {"use_cpu": adapted.device.type == "cpu", "bf16": adapted.device.type != "cpu"}
+with tempfile.TemporaryDirectory() as folder:
+    plain = SFTConfig(output_dir=folder, logging_strategy="no", **options)
+    plain_trainer = SFTTrainer(
+        adapted, plain, train_dataset=Dataset.from_list(pairs), processing_class=mini.tokenizer
+    )
+    print(f"loss over three steps: {plain_trainer.train().training_loss:.3f}")
+
+# %% [markdown]
+# ## 2 · The base in four bits
+#
+# QLoRA keeps the frozen weights in nf4, a quarter of the memory (the article: two A100 of 80 GB for Falcon-180B, A15). Two traps wait here:
+#
+# - transformers 5.5 to 5.23 leaves Falcon unquantized without a word (notebook 02); `loading.load` repairs and proves it.
+# - On a CPU with AVX512-BF16, bitsandbytes *repacks* nf4 weights in place at the first inference. After that, training gets no gradient through
+#   the frozen layers, and merging gives garbage. An evaluation before or during training is enough. `unpacked=True` prevents it.
+
+# %%
+loading.unload(mini)
+loaded = loading.load(settings.falcon_chat, "nf4", unpacked=True)
+print("an inference may repack the weights:", quantization.may_repack(loaded.model))
+loading.report_table(loaded)
+
+# %% [markdown]
+# ## 3 · Before
+#
+# The animal test of notebook 04, and the perplexity of texts that have nothing to do with animals or questions: what may a fine-tune
+# break?
+
+# %%
+items = comparison.read_items(Path("data/animal_items.jsonl"))
+short = Sampling(temperature=0, max_new_tokens=24, seed=seed)
+before = comparison.compare(items, {"before": loaded}, short, batch_size=56)
+before.scores().round(3)
+
+# %%
+import pandas as pd
+
+texts = pd.read_json("data/perplexity_texts.jsonl", lines=True)["text"].tolist()
+bits_before = evaluation.perplexity(loaded, texts).bits_per_byte
+print(f"{bits_before:.3f} bits per byte on {len(texts)} stories")
+
+# %% [markdown]
+# ## 4 · The data, and what carries the loss
+#
+# 1,400 questions and short right answers, made of 183 nouns of which *none* is in the test, in either number. The form of the
+# questions is the test's own: what is tested is whether the model can apply it to nouns that it was not trained on here.
+
+# %%
+conversations = finetuning.read_conversations(Path("data/animal_training.jsonl"))
+train, held_out = conversations[:-140], conversations[-140:]
+for message in train[0]:
+    print(f"{message['role']}: {message['content']}")
+
+# %% [markdown]
+# Each reply becomes one example: everything before it in the chat format, the reply, and the end token after it. Only reply and end token
+# carry the loss (labels of -100 for the rest): the model is not to learn to write the user's lines.
+
+# %%
+found = finetuning.examples(loaded, train)
+widgets.trained_tokens_html(loaded.tokenizer, found[0])
+
+# %%
+counts = finetuning.token_counts(found)
+results.record("trained_reply_tokens", int(counts.loc["reply", "trained"]), "tokens")
+results.record("trained_end_tokens", int(counts.loc["end", "trained"]), "tokens")
+results.record("trained_user_tokens", int(counts.loc["user", "trained"]), "tokens")
+counts
+
+# %% [markdown]
+# A third trap: *packing*, several examples in one row, is trl's way to save padding. Falcon in transformers builds its mask without looking
+# at position ids, so packed examples would read each other. `finetuning` never packs.
+#
+# ## 5 · Train
+#
+# The curve grows while the model trains. The held-out samples are evaluated on the way, in the same unpacked weights.
+# Interrupted, the same call goes on from its last checkpoint, a tenth of the way at most behind.
+
+# %%
+recipe = finetuning.Recipe(
+    steps=steps,
+    batch_size=batch_size,
+    learning_rate=learning_rate,
+    rank=rank,
+    alpha=2 * rank,
+    gradient_checkpointing=gradient_checkpointing,
+    seed=seed,
+)
+work = Path(tempfile.mkdtemp(prefix="fine-tune-"))
+recipe
+
+# %%
+label = settings.falcon_chat.label
+draw = partial(plots.loss_curve, steps=steps, subject=f"{label}, nf4, LoRA rank {rank}")
+curve = widgets.LiveCurve(draw)
+tuned = finetuning.finetune(loaded, train, recipe, work, held_out=held_out, on_point=curve.update)
+curve.finish(tuned.history)
+
+# %%
+results.record_figure("loss", draw(tuned.history))
+losses = [p.held_out_loss for p in tuned.history if p.held_out_loss is not None]
+print(f"held-out loss: {losses[0]:.3f} before, {losses[-1]:.3f} after {steps} steps")
+results.record("held_out_loss", round(losses[-1], 3), "nats a token", tolerance=0.05, model=label)
+results.record("trained_parameters", tuned.trainable_parameters, "parameters")
+results.record("training_time", round(tuned.seconds, 1), "s")
+
+# %% [markdown]
+# A fourth trap is for several processes: `accelerate launch --cpu --num_processes 2` starts *one*. Start them with `torchrun
+# --nproc_per_node 2`, and ask how many really trained:
+
+# %%
+results.record("training_processes", tuned.processes, "processes")
+
+# %% [markdown]
+# ## 6 · After: repaired, and broken
+#
+# The same items again, and the same texts.
+
+# %%
+after = comparison.compare(items, {"after": tuned.loaded}, short, batch_size=56)
+both = before.beside(after)
+shown = [number for number, item in enumerate(items) if "saddle" in item.question]
+widgets.replies_html(both, shown)
+
+# %%
+scores = both.scores()
+results.record_figure("before_after", plots.score_intervals(scores, f"{label}, nf4"))
+
+# %%
+for side in both.sides:
+    score = both.score(side)
+    print(f"{side}: {score.estimate:.3f} correct ({score.low:.3f} to {score.high:.3f})")
+    results.record(f"animal_score_{side}", round(score.estimate, 4), tolerance=0.05, model=label)
+yes_no = both.score("after", kind="yes_no").estimate
+results.record("yes_no_after", round(yes_no, 4), tolerance=0.06, model=label)
+difference = both.difference("after", "before")
+low, high = difference.interval.low, difference.interval.high
+print(f"after - before: {difference.interval.estimate:+.3f} ({low:+.3f} to {high:+.3f})")
+print(f"McNemar's exact p: {difference.p_value:.2g}")
+
+# %% [markdown]
+# What it cost elsewhere: the texts that have nothing to do with animals.
+
+# %%
+bits_after = evaluation.perplexity(tuned.loaded, texts).bits_per_byte
+print(f"{bits_before:.3f} -> {bits_after:.3f} bits per byte")
+results.record("bits_per_byte_before", round(bits_before, 4), "bits/byte", model=label)
+results.record(
+    "bits_per_byte_after", round(bits_after, 4), "bits/byte", tolerance=0.05, model=label
+)
+
+# %% [markdown]
+# ## 7 · Save, reload, merge
+#
+# The adapter's folder holds only the thin matrices. Reloaded onto a fresh nf4 base it must give the same logits as the model in memory.
+
+# %%
+import torch
+
+device = tuned.loaded.model.device
+ids = torch.tensor([found[0].input_ids], device=device)
+with torch.inference_mode():
+    in_memory = tuned.loaded.model(ids).logits.float().cpu()
+size = (work / "adapter_model.safetensors").stat().st_size
+print(f"adapter: {size / 2**20:.1f} MiB")
+loading.unload(tuned.loaded)
+loading.unload(loaded)
+
+# %%
+reloaded = finetuning.reload(work)
+with torch.inference_mode():
+    again = reloaded.model(ids).logits.float().cpu()
+distance = (again - in_memory).abs().max().item()
+print(f"largest difference of a logit: {distance:.2g}")
+results.record("reloaded_equals_memory", distance <= 1e-5)
+loading.unload(reloaded)
+
+# %% [markdown]
+# *Merging* adds `B·A` to the weights, so that no adapter is needed any more. Inside 4-bit weights the sum would be rounded anew; added to the original bf16
+# weights it meets others than those it was trained on. The best way measured: dequantize the nf4 base, add, save in bf16. (It needs the whole
+# model in 16 bits; profiles whose machine lacks that set `merge: false`.)
+
+# %%
+if merge:
+    with tempfile.TemporaryDirectory() as folder:
+        merged = loading.load(finetuning.merge(work, Path(folder) / "merged"), "bf16")
+        with torch.inference_mode():
+            logits = merged.model(ids.to(merged.model.device)).logits.float().cpu()
+    error = finetuning.relative_error(logits, in_memory)
+    print(f"relative error of the logits: {error:.4f}")
+    results.record("merged_within_2_percent", error <= 0.02)
+shutil.rmtree(work)
+
+# %% [markdown]
+# ## What you saw
+#
+# A few minutes of training on short answers changed what the model says about animals, on nouns that it was not trained on; the same test
+# before and after shows how much, and the perplexity what it cost. On the `laptop` profile the little model learns to *judge* (yes or
+# no) but not to *copy* a noun from the question: it names animals, only not those asked about.
+
+# %%
+results.recorded()
+
+# %% [markdown]
+# ## Exercises
+#
+# **1.** How many parameters does LoRA train for one linear layer?
+
+
+# %% tags=["exercise"]
+def lora_parameters(inputs: int, outputs: int, rank: int) -> int: ...
+
+
+exercises.check("05-1", lora_parameters)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def lora_parameters(inputs: int, outputs: int, rank: int) -> int:
+#     return rank * (inputs + outputs)  # A is rank x inputs, B is outputs x rank
+#
+#
+# exercises.check("05-1", lora_parameters)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **2.** The labels of an example whose first `prompt` tokens are only read: -100 there (which cross-entropy leaves out), the token itself
+# elsewhere.
+
+
+# %% tags=["exercise"]
+def labels(ids: list[int], prompt: int) -> list[int]: ...
+
+
+exercises.check("05-2", labels)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def labels(ids: list[int], prompt: int) -> list[int]:
+#     return [-100] * prompt + ids[prompt:]
+#
+#
+# exercises.check("05-2", labels)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **3.** Merge: the weight (outputs x inputs) with `a` (rank x inputs) and `b` (outputs x rank) added.
+
+
+# %% tags=["exercise"]
+def merged_weight(weight, a, b, alpha: float, rank: int): ...
+
+
+exercises.check("05-3", merged_weight)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def merged_weight(weight, a, b, alpha: float, rank: int):
+#     return weight + alpha / rank * (b @ a)
+#
+#
+# exercises.check("05-3", merged_weight)
+# ```
+#
+# </details>
