@@ -399,7 +399,7 @@ def score_intervals(scores: Any, subject: str) -> Figure:
         axis.set(title=rule, xlabel="share of the replies (%)", xlim=(-4, 104), ylim=(len(groups) - 0.5, -0.5))
         axis.set_yticks(range(len(groups)), groups if axis is axes[0] else [""] * len(groups))
         axis.grid(axis="x")
-    _legend_on_top(axes[0])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(sides))
     return figure
 
 

@@ -22,7 +22,7 @@ texts_llama = 6
 speed_tokens = 48
 
 # %%
-from helpers import evaluation, exercises, generation, hardware, loading
+from helpers import evaluation, exercises, generation, hardware, loading, stats
 from helpers import memory, plots, profiles, quantization, results
 from helpers.types import Sampling
 
@@ -215,32 +215,24 @@ shown
 # *same* texts, so each text gives a pair: its loss in int8 or nf4 minus its loss in bf16. The interval is of the mean of
 # these differences.
 
+
 # %%
-from helpers import stats
-
-
-def changes(side: str, rows: dict[str, dict]) -> pd.DataFrame:
+def changes(side: str, rows: dict[str, dict], **claim) -> pd.DataFrame:
     table = {}
-    for p in ("int8", "nf4"):
-        if p in rows and "bf16" in rows:
-            change = stats.paired_difference(rows[p]["nll"], rows["bf16"]["nll"])
-            interval = f"{change.low:+.4f} to {change.high:+.4f}"
-            table[p] = {"change of loss": f"{change.estimate:+.4f}", "95% interval": interval}
-            options = {"tolerance": 0.005}
-            if side == "falcon":  # the claim is Falcon's; here "almost none" means under 0.05
-                options |= {
-                    "claim": "A18",
-                    "model": settings.falcon.label,
-                    "agrees": change.high < 0.05,
-                }
-            results.record(
-                f"{side}_nll_change_{p}", round(change.estimate, 4), "nats/token", **options
-            )
+    for p in [p for p in ("int8", "nf4") if {p, "bf16"} <= rows.keys()]:
+        change = stats.paired_difference(rows[p]["nll"], rows["bf16"]["nll"])
+        interval = f"{change.low:+.4f} to {change.high:+.4f}"
+        table[p] = {"change of loss": f"{change.estimate:+.4f}", "95% interval": interval}
+        options = {"tolerance": 0.005, **claim}
+        if claim:  # "almost none" means under 0.05 here
+            options["agrees"] = change.high < 0.05
+        name, value = f"{side}_nll_change_{p}", round(change.estimate, 4)
+        results.record(name, value, "nats/token", **options)
     return pd.DataFrame.from_dict(table, orient="index")
 
 
 # %%
-changes("falcon", measured)
+changes("falcon", measured, claim="A18", model=settings.falcon.label)
 
 # %% [markdown]
 # An interval that holds zero means that no difference was detected on these texts, not that there is none. And note that a model

@@ -126,7 +126,8 @@ saddles = [number for number, item in enumerate(items) if "saddle" in item.quest
 widgets.replies_html(test, saddles)
 
 # %% [markdown]
-# A share of so many items is an estimate; the interval (95%, Wilson's) says how far it may be off by chance.
+# A share of so many items is an estimate; the interval (95%, Wilson's) says how far it may be off by chance. It takes the items for
+# independent; as each noun is in two or three of them, it is a little too narrow.
 
 # %%
 scores = test.scores()
@@ -208,18 +209,18 @@ with comparison.opened(models["falcon"], settings.precision) as loaded, torch.in
 # %% [markdown]
 # `evaluation.multiple_choice` does this for many items in batches, for both sides.
 
+
 # %%
-choices = [item for item in items if item.kind == "choice"]
-questions = [
-    evaluation.Question(
-        [{"role": "user", "content": item.question}],
-        tuple(
-            f"{'An' if word[0] in 'aeiou' else 'A'} {word}" for word in item.answer + item.others
-        ),
-        answer=0,
-    )
-    for item in choices
-]
+def question_of(item: comparison.Item) -> evaluation.Question:
+    words = (*item.answer, *item.others)
+    options = tuple(f"{'An' if word[0] in 'aeiou' else 'A'} {word}" for word in words)
+    return evaluation.Question([{"role": "user", "content": item.question}], options, answer=0)
+
+
+questions = [question_of(item) for item in items if item.kind == "choice"]
+print(questions[0])
+
+# %%
 for side, model in models.items():
     with comparison.opened(model, settings.precision) as loaded:
         share = evaluation.multiple_choice(loaded, questions).accuracy

@@ -122,12 +122,13 @@ print(f"{bits_before:.3f} bits per byte on {len(texts)} stories")
 # %% [markdown]
 # ## 4 · The data, and what carries the loss
 #
-# 1,400 questions and short right answers, made of 183 nouns of which *none* is in the test, in either number. The form of the
-# questions is the test's own: what is tested is whether the model can apply it to nouns that it was not trained on here.
+# Questions and short right answers over other nouns: *none* of the test's is among them, in either number. The form of the questions is the
+# test's own: what is tested is whether the model can apply it to nouns that it was not trained on here.
 
 # %%
 conversations = finetuning.read_conversations(Path("data/animal_training.jsonl"))
 train, held_out = conversations[:-140], conversations[-140:]
+print(f"{len(train)} conversations to train on, {len(held_out)} held out. The first:")
 for message in train[0]:
     print(f"{message['role']}: {message['content']}")
 
@@ -273,7 +274,7 @@ shutil.rmtree(work)
 # %% [markdown]
 # ## What you saw
 #
-# A few minutes of training on short answers changed what the model says about animals, on nouns that it was not trained on; the same test
+# A short training on short answers changed what the model says about animals, also of nouns that it was not trained on; the same test
 # before and after shows how much, and the perplexity what it cost. On the `laptop` profile the little model learns to *judge* (yes or
 # no) but not to *copy* a noun from the question: it names animals, only not those asked about.
 
