@@ -10,7 +10,7 @@ from helpers import hardware, memory, profiles
 from helpers.prompts import FORMATS
 from helpers.types import ROOT, Gpu, Machine, WorkbookError
 
-NOTEBOOKS = ["00_start_here", "01_loading", "02_quantization", "03_chat_prompting"]
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks" / "source").glob("*.py"))
 GPU_PROFILES = ["1x24gb", "2x80gb", "8x40gb", "8x80gb"]
 
 

@@ -175,6 +175,7 @@ def distributions(modules: set[str]) -> set[str]:
         "helpers",
         *(path.stem for path in ROOT.glob("tests/**/*.py")),
         *(path.stem for path in ROOT.glob("env/**/*.py")),
+        *(path.stem for path in ROOT.glob("notebooks/**/*.py")),
     }
     owners = importlib.metadata.packages_distributions()
     foreign = modules - sys.stdlib_module_names - own
