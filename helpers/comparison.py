@@ -55,11 +55,17 @@ def read_items(path: Path) -> list[Item]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
-            keys = {name: tuple(row.pop(name, ())) for name in ("answer", "others")}
+            keys = {name: _words(row.pop(name, [])) for name in ("answer", "others")}
             items.append(Item(**row, **keys))
         except (ValueError, TypeError, AttributeError) as error:
             raise WorkbookError(f"{path.name}, line {number} is no item: {error}") from error
     return items
+
+
+def _words(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(word, str) and word for word in value):
+        raise ValueError(f"{value!r} is no list of words")
+    return tuple(value)
 
 
 def names(text: str, word: str) -> bool:
@@ -141,19 +147,27 @@ class Comparison:
         return pd.DataFrame(rows)
 
     def difference(self, first: str, second: str, rule: str = "correct", kind: str | None = None) -> Difference:
-        """First minus second over the same items, with its 95% interval and the exact McNemar test."""
+        """First minus second over the same items, with its 95% interval and the exact McNemar test.
+
+        Raises WorkbookError as ``verdicts`` does, and for fewer than two items.
+        """
         one, two = self.verdicts(first, rule, kind), self.verdicts(second, rule, kind)
+        _check_several(one)
         alone = [sum(a and not b for a, b in zip(x, y, strict=True)) for x, y in ((one, two), (two, one))]
         return Difference(first, second, stats.paired_difference(one, two), stats.mcnemar(one, two), *alone)
 
     def win_rate(self, first: str | None = None, second: str | None = None) -> Interval:
         """How often the first side's reply is the better one, with its 95% interval; a tie counts half.
 
-        A correct reply is better than a wrong one; of two equally correct, a concise one is better. The sides are the
-        first two unless named. Raises WorkbookError where no item has an answer.
+        A correct reply is better than a wrong one, and of two correct ones a concise one; two wrong ones tie. The sides
+        are the first two unless named. Raises WorkbookError where there is one side alone, or fewer than two items.
         """
-        first, second = first or self.sides[0], second or self.sides[1]
-        grades = [zip(*(self.verdicts(side, rule) for rule in RULES), strict=True) for side in (first, second)]
+        if len(self.sides) < 2:
+            raise WorkbookError(f"A win rate needs two sides, but there is only {', '.join(self.sides)}.")
+        chosen = (first or self.sides[0], second or self.sides[1])
+        verdicts = [zip(*(self.verdicts(side, rule) for rule in RULES), strict=True) for side in chosen]
+        grades = [[correct + (correct and concise) for correct, concise in side] for side in verdicts]
+        _check_several(grades[0])
         return stats.mean([(a > b) + (a == b) / 2 for a, b in zip(*grades, strict=True)])
 
     def speed(self) -> DataFrame:
@@ -176,9 +190,14 @@ class Comparison:
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("side")
 
     def beside(self, other: Comparison) -> Comparison:
-        """Both comparisons as one, as of a model before and after. Raises ValueError where the items differ."""
+        """Both comparisons as one, as of a model before and after.
+
+        Raises ValueError where the items differ, or a side of the same name is in both.
+        """
         if self.items != other.items:
             raise ValueError("the two comparisons are over different items")
+        if both := set(self.sides) & set(other.sides):
+            raise ValueError(f"both comparisons have a side called {', '.join(both)}")
         parts = ("replies", "labels", "stored_bytes")
         return replace(self, **{part: {**getattr(self, part), **getattr(other, part)} for part in parts})
 
@@ -187,6 +206,11 @@ class Comparison:
         if len(items) != len(self.items):
             raise ValueError(f"there are {len(self.items)} items, but {len(items)} keys")
         return replace(self, items=tuple(items))
+
+
+def _check_several(verdicts: Sequence[object]) -> None:
+    if len(verdicts) < 2:
+        raise WorkbookError("An interval needs at least two items with an answer.")
 
 
 def compare(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ TARGETS = {
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
 TRAINED_ROLES = ("reply", "end")
-BASE_FILE = "base_model.json"
+IDENTITY_FILE = "fine_tune.json"
 Conversation = Sequence[Message]
 
 
@@ -87,13 +87,18 @@ class Point:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """A trained adapter: on the model in memory, and in a folder. ``processes`` is how many really trained."""
+    """A trained adapter: on the model in memory, and in a folder.
+
+    ``examples`` were trained on; ``left_out`` replies were longer than the context. ``seconds`` are those of this call,
+    without what an interrupted one took before. ``processes`` is how many really trained.
+    """
 
     loaded: Loaded
     adapter_dir: Path
     history: tuple[Point, ...]
     trainable_parameters: int
     examples: int
+    left_out: int
     seconds: float
     processes: int
 
@@ -149,36 +154,49 @@ def finetune(
 
     ``loaded.model`` itself gains the adapters; its own weights stay as they are. ``on_point`` is called with the whole
     history at each new point. Interrupted, the same call goes on from the last tenth of the way, kept in
-    ``out_dir/checkpoints``. For several processes start the program with torchrun. Raises FinetuneError where the
-    nf4 weights may be repacked under way (load with ``unpacked=True``), where the model has adapters already, or
-    ``out_dir`` holds another fine-tune.
+    ``out_dir/checkpoints``. For several processes start the program with torchrun. As transformers' trainer does, it
+    sets the global random seeds to ``recipe.seed``. Raises FinetuneError where the nf4 weights may be repacked under
+    way (load with ``unpacked=True``), where the model has adapters already, or where ``out_dir`` holds a fine-tune with
+    another recipe, base or data.
     """
     _check_base(loaded.model)
-    _check_folder(out_dir, recipe)
     found = examples(loaded, dataset)
-    history: list[Point] = []
     kept = examples(loaded, held_out) if held_out else []
+    identity = _identity(loaded, recipe, (found, kept))
+    _check_folder(out_dir, identity)
+    checkpoint = _last_checkpoint(out_dir)
+    history: list[Point] = []
     with _quiet(), _adapters(loaded, recipe) as model:
-        trainer = _trainer(model, loaded, _config(recipe, out_dir, bool(kept)), (found, kept))
+        config = _config(recipe, out_dir, evaluates=bool(kept), starts=checkpoint is None)
+        trainer = _trainer(model, loaded, config, (found, kept))
+        if trainer.is_world_process_zero():
+            _write_json(out_dir / IDENTITY_FILE, identity)
         trainer.add_callback(_watch(history, on_point))
         started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=_last_checkpoint(out_dir))
+        trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started
-    model.eval()
-    if trainer.is_world_process_zero():
-        model.save_pretrained(out_dir)
-        _write_base(out_dir, loaded, recipe)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    trained = replace(loaded, model=model)
-    return Finetuned(trained, out_dir, tuple(history), trainable, len(found), seconds, trainer.args.world_size)
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else bf16 training leaves autocast behind
+        model.eval()
+        if trainer.is_world_process_zero():
+            model.save_pretrained(out_dir)
+        trainer.accelerator.wait_for_everyone()
+    return Finetuned(
+        loaded=replace(loaded, model=model),
+        adapter_dir=out_dir,
+        history=tuple(history),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        examples=len(found),
+        left_out=sum(message["role"] == "assistant" for talk in dataset for message in talk) - len(found),
+        seconds=seconds,
+        processes=trainer.args.world_size,
+    )
 
 
 def reload(adapter_dir: Path) -> Loaded:
     """The base model in the precision it was trained in, with the adapter of a folder. Raises FinetuneError."""
     from peft import PeftModel
 
-    ref, precision = _read_base(adapter_dir)
-    loaded = loading.load(ref, precision, unpacked=True)
+    loaded = _load_base(adapter_dir)
     with _quiet():
         return replace(loaded, model=PeftModel.from_pretrained(loaded.model, adapter_dir).eval())
 
@@ -192,14 +210,15 @@ def merge(adapter_dir: Path, out_dir: Path) -> ModelRef:
     import torch
     from peft import PeftModel
 
-    ref, precision = _read_base(adapter_dir)
-    loaded = loading.load(ref, precision, unpacked=True)
+    loaded = _load_base(adapter_dir)
     with _quiet():
         model = loaded.model.dequantize() if loaded.report.quantized_layers else loaded.model
         merged = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload().to(torch.bfloat16)
         merged.save_pretrained(out_dir)
     loaded.tokenizer.save_pretrained(out_dir)
-    return replace(ref, id=str(out_dir.resolve()), source="embedded", revision=None, file=None)
+    del model, merged
+    loading.unload(loaded)
+    return replace(loaded.ref, id=str(out_dir.resolve()), source="embedded", revision=None, file=None)
 
 
 def relative_error(logits: torch.Tensor, reference: torch.Tensor) -> float:
@@ -270,7 +289,7 @@ def _trainer(model: PeftModel, loaded: Loaded, config: SFTConfig, data: Sequence
     return trainer
 
 
-def _config(recipe: Recipe, out_dir: Path, evaluates: bool) -> SFTConfig:
+def _config(recipe: Recipe, out_dir: Path, *, evaluates: bool, starts: bool) -> SFTConfig:
     import torch
     from trl import SFTConfig
 
@@ -287,7 +306,7 @@ def _config(recipe: Recipe, out_dir: Path, evaluates: bool) -> SFTConfig:
         gradient_checkpointing_kwargs={"use_reentrant": False},
         eval_strategy="steps" if evaluates else "no",
         eval_steps=recipe.evaluate_every,
-        eval_on_start=evaluates,
+        eval_on_start=evaluates and starts,
         save_steps=max(1, recipe.steps // 10),
         save_total_limit=1,
         logging_steps=recipe.log_every,
@@ -345,7 +364,7 @@ def _point(row: Mapping[str, Any]) -> Point:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' bars and remarks on what is meant to be so, such as one token for padding and end."""
+    """Without the libraries' bars, log lines and deprecations; warnings of what may be wrong are shown."""
     import warnings
 
     import datasets
@@ -356,7 +375,8 @@ def _quiet() -> Iterator[None]:
     datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
         logging.set_verbosity(level)
@@ -378,30 +398,49 @@ def _check_base(model: PreTrainedModel) -> None:
         raise FinetuneError("This model has adapters already: load it anew with loading.load(..., unpacked=True).")
 
 
-def _check_folder(out_dir: Path, recipe: Recipe) -> None:
-    """Write down the recipe of a folder, or compare it with the one there."""
-    path = out_dir / "recipe.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != asdict(recipe):
-        raise FinetuneError(f"{out_dir} holds a fine-tune with another recipe: choose or empty another folder.")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(recipe), indent=2), encoding="utf-8")
+def _identity(loaded: Loaded, recipe: Recipe, data: Sequence[Sequence[Example]]) -> dict[str, Any]:
+    """What a fine-tune is made of: recipe, base model and data, ready for JSON."""
+    quantization = getattr(loaded.model.config, "quantization_config", None)
+    ids = [[example.input_ids for example in found] for found in data]
+    return {
+        "recipe": asdict(recipe),
+        "base": asdict(loaded.ref),
+        "precision": loaded.report.precision,
+        "double_quant": bool(getattr(quantization, "bnb_4bit_use_double_quant", False)),
+        "data_sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
+    }
+
+
+def _check_folder(out_dir: Path, identity: Mapping[str, Any]) -> None:
+    """Raises FinetuneError where a folder holds a fine-tune that is another in some part."""
+    path = out_dir / IDENTITY_FILE
+    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else identity
+    other = [part for part in identity if there.get(part) != identity[part]]
+    if other:
+        raise FinetuneError(
+            f"{out_dir} holds a fine-tune with another {' and '.join(other)}: choose or empty another folder."
+        )
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Whole or not at all: another process may be reading."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(data, indent=2), encoding="utf-8")
+    part.replace(path)
 
 
 def _last_checkpoint(out_dir: Path) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    checkpoints = out_dir / "checkpoints"
-    return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-
-
-def _write_base(out_dir: Path, loaded: Loaded, recipe: Recipe) -> None:
-    text = json.dumps({"precision": loaded.report.precision, "ref": asdict(loaded.ref)}, indent=2)
-    (out_dir / BASE_FILE).write_text(text, encoding="utf-8")
+    """The newest whole checkpoint: transformers writes its state file last."""
+    states = (out_dir / "checkpoints").glob("checkpoint-*/trainer_state.json")
+    folders = sorted((state.parent for state in states), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    return str(folders[-1]) if folders else None
 
 
-def _read_base(adapter_dir: Path) -> tuple[ModelRef, str]:
-    path = adapter_dir / BASE_FILE
+def _load_base(adapter_dir: Path) -> Loaded:
+    """The base model of an adapter, loaded as it was for training."""
+    path = adapter_dir / IDENTITY_FILE
     if not path.is_file():
-        raise FinetuneError(f"{os.fspath(adapter_dir)} holds no adapter of this workbook: {BASE_FILE} is missing.")
+        raise FinetuneError(f"{adapter_dir} holds no adapter of this workbook: {IDENTITY_FILE} is missing.")
     data = json.loads(path.read_text(encoding="utf-8"))
-    return ModelRef(**data["ref"]), data["precision"]
+    return loading.load(ModelRef(**data["base"]), data["precision"], unpacked=True, double_quant=data["double_quant"])

@@ -340,7 +340,8 @@ def _run(loaded: Loaded, watch: _Watch, sampling: Sampling) -> None:
         pad_token_id=padding,
     )
     with inference(loaded.model):
-        model = copy.copy(loaded.model)
+        adapted = hasattr(loaded.model, "get_base_model")  # peft would write the settings back to the model itself
+        model = copy.copy(loaded.model.get_base_model() if adapted else loaded.model)
         model.generation_config = GenerationConfig()
         watch.start()
         model.generate(

@@ -59,7 +59,8 @@ def load(
 ) -> Loaded:
     """A model in a precision (fp32, bf16, fp16, int8, nf4), verified, with its tokenizer and chat format.
 
-    ``device_map`` is spread over the GPUs ("auto") where there are any, else the CPU. The parts that int8 and nf4 do
+    ``device_map`` is spread over the GPUs ("auto") where there are any, else the CPU; each of several processes started
+    by torchrun takes the GPU of its local rank. The parts that int8 and nf4 do
     not quantize are in bfloat16. ``double_quant``: see ``bnb_config``; ``unpacked``: see ``keep_unpacked``, for
     training and merging. Only safetensors are read and no code of a repository is run.
     Raises LoadError when the model cannot be had, when a weight is missing, left over, or of another shape, type or
@@ -367,10 +368,13 @@ def _check_config(ref: ModelRef, found: PreTrainedConfig, precision: str) -> Non
         raise LoadError(f"The files of {ref.label} hold weights quantized before, and not as {precision}: {stored}.")
 
 
-def _default_device_map() -> str:
+def _default_device_map() -> DeviceMap:
+    """All GPUs; of several processes (torchrun), each its own."""
     import torch
 
-    return "auto" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    return {"": int(os.environ["LOCAL_RANK"])} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "auto"
 
 
 def _weight_problems(info: dict[str, Any]) -> list[str]:

@@ -24,12 +24,14 @@ _NOTEBOOK_LINK = re.compile(r"\]\(([\w.-]+)\.ipynb(#[^)\s]*)?\)")
 def write_pages(run_dir: Path, notebooks: Iterable[str]) -> dict[str, str]:
     """Write ``html/<notebook>.html`` for each executed notebook that is newer than its page.
 
-    Returns the pages' paths, relative to the run folder, by notebook; a notebook that never started has none.
+    Where a page is new, all are written: links to it led elsewhere before. Returns the pages' paths, relative to the
+    run folder, by notebook; a notebook that never started has none.
     """
     executed = {name: executed_notebook(run_dir, name) for name in notebooks}
     executed = {name: path for name, path in executed.items() if path.exists()}
     pages = {name: f"html/{name}.html" for name in executed}
-    stale = [name for name, path in executed.items() if _is_newer(path, run_dir / pages[name])]
+    new = any(not (run_dir / page).exists() for page in pages.values())
+    stale = [name for name, path in executed.items() if new or _is_newer(path, run_dir / pages[name])]
     if stale:
         (run_dir / "html").mkdir(exist_ok=True)
         exporter = _exporter()
@@ -49,7 +51,7 @@ def link_to_pages(markdown: str, pages: Iterable[str]) -> str:
 
 
 def _is_newer(source: Path, page: Path) -> bool:
-    return not page.exists() or source.stat().st_mtime > page.stat().st_mtime
+    return source.stat().st_mtime > page.stat().st_mtime
 
 
 def _exporter() -> HTMLExporter:

@@ -140,8 +140,9 @@ def keep_unpacked(model: PreTrainedModel) -> None:
 
 def may_repack(model: PreTrainedModel) -> bool:
     """True where an inference would repack nf4 weights in place, or has: see ``keep_unpacked``."""
-    layers = [module for module in model.modules() if _is_4bit(module)]
-    return any(layer.support_avx512bf16_for_cpu and layer.weight.device.type == "cpu" for layer in layers)
+    layers = [module for module in model.modules() if _is_4bit(module) and module.weight.device.type == "cpu"]
+    packed = (getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
+    return any(layer.support_avx512bf16_for_cpu for layer in layers) or any(packed)
 
 
 def weights_in(parameter: nn.Parameter) -> int:

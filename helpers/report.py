@@ -80,19 +80,23 @@ def claim_verdict(values: Iterable[Mapping[str, Any]], stand_ins: Mapping[str, s
     """What a claim's values say of it, and the mark to show it with.
 
     ``values`` have ``agrees`` (bool or None) and ``model`` (a label or None); ``stand_ins`` gives the short name of a
-    stand-in by its label. One value that disagrees decides. A value measured on a stand-in says nothing about the
-    real model, so that a claim with one is neither confirmed nor refuted.
+    stand-in by its label. Values computed, or measured on the real model, decide, and one that disagrees is enough.
+    What was measured on stand-ins says nothing about the real model: it is named as theirs.
     """
     values = list(values)
-    judged = [value["agrees"] for value in values if value["agrees"] is not None]
-    agrees = all(judged) if judged else None
-    names = dict.fromkeys(stand_ins[value["model"]] for value in values if value["model"] in stand_ins)
-    if not names:
-        texts = {True: "confirmed", False: "not confirmed", None: "shown, not judged"}
-        return texts[agrees], {True: "passed", False: "failed", None: "shown"}[agrees]
+    theirs = [value for value in values if value["model"] in stand_ins]
+    real = [value["agrees"] for value in values if value not in theirs and value["agrees"] is not None]
+    if real:
+        return ("confirmed", "passed") if all(real) else ("not confirmed", "failed")
+    judged = [value for value in theirs if value["agrees"] is not None]
+    if not judged and len(theirs) < len(values):
+        return "shown, not judged", "shown"
+    names = dict.fromkeys(stand_ins[value["model"]] for value in judged or theirs)
     where = f"on the stand-in{'s' if len(names) > 1 else ''} {' and '.join(names)}"
-    texts = {True: f"{where}: agrees", False: f"{where}: does not agree", None: f"shown {where}"}
-    return texts[agrees], "shown" if agrees is None else "on-stand-in"
+    if not judged:
+        return f"shown {where}", "shown"
+    agrees = all(value["agrees"] for value in judged)
+    return f"{where}: {'agrees' if agrees else 'does not agree'}", "on-stand-in"
 
 
 def duration(seconds: float | None) -> str:

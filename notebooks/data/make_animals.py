@@ -1,9 +1,10 @@
-"""Writes animal_items.jsonl and animal_training.jsonl from the nouns beside it.
+"""Writes animal_items.jsonl, animal_training.jsonl and animal_held_out.jsonl from the nouns beside it.
 
     python notebooks/data/make_animals.py
 
-The items of the test are made of animal_nouns.jsonl, the samples of the fine-tune of training_nouns.jsonl. No noun is
-in both, in either number (a test checks it). The same nouns and the same seed give the same files.
+The items of the test are made of animal_nouns.jsonl, the samples of the fine-tune of training_nouns.jsonl: every
+HELD_OUT_NOUN-th noun for the held-out samples, the others for those to train on. No noun is in two of the three, in
+either number (a test checks it). The same nouns and the same seed give the same files.
 """
 
 import itertools
@@ -17,6 +18,8 @@ ROUNDS = 2  # how often each animal is to be chosen
 LISTS = 24
 LISTED = 5  # nouns of a list: two animals, one piece of gear, two other objects
 TRAINING = {"yes_no": 900, "choice": 300, "list": 200}
+HELD_OUT = {"yes_no": 40, "choice": 40, "list": 20}
+HELD_OUT_NOUN = 8
 Nouns = dict[str, list[str]]
 
 
@@ -76,18 +79,24 @@ def list_items(nouns: Nouns) -> Iterable[dict]:
         yield {"question": list_question(listed), "answer": found, "others": others}
 
 
-def training_samples(nouns: Nouns, rng: random.Random) -> list[dict]:
-    """Questions of the same three forms over other nouns, with short right answers, in a random order."""
+def split_nouns(nouns: Nouns) -> tuple[Nouns, Nouns]:
+    """(nouns to train on, held-out nouns)"""
+    held_out = {kind: found[HELD_OUT_NOUN - 1 :: HELD_OUT_NOUN] for kind, found in nouns.items()}
+    return {kind: [n for n in found if n not in held_out[kind]] for kind, found in nouns.items()}, held_out
+
+
+def samples_of(nouns: Nouns, counts: dict[str, int], rng: random.Random) -> list[dict]:
+    """Questions of the test's three forms with short right answers, in a random order."""
     animals, others = nouns["animal"], nouns["animal gear"] * 2 + nouns["object"]
     samples = []
-    for number in range(TRAINING["yes_no"]):
+    for number in range(counts["yes_no"]):
         right = number % 2 == 0
         noun = rng.choice(animals if right else others)
         samples.append((yes_no_question(noun), "Yes." if right else "No."))
-    for _ in range(TRAINING["choice"]):
+    for _ in range(counts["choice"]):
         pair = [rng.choice(animals), rng.choice(others)]
         samples.append((choice_question(*rng.sample(pair, 2)), f"{with_article(pair[0]).capitalize()}."))
-    for _ in range(TRAINING["list"]):
+    for _ in range(counts["list"]):
         found = rng.sample(animals, rng.randint(1, 3))
         listed = rng.sample(found + rng.sample(sorted(set(others)), LISTED - len(found)), LISTED)
         kept = [noun for noun in listed if noun in found]
@@ -103,7 +112,7 @@ def write(name: str, rows: Iterable[dict]) -> None:
 
 
 def main() -> None:
-    """Write both files."""
+    """Write the three files."""
     frozen = read_nouns("animal_nouns.jsonl")
     kinds = {"yes_no": yes_no_items(frozen), "choice": choice_items(frozen), "list": list_items(frozen)}
     items = [
@@ -112,7 +121,9 @@ def main() -> None:
         for number, item in enumerate(found, 1)
     ]
     write("animal_items.jsonl", items)
-    write("animal_training.jsonl", training_samples(read_nouns("training_nouns.jsonl"), random.Random(0)))
+    to_train, held_out = split_nouns(read_nouns("training_nouns.jsonl"))
+    write("animal_training.jsonl", samples_of(to_train, TRAINING, random.Random(0)))
+    write("animal_held_out.jsonl", samples_of(held_out, HELD_OUT, random.Random(1)))
 
 
 if __name__ == "__main__":

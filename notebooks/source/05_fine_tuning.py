@@ -23,6 +23,7 @@ steps = 150
 batch_size = 16
 learning_rate = 0.002
 rank = 16
+questions_at_once = 56
 gradient_checkpointing = False
 merge = True
 
@@ -44,7 +45,7 @@ profiles.table(settings)
 # ## 1 · LoRA, plainly
 #
 # LoRA freezes a model's matrices `W` and trains two thin ones beside each: the layer computes `W·x + (alpha / rank)·B·A·x`. With rank 16 these
-# are a few percent of the weights (0.2% of Falcon-180B's), and only they need gradients and optimizer state. Here is the plain way with peft and trl, for three
+# are a few percent of the weights (0.15% of Falcon-180B's), and only they need gradients and optimizer state. Here is the plain way with peft and trl, for three
 # steps, on a small model that runs everywhere: `falcon-mini-chat`.
 
 # %%
@@ -109,7 +110,7 @@ loading.report_table(loaded)
 # %%
 items = comparison.read_items(Path("data/animal_items.jsonl"))
 short = Sampling(temperature=0, max_new_tokens=24, seed=seed)
-before = comparison.compare(items, {"before": loaded}, short, batch_size=56)
+before = comparison.compare(items, {"before": loaded}, short, batch_size=questions_at_once)
 before.scores().round(3)
 
 # %%
@@ -123,11 +124,12 @@ print(f"{bits_before:.3f} bits per byte on {len(texts)} stories")
 # ## 4 · The data, and what carries the loss
 #
 # Questions and short right answers over other nouns: *none* of the test's is among them, in either number. The form of the questions is the
-# test's own: what is tested is whether the model can apply it to nouns that it was not trained on here.
+# test's own: what is tested is whether the model can apply it to nouns that it was not trained on here. The held-out samples, for the
+# loss on the way, are made of nouns of their own.
 
 # %%
-conversations = finetuning.read_conversations(Path("data/animal_training.jsonl"))
-train, held_out = conversations[:-140], conversations[-140:]
+train = finetuning.read_conversations(Path("data/animal_training.jsonl"))
+held_out = finetuning.read_conversations(Path("data/animal_held_out.jsonl"))
 print(f"{len(train)} conversations to train on, {len(held_out)} held out. The first:")
 for message in train[0]:
     print(f"{message['role']}: {message['content']}")
@@ -153,7 +155,7 @@ counts
 #
 # ## 5 · Train
 #
-# The curve grows while the model trains. The held-out samples are evaluated on the way, in the same unpacked weights.
+# The curve grows while the model trains. The held-out samples are evaluated on the way, with the same unpacked weights.
 # Interrupted, the same call goes on from its last checkpoint, a tenth of the way at most behind.
 
 # %%
@@ -181,8 +183,9 @@ results.record_figure("loss", draw(tuned.history))
 losses = [p.held_out_loss for p in tuned.history if p.held_out_loss is not None]
 print(f"held-out loss: {losses[0]:.3f} before, {losses[-1]:.3f} after {steps} steps")
 results.record("held_out_loss", round(losses[-1], 3), "nats a token", tolerance=0.05, model=label)
-results.record("trained_parameters", tuned.trainable_parameters, "parameters")
-results.record("training_time", round(tuned.seconds, 1), "s")
+results.record("trained_parameters", tuned.trainable_parameters, "parameters", model=label)
+results.record("training_time", round(tuned.seconds, 1), "s", model=label)
+print(f"{tuned.left_out} replies were longer than the context and left out")
 
 # %% [markdown]
 # A fourth trap is for several processes: `accelerate launch --cpu --num_processes 2` starts *one*. Start them with `torchrun
@@ -197,7 +200,7 @@ results.record("training_processes", tuned.processes, "processes")
 # The same items again, and the same texts.
 
 # %%
-after = comparison.compare(items, {"after": tuned.loaded}, short, batch_size=56)
+after = comparison.compare(items, {"after": tuned.loaded}, short, batch_size=questions_at_once)
 both = before.beside(after)
 shown = [number for number, item in enumerate(items) if "saddle" in item.question]
 widgets.replies_html(both, shown)
@@ -219,6 +222,8 @@ print(f"after - before: {difference.interval.estimate:+.3f} ({low:+.3f} to {high
 print(f"McNemar's exact p: {difference.p_value:.2g}")
 
 # %% [markdown]
+# (The interval and p take the items for independent; each noun is in four or five of them, so both are somewhat too sure.)
+#
 # What it cost elsewhere: the texts that have nothing to do with animals.
 
 # %%
@@ -257,8 +262,8 @@ loading.unload(reloaded)
 
 # %% [markdown]
 # *Merging* adds `B·A` to the weights, so that no adapter is needed any more. Inside 4-bit weights the sum would be rounded anew; added to the original bf16
-# weights it meets others than those it was trained on. The best way measured: dequantize the nf4 base, add, save in bf16. (It needs the whole
-# model in 16 bits; profiles whose machine lacks that set `merge: false`.)
+# weights it meets others than those it was trained on. The best way measured: dequantize the nf4 base, add, save in bf16. (That takes the whole
+# model in 16 bits, in memory and on disk; the profiles of the 180B set `merge: false`.)
 
 # %%
 if merge:

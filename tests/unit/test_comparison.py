@@ -101,10 +101,19 @@ def test_the_paired_difference_by_hand():
 
 
 def test_the_win_rate_counts_correct_before_concise_and_ties_half():
-    long = "goat " * 13
-    test = table([GOAT] * 4, falcon=["goat", "goat", "saddle", "saddle"], llama=["saddle", long, "goat", "saddle"])
+    long, wrong = "goat " * 13, "saddle " * 13
+    test = table([GOAT] * 4, falcon=["goat", "goat", "saddle", "saddle"], llama=["saddle", long, "goat", wrong])
     assert test.win_rate().estimate == pytest.approx((1 + 1 + 0 + 0.5) / 4)
     assert test.win_rate("llama", "falcon").estimate == pytest.approx(1 - 2.5 / 4)
+
+
+def test_what_cannot_be_compared_is_said():
+    with pytest.raises(WorkbookError, match="two sides"):
+        table([GOAT] * 2, falcon=["goat"] * 2).win_rate()
+    one = table([GOAT], falcon=["goat"], llama=["saddle"])
+    for ask in (one.win_rate, lambda: one.difference("falcon", "llama")):
+        with pytest.raises(WorkbookError, match="at least two items"):
+            ask()
 
 
 def test_items_without_an_answer_are_not_scored():
@@ -124,6 +133,8 @@ def test_two_comparisons_of_the_same_items_side_by_side():
     assert both.difference("after", "before").only_first == 1
     with pytest.raises(ValueError, match="different items"):
         both.beside(table([LIST], other=["goat"]))
+    with pytest.raises(ValueError, match="a side called after"):
+        both.beside(table(items, after=["goat", "?"]))
 
 
 def test_the_table_has_the_replies_side_by_side():
@@ -193,8 +204,9 @@ def test_nothing_to_ask_is_an_error(mini):
             compare(prompts, models)
 
 
-def test_a_line_that_is_no_item_is_named(tmp_path):
+@pytest.mark.parametrize("second", ['{"kind": "list"}', '{"id": "2", "kind": "a", "question": "?", "answer": "Paris"}'])
+def test_a_line_that_is_no_item_is_named(second, tmp_path):
     path = tmp_path / "items.jsonl"
-    path.write_text(json.dumps({"id": "1", "kind": "list", "question": "?"}) + '\n{"kind": "list"}\n')
+    path.write_text(json.dumps({"id": "1", "kind": "list", "question": "?"}) + f"\n{second}\n")
     with pytest.raises(WorkbookError, match=r"items\.jsonl, line 2 is no item"):
         comparison.read_items(path)

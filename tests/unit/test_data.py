@@ -24,7 +24,7 @@ NOUNS = rows("animal_nouns.jsonl")
 FROZEN = re.compile("|".join(rf"\b{re.escape(row[n])}\b" for row in NOUNS for n in ("noun", "plural")), re.IGNORECASE)
 ITEMS = rows("animal_items.jsonl")
 # Every file of the project that a model is trained on.
-TRAINING = ("animal_training.jsonl", "training_nouns.jsonl")
+TRAINING = ("animal_training.jsonl", "animal_held_out.jsonl", "training_nouns.jsonl")
 NOT_TRAINING = ("animal_nouns.jsonl", "animal_items.jsonl", "comparison_prompts.jsonl", "perplexity_texts.jsonl")
 
 
@@ -44,9 +44,21 @@ def test_every_data_file_is_sorted_into_training_or_not():
     assert {path.name for path in DATA.glob("*.jsonl")} == {*TRAINING, *NOT_TRAINING}
 
 
-def test_the_notebook_trains_on_the_checked_file_alone():
+def test_no_noun_of_the_held_out_samples_is_trained_on():
+    nouns = {word for row in rows("training_nouns.jsonl") for word in (row["noun"], row["plural"])}
+    trained, held_out = (
+        nouns & set(re.findall(r"\w+", (DATA / f"animal_{name}.jsonl").read_text(encoding="utf-8").lower()))
+        for name in ("training", "held_out")
+    )
+    assert len(trained) > 150
+    assert len(held_out) > 20
+    assert not trained & held_out
+
+
+def test_the_notebook_trains_on_the_checked_files_alone():
     source = (ROOT / "notebooks/source/05_fine_tuning.py").read_text(encoding="utf-8")
-    assert set(re.findall(r"read_conversations\(Path\(\"data/([\w.]+)\"\)\)", source)) == {"animal_training.jsonl"}
+    read = re.findall(r"read_conversations\(Path\(\"data/([\w.]+)\"\)\)", source)
+    assert read == ["animal_training.jsonl", "animal_held_out.jsonl"]
 
 
 def test_the_search_for_frozen_nouns_finds_them():
@@ -55,7 +67,7 @@ def test_the_search_for_frozen_nouns_finds_them():
     assert not FROZEN.search("a goatee and a mothball")
 
 
-@pytest.mark.parametrize("name", ["animal_items.jsonl", "animal_training.jsonl"])
+@pytest.mark.parametrize("name", ["animal_items.jsonl", "animal_training.jsonl", "animal_held_out.jsonl"])
 def test_the_files_are_what_the_script_makes(name, tmp_path, monkeypatch):
     for nouns in ("animal_nouns.jsonl", "training_nouns.jsonl"):
         (tmp_path / nouns).write_bytes((DATA / nouns).read_bytes())
@@ -100,7 +112,7 @@ def test_every_noun_is_asked_for_and_a_third_of_the_distractors_is_gear():
 
 def test_training_samples_answer_rightly():
     kinds = {row["noun"]: row["kind"] for row in rows("training_nouns.jsonl")}
-    for sample in rows("animal_training.jsonl"):
+    for sample in rows("animal_training.jsonl") + rows("animal_held_out.jsonl"):
         question, reply = (message["content"] for message in sample["messages"])
         assert [message["role"] for message in sample["messages"]] == ["user", "assistant"]
         named = [word for word in re.findall(r"\w+", reply.lower()) if word in kinds]

@@ -20,6 +20,7 @@ from helpers.finetuning import FinetuneError, Recipe, examples, finetune
 from helpers.generation import generate
 from helpers.profiles import load_profile
 from helpers.prompts import format_for
+from helpers.quantization import keep_unpacked
 from helpers.types import ROOT, Sampling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -213,29 +214,81 @@ def test_the_same_seed_gives_the_same_adapter(tuned, nf4, tmp_path):
     assert again.history == tuned.history
 
 
-def test_an_interrupted_training_goes_on(tuned, nf4, tmp_path):
+def interrupted(nf4, folder, step: int) -> None:
+    """A training stopped by Ctrl-C as the loss of a step is logged; the checkpoints of the steps before are there."""
+
     def interrupt(history):
-        if history[-1].step == 3:
+        if history[-1].step == step:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(nf4, DATA, SHORT, tmp_path, held_out=DATA[:2], on_point=interrupt)
-    before = (tmp_path / "checkpoints").iterdir()
-    assert any(folder.name.startswith("checkpoint-") for folder in before)
-    done = finetune(nf4, DATA, SHORT, tmp_path, held_out=DATA[:2])
+        finetune(nf4, DATA, SHORT, folder, held_out=DATA[:2], on_point=interrupt)
+
+
+def test_an_interrupted_training_goes_on_where_it_stopped(tuned, nf4, tmp_path):
+    interrupted(nf4, tmp_path, step=3)
+    seen = []
+    done = finetune(nf4, DATA, SHORT, tmp_path, held_out=DATA[:2], on_point=lambda history: seen.append(history[-1]))
+    assert sorted({point.step for point in seen}) == [3, 4]
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in (tuned.adapter_dir, tmp_path))
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
-    assert [p.step for p in done.history if p.loss is not None] == [1, 2, 3, 4]
+    assert done.history == tuned.history
 
 
-def test_another_recipe_in_the_same_folder_is_refused(tuned, nf4):
-    with pytest.raises(FinetuneError, match="another recipe"):
-        finetune(nf4, DATA, dataclasses.replace(SHORT, seed=1), tuned.adapter_dir)
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tuned, nf4, tmp_path):
+    interrupted(nf4, tmp_path, step=3)
+    whole = tmp_path / "checkpoints" / "checkpoint-2"
+    assert whole.is_dir()
+    (tmp_path / "checkpoints" / "checkpoint-3").mkdir()
+    done = finetune(nf4, DATA, SHORT, tmp_path, held_out=DATA[:2])
+    assert done.history == tuned.history
+
+
+@pytest.mark.parametrize(
+    ("part", "recipe", "data", "options"),
+    [
+        ("recipe", dataclasses.replace(SHORT, seed=1), DATA, {"precision": "nf4", "unpacked": True}),
+        ("precision", SHORT, DATA, {"precision": "bf16"}),
+        ("double_quant", SHORT, DATA, {"precision": "nf4", "unpacked": True, "double_quant": True}),
+        ("data_sha256", SHORT, DATA[:4], {"precision": "nf4", "unpacked": True}),
+    ],
+)
+def test_a_folder_with_another_fine_tune_is_refused(part, recipe, data, options, tuned):
+    with pytest.raises(FinetuneError, match=f"another {part}"):
+        finetune(loading.load(REF, **options), data, recipe, tuned.adapter_dir, held_out=DATA[:2])
+
+
+def test_a_double_quantized_base_is_reloaded_as_one(tmp_path):
+    loaded = loading.load(REF, "nf4", unpacked=True, double_quant=True)
+    done = finetune(loaded, DATA, dataclasses.replace(SHORT, steps=1), tmp_path)
+    assert (logits(finetuning.reload(tmp_path).model) - logits(done.loaded.model)).abs().max() <= 1e-5
+
+
+def test_bf16_training_leaves_no_autocast_behind(nf4, tmp_path, monkeypatch):
+    """A GPU trains so; a model with autocast would differ from the reloaded one."""
+    config = finetuning._config
+    monkeypatch.setattr(finetuning, "_config", lambda *a, **k: dataclasses.replace(config(*a, **k), bf16=True))
+    done = finetune(nf4, DATA, SHORT, tmp_path)
+    assert (logits(finetuning.reload(tmp_path).model) - logits(done.loaded.model)).abs().max() <= 1e-5
+
+
+@repacks
+def test_weights_that_are_packed_already_are_refused(tmp_path):
+    loaded = loading.load(REF, "nf4")
+    logits(loaded.model)
+    keep_unpacked(loaded.model)
+    with pytest.raises(FinetuneError, match="unpacked=True"):
+        finetune(loaded, DATA, SHORT, tmp_path)
 
 
 def test_a_model_with_adapters_is_refused(tuned, tmp_path):
     with pytest.raises(FinetuneError, match="adapters already"):
         finetune(tuned.loaded, DATA, SHORT, tmp_path)
+
+
+def test_replies_that_do_not_fit_are_counted(nf4, tmp_path):
+    done = finetune(nf4, [*DATA, talk("word " * 600, "Yes.")], dataclasses.replace(SHORT, steps=1), tmp_path)
+    assert (done.examples, done.left_out) == (len(DATA), 1)
 
 
 @pytest.mark.slow
@@ -279,5 +332,5 @@ def test_relative_error_by_hand():
 
 
 def test_a_folder_without_an_adapter_is_named(tmp_path):
-    with pytest.raises(FinetuneError, match=r"base_model\.json is missing"):
+    with pytest.raises(FinetuneError, match=r"fine_tune\.json is missing"):
         finetuning.reload(tmp_path)

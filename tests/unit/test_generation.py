@@ -466,3 +466,18 @@ def test_stop_filter_over_any_chunking(text, stops, data):
     assert shown == expected
     assert filtering.stopped == (expected != text)
     assert filtering.feed("more") == ("" if filtering.stopped else StopFilter(stops).feed("more"))
+
+
+def test_a_model_with_adapters_keeps_its_generation_settings(tiny_loaded):
+    from peft import LoraConfig, get_peft_model
+
+    model = copy.deepcopy(tiny_loaded.model)
+    model.generation_config.eos_token_id = [0, 7]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["query_key_value"], init_lora_weights=False))
+    loaded = replace(tiny_loaded, model=adapted)
+    sampling = Sampling(temperature=0, max_new_tokens=5)
+    first, second = (generate(loaded, "Once upon a time", sampling) for _ in range(2))
+    assert first.token_ids == second.token_ids
+    assert first.text != generate(tiny_loaded, "Once upon a time", sampling).text
+    assert model.generation_config.eos_token_id == [0, 7]
+    assert generation.end_token_ids(loaded) == [0, 7]

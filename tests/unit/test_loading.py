@@ -662,3 +662,13 @@ def test_output_to_a_file_holds_no_bars(checkpoint, capfd):
         logits(load(at(checkpoint), precision).model)
     logging.getLogger().handlers.clear()
     assert capfd.readouterr() == ("", "")
+
+
+def test_each_process_of_several_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert loading._default_device_map() == "auto"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert loading._default_device_map() == {"": 1}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert loading._default_device_map() == "cpu"

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import shutil
 from html.parser import HTMLParser
 
 import nbformat
@@ -196,6 +197,18 @@ def test_only_a_newer_notebook_is_converted_again(run, notebook):
     assert "A title" in page.read_text(encoding="utf-8")
 
 
+def test_a_new_page_mends_the_links_to_it(run, notebook):
+    content = nbformat.read(notebook, as_version=4)
+    content.cells.append(nbformat.v4.new_markdown_cell("[next](01_b.ipynb)"))
+    nbformat.write(content, notebook)
+    write_report(run)
+    first = run / "html" / "00_a.html"
+    assert 'href="../report.html#notebooks">next' in first.read_text(encoding="utf-8")
+    shutil.copy(notebook, run / "notebooks" / "01_b.ipynb")
+    write_report(run)
+    assert 'href="01_b.html">next' in first.read_text(encoding="utf-8")
+
+
 def test_links_between_notebooks_lead_to_pages():
     text = "[b](01_b.ipynb#part) [c](02_c.ipynb) [web](https://example.org/x.ipynb)"
     linked = "[b](01_b.html#part) [c](../report.html#notebooks) [web](https://example.org/x.ipynb)"
@@ -262,8 +275,11 @@ MINI, CHAT = STAND_INS
         ([(True, None), (None, "real")], "confirmed"),
         ([(True, None), (False, "real")], "not confirmed"),
         ([(True, MINI), (None, None)], "on the stand-in mini: agrees"),
-        ([(True, None), (None, MINI)], "on the stand-in mini: agrees"),
-        ([(False, None), (True, MINI)], "on the stand-in mini: does not agree"),
+        ([(True, None), (None, MINI)], "confirmed"),
+        ([(False, None), (True, MINI)], "not confirmed"),
+        ([(None, None), (None, MINI)], "shown, not judged"),
+        ([(True, MINI), (None, CHAT)], "on the stand-in mini: agrees"),
+        ([(True, MINI), (False, CHAT)], "on the stand-ins mini and chat: does not agree"),
         ([(True, MINI), (True, CHAT), (True, MINI)], "on the stand-ins mini and chat: agrees"),
         ([(None, MINI)], "shown on the stand-in mini"),
     ],
