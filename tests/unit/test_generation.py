@@ -473,8 +473,8 @@ def test_a_model_with_adapters_keeps_its_generation_settings(tiny_loaded):
 
     model = copy.deepcopy(tiny_loaded.model)
     model.generation_config.eos_token_id = [0, 7]
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["query_key_value"], init_lora_weights=False))
-    loaded = replace(tiny_loaded, model=adapted)
+    config = LoraConfig(r=2, target_modules=["query_key_value"], init_lora_weights=False, task_type="CAUSAL_LM")
+    loaded = replace(tiny_loaded, model=get_peft_model(model, config))
     sampling = Sampling(temperature=0, max_new_tokens=5)
     first, second = (generate(loaded, "Once upon a time", sampling) for _ in range(2))
     assert first.token_ids == second.token_ids
