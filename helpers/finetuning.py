@@ -164,22 +164,15 @@ def finetune(
     kept = examples(loaded, held_out) if held_out else []
     identity = _identity(loaded, recipe, (found, kept))
     _check_folder(out_dir, identity)
-    checkpoint = _last_checkpoint(out_dir)
     history: list[Point] = []
     with _quiet(), _adapters(loaded, recipe) as model:
+        checkpoint = _last_checkpoint(out_dir)
         config = _config(recipe, out_dir, evaluates=bool(kept), starts=checkpoint is None)
         trainer = _trainer(model, loaded, config, (found, kept))
+        trainer.add_callback(_watch(history, on_point))
         if trainer.is_world_process_zero():
             _write_json(out_dir / IDENTITY_FILE, identity)
-        trainer.add_callback(_watch(history, on_point))
-        started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=checkpoint)
-        seconds = time.perf_counter() - started
-        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else bf16 training leaves autocast behind
-        model.eval()
-        if trainer.is_world_process_zero():
-            model.save_pretrained(out_dir)
-        trainer.accelerator.wait_for_everyone()
+        seconds = _train(trainer, checkpoint, out_dir)
     return Finetuned(
         loaded=replace(loaded, model=model),
         adapter_dir=out_dir,
@@ -287,6 +280,19 @@ def _trainer(model: PeftModel, loaded: Loaded, config: SFTConfig, data: Sequence
         if parameter.requires_grad:  # trl puts the adapters of a quantized model in bf16, too coarse for small steps
             parameter.data = parameter.data.float()
     return trainer
+
+
+def _train(trainer: SFTTrainer, checkpoint: str | None, out_dir: Path) -> float:
+    """Train, leave the model ready for inference and its adapter saved; the seconds that training took."""
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - started
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # bf16 leaves autocast behind
+    model.eval()
+    if trainer.is_world_process_zero():
+        model.save_pretrained(out_dir)
+    trainer.accelerator.wait_for_everyone()
+    return seconds
 
 
 def _config(recipe: Recipe, out_dir: Path, *, evaluates: bool, starts: bool) -> SFTConfig:
