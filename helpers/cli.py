@@ -34,6 +34,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 ProfileOption = Annotated[str, typer.Option("--profile", help="A name in env/profiles, or auto.")]
+MODELS = ROOT / "env" / "models"
+WORK = ROOT / "runs" / "train-mini"
 RunFolder = Annotated[Path, typer.Argument(help="The folder of a run, such as runs/20260131T120000Z-laptop.")]
 
 
@@ -115,6 +117,23 @@ def lab() -> None:
     """Open JupyterLab in notebooks/, with this environment's kernel."""
     options = [f"--ServerApp.root_dir={ROOT}", "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb"]
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", *options])
+
+
+@app.command("train-mini")
+@reports_errors
+def train_mini(
+    data: Annotated[Path, typer.Option(help="The folder with the text files that the recipe names.")],
+    stage: Annotated[list[str] | None, typer.Option(help="tokenizer, base or chat; repeat; all when left out.")] = None,
+    work: Annotated[Path, typer.Option(help="Where checkpoints go; the same command resumes from there.")] = WORK,
+    out: Annotated[Path, typer.Option(help="Where the two models go.")] = MODELS,
+) -> None:
+    """Make falcon-mini and falcon-mini-chat anew, as env/models/falcon-mini/recipe.yaml says."""
+    from helpers.miniature import texts, training
+
+    recipe = training.read_recipe()
+    training.train(data, work, recipe, stage or training.STAGES, out)
+    _, held_out = texts.pretraining_texts(data, recipe)
+    typer.echo(f"held-out bits per byte: {training.held_out_bits_per_byte(out / 'falcon-mini', held_out):.3f}")
 
 
 @app.command()

@@ -188,7 +188,7 @@ def direct(*sources: str) -> set[str]:
 
 
 def test_direct_requirements_are_what_is_used():
-    used = distributions(imported("helpers", "notebooks", "env/models"))
+    used = distributions(imported("helpers", "notebooks"))
     assert used <= direct("runtime.in")
     used |= distributions(imported("tests"))
     assert used | NOT_IMPORTED.keys() == direct("runtime.in", "dev.in"), "mend the .in files, then run make lock"
