@@ -25,13 +25,21 @@ Side = Loaded | ModelRef
 
 @dataclass(frozen=True)
 class Item:
-    """A question with its key: what a right reply names, and what it must not. Without an answer it is not scored."""
+    """A question with its key: what a right reply names, and what it must not. Without an answer it is not scored.
+
+    Raises ValueError for a key that is one text instead of several words.
+    """
 
     id: str
     kind: str
     question: str
     answer: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for words in (self.answer, self.others):
+            if isinstance(words, str) or not all(isinstance(word, str) and word for word in words):
+                raise ValueError(f"{words!r} is no list of words")
 
 
 @dataclass(frozen=True)
@@ -55,17 +63,12 @@ def read_items(path: Path) -> list[Item]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
-            keys = {name: _words(row.pop(name, [])) for name in ("answer", "others")}
-            items.append(Item(**row, **keys))
+            keys = {name: row.pop(name, []) for name in ("answer", "others")}
+            item = Item(**row, **keys)
+            items.append(replace(item, answer=tuple(item.answer), others=tuple(item.others)))
         except (ValueError, TypeError, AttributeError) as error:
             raise WorkbookError(f"{path.name}, line {number} is no item: {error}") from error
     return items
-
-
-def _words(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(word, str) and word for word in value):
-        raise ValueError(f"{value!r} is no list of words")
-    return tuple(value)
 
 
 def names(text: str, word: str) -> bool:
@@ -122,7 +125,10 @@ class Comparison:
         pairs = zip(self.items, self.replies[side], strict=True)
         scored = [(i, reply) for i, reply in pairs if i.answer and kind in (None, i.kind)]
         if not scored:
-            raise WorkbookError(f"No item{f' of kind {kind!r}' if kind else ''} has an answer to score by.")
+            raise WorkbookError(
+                f"No item{f' of kind {kind!r}' if kind else ''} has an answer to score by: ask an "
+                "Item(id, kind, question, answer=('goat',), others=('saddle',))."
+            )
         return tuple(RULES[rule](item, reply) for item, reply in scored)
 
     def score(self, side: str, rule: str = "correct", kind: str | None = None) -> Interval:
@@ -131,10 +137,13 @@ class Comparison:
         return stats.proportion(sum(verdicts), len(verdicts))
 
     def scores(self) -> DataFrame:
-        """Shares with 95% intervals by side, kind and rule, in the order of the items; "all" where kinds differ."""
+        """Shares with 95% intervals by side, kind and rule, in the order of the items; "all" where kinds differ.
+
+        Raises WorkbookError where no item has an answer.
+        """
         import pandas as pd
 
-        kinds: list[str | None] = list(dict.fromkeys(item.kind for item in self.items if item.answer))
+        kinds: list[str | None] = list(dict.fromkeys(item.kind for item in self.items if item.answer)) or [None]
         rows = []
         for kind in [*kinds, None] if len(kinds) > 1 else kinds:
             for side in self.sides:
@@ -154,7 +163,8 @@ class Comparison:
         one, two = self.verdicts(first, rule, kind), self.verdicts(second, rule, kind)
         _check_several(one)
         alone = [sum(a and not b for a, b in zip(x, y, strict=True)) for x, y in ((one, two), (two, one))]
-        return Difference(first, second, stats.paired_difference(one, two), stats.mcnemar(one, two), *alone)
+        interval = _within(stats.paired_difference(one, two), -1, 1)
+        return Difference(first, second, interval, stats.mcnemar(one, two), *alone)
 
     def win_rate(self, first: str | None = None, second: str | None = None) -> Interval:
         """How often the first side's reply is the better one, with its 95% interval; a tie counts half.
@@ -168,7 +178,7 @@ class Comparison:
         verdicts = [zip(*(self.verdicts(side, rule) for rule in RULES), strict=True) for side in chosen]
         grades = [[correct + (correct and concise) for correct, concise in side] for side in verdicts]
         _check_several(grades[0])
-        return stats.mean([(a > b) + (a == b) / 2 for a, b in zip(*grades, strict=True)])
+        return _within(stats.mean([(a > b) + (a == b) / 2 for a, b in zip(*grades, strict=True)]), 0, 1)
 
     def speed(self) -> DataFrame:
         """Medians over the replies: seconds to the first token, tokens per second after it; and bytes of the weights.
@@ -208,6 +218,11 @@ class Comparison:
         return replace(self, items=tuple(items))
 
 
+def _within(interval: Interval, least: float, most: float) -> Interval:
+    """The part of an interval that is possible: Student's t knows no bounds."""
+    return replace(interval, low=max(interval.low, least), high=min(interval.high, most))
+
+
 def _check_several(verdicts: Sequence[object]) -> None:
     if len(verdicts) < 2:
         raise WorkbookError("An interval needs at least two items with an answer.")
@@ -225,10 +240,15 @@ def compare(
 
     A model given as ModelRef is loaded in ``precision`` for its turn only, so that models that do not fit together
     can be compared. ``batch_size`` prompts are generated at once: more is faster, but times then describe the batch.
-    Raises WorkbookError for no prompts or no models, and what ``generation.generate`` raises.
+    Raises WorkbookError for no prompts, no models or no batch, and what ``generation.generate`` raises.
     """
-    if isinstance(prompts, str) or not prompts or not models:
-        raise WorkbookError("Give a list of prompts and at least one model.")
+    if isinstance(prompts, str) or not prompts:
+        raise WorkbookError("Give a list of prompts, not one text and not none.")
+    named = isinstance(models, Mapping) and models
+    if not named or not all(isinstance(model, Loaded | ModelRef) for model in models.values()):
+        raise WorkbookError('Give the models by name, loaded or as entries of a profile: {"falcon": loaded, ...}.')
+    if batch_size < 1:
+        raise WorkbookError(f"batch_size must be at least 1, but is {batch_size}.")
     items = tuple(p if isinstance(p, Item) else Item(f"prompt-{n}", "prompt", p) for n, p in enumerate(prompts, 1))
     replies, labels, sizes = {}, {}, {}
     for side, model in models.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from helpers.types import Message, WorkbookError
@@ -46,7 +47,8 @@ def check(name: str, answer: Any) -> Verdict:
     try:
         hint = _CHECKS[name](answer)
     except Exception as error:
-        hint = f"It raised {type(error).__name__}: {error}"
+        nothing = isinstance(error, TypeError) and "NoneType" in str(error)
+        hint = "It returned nothing yet." if nothing else f"It raised {type(error).__name__}: {error}"
     return Verdict(name, hint is None, hint or "Well done.")
 
 
@@ -56,7 +58,7 @@ def names() -> tuple[str, ...]:
 
 
 def _close(answer: Any, expected: float, relative: float = 0.01) -> bool:
-    return isinstance(answer, int | float) and abs(answer - expected) <= relative * abs(expected)
+    return isinstance(answer, Real) and abs(answer - expected) <= relative * abs(expected)
 
 
 def _kv_bytes(function: Callable[[int, int, int, int], int]) -> Hint:
@@ -244,7 +246,7 @@ def _is_right(function: Callable[[str, list[str], list[str]], bool]) -> Hint:
         ("Yes, I know.", ["yes"], ["no"], True),
     ]
     for text, answer, others, expected in cases:
-        if function(text, list(answer), list(others)) is not expected:
+        if bool(function(text, list(answer), list(others))) is not expected:
             return f"{text!r} with answer {answer} and others {others} should be {expected}. Compare whole words."
     return None
 
@@ -256,7 +258,8 @@ def _wilson(function: Callable[[int, int], tuple[float, float]]) -> Hint:
         expected = proportion(passed, trials)
         low, high = function(passed, trials)
         if abs(low - expected.low) > 1e-3 or abs(high - expected.high) > 1e-3:
-            return f"For {passed} of {trials} it is {expected.low:.4f} to {expected.high:.4f}, by scipy."
+            wanted = f"{expected.low:.4f} to {expected.high:.4f}"
+            return f"For {passed} of {trials} it is {wanted}, by scipy, but yours is {low:.4f} to {high:.4f}."
     return None
 
 
@@ -311,7 +314,9 @@ def _merged(function: Callable[[Any, Any, Any, float, int], Any]) -> Hint:
         adapted = model.base_model.model[0]
         a, b = (part["default"].weight.detach().clone() for part in (adapted.lora_A, adapted.lora_B))
         expected = model.merge_and_unload()[0].weight.detach()
-        answer = function(weight, a, b, alpha, rank)
+        answer = function(given := weight.clone(), a, b, alpha, rank)
+        if not torch.equal(given, weight):
+            return "Leave the weight as it is: return a new matrix."
         if not isinstance(answer, torch.Tensor) or answer.shape != expected.shape:
             return f"Return a matrix of the shape of the weight, {tuple(weight.shape)}."
         if not torch.allclose(answer, expected, atol=1e-5):

@@ -58,6 +58,11 @@ class Recipe:
     evaluate_every: int = 50
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "rank", "alpha", "log_every", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise FinetuneError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+
 
 @dataclass(frozen=True)
 class Example:
@@ -109,8 +114,9 @@ def read_conversations(path: Path) -> list[list[Message]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             found.append(json.loads(line)["messages"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise FinetuneError(f"{path.name}, line {number} is no conversation with messages: {error!r}") from error
+            _check_conversations(found[-1:])
+        except (ValueError, KeyError, TypeError, FinetuneError) as error:
+            raise FinetuneError(f"{path.name}, line {number} is no conversation with messages: {error}") from error
     return found
 
 
@@ -118,8 +124,10 @@ def examples(loaded: Loaded, conversations: Sequence[Conversation]) -> list[Exam
     """One example for each reply, in the model's chat format, with the end token after that reply only.
 
     Prompt and reply are tokenized apart, as they are when the model is asked. An example longer than the context is
-    left out. Raises FinetuneError where none is left, MessageError for malformed messages.
+    left out. Raises FinetuneError where none is left or what is given are no conversations, MessageError for malformed
+    messages.
     """
+    _check_conversations(conversations)
     found = [
         _example(loaded, conversation[: place + 1])
         for conversation in conversations
@@ -130,6 +138,18 @@ def examples(loaded: Loaded, conversations: Sequence[Conversation]) -> list[Exam
     if not kept:
         raise FinetuneError(f"None of the {len(found)} replies fits the context of {context_tokens(loaded)} tokens.")
     return kept
+
+
+def _check_conversations(conversations: Sequence[Conversation]) -> None:
+    """Raises FinetuneError where something is no list of conversations that each hold a reply."""
+    for talk in conversations if isinstance(conversations, Sequence) else [conversations]:
+        if isinstance(talk, str | Mapping) or not all(isinstance(m, Mapping) and "role" in m for m in talk):
+            raise FinetuneError(
+                'Give a list of conversations, each a list of messages: [[{"role": "user", "content": "Hi"}, '
+                '{"role": "assistant", "content": "Hello."}], ...].'
+            )
+    if not any(message["role"] == "assistant" for talk in conversations for message in talk):
+        raise FinetuneError('There is no reply to train on: no message has the role "assistant".')
 
 
 def token_counts(found: Sequence[Example]) -> DataFrame:
@@ -159,6 +179,7 @@ def finetune(
     way (load with ``unpacked=True``), where the model has adapters already, or where ``out_dir`` holds a fine-tune with
     another recipe, base or data.
     """
+    out_dir = Path(out_dir)
     _check_base(loaded.model)
     found = examples(loaded, dataset)
     kept = examples(loaded, held_out) if held_out else []
@@ -211,7 +232,7 @@ def merge(adapter_dir: Path, out_dir: Path) -> ModelRef:
     loaded.tokenizer.save_pretrained(out_dir)
     del model, merged
     loading.unload(loaded)
-    return replace(loaded.ref, id=str(out_dir.resolve()), source="embedded", revision=None, file=None)
+    return replace(loaded.ref, id=str(Path(out_dir).resolve()), source="embedded", revision=None, file=None)
 
 
 def relative_error(logits: torch.Tensor, reference: torch.Tensor) -> float:
@@ -445,7 +466,7 @@ def _last_checkpoint(out_dir: Path) -> str | None:
 
 def _load_base(adapter_dir: Path) -> Loaded:
     """The base model of an adapter, loaded as it was for training."""
-    path = adapter_dir / IDENTITY_FILE
+    path = Path(adapter_dir) / IDENTITY_FILE
     if not path.is_file():
         raise FinetuneError(f"{adapter_dir} holds no adapter of this workbook: {IDENTITY_FILE} is missing.")
     data = json.loads(path.read_text(encoding="utf-8"))

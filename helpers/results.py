@@ -350,6 +350,11 @@ def _keep(entry: Record) -> None:
             data["values"].setdefault(_notebook(), {})[fields.pop("name")] = fields
 
 
+def work_folder(name: str) -> Path:
+    """Where a notebook keeps work that an interrupt must not lose: in its run's folder, or in ``runs/work``."""
+    return (_run_folder() or ROOT / "runs") / "work" / name
+
+
 def _run_folder() -> Path | None:
     folder = os.environ.get("WORKBOOK_RUN_DIR")
     return Path(folder) if folder else None

@@ -182,11 +182,13 @@ results.record("animal_difference", round(interval.estimate, 4), **options)
 
 # %% [markdown]
 # Counting conciseness too: a reply wins that is correct where the other is not, or correct and concise where the other is only correct. Two
-# wrong replies tie, however short.
+# wrong replies tie, however short, and a tie counts half: a side that wins nothing can still have a rate well above zero.
 
 # %%
 win = test.win_rate("falcon", "llama")
-print(f"falcon's replies win {win.estimate:.3f} of the items ({win.low:.3f} to {win.high:.3f})")
+ties = len(items) - difference.only_first - difference.only_second
+print(f"correctness alone: {difference.only_first} won, {difference.only_second} lost, {ties} tied")
+print(f"win rate, ties half: {win.estimate:.3f} ({win.low:.3f} to {win.high:.3f})")
 label = test.labels["falcon"]
 results.record("win_rate_falcon", round(win.estimate, 4), tolerance=0.05, model=label)
 
@@ -253,8 +255,21 @@ for side, model in models.items():
     )
 
 # %% [markdown]
-# The two ways can disagree widely: a model may find the right option likelier and still never say it, or say it in a way
-# that the rule of section 3 does not accept. A published score means little without the way it was made.
+# The two ways can disagree widely. But does the likelier option show that the model *understood*? Some words are likelier anyhow. The control:
+# the same options after a prompt that asks nothing. Guessing would score 0.5.
+
+# %%
+hello = [{"role": "user", "content": "Hello."}]
+control = [replace(question, prompt=hello) for question in questions]
+for side, model in models.items():
+    with comparison.opened(model, settings.precision) as loaded:
+        for name, asked_so in (("the question", questions), ("only a greeting", control)):
+            share = evaluation.multiple_choice(loaded, asked_so).accuracy
+            print(f"{side}, {name}: {share.estimate:.3f} ({share.low:.3f} to {share.high:.3f})")
+
+# %% [markdown]
+# Where the greeting alone scores as well as the question, the score is a taste for words, not an answer. A published score means little without
+# the way it was made, and without its control.
 #
 # ### The same through EleutherAI's harness
 #

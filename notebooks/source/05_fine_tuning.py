@@ -93,7 +93,7 @@ with tempfile.TemporaryDirectory() as folder:
 #
 # - transformers 5.5 to 5.23 leaves Falcon unquantized without a word (notebook 02); `loading.load` repairs and proves it.
 # - On a CPU with AVX512-BF16, bitsandbytes *repacks* nf4 weights in place at the first inference. After that, training gets no gradient through
-#   the frozen layers, and merging gives garbage. An evaluation before or during training is enough. `unpacked=True` prevents it.
+#   the frozen layers, and merging gives garbage. An evaluation before or during training is enough. `unpacked=True` prevents it (tests/unit/test_finetuning.py shows both).
 
 # %%
 loading.unload(mini)
@@ -104,8 +104,7 @@ loading.report_table(loaded)
 # %% [markdown]
 # ## 3 · Before
 #
-# The animal test of notebook 04, and the perplexity of texts that have nothing to do with animals or questions: what may a fine-tune
-# break?
+# The animal test of notebook 04, and the perplexity of short stories, which are nothing like the samples: what may a fine-tune break?
 
 # %%
 items = comparison.read_items(Path("data/animal_items.jsonl"))
@@ -156,7 +155,8 @@ counts
 # ## 5 · Train
 #
 # The curve grows while the model trains. The held-out samples are evaluated on the way, with the same unpacked weights.
-# Interrupted, the same call goes on from its last checkpoint, a tenth of the way at most behind.
+# Interrupted, the same call goes on from its last checkpoint, a tenth of the way at most behind: in the notebook, run the cell again; of a run
+# in the terminal, `workbook run --resume` does it.
 
 # %%
 recipe = finetuning.Recipe(
@@ -168,7 +168,7 @@ recipe = finetuning.Recipe(
     gradient_checkpointing=gradient_checkpointing,
     seed=seed,
 )
-work = Path(tempfile.mkdtemp(prefix="fine-tune-"))
+work = results.work_folder("fine-tune")
 recipe
 
 # %%
@@ -214,6 +214,9 @@ for side in both.sides:
     score = both.score(side)
     print(f"{side}: {score.estimate:.3f} correct ({score.low:.3f} to {score.high:.3f})")
     results.record(f"animal_score_{side}", round(score.estimate, 4), tolerance=0.05, model=label)
+asked = [number for number, item in enumerate(items) if item.kind == "yes_no"]
+said = sum(comparison.names(after.replies["after"][number].text, "yes") for number in asked)
+print(f"after: says yes to {said} of {len(asked)}, half of which are animals")
 yes_no = both.score("after", kind="yes_no").estimate
 results.record("yes_no_after", round(yes_no, 4), tolerance=0.06, model=label)
 difference = both.difference("after", "before")
@@ -222,9 +225,9 @@ print(f"after - before: {difference.interval.estimate:+.3f} ({low:+.3f} to {high
 print(f"McNemar's exact p: {difference.p_value:.2g}")
 
 # %% [markdown]
-# (The interval and p take the items for independent; each noun is in four or five of them, so both are somewhat too sure.)
+# Look at the figure again: on the `laptop` profile nearly all of the gain is in the yes-or-no questions. (The interval and p take the items for independent; each noun is in four or five of them, so both are somewhat too sure.)
 #
-# What it cost elsewhere: the texts that have nothing to do with animals.
+# What it cost elsewhere: the stories.
 
 # %%
 bits_after = evaluation.perplexity(tuned.loaded, texts).bits_per_byte

@@ -122,6 +122,8 @@ def test_items_without_an_answer_are_not_scored():
     assert test.verdicts("falcon") == (True,)
     with pytest.raises(WorkbookError, match="No item has an answer"):
         table([story], falcon=["Once"]).score("falcon")
+    with pytest.raises(WorkbookError, match="No item has an answer"):
+        table([story], falcon=["Once"]).scores()
     with pytest.raises(WorkbookError, match="The sides are falcon"):
         test.score("llama")
 
@@ -199,9 +201,23 @@ def test_sides_are_loaded_together_only_where_the_profile_keeps_them_so():
 
 
 def test_nothing_to_ask_is_an_error(mini):
-    for prompts, models in (([], {"a": mini}), (["Hi"], {}), ("Hi", {"a": mini})):
+    for prompts in ([], "Hi"):
         with pytest.raises(WorkbookError, match="list of prompts"):
-            compare(prompts, models)
+            compare(prompts, {"a": mini})
+    for models in ({}, mini, {"a": "falcon-mini-chat"}):
+        with pytest.raises(WorkbookError, match="models by name"):
+            compare(["Hi"], models)
+    with pytest.raises(WorkbookError, match="batch_size must be at least 1"):
+        compare(["Hi"], {"a": mini}, batch_size=0)
+
+
+def test_intervals_stay_within_what_is_possible():
+    few = table([GOAT] * 2, falcon=["goat", "saddle"], llama=["saddle", "saddle"])
+    win, difference = few.win_rate(), few.difference("falcon", "llama").interval
+    assert (win.low, win.high) == (0, 1)
+    assert (difference.low, difference.high) == (-1, 1)
+    with pytest.raises(ValueError, match="no list of words"):
+        Item("1", "fact", "?", answer="Paris")
 
 
 @pytest.mark.parametrize("second", ['{"kind": "list"}', '{"id": "2", "kind": "a", "question": "?", "answer": "Paris"}'])

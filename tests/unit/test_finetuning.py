@@ -133,6 +133,24 @@ def test_a_line_that_is_no_conversation_is_named(tmp_path):
         finetuning.read_conversations(path)
 
 
+@pytest.mark.parametrize("given", [DATA[0], ["Hi"], [{"prompt": "Hi", "completion": "Hello."}], ["Hi", "Hello."]])
+def test_what_is_no_conversation_is_refused_with_an_example(given, tiny_loaded):
+    with pytest.raises(FinetuneError, match="Give a list of conversations"):
+        examples(tiny_loaded, given)
+
+
+def test_conversations_without_a_reply_are_refused(tiny_loaded):
+    for given in ([], [talk("Hi")], [[{"role": "falcon", "content": "Hi"}]]):
+        with pytest.raises(FinetuneError, match="no reply to train on"):
+            examples(tiny_loaded, given)
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "rank"])
+def test_a_recipe_that_trains_nothing_is_refused(name):
+    with pytest.raises(FinetuneError, match=f"{name} must be at least 1"):
+        dataclasses.replace(SHORT, **{name: 0})
+
+
 # --- training -----------------------------------------------------------------------------------------------------
 
 

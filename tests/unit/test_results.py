@@ -261,3 +261,10 @@ def test_failed_notebooks_and_mixed_profiles_give_no_expected_values(tmp_path):
         results.expected_from_runs([failed])
     with pytest.raises(results.ResultError, match="one profile"):
         results.expected_from_runs([failed, finished_run(tmp_path / "other", {}, profile="8x80gb")])
+
+
+def test_work_goes_to_the_runs_folder_or_beside_the_runs(monkeypatch, tmp_path):
+    monkeypatch.delenv("WORKBOOK_RUN_DIR", raising=False)
+    assert results.work_folder("a") == results.ROOT / "runs" / "work" / "a"
+    monkeypatch.setenv("WORKBOOK_RUN_DIR", str(tmp_path))
+    assert results.work_folder("a") == tmp_path / "work" / "a"
