@@ -128,12 +128,28 @@ def train_mini(
     out: Annotated[Path, typer.Option(help="Where the two models go.")] = MODELS,
 ) -> None:
     """Make falcon-mini and falcon-mini-chat anew, as env/models/falcon-mini/recipe.yaml says."""
-    from helpers.miniature import texts, training
+    from helpers.miniature import training
 
-    recipe = training.read_recipe()
-    training.train(data, work, recipe, stage or training.STAGES, out)
-    _, held_out = texts.pretraining_texts(data, recipe)
-    typer.echo(f"held-out bits per byte: {training.held_out_bits_per_byte(out / 'falcon-mini', held_out):.3f}")
+    training.train(data, work, training.read_recipe(), stage or training.STAGES, out)
+    typer.echo(f"Trained: {_short(out)}. What it is worth: workbook evaluate-mini --models {_short(out)}")
+
+
+@app.command("evaluate-mini")
+@reports_errors
+def evaluate_mini(
+    models: Annotated[Path, typer.Option(help="The folder of falcon-mini and falcon-mini-chat.")] = MODELS,
+) -> None:
+    """Measure falcon-mini on held-out texts and write its quality.json, its curve and its model card."""
+    from helpers.miniature import card
+    from helpers.profiles import load_profile
+
+    figures = card.measure(models, load_profile("laptop").llama_chat)
+    card.write(models, figures)
+    table = Table("measured", "value (95% interval)")
+    for name, value in figures.items():
+        if "samples" not in name:
+            table.add_row(name, _figure(value))
+    Console().print(table)
 
 
 @app.command()
@@ -148,6 +164,10 @@ def plan(profile: ProfileOption = "laptop") -> None:
     for table in (_memory(chosen, shapes), _placement(chosen, shapes), _download(chosen), _time(chosen)):
         console.print()
         console.print(table)
+
+
+def _figure(value: float | list[float]) -> str:
+    return f"{value[0]} ({value[1]}-{value[2]})" if isinstance(value, list) else str(value)
 
 
 def _split(texts: Iterable[str] | None) -> list[str]:

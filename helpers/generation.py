@@ -102,15 +102,23 @@ def generate(loaded: Loaded, prompt: Prompt, sampling: Sampling = DEFAULT_SAMPLI
     return generate_batch(loaded, [prompt], sampling)[0]
 
 
-def generate_batch(loaded: Loaded, prompts: Sequence[Prompt], sampling: Sampling = DEFAULT_SAMPLING) -> list[Reply]:
-    """One reply for each prompt, generated together with left padding; every one is drawn with the same seed.
+def generate_batch(
+    loaded: Loaded,
+    prompts: Sequence[Prompt],
+    sampling: Sampling = DEFAULT_SAMPLING,
+    seeds: Sequence[int] | None = None,
+) -> list[Reply]:
+    """One reply for each prompt, generated together with left padding.
 
-    In fp32 the replies equal those of ``generate`` token for token. ``seconds`` of a reply is the time to its own last
-    token. Raises as ``generate`` does.
+    Every one is drawn with ``sampling.seed``, or each with its own of ``seeds``: replies to be counted as independent
+    draws need seeds of their own. In fp32 the replies equal those of ``generate`` token for token. ``seconds`` of a
+    reply is the time to its own last token. Raises as ``generate`` does, and ValueError for too few or many seeds.
     """
+    if seeds is not None and len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
     answers = [_begin(loaded, prompt, sampling) for prompt in prompts]
     if answers:
-        _run(loaded, _Watch(answers), sampling)
+        _run(loaded, _Watch(answers), sampling, seeds)
     return [answer.reply() for answer in answers]
 
 
@@ -250,10 +258,10 @@ class _GumbelNoise:
     The Gumbel-max method (Gumbel 1954; Maddison et al. 2014): -log of an exponential variable is Gumbel noise.
     """
 
-    def __init__(self, seed: int, rows: int) -> None:
+    def __init__(self, seeds: Sequence[int]) -> None:
         import torch
 
-        self.generators = [torch.Generator().manual_seed(seed) for _ in range(rows)]
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         import torch
@@ -303,13 +311,13 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], ids
     return whole[len(before) :]
 
 
-def _processors(sampling: Sampling, rows: int) -> list:
+def _processors(sampling: Sampling, seeds: Sequence[int]) -> list:
     if sampling.temperature == 0:
         return []
     from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
     warpers = [TemperatureLogitsWarper(float(sampling.temperature)), TopPLogitsWarper(float(sampling.top_p))]
-    return [*warpers, _GumbelNoise(sampling.seed, rows)]
+    return [*warpers, _GumbelNoise(seeds)]
 
 
 def _left_padded(rows: list[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -322,7 +330,7 @@ def _left_padded(rows: list[list[int]], padding: int) -> tuple[torch.Tensor, tor
     return pad_sequence(ids, batch_first=True, padding_value=padding, padding_side="left"), mask
 
 
-def _run(loaded: Loaded, watch: _Watch, sampling: Sampling) -> None:
+def _run(loaded: Loaded, watch: _Watch, sampling: Sampling, seeds: Sequence[int] | None = None) -> None:
     """Generates until every answer is finished.
 
     ``generate`` fills what a GenerationConfig leaves open from the model's own one, so it runs on a shallow copy of
@@ -348,7 +356,7 @@ def _run(loaded: Loaded, watch: _Watch, sampling: Sampling) -> None:
             input_ids=ids.to(input_device(model)),
             attention_mask=mask.to(input_device(model)),
             generation_config=config,
-            logits_processor=LogitsProcessorList(_processors(sampling, len(ids))),
+            logits_processor=LogitsProcessorList(_processors(sampling, seeds or [sampling.seed] * len(ids))),
             stopping_criteria=StoppingCriteriaList([watch]),
         )
 

@@ -404,12 +404,12 @@ def score_intervals(scores: Any, subject: str) -> Figure:
 
 
 @_styled
-def loss_curve(history: Sequence[Any], steps: int, subject: str) -> Figure:
+def loss_curve(history: Sequence[Any], steps: int, subject: str, title: str = "Loss while fine-tuning") -> Figure:
     """The training loss, and the loss on held-out examples, by step (nats a token), over all ``steps`` to come.
 
     ``history`` holds points with ``step``, ``loss`` and ``held_out_loss`` (either may be None).
     """
-    figure, (axis,) = _canvas("Loss while fine-tuning", subject, 3.6)
+    figure, (axis,) = _canvas(title, subject, 3.6)
     curves = (("loss", BLUE, "-", "training batches"), ("held_out_loss", ORANGE, "o--", "held-out examples"))
     for name, colour, style, label in curves:
         points = [(point.step, getattr(point, name)) for point in history if getattr(point, name) is not None]

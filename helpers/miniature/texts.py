@@ -1,12 +1,12 @@
-"""What falcon-mini is trained on: stories, news and dialogues to continue, replies to give."""
+"""What falcon-mini's base model is trained on: stories, news, dialogues, lines of repeated words."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,6 @@ from helpers.types import ROOT, WorkbookError
 
 END = "<|endoftext|>"
 NOUNS = ROOT / "notebooks" / "data" / "animal_nouns.jsonl"
-ROLES = ("User", "Falcon")
-SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer in one short sentence.", "You are a friendly falcon.")
-SYSTEM_SHARE = 0.15
-Turns = list[str]  # user, reply, user, reply, ...
 
 
 class DataError(WorkbookError):
@@ -26,80 +22,92 @@ class DataError(WorkbookError):
 
 def frozen_nouns() -> re.Pattern[str]:
     """Matches any noun of notebook 04's animal test: no conversation that holds one is trained on."""
-    rows = [json.loads(line) for line in NOUNS.read_text(encoding="utf-8").splitlines()]
-    words = [re.escape(word) for row in rows for word in (row["noun"], row["plural"])]
+    words = [re.escape(word) for row in read_nouns() for word in (row["noun"], row["plural"])]
     return re.compile(rf"\b({'|'.join(words)})\b", re.IGNORECASE)
+
+
+def read_nouns() -> list[dict[str, str]]:
+    """The nouns of the animal test, each with its plural and kind."""
+    return [json.loads(line) for line in NOUNS.read_text(encoding="utf-8").splitlines()]
 
 
 def records(path: Path) -> list[str]:
     """The records of a text file, separated by the end token. Raises DataError where there is no such file."""
-    return [text.strip() for text in _read(path).split(END) if text.strip()]
+    return [text.strip() for text in read_text(path).split(END) if text.strip()]
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a data file. Raises DataError where there is no such file."""
     if not path.is_file():
-        raise DataError(f"{path} is missing: the recipe names the files, the model card where each comes from.")
+        raise DataError(
+            f"{path} is missing. Of training texts the recipe names the files and the model card the origins; what "
+            "stands beside the weights is made by workbook train-mini."
+        )
     return path.read_text(encoding="utf-8")
 
 
-def pretraining_texts(data: Path, recipe: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """(training texts, held-out texts): stories and news whole, dialogues without the frozen nouns.
+def held_out_stories(data: Path, recipe: Mapping[str, Any]) -> list[str]:
+    """The records that no training step sees: the first of their file in an order drawn with the seed."""
+    return _split_held_out(data, recipe)[0]
 
-    Of each file so many characters as the recipe says are taken, in an order drawn with its seed.
+
+def training_stories(data: Path, recipe: Mapping[str, Any]) -> list[str]:
+    """The other records of the held-out stories' file."""
+    return _split_held_out(data, recipe)[1]
+
+
+def _split_held_out(data: Path, recipe: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    settings = recipe["held_out"]
+    texts = records(data / settings["stories"])
+    random.Random(recipe["seed"]).shuffle(texts)
+    return texts[: settings["records"]], texts[settings["records"] :]
+
+
+def write_texts(path: Path, texts: Sequence[str]) -> None:
+    """The texts as JSON lines, each under ``text``."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts that ``write_texts`` wrote. Raises DataError where there is no such file."""
+    return [json.loads(line)["text"] for line in read_text(path).splitlines()]
+
+
+def pretraining_texts(data: Path, recipe: Mapping[str, Any], without: Sequence[str] = ()) -> list[str]:
+    """What one pass of the base's training reads, shuffled: each file so often as the recipe says, half of it for 0.5.
+
+    Stories and news are taken whole; dialogues without those that hold a frozen noun, or a line of ``without``. Lines
+    of repeated words are added. Raises DataError for a missing file.
     """
+    held_out = re.compile("|".join(rf"^\w+: {re.escape(line)}$" for line in without) or "(?!)", re.MULTILINE)
     frozen, rng = frozen_nouns(), random.Random(recipe["seed"])
     settings = recipe["pretrain"]
-    train: list[str] = []
-    held_out: list[str] = []
-    for name, most in settings["files"].items():
-        texts = records(data / name)
+    found: list[str] = []
+    for name, times in settings["files"].items():
+        texts = training_stories(data, recipe) if name == recipe["held_out"]["stories"] else records(data / name)
         if name.startswith("dialog"):
             texts = [text for text in texts if not frozen.search(text)]
         rng.shuffle(texts)
-        if name == settings["held_out_file"]:
-            held_out, texts = texts[: settings["held_out_records"]], texts[settings["held_out_records"] :]
-        sizes = itertools.accumulate(map(len, texts))
-        train += [text for text, size in zip(texts, sizes, strict=True) if size <= most]
-    rng.shuffle(train)
-    return train, held_out
+        taken = texts * int(times) + texts[: round(len(texts) * (times % 1))]
+        found += [text for text in taken if not held_out.search(text)]
+    found += repeated_words(found, int(settings["repeated_words"]), rng)
+    rng.shuffle(found)
+    return found
 
 
-def conversations(path: Path) -> Iterator[Turns]:
-    """User and reply turns of a dialogue (.txt) or instruction (.jsonl) file.
+def repeated_words(texts: Sequence[str], count: int, rng: random.Random) -> list[str]:
+    """``count`` texts in which random words come again in the same order, without the frozen nouns.
 
-    Talks in which the speakers do not alternate are left out. Raises DataError where there is no such file.
+    To predict them a model must copy from its context, which it needs to name one of two things that it is asked about.
+    The induction heads that do so form early on such text (Olsson et al. 2022, arXiv:2209.11895).
     """
-    if path.suffix == ".jsonl":
-        for line in _read(path).splitlines():
-            row = json.loads(line)
-            question = " ".join(part for part in (row.get("context"), row["prompt"]) if part)
-            yield [*(row.get("turns") or [question]), row["response"]]
-        return
-    for record in records(path):
-        lines = [line.split(": ", 1) for line in record.splitlines()]
-        alternate = all(a[0] != b[0] for a, b in itertools.pairwise(lines))
-        if alternate and len(lines) > 1 and all(len(line) == 2 for line in lines):
-            yield [" ".join(line[1].split()) for line in lines]
+    frozen = frozen_nouns()
+    seen = Counter(word for text in texts[::20] for word in re.findall(r"\b[a-z]{3,10}\b", text))
+    words = sorted(word for word, times in seen.items() if times > 1 and not frozen.fullmatch(word))
+    return [_repeated(rng.choices(words, k=rng.randint(3, 20)), rng) for _ in range(count)]
 
 
-def chat_examples(data: Path, recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(prompt, reply) pairs in the Falcon chat format, one reply of each conversation, frozen nouns left out.
-
-    The reply begins with its space and ends with the end token.
-    """
-    frozen, rng = frozen_nouns(), random.Random(recipe["seed"])
-    settings, pairs = recipe["chat"], []
-    for name, most in settings["files"].items():
-        found = [turns for turns in conversations(data / name) if not frozen.search(" ".join(turns))]
-        rng.shuffle(found)
-        for turns in found[:most]:
-            last = rng.randrange(1, len(turns), 2)
-            reply = " ".join(turns[last].split())
-            if not reply or len(reply) > settings["reply_max_characters"]:
-                continue
-            lines = [f"{ROLES[place % 2]}: {' '.join(turn.split())}" for place, turn in enumerate(turns[:last])]
-            if rng.random() < SYSTEM_SHARE:
-                lines.insert(0, f"System: {rng.choice(SYSTEM_PROMPTS)}")
-            pairs.append(("\n".join([*lines, "Falcon:"]), f" {reply}{END}"))
-    rng.shuffle(pairs)
-    return pairs[: settings["max_examples"]]
+def _repeated(words: Sequence[str], rng: random.Random) -> str:
+    separator, end = rng.choice([" ", ", ", "\n", " and "]), rng.choice([".", "\n", " -"])
+    line = separator.join(words) + end
+    return " ".join([line] * rng.randint(2, 4)).strip()

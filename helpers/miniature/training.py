@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from helpers.miniature.texts import END, chat_examples, pretraining_texts
-from helpers.types import ROOT, ModelRef, WorkbookError
+from helpers.miniature.talk import chat_examples, chat_pairs, held_out_talks
+from helpers.miniature.texts import END, held_out_stories, pretraining_texts, write_texts
+from helpers.types import ROOT, WorkbookError
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
     from transformers import FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 RECIPE = ROOT / "env" / "models" / "falcon-mini" / "recipe.yaml"
@@ -23,8 +26,11 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'Falcon:' }}{% endif %}"
 )
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+LOG = "training_log.jsonl"
+HELD_OUT = "held_out.jsonl"  # beside the weights: the texts that they are measured on
 IGNORED = -100  # the label of a token that carries no loss
 Row = dict[str, list[int]]
+M = TypeVar("M")
 
 
 def read_recipe(path: Path = RECIPE) -> dict[str, Any]:
@@ -44,24 +50,41 @@ def train(
     """Make falcon-mini and falcon-mini-chat in ``out`` from the text files in ``data``.
 
     Checkpoints go to ``work``; the same call resumes from the newest. A stage takes what the stages before it left in
-    ``out``. Raises WorkbookError for an unknown stage, DataError for a missing file.
+    ``out``. Raises WorkbookError for an unknown stage, one whose forerunner is missing, or checkpoints of another
+    training in ``work``; DataError for a missing file.
     """
-    from transformers import PreTrainedTokenizerFast, set_seed
+    from transformers import FalconForCausalLM, PreTrainedTokenizerFast, set_seed
 
     if unknown := set(stages) - set(STAGES):
         raise WorkbookError(f"There is no stage {', '.join(sorted(unknown))}; the stages are {', '.join(STAGES)}.")
     base, chat = out / "falcon-mini", out / "falcon-mini-chat"
-    texts, _ = pretraining_texts(data, recipe)
+    talks = held_out_talks(data, recipe)
     set_seed(recipe["seed"])
+    if {"tokenizer", "base"} & set(stages):
+        texts = pretraining_texts(data, recipe, without=[message for message, _ in talks])
     if "tokenizer" in stages:
         train_tokenizer(texts, recipe, base)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    tokenizer = _made(base, "tokenizer.json", "tokenizer", PreTrainedTokenizerFast)
     if "base" in stages:
-        _train_base(texts, tokenizer, recipe, work / "base", base)
+        stories = held_out_stories(data, recipe)
+        _train_base(texts, stories, tokenizer, recipe=recipe, work=work / "base", out=base)
+        write_texts(base / HELD_OUT, stories)
     if "chat" in stages:
-        _train_chat(chat_examples(data, recipe), tokenizer, recipe, work / "chat", chat)
+        model = _made(base, "model.safetensors", "base", FalconForCausalLM)
+        rows = [reply_rows(pairs, tokenizer, recipe) for pairs in (chat_examples(data, recipe), chat_pairs(talks))]
+        _train_chat(model.float(), rows[0], rows[1], tokenizer, recipe=recipe, work=work / "chat", out=chat)
+        write_texts(chat / HELD_OUT, [message for message, _ in talks])
         for name in TOKENIZER_FILES:
             shutil.copy(base / name, chat / name)
+
+
+def _made(folder: Path, file: str, stage: str, kind: type[M]) -> M:
+    """What an earlier stage left in ``folder``."""
+    if not (folder / file).is_file():
+        raise WorkbookError(
+            f"{folder / file} is missing: make the stage {stage} first, or all stages (without --stage)."
+        )
+    return kind.from_pretrained(folder, local_files_only=True)
 
 
 def train_tokenizer(texts: Sequence[str], recipe: Mapping[str, Any], out: Path) -> None:
@@ -106,11 +129,9 @@ def falcon_config(tokenizer: PreTrainedTokenizerFast, recipe: Mapping[str, Any])
     )
 
 
-def packed(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, recipe: Mapping[str, Any]) -> list[Row]:
-    """Blocks of ``context_tokens`` tokens, texts joined by the end token; repeated, or cut off, to ``max_tokens``."""
+def packed(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, length: int) -> list[Row]:
+    """Full blocks of ``length`` tokens, the texts joined by the end token; what is left over is cut off."""
     ids = [i for row in tokenizer([text + END for text in texts], verbose=False)["input_ids"] for i in row]
-    length, most = recipe["context_tokens"], int(recipe["pretrain"]["max_tokens"])
-    ids = (ids * (most // len(ids) + 1))[:most]
     blocks = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
     return [{"input_ids": block, "labels": block} for block in blocks]
 
@@ -127,66 +148,87 @@ def reply_rows(
     return rows
 
 
-def held_out_bits_per_byte(folder: Path, texts: Sequence[str]) -> float:
-    """Bits per byte of a checkpoint, in fp32, on texts that no training step saw."""
-    from helpers.evaluation import perplexity
-    from helpers.loading import load
+def muon(model: FalconForCausalLM, settings: Mapping[str, Any]) -> Optimizer:
+    """Muon for the matrices inside the layers, AdamW for the embedding and the norms (Jordan et al. 2024).
 
-    ref = ModelRef(id=str(folder.resolve()), family="falcon", format="plain", source="embedded")
-    return perplexity(load(ref, "fp32"), texts).bits_per_byte
+    Updates are scaled to AdamW's size (Liu et al. 2025, arXiv:2502.16982). The recipe names both learning rates.
+    """
+    from pytorch_optimizer import Muon
+
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    embedding = model.get_input_embeddings().weight
+    matrices = [weight for weight in weights if weight.ndim == 2 and weight is not embedding]
+    others = [weight for weight in weights if weight.ndim != 2 or weight is embedding]
+    inner = {"params": matrices, "lr": float(settings["learning_rate"]), "weight_decay": settings["weight_decay"]}
+    outer = {"params": others, "lr": float(settings["embedding_learning_rate"]), "weight_decay": 0.0}
+    return Muon([inner | {"use_muon": True}, outer | {"use_muon": False}], use_adjusted_lr=True)
 
 
 def _train_base(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, recipe: Mapping[str, Any], work: Path, out: Path
-) -> None:
-    from transformers import FalconForCausalLM
-
-    model = FalconForCausalLM(falcon_config(tokenizer, recipe))
-    _fit(model, tokenizer, packed(texts, tokenizer, recipe), _arguments(recipe, "pretrain", work), out)
-
-
-def _train_chat(
-    pairs: Sequence[tuple[str, str]],
+    texts: Sequence[str],
+    held_out: Sequence[str],
     tokenizer: PreTrainedTokenizerFast,
+    *,
     recipe: Mapping[str, Any],
     work: Path,
     out: Path,
 ) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import FalconForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(out.parent / "falcon-mini", dtype=torch.float32)
-    arguments = _arguments(recipe, "chat", work)
-    arguments.train_sampling_strategy = "group_by_length"
-    _fit(model, tokenizer, reply_rows(pairs, tokenizer, recipe), arguments, out)
+    model, log = FalconForCausalLM(falcon_config(tokenizer, recipe)), []
+    for phase in recipe["pretrain"]["phases"]:
+        rows, measured = (packed(part, tokenizer, phase["context_tokens"]) for part in (texts, held_out))
+        settings = phase | {"weight_decay": recipe["pretrain"]["weight_decay"]}
+        arguments = _arguments(settings, recipe, work / phase["name"])
+        found = _fit(model, tokenizer, rows, arguments, muon(model, settings), measured=measured)
+        a_step = phase["batch_size"] * phase["context_tokens"]
+        log += [{"phase": phase["name"], "tokens": row["step"] * a_step, **row} for row in found]
+    _save(model, log, out)
 
 
-def _arguments(recipe: Mapping[str, Any], stage: str, work: Path) -> TrainingArguments:
-    """Warm-up and cosine decay, bf16 autocast, a checkpoint every ``save_steps``; on the GPU where there is one."""
+def _train_chat(
+    model: FalconForCausalLM,
+    rows: Sequence[Row],
+    measured: Sequence[Row],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    recipe: Mapping[str, Any],
+    work: Path,
+    out: Path,
+) -> None:
+    settings = recipe["chat"]
+    arguments, optimizer = _arguments(settings, recipe, work), muon(model, settings)
+    log = _fit(model, tokenizer, rows, arguments, optimizer, measured=measured)
+    _save(model, [{"phase": "chat", **row} for row in log], out)
+
+
+def _arguments(settings: Mapping[str, Any], recipe: Mapping[str, Any], work: Path) -> TrainingArguments:
+    """bf16 autocast, a checkpoint and a measurement every ``save_steps``; on the GPU where there is one."""
     import torch
     from transformers import TrainingArguments
 
-    settings, gpu = recipe[stage], torch.cuda.is_available()
+    gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(work),
+        max_steps=settings.get("max_steps", -1),
         num_train_epochs=settings.get("epochs", 1),
         per_device_train_batch_size=settings["batch_size"],
-        learning_rate=float(settings["learning_rate"]),
-        weight_decay=float(settings["weight_decay"]),
-        adam_beta2=0.95,
+        per_device_eval_batch_size=settings["batch_size"],
         warmup_steps=settings["warmup_steps"],
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.05},
+        lr_scheduler_type=settings["schedule"],
         max_grad_norm=1.0,
         bf16=True,
         use_cpu=not gpu,
         logging_steps=10,
         save_steps=recipe["save_steps"],
         save_total_limit=1,
+        eval_strategy="steps",
+        eval_steps=recipe["save_steps"],
         report_to=[],
         seed=recipe["seed"],
         dataloader_pin_memory=gpu,
         remove_unused_columns=False,
+        train_sampling_strategy=settings.get("sampling", "random"),
     )
 
 
@@ -195,17 +237,63 @@ def _fit(
     tokenizer: PreTrainedTokenizerFast,
     rows: Sequence[Row],
     arguments: TrainingArguments,
-    out: Path,
-) -> None:
-    """Train or resume, then save bf16 weights and the log."""
-    import torch
-    from transformers import DataCollatorForSeq2Seq, Trainer
+    optimizer: Optimizer,
+    *,
+    measured: Sequence[Row],
+) -> list[dict[str, Any]]:
+    """Train, or resume, in place; step and loss of the log. The loss on ``measured`` is taken at every checkpoint."""
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerState
+    from transformers.trainer import TRAINER_STATE_NAME
     from transformers.trainer_utils import get_last_checkpoint
 
     work = Path(arguments.output_dir)
-    trainer = Trainer(model, arguments, train_dataset=list(rows), data_collator=DataCollatorForSeq2Seq(tokenizer))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(work) if work.is_dir() else None)
+    _check_same_training(model, rows, work)
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=list(rows),
+        eval_dataset=list(measured),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        optimizers=(optimizer, None),
+    )
+    last = get_last_checkpoint(work)
+    if last and _is_finished(Path(last)):
+        model.load_state_dict(type(model).from_pretrained(last).state_dict())
+        trainer.state = TrainerState.load_from_json(str(Path(last) / TRAINER_STATE_NAME))
+    else:
+        trainer.train(resume_from_checkpoint=last)
+    names = {"loss": "loss", "eval_loss": "held_out_loss"}
+    log = ((row, names.keys() & row.keys()) for row in trainer.state.log_history)
+    return [{"step": row["step"], **{names[key]: round(row[key], 4) for key in found}} for row, found in log if found]
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    """Whether a training reached its last step; ``Trainer`` would take one more when it resumes there."""
+    from transformers import TrainerState
+    from transformers.trainer import TRAINER_STATE_NAME
+
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return state.global_step >= state.max_steps
+
+
+def _check_same_training(model: FalconForCausalLM, rows: Sequence[Row], work: Path) -> None:
+    """Checkpoints of other texts, another tokenizer or other first weights are not resumed from."""
+    digest = hashlib.sha256(json.dumps([row["input_ids"] for row in rows]).encode())
+    digest.update(model.get_input_embeddings().weight.detach().cpu().numpy().tobytes())
+    mark = work / "trained_on.sha256"
+    if any(work.glob("checkpoint-*")) and not (mark.is_file() and mark.read_text() == digest.hexdigest()):
+        raise WorkbookError(
+            f"The checkpoints in {work} are of another training (texts, tokenizer or base model have changed): "
+            "delete that folder, or choose another with --work."
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    mark.write_text(digest.hexdigest())
+
+
+def _save(model: FalconForCausalLM, log: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """bf16 weights, and the log beside them."""
+    import torch
+
     model.config.use_cache = True  # training turned it off
     model.to(torch.bfloat16).save_pretrained(out)
-    log = [row for row in trainer.state.log_history if "loss" in row]
-    (out / "training_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
+    (out / LOG).write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")

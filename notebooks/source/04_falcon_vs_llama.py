@@ -316,8 +316,8 @@ label = settings.falcon_chat.label
 results.record("size_ratio_here", round(here["falcon"] / here["llama"], 3), "x", model=label)
 
 # %% [markdown]
-# On the `laptop` profile the Falcon side is far the smaller one and was trained on some millions of tokens, not trillions: that it
-# answers worse says nothing about Falcon-180B. It cannot even copy a noun from the question into its reply, which every large model does; see notebook 05.
+# On the `laptop` profile the Falcon side is far the smaller one and was trained on some millions of tokens, not trillions: how well it
+# answers says nothing about Falcon-180B. Notebook 05 repairs some of what was found here.
 #
 # ## What you saw
 #

@@ -225,7 +225,7 @@ print(f"after - before: {difference.interval.estimate:+.3f} ({low:+.3f} to {high
 print(f"McNemar's exact p: {difference.p_value:.2g}")
 
 # %% [markdown]
-# Look at the figure again: on the `laptop` profile nearly all of the gain is in the yes-or-no questions. (The interval and p take the items for independent; each noun is in four or five of them, so both are somewhat too sure.)
+# Look at the figure again: which kinds of question gained, and which did not? (The interval and p take the items for independent; each noun is in four or five of them, so both are somewhat too sure.)
 #
 # What it cost elsewhere: the stories.
 
@@ -283,8 +283,7 @@ shutil.rmtree(work)
 # ## What you saw
 #
 # A short training on short answers changed what the model says about animals, also of nouns that it was not trained on; the same test
-# before and after shows how much, and the perplexity what it cost. On the `laptop` profile the little model learns to *judge* (yes or
-# no) but not to *copy* a noun from the question: it names animals, only not those asked about.
+# before and after shows how much, and the perplexity what it cost.
 
 # %%
 results.recorded()

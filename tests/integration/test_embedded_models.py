@@ -26,10 +26,10 @@ from helpers.types import PRECISIONS, ROOT
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODELS = load_profile("laptop").models
 FALCONS = ("falcon", "falcon_chat")
-# Counted by hand. falcon-mini: 8 layers, hidden 256, 8 query and 2 key-value heads of 32, vocabulary 4096.
+# Counted by hand. falcon-mini: 8 layers, hidden 256, 4 query and 2 key-value heads of 64, vocabulary 4096.
 # SmolLM2-135M: 30 layers, hidden 576, 9 query and 3 key-value heads of 64, MLP 1536, vocabulary 49152.
-FALCON_LINEAR = 8 * (256 * 384 + 256 * 256 + 2 * 256 * 1024)
-FALCON_ROWS = 8 * (384 + 256 + 1024 + 256)
+FALCON_LINEAR = 8 * (256 * 512 + 256 * 256 + 2 * 256 * 1024)
+FALCON_ROWS = 8 * (512 + 256 + 1024 + 256)
 FALCON_REST = 4096 * 256 + 8 * 4 * 256 + 2 * 256
 SMOL_LINEAR = 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576)
 SMOL_ROWS = 30 * (2 * 576 + 2 * 192 + 2 * 1536 + 576)

@@ -158,7 +158,7 @@ def test_draws_follow_the_nucleus_distribution(temperature, top_p):
     logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(1)) * 2
     expected = nucleus(logits[0], temperature, top_p)
     sampling, counts, draws = Sampling(temperature=temperature, top_p=top_p, seed=11), torch.zeros(30), 8_000
-    processors = generation._processors(sampling, rows=1)
+    processors = generation._processors(sampling, [sampling.seed])
     for _ in range(draws):
         scores = logits
         for processor in processors:

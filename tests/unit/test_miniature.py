@@ -2,16 +2,20 @@
 
 import copy
 import json
+import random
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, FalconForCausalLM, Trainer, TrainerCallback
 from typer.testing import CliRunner
 
 from helpers import loading, memory
 from helpers.cli import app
-from helpers.miniature import texts, training
+from helpers.miniature import card, talk, texts, training
 from helpers.miniature.texts import END, DataError
 from helpers.profiles import load_profile
 from helpers.types import ROOT, ModelRef, WorkbookError
@@ -21,6 +25,16 @@ RECIPE = training.read_recipe()
 TALK = "A: Hi there\nB: Hello\nA: Any pets?\nB: A dog.\n<|endoftext|>\nA: Is a saddle alive?\nB: No.\n<|endoftext|>\n"
 TASKS = [{"prompt": "Name a goat.", "response": "Bill"}, {"prompt": "Two plus two?", "response": "Four"}]
 STORY = "Once upon a time there was a little bird who lived in a big tree. It liked to sing in the morning. "
+
+
+class StopAfter(TrainerCallback):
+    """Ends a training after some steps, as Ctrl-C would, at a checkpoint."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.steps
 
 
 def nouns() -> list[dict]:
@@ -43,10 +57,21 @@ def small() -> dict:
     recipe = copy.deepcopy(RECIPE)
     recipe |= {"context_tokens": 96, "save_steps": 2, "tokenizer": {"vocab_size": 300}}
     recipe["model"] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2}
-    files = {"stories.txt": 1e6, "dialog_talk.txt": 1e6}
-    held_out = {"held_out_file": "stories.txt", "held_out_records": 2}
-    recipe["pretrain"] |= {"max_tokens": 1536, "batch_size": 2, "warmup_steps": 1, "files": files, **held_out}
-    recipe["chat"] |= {"batch_size": 1, "warmup_steps": 1, "files": {"dialog_talk.txt": 9, "tasks.jsonl": 9}}
+    recipe["held_out"] = {"stories": "stories.txt", "records": 2}
+    first, last = recipe["pretrain"]["phases"]
+    phases = [first | {"context_tokens": 48, "batch_size": 2}, last | {"context_tokens": 96, "batch_size": 1}]
+    recipe["pretrain"]["phases"] = [phase | {"max_steps": 4, "warmup_steps": 1} for phase in phases]
+    recipe["pretrain"] |= {"files": {"stories.txt": 2, "dialog_talk.txt": 1}, "repeated_words": 3}
+    files = {"dialog_talk.txt": {"held_out": 0, "talks": 9}, "tasks.jsonl": {"held_out": 0, "talks": 9}}
+    recipe["chat"] |= {
+        "epochs": 1,
+        "batch_size": 64,
+        "warmup_steps": 1,
+        "words": 5,
+        "kinds": 20,
+        "facts": 1,
+        "files": files,
+    }
     return recipe
 
 
@@ -70,22 +95,106 @@ def test_the_filter_finds_every_noun_in_either_number_and_case():
 
 
 def test_dialogues_with_a_frozen_noun_are_left_out_of_both_stages(data, small):
-    pretrained, _ = texts.pretraining_texts(data, small)
-    chatted = [prompt + reply for prompt, reply in texts.chat_examples(data, small)]
+    pretrained = texts.pretraining_texts(data, small)
+    chatted = [prompt + reply for prompt, reply in talk.chat_examples(data, small)]
     assert any("Any pets?" in text for text in pretrained)
-    assert len(chatted) == 2
+    assert any("Any pets?" in text for text in chatted)
+    assert any("Two plus two?" in text for text in chatted)
     assert not any(word in text for text in pretrained + chatted for word in ("saddle", "goat"))
 
 
 def test_held_out_records_are_not_trained_on(data, small):
-    trained, held_out = texts.pretraining_texts(data, small)
+    trained, held_out = texts.pretraining_texts(data, small), texts.held_out_stories(data, small)
     assert len(held_out) == 2
-    assert len([text for text in trained if text.startswith("Once")]) == 6
+    assert len([text for text in trained if text.startswith("Once")]) == 2 * 6
     assert not set(trained) & set(held_out)
 
 
+def test_a_pass_reads_a_file_as_often_as_the_recipe_says(data, small):
+    small["pretrain"] |= {"files": {"stories.txt": 1.5}, "repeated_words": 0}
+    trained = texts.pretraining_texts(data, small)
+    assert sorted(trained.count(text) for text in set(trained)) == [1, 1, 1, 2, 2, 2]
+
+
+def test_repeated_words_repeat_in_order_and_hold_no_frozen_noun():
+    made = texts.repeated_words(["goat tree river stone bread"] * 40, 50, random.Random(0))
+    for text in made:
+        words = re.findall(r"[a-z]+", text.replace(" and ", " "))
+        lengths = [n for n in range(1, len(words) // 2 + 1) if words == (words[:n] * 5)[: len(words)]]
+        assert lengths, text
+        assert set(words) <= {"tree", "river", "stone", "bread"}
+
+
+def test_held_out_messages_begin_no_conversation_that_is_trained_on(data, small):
+    lines = [{"prompt": f"Say {n // 2 if n < 8 else n}", "response": "Yes"} for n in range(20)]
+    (data / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    small["chat"]["files"] = {"tasks.jsonl": {"held_out": 5, "talks": 99}}
+    messages = [message for message, _ in talk.held_out_talks(data, small)]
+    prompts = [prompt for prompt, _ in talk.chat_examples(data, small)]
+    assert len(set(messages)) == 5
+    assert not any(f"User: {message}\n" in prompt for message in messages for prompt in prompts)
+    assert sum("User: Say " in prompt for prompt in prompts) >= 15
+
+
+def test_held_out_messages_are_in_no_text_of_the_base(data, small):
+    (data / "dialog_talk.txt").write_text(f"A: Hi\nB: Yo\n{END}\nA: Oh?\nB: Hm\nA: So it is.\nB: Yes\n{END}\n")
+    trained = texts.pretraining_texts(data, small, without=["So it is."])
+    assert any("B: Yo" in text for text in trained)
+    assert not any("So it is." in text for text in trained)
+
+
+def test_a_story_is_asked_for_by_a_thing_that_it_tells_of(data, small):
+    stories = [
+        "A dog sat. The dog ran. He saw a big ball.",
+        "Lily saw it. The wolf was a wolf. A hen.",
+        "I saw. He saw.",
+    ]
+    (data / "stories.txt").write_text(f"\n{END}\n".join(stories))
+    small["held_out"]["records"] = 0
+    asked = [
+        prompt for prompt, reply in talk.chat_examples(data, small) if " about a" in prompt and "talk" not in prompt
+    ]
+    assert len(asked) == 4
+    assert all(" about a dog" in prompt or " about a wolf" in prompt for prompt in asked)
+
+
+def test_the_prompt_for_short_answers_stands_before_short_answers_alone():
+    pairs = [talk.pair(["Hi", reply], random.Random(n)) for n in range(300) for reply in ("One.", "One. Two.")]
+    short = [reply for prompt, reply in pairs if talk.SHORT_PROMPT in prompt]
+    assert len(short) > 5
+    assert set(short) == {f" One.{END}"}
+    assert any("System:" in prompt and "Two" in reply for prompt, reply in pairs)
+
+
+def test_where_an_animal_is_one_of_two_the_other_is_as_often_the_answer():
+    choices = [turns for turns in talk.fact_talks(6000, 0, random.Random(0)) if turns[0].startswith("Which")]
+    animals = talk.read_facts()["kinds"]["animal"]
+    mixed = [answer for question, answer in choices if any(f" {animal}" in question for animal in animals)]
+    share = sum(" is an animal." in answer for answer in mixed) / len(mixed)
+    assert 0.4 < share < 0.6
+    assert sum("a thing" in question for question, _ in choices) > 0.1 * len(choices)
+
+
+def test_no_fact_holds_a_frozen_noun_and_each_answer_is_of_the_kind_asked_for():
+    facts, frozen = talk.read_facts(), texts.frozen_nouns()
+    talks = talk.fact_talks(2000, 1, random.Random(0))
+    assert not [turns for turns in talks if frozen.search(" ".join(turns))]
+    kinds = {thing: kind for kind, things in facts["kinds"].items() for thing in things}
+    choices = [turns for turns in talks if turns[0].startswith("Which") and turns[0].count(" or ") == 1]
+    assert len(choices) > 500
+    for question, answer in choices:
+        named, kind = re.fullmatch(r"(?:An? )?(.+?) is an? (.+)\.", answer, re.IGNORECASE).groups()
+        others = set(re.findall(r"[\w-]+", question)) & kinds.keys() - {named.lower()}
+        if kind == "thing":
+            assert kinds[named.lower()] != "animal"
+            assert "animal" in {kinds[other] for other in others}
+        else:
+            assert kinds[named.lower()] == kind
+        assert named.lower() in question
+
+
 def test_examples_end_with_the_end_token_after_the_reply_only(data, small):
-    for prompt, reply in texts.chat_examples(data, small):
+    for prompt, reply in talk.chat_examples(data, small):
         assert prompt.endswith("\nFalcon:")
         assert prompt.startswith(("User: ", "System: "))
         assert END not in prompt
@@ -111,14 +220,38 @@ def test_the_loss_is_on_the_reply_alone():
     assert training.reply_rows([("word " * 600, " No.")], tokenizer, RECIPE) == []
 
 
-def test_blocks_are_full_and_repeat_short_texts():
+def test_blocks_are_full_and_the_rest_is_cut_off():
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "env/models/falcon-mini")
-    recipe = {"context_tokens": 4, "pretrain": {"max_tokens": 10}}
-    blocks = training.packed(["a b"], tokenizer, recipe)
-    once = tokenizer("a b" + END)["input_ids"]
-    flat = [i for row in blocks for i in row["input_ids"]]
-    assert [len(row["input_ids"]) for row in blocks] == [4, 4]
-    assert flat == (once * 4)[:8]
+    blocks = training.packed(["One day a bird sang.", "It rained."], tokenizer, 4)
+    once = tokenizer("One day a bird sang." + END + "It rained." + END)["input_ids"]
+    assert [len(row["input_ids"]) for row in blocks] == [4] * (len(once) // 4)
+    assert [i for row in blocks for i in row["input_ids"]] == once[: len(once) // 4 * 4]
+
+
+def test_the_optimizer_steps_as_pytorchs_own_muon_and_adamw_do():
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "env/models/falcon-mini")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_kv_heads": 2}
+    model = FalconForCausalLM(training.falcon_config(tokenizer, RECIPE | {"model": sizes}))
+    settings = {"learning_rate": 0.01, "embedding_learning_rate": 0.005, "weight_decay": 0.1}
+    ours, theirs = model, copy.deepcopy(model)
+    matrices = [w for name, w in theirs.transformer.h.named_parameters() if w.ndim == 2]
+    others = [w for w in theirs.parameters() if all(w is not matrix for matrix in matrices)]
+    optimizers = [
+        training.muon(ours, settings),
+        torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=0.005, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0),
+    ]
+    ids = torch.arange(64).view(2, 32)
+    for _ in range(3):
+        for each in (ours, theirs):
+            each(input_ids=ids, labels=ids).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    pairs = list(zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert max(float((a - b).detach().abs().max()) for a, b in pairs) < 1e-5
+    assert len(matrices) == 4
 
 
 def test_the_shipped_checkpoints_have_the_flags_of_the_180b_and_the_recipes_sizes():
@@ -132,6 +265,7 @@ def test_the_shipped_checkpoints_have_the_flags_of_the_180b_and_the_recipes_size
             assert getattr(config, name) == getattr(expected, name)
         for name in flags:
             assert getattr(config, name) == getattr(published, name), name
+        assert config.head_dim == published.head_dim == 64
 
 
 def test_all_stages_make_two_checkpoints_that_load(data, small, tmp_path):
@@ -144,13 +278,14 @@ def test_all_stages_make_two_checkpoints_that_load(data, small, tmp_path):
     first, second = (loaded.model.transformer.h[0].mlp.dense_h_to_4h.weight for loaded in (base, chat))
     assert not torch.equal(first, second)
     log = [json.loads(line) for line in (out / "falcon-mini" / "training_log.jsonl").read_text().splitlines()]
-    assert all(row["loss"] > 0 for row in log)
-    _, held_out = texts.pretraining_texts(data, small)
-    assert 0 < training.held_out_bits_per_byte(out / "falcon-mini", held_out) < 8
+    assert [row["phase"] for row in log if "held_out_loss" in row] == ["short", "short", "long", "long"]
+    assert [row["tokens"] for row in log if "held_out_loss" in row] == [192, 384, 192, 384]
+    assert texts.read_texts(out / "falcon-mini" / training.HELD_OUT) == texts.held_out_stories(data, small)
     # the same call again finds its checkpoints and changes nothing
-    before = (out / "falcon-mini" / "model.safetensors").read_bytes()
-    training.train(data, tmp_path / "work", small, ["base"], out)
-    assert (out / "falcon-mini" / "model.safetensors").read_bytes() == before
+    before = {path: path.read_bytes() for path in out.glob("*/*") if path.suffix in (".safetensors", ".jsonl")}
+    shutil.rmtree(tmp_path / "work" / "base" / "long")  # as if interrupted between the phases
+    training.train(data, tmp_path / "work", small, ["base", "chat"], out)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_an_unknown_stage_is_refused(data, small, tmp_path):
@@ -158,7 +293,70 @@ def test_an_unknown_stage_is_refused(data, small, tmp_path):
         training.train(data, tmp_path, small, ["cat"], tmp_path)
 
 
+@pytest.mark.parametrize(("stage", "missing"), [("base", "tokenizer first"), ("chat", "tokenizer first")])
+def test_a_stage_without_its_forerunner_is_refused(data, small, tmp_path, stage, missing):
+    with pytest.raises(WorkbookError, match=missing):
+        training.train(data, tmp_path / "work", small, [stage], tmp_path / "models")
+
+
+def test_checkpoints_of_other_texts_are_refused(data, small, tmp_path):
+    training.train(data, tmp_path / "work", small, ["tokenizer", "base"], tmp_path / "models")
+    small["pretrain"]["repeated_words"] = 4
+    with pytest.raises(WorkbookError, match="of another training"):
+        training.train(data, tmp_path / "work", small, ["base"], tmp_path / "models")
+
+
 def test_the_command_names_what_is_missing(tmp_path):
     result = CliRunner().invoke(app, ["train-mini", "--data", str(tmp_path), "--out", str(tmp_path)])
     assert result.exit_code == 2
     assert "is missing" in result.output
+    result = CliRunner().invoke(app, ["evaluate-mini", "--models", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "is missing" in result.output
+
+
+@pytest.mark.parametrize("phase", ["short", "long"])
+def test_an_interrupted_training_gives_the_weights_of_an_uninterrupted_one(data, small, tmp_path, monkeypatch, phase):
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    training.train(data, tmp_path / "work1", small, ["tokenizer", "base"], whole)
+    fit = Trainer.train
+
+    def interrupted(self, *args, **kwargs):
+        stopped = self.args.output_dir.endswith(phase)
+        self.add_callback(StopAfter(2 if stopped else 99))
+        fit(self, *args, **kwargs)
+        if stopped:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(data, tmp_path / "work2", small, ["tokenizer", "base"], parted)
+    monkeypatch.setattr(Trainer, "train", fit)
+    training.train(data, tmp_path / "work2", small, ["tokenizer", "base"], parted)
+    one, two = (load_file(folder / "falcon-mini" / "model.safetensors") for folder in (whole, parted))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# --- the card ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_card_is_what_its_template_makes_of_the_measured_figures():
+    folder = ROOT / "env/models/falcon-mini"
+    assert (folder / "README.md").read_text(encoding="utf-8") == card.text(folder)
+
+
+def test_the_two_checkpoints_are_small_and_share_a_tokenizer():
+    folders = [ROOT / "env/models/falcon-mini", ROOT / "env/models/falcon-mini-chat"]
+    sizes = [path.stat().st_size for folder in folders for path in folder.glob("*.safetensors")]
+    assert sum(sizes) <= 48e6
+    assert max(sizes) < 25e6
+    for name in training.TOKENIZER_FILES:
+        assert len({(folder / name).read_bytes() for folder in folders}) == 1
+
+
+def test_the_curve_puts_the_phases_after_each_other(tmp_path):
+    rows = [{"phase": "a", "step": 10, "loss": 3.0}, {"phase": "a", "step": 20, "held_out_loss": 2.5}]
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"phase": "b", "step": 10, "loss": 2.0}]))
+    (axis,) = card.curve(log, "a model").axes
+    assert [list(line.get_xdata()) for line in axis.get_lines()] == [[10, 30], [20]]

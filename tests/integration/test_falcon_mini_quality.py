@@ -1,0 +1,51 @@
+"""falcon-mini is worth shipping: a cheap part of `workbook evaluate-mini`, and the goals that its figures met."""
+
+import json
+
+import pytest
+
+from helpers.evaluation import perplexity
+from helpers.loading import load
+from helpers.miniature import quality
+from helpers.miniature.texts import read_texts
+from helpers.miniature.training import HELD_OUT
+from helpers.profiles import load_profile
+from helpers.types import ROOT
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+BASE, CHAT = (ROOT / "env/models" / name for name in ("falcon-mini", "falcon-mini-chat"))
+FIGURES = json.loads((BASE / "quality.json").read_text(encoding="utf-8"))
+
+
+def test_the_published_figures_meet_the_goals():
+    assert FIGURES["parameters_outside_embedding"] >= 5e6
+    assert FIGURES["stories"] == 150
+    assert FIGURES["bits_per_byte"] <= 1.0
+    assert FIGURES["continuations"] == 200
+    assert FIGURES["perplexity_ratio"] <= 1.4
+    assert FIGURES["trigram_ratio"] >= 0.92
+    assert FIGURES["thread"][0] >= 0.95
+    assert (FIGURES["messages"], FIGURES["choices"]) == (100, 100)
+    assert FIGURES["ended"][0] >= 0.9
+    assert FIGURES["speaking_for_the_user"][0] == 0
+    assert FIGURES["repeating"][0] <= 0.05
+    assert FIGURES["choice_accuracy"][0] >= 0.6
+    assert 0.6 <= FIGURES["choice_balanced"][0] < 1
+
+
+def test_the_held_out_loss_and_the_thread_of_some_stories():
+    base, stories = load(load_profile("laptop").falcon, "fp32"), read_texts(BASE / HELD_OUT)[:40]
+    assert perplexity(base, stories).bits_per_byte == pytest.approx(FIGURES["bits_per_byte"], abs=0.05)
+    assert quality.follows_the_thread(base, stories).estimate >= 0.85
+
+
+def test_chat_replies_end_and_name_the_animal_that_was_asked_about():
+    chat, messages = load(load_profile("laptop").falcon_chat, "fp32"), read_texts(CHAT / HELD_OUT)[::5]
+    talk = quality.chat_replies(chat, messages)
+    assert talk.ended.estimate >= 0.9
+    assert talk.speaking_for_the_user.estimate == 0
+    assert talk.repeating.estimate <= 0.1
+    choices = quality.two_choices(chat)
+    assert choices.accuracy.estimate == pytest.approx(FIGURES["choice_accuracy"][0], abs=0.02)
+    assert choices.control.estimate == pytest.approx(FIGURES["choice_control"][0], abs=0.02)
+    assert choices.written_balanced.estimate == pytest.approx(FIGURES["written_balanced"][0], abs=0.02)
