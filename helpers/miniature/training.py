@@ -244,15 +244,17 @@ def _fit(
     """Train, or resume, in place; step and loss of the log. The loss on ``measured`` is taken at every checkpoint."""
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainerState
     from transformers.trainer import TRAINER_STATE_NAME
-    from transformers.trainer_utils import get_last_checkpoint
+    from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
     work = Path(arguments.output_dir)
     _check_same_training(model, rows, work)
+    if not measured:
+        arguments.eval_strategy = IntervalStrategy.NO
     trainer = Trainer(
         model,
         arguments,
         train_dataset=list(rows),
-        eval_dataset=list(measured),
+        eval_dataset=list(measured) or None,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         optimizers=(optimizer, None),
     )

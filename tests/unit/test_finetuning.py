@@ -160,7 +160,7 @@ def test_only_the_adapters_are_trained(tuned):
     frozen = {name.replace(".base_layer", ""): p for name, p in after.items() if "lora" not in name}
     assert base.keys() == frozen.keys()
     assert all(torch.equal(base[name], frozen[name]) and not frozen[name].requires_grad for name in base)
-    by_hand = 8 * 4 * ((256 + 384) + (256 + 256) + (256 + 1024) + (1024 + 256))
+    by_hand = 8 * 4 * ((256 + 512) + (256 + 256) + (256 + 1024) + (1024 + 256))
     assert tuned.trainable_parameters == by_hand
     assert {p.dtype for p in tuned.loaded.model.parameters() if p.requires_grad} == {torch.float32}
     assert tuned.processes == 1

@@ -4,7 +4,6 @@ import copy
 import json
 import random
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -143,21 +142,6 @@ def test_held_out_messages_are_in_no_text_of_the_base(data, small):
     assert not any("So it is." in text for text in trained)
 
 
-def test_a_story_is_asked_for_by_a_thing_that_it_tells_of(data, small):
-    stories = [
-        "A dog sat. The dog ran. He saw a big ball.",
-        "Lily saw it. The wolf was a wolf. A hen.",
-        "I saw. He saw.",
-    ]
-    (data / "stories.txt").write_text(f"\n{END}\n".join(stories))
-    small["held_out"]["records"] = 0
-    asked = [
-        prompt for prompt, reply in talk.chat_examples(data, small) if " about a" in prompt and "talk" not in prompt
-    ]
-    assert len(asked) == 4
-    assert all(" about a dog" in prompt or " about a wolf" in prompt for prompt in asked)
-
-
 def test_the_prompt_for_short_answers_stands_before_short_answers_alone():
     pairs = [talk.pair(["Hi", reply], random.Random(n)) for n in range(300) for reply in ("One.", "One. Two.")]
     short = [reply for prompt, reply in pairs if talk.SHORT_PROMPT in prompt]
@@ -283,7 +267,6 @@ def test_all_stages_make_two_checkpoints_that_load(data, small, tmp_path):
     assert texts.read_texts(out / "falcon-mini" / training.HELD_OUT) == texts.held_out_stories(data, small)
     # the same call again finds its checkpoints and changes nothing
     before = {path: path.read_bytes() for path in out.glob("*/*") if path.suffix in (".safetensors", ".jsonl")}
-    shutil.rmtree(tmp_path / "work" / "base" / "long")  # as if interrupted between the phases
     training.train(data, tmp_path / "work", small, ["base", "chat"], out)
     assert {path: path.read_bytes() for path in before} == before
 
@@ -315,14 +298,13 @@ def test_the_command_names_what_is_missing(tmp_path):
     assert "is missing" in result.output
 
 
-@pytest.mark.parametrize("phase", ["short", "long"])
-def test_an_interrupted_training_gives_the_weights_of_an_uninterrupted_one(data, small, tmp_path, monkeypatch, phase):
+def test_an_interrupted_training_gives_the_weights_of_an_uninterrupted_one(data, small, tmp_path, monkeypatch):
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     training.train(data, tmp_path / "work1", small, ["tokenizer", "base"], whole)
     fit = Trainer.train
 
     def interrupted(self, *args, **kwargs):
-        stopped = self.args.output_dir.endswith(phase)
+        stopped = self.args.output_dir.endswith("short")
         self.add_callback(StopAfter(2 if stopped else 99))
         fit(self, *args, **kwargs)
         if stopped:
