@@ -66,7 +66,6 @@ def small() -> dict:
         "epochs": 1,
         "batch_size": 64,
         "warmup_steps": 1,
-        "words": 5,
         "kinds": 20,
         "facts": 1,
         "files": files,
