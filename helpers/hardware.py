@@ -29,10 +29,12 @@ DETECT = "import dataclasses, json, helpers.hardware as h; print(json.dumps(data
 def detect() -> Machine:
     """What this process may use on this machine. ``disk_free_bytes`` is the project folder's.
 
-    Asking a GPU for its free memory opens a CUDA context on it, which holds some hundred MiB while this process lives.
+    In a rehearsal (``$WORKBOOK_REHEARSAL`` names its folder) it is the machine that is rehearsed for. Asking a GPU for its free memory opens a CUDA context on it, which holds some hundred MiB while this process lives.
     """
     import psutil
 
+    if rehearsal := os.environ.get("WORKBOOK_REHEARSAL"):
+        return _read_machine(Path(rehearsal, "machine.json").read_text(encoding="utf-8"))
     memory = psutil.virtual_memory()
     limit, room = memory_limit()
     return Machine(
@@ -52,9 +54,7 @@ def detect_apart() -> Machine:
 
     Raises subprocess.CalledProcessError where that process fails.
     """
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(Machine).validate_json(subprocess.check_output([sys.executable, "-c", DETECT]))
+    return _read_machine(subprocess.check_output([sys.executable, "-c", DETECT]))
 
 
 def memory_bandwidth(bytes: int = 2**28, repeats: int = 7, device: str = "cpu") -> float:
@@ -89,6 +89,12 @@ def memory_limit(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> tupl
 def cpu_limit(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float:
     """CPUs that the control groups' quota allows (1.5 means one and a half), inf where there is none."""
     return min((_group_cpus(folder) for folder in _groups("cpu", cgroups, membership)), default=math.inf)
+
+
+def _read_machine(text: str | bytes) -> Machine:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Machine).validate_json(text)
 
 
 def _groups(controller: str, cgroups: Path, membership: Path) -> Iterator[Path]:

@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers.memory import published_config, published_models
 from helpers.prompts import format_for
 from helpers.quantization import (
     bnb_config,
@@ -94,9 +95,16 @@ def resolve(ref: ModelRef) -> Path:
 
 
 def config(ref: ModelRef) -> PreTrainedConfig:
-    """A model's configuration, without its weights. Raises LoadError as ``resolve`` does."""
+    """A model's configuration at its true size, without its weights. Raises LoadError as ``resolve`` does.
+
+    Of a hub's model the published one that this project keeps (a chat model has its base's shape); only what is not
+    kept is asked of the hub.
+    """
     if ref.source != "hub":
         return _read_config(ref, resolve(ref))
+    for name in (ref.id, ref.id.removesuffix("-chat"), ref.id.removesuffix("-instruct")):
+        if name in published_models():
+            return published_config(name)
     from huggingface_hub import hf_hub_download
 
     with _hub_errors(ref):

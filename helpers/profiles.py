@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,8 @@ class ProfileError(WorkbookError):
 def load_profile(name: str = SMALLEST) -> Profile:
     """The profile of that name; "auto": the largest that this machine can run, ``laptop`` where it lacks for all.
 
+    In a rehearsal its models of a hub are marked as rehearsed.
+
     Raises ProfileError for an unknown name, listing the known ones, and for a file with a key or value that is wrong,
     naming both.
     """
@@ -32,7 +36,14 @@ def load_profile(name: str = SMALLEST) -> Profile:
     known = [path.stem for path in _files()]
     if name not in known:
         raise ProfileError(f"There is no profile {name!r}; choose auto or one of {', '.join(known)}.")
-    return read(FOLDER / f"{name}.yaml")
+    profile = read(FOLDER / f"{name}.yaml")
+    return rehearsed(profile) if os.environ.get("WORKBOOK_REHEARSAL") else profile
+
+
+def rehearsed(profile: Profile) -> Profile:
+    """The profile with each model that would come from a hub marked as rehearsed."""
+    models = {role: replace(ref, rehearsed=ref.source == "hub") for role, ref in profile.models.items()}
+    return replace(profile, **models)
 
 
 def available() -> tuple[str, ...]:
@@ -80,7 +91,7 @@ def table(profile: Profile) -> pd.DataFrame:
         {
             "role": role,
             "model": ref.id,
-            "stands in for": ref.stand_in_for or "nothing: it is the real one",
+            "stands in for": _stands_for(ref),
             "chat format": ref.format,
             "where it lives": LIVES[ref.source],
             "precision": _precision(profile, ref),
@@ -126,6 +137,12 @@ def _largest(machine: Machine) -> Profile:
 def _precision(profile: Profile, ref: ModelRef) -> str:
     origin = f" (dequantized from {Path(ref.file).name})" if ref.source == "package" and ref.file else ""
     return profile.precision + origin
+
+
+def _stands_for(ref: ModelRef) -> str:
+    if ref.rehearsed:
+        return "itself, in a rehearsal: a tiny checkpoint of random weights"
+    return ref.stand_in_for or "nothing: it is the real one"
 
 
 def _gpus(count: int, size: int) -> str:

@@ -54,6 +54,8 @@ class ModelRef:
     stand_in_for: str | None = None
     licence: str = ""
     download_bytes: int | None = None
+    shards: int | None = None  # safetensors files it is published in
+    rehearsed: bool = False  # its place is taken by a tiny checkpoint of random weights: see helpers.rehearsal
 
     @property
     def name(self) -> str:
@@ -62,7 +64,9 @@ class ModelRef:
 
     @property
     def label(self) -> str:
-        """The name for titles and tables; a stand-in is always named as one."""
+        """The name for titles and tables; a stand-in is always named as one, and so is what is only rehearsed."""
+        if self.rehearsed:
+            return f"{self.name} (rehearsal: tiny, random weights)"
         return f"{self.name} (stand-in for {self.stand_in_for})" if self.stand_in_for else self.name
 
 
@@ -126,7 +130,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine has."""
+    """What this machine has; one that is ``rehearsed`` does not exist: see ``helpers.rehearsal``."""
 
     gpus: tuple[Gpu, ...]
     ram_bytes: int
@@ -136,6 +140,7 @@ class Machine:
     cpu_name: str
     system: str
     python: str
+    rehearsed: bool = False
 
 
 @dataclass(frozen=True)
