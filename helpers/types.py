@@ -192,6 +192,7 @@ class LoadReport:
     devices: dict[str, int]
     seconds: float
     repaired: bool
+    commit: str | None = None  # of a hub's repository, and whether the profile pins it
 
 
 @dataclass

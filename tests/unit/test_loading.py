@@ -6,12 +6,9 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import weakref
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlparse
 
 import gguf
 import huggingface_hub
@@ -225,13 +222,6 @@ def test_pickled_weights_are_refused(copied):
         load(at(copied))
 
 
-def test_a_cut_off_file_is_refused(copied):
-    whole = (copied / "model.safetensors").read_bytes()
-    (copied / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(LoadError, match="cannot be loaded from"):
-        load(at(copied))
-
-
 POISON = "from pathlib import Path\nPath(__file__).with_name('RAN').touch()\nfrom transformers import FalconConfig\n"
 
 
@@ -264,8 +254,11 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
 
 
 def test_weights_that_were_not_placed_are_refused(checkpoint):
-    with pytest.raises(LoadError, match=r"weights not on the devices asked for: .* \(meta\)"):
-        load(at(checkpoint), device_map={"": "disk"})
+    model = load(at(checkpoint), device_map={"": "disk"}).model
+    found = loading._device_problems(model, "cpu")
+    assert found == loading._device_problems(model, "auto") == loading._device_problems(model, {"": "cpu"})
+    assert found[0].startswith("19 weights not on the devices asked for: transformer.h.0.")
+    assert "(meta)" in found[0]
 
 
 @pytest.mark.parametrize(
@@ -516,130 +509,16 @@ def test_prepare_makes_every_model_ready_and_says_so(cache, builds, checkpoint, 
     assert "tiny-llama: ready, 0." in said
 
 
-# A hub
-
-
-class Hub(BaseHTTPRequestHandler):
-    """What huggingface_hub asks of a hub, for one repository ``org/tiny`` at one commit."""
-
-    folder: Path
-    fault: tuple[int, str] | None = None
-    SHA = "a" * 40
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        path = unquote(urlparse(self.path).path)
-        if self.fault and (path.startswith("/api") or self.fault[1] == "GatedRepo"):
-            return self.answer(b"", self.fault[0], {"X-Error-Code": self.fault[1]})
-        if path.startswith("/api/models/org/tiny/tree/"):
-            rows = [
-                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name} for f in self.folder.iterdir()
-            ]
-            return self.answer(json.dumps(rows).encode())
-        if path.startswith("/api/models/org/tiny"):
-            return self.answer(json.dumps({"id": "org/tiny", "sha": self.SHA}).encode())
-        file = self.folder / path.rsplit("/", 1)[-1]
-        return self.answer(file.read_bytes(), headers={"ETag": f'"{file.name}"', "X-Repo-Commit": self.SHA})
-
-    def answer(self, body, status=200, headers=None):
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *arguments):
-        pass
-
-
-def point_hub_at(monkeypatch, address: str) -> None:
-    constants = huggingface_hub.constants
-    files = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-
-
-HUB_REF = ModelRef(id="org/tiny", family="falcon", format="falcon-chat", revision="main")
-
-
-@pytest.fixture
-def hub(copied, tmp_path, monkeypatch):
-    """A hub on this machine that serves the checkpoint, and an empty cache for what is downloaded."""
-    (copied / "pytorch_model.bin").write_bytes(b"never wanted")
-    (copied / "modeling.py").write_text(POISON, encoding="utf-8")
-    handler = type("Served", (Hub,), {"folder": copied})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    point_hub_at(monkeypatch, f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield handler
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_model_of_the_hub_is_downloaded_without_pickles_or_code(hub, checkpoint):
-    loaded = load(HUB_REF)
-    folder = resolve(HUB_REF)
-    assert torch.equal(logits(loaded.model), logits(load(at(checkpoint)).model))
-    assert (folder.name, (folder / "model.safetensors").exists()) == (Hub.SHA, True)
-    assert not list(folder.glob("*.py")) + list(folder.glob("*.bin"))
-
-
-def test_a_downloaded_model_loads_when_the_hub_is_gone(hub, monkeypatch):
-    resolve(HUB_REF)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert load(HUB_REF, "nf4").report.quantized_layers == 8
-
-
-def test_the_configuration_alone_can_be_had(hub, tmp_path):
-    assert loading.config(HUB_REF).num_kv_heads == 2
-    assert not list((tmp_path / "hub").rglob("*.safetensors"))
-
-
-@pytest.mark.parametrize(
-    ("fault", "advice"),
-    [
-        ((403, "GatedRepo"), "licence must be accepted.*hf auth login"),
-        ((404, "RepoNotFound"), "does not exist, or is private"),
-        ((404, "RevisionNotFound"), "has no revision main"),
-        ((503, "Busy"), "hub cannot be reached"),
-    ],
-)
-def test_what_the_hub_refuses_is_explained(hub, fault, advice):
-    hub.fault = fault
-    with pytest.raises(LoadError, match=advice):
-        resolve(HUB_REF)
-
-
-def test_a_hub_that_cannot_be_reached_is_explained(hub, monkeypatch):
-    point_hub_at(monkeypatch, "http://127.0.0.1:9")
-    with pytest.raises(LoadError, match=r"hub cannot be reached.*profile laptop"):
-        resolve(HUB_REF)
-
-
-def test_a_disk_that_is_too_small_is_explained_before_the_download(hub, tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**19))
-    with pytest.raises(LoadError, match=r"needs 0\.\d MiB more on disk, and .* has 0\.5 MiB.*HF_HOME"):
-        resolve(HUB_REF)
-    assert not list((tmp_path / "hub").rglob("*.safetensors"))
-
-
 # What a person sees
 
 CELL = """
 import time
-from helpers import loading
+from helpers import loading, progress
 from transformers.utils import logging
 loading.tidy_output()
 for _ in logging.tqdm(range(5), desc="slow"): time.sleep(0.6)
 for _ in logging.tqdm(range(5), desc="fast"): pass
-with loading._waiting("Unpacking"): pass
+with progress.waiting("Unpacking"): pass
 """
 
 
@@ -662,13 +541,3 @@ def test_output_to_a_file_holds_no_bars(checkpoint, capfd):
         logits(load(at(checkpoint), precision).model)
     logging.getLogger().handlers.clear()
     assert capfd.readouterr() == ("", "")
-
-
-def test_each_process_of_several_takes_its_own_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert loading._default_device_map() == "auto"
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert loading._default_device_map() == {"": 1}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert loading._default_device_map() == "cpu"
