@@ -401,11 +401,12 @@ def _what_fits(config: PreTrainedConfig, machine: Machine, context_tokens: int) 
 
 
 def _default_device_map(config: PreTrainedConfig, precision: str, **options: bool) -> dict[str, int | str]:
-    """This machine's; of several processes (torchrun) on GPUs, each its own."""
+    """This machine's; of several processes (torchrun) on GPUs, each its own; in a rehearsal all devices are the CPU."""
     machine = hardware.detect()
     if machine.gpus and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return {"": int(os.environ["LOCAL_RANK"])}
-    return device_map_for(config, precision, machine, **options)
+    device_map = device_map_for(config, precision, machine, **options)
+    return dict.fromkeys(device_map, "cpu") if machine.rehearsed else device_map
 
 
 def _checked_files(checkpoint: Path, verify: bool | None) -> Shards:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from helpers import results
 from helpers.pages import write_pages
 from helpers.runner import read_manifest, read_status
-from helpers.types import ROOT, gib
+from helpers.types import GIB, ROOT, gib
 
 TEMPLATES = Path(__file__).parent
 CLAIMS = ROOT / "notebooks" / "data" / "claims.yaml"
@@ -46,7 +47,7 @@ def context(run_dir: Path) -> dict[str, Any]:
     notebooks = [_notebook(name, entry, recorded, pages) for name, entry in status["notebooks"].items()]
     statements = read_claims()
     stand_ins = _stand_ins(manifest)
-    claims = _claims(statements, notebooks, stand_ins)
+    claims = _claims(statements, notebooks, partial(_verdict, manifest=manifest, stand_ins=stand_ins))
     return {
         "name": run_dir.resolve().name,
         "manifest": manifest,
@@ -55,6 +56,7 @@ def context(run_dir: Path) -> dict[str, Any]:
         "date": f"{datetime.fromisoformat(manifest['started']):%-d %B %Y}",
         "labels": sorted({ref["label"] for ref in manifest["models"].values()}),
         "stand_ins": stand_ins,
+        "rehearsal": _rehearsal(manifest),
         "tiles": _tiles(status, notebooks, claims, statements),
         "facts": _facts(manifest),
         "models": [_model(role, ref) for role, ref in manifest["models"].items()],
@@ -197,10 +199,30 @@ def _stand_ins(manifest: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def _rehearsal(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What stood in for what, and the plans at the true size; None for a run that was no rehearsal."""
+    if not (found := manifest.get("rehearsal")):
+        return None
+    plans = [
+        plan | {"devices": [f"{size / GIB:.1f}" for size in plan["device_bytes"]], "limit": gib(plan["limit_bytes"])}
+        for plan in found["plans"]
+    ]
+    return {"substitutions": found["substitutions"], "plans": plans}
+
+
+def _verdict(
+    values: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any], stand_ins: Mapping[str, str]
+) -> tuple[str, str]:
+    """``claim_verdict``; but what a model of random weights gave says nothing of a claim."""
+    if "rehearsal" in manifest and any(value["model"] for value in values):
+        return "rehearsed: no verdict", "shown"
+    return claim_verdict(values, stand_ins)
+
+
 def _claims(
     statements: Mapping[str, Mapping[str, str]],
     notebooks: Iterable[Mapping[str, Any]],
-    stand_ins: Mapping[str, str],
+    verdict_of: Callable[[Sequence[Mapping[str, Any]]], tuple[str, str]],
 ) -> list[dict[str, Any]]:
     """The claims that the recorded values name, in numeric order, with the verdict and the values by their source."""
     met: dict[str, list[dict[str, Any]]] = {}
@@ -211,7 +233,7 @@ def _claims(
     unknown = {"statement": "not in the workbook's list of claims", "published": ""}
     claims = []
     for number in sorted(met, key=lambda number: (len(number), number)):
-        verdict, mark = claim_verdict(met[number], stand_ins)
+        verdict, mark = verdict_of(met[number])
         entry = {"number": number, "sources": _by_source(met[number]), "verdict": verdict, "mark": mark}
         claims.append(entry | statements.get(number, unknown))
     return claims
@@ -231,7 +253,7 @@ def _model(role: str, ref: Mapping[str, Any]) -> dict[str, str]:
     return {
         "role": ROLES.get(role, role),
         "name": ref["id"],
-        "stand_in_for": ref["stand_in_for"] or "",
+        "stand_in_for": "itself, in a rehearsal" if ref.get("rehearsed") else ref["stand_in_for"] or "",
         "revision": {"embedded": "in this repository", "package": ref["file"]}.get(ref["source"], ref["revision"]),
         "licence": ref["licence"] or "–",
     }

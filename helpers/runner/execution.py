@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -30,6 +30,9 @@ from helpers.runner.processes import new_mark
 from helpers.runner.redaction import REDACTED, find_secrets, redact, sweep
 from helpers.runner.supervision import Job, Progress, environment, supervise
 from helpers.types import ROOT, Profile, WorkbookError
+
+if TYPE_CHECKING:
+    from helpers.rehearsal import Rehearsal
 
 NOTEBOOKS = ROOT / "notebooks"
 DEFAULT_PROFILE = "laptop"
@@ -64,6 +67,7 @@ def run(
     resume: Path | None = None,
     folder: Path | None = None,
     notebooks: Path | None = None,
+    rehearse: bool = False,
     command: Sequence[str] = (),
     console: Console | None = None,
 ) -> RunResult:
@@ -72,30 +76,47 @@ def run(
     ``profile`` is a Profile or its name; None means laptop, or the resumed run's. ``only`` holds the starts of
     notebooks' names, ``parameters`` texts such as "seed=1". ``resume`` is the folder of a run: what passed there, and
     has the same source, parameters and profile now, is not run again. ``folder`` is where a new run goes, ``notebooks``
-    where the notebooks are.
+    where the notebooks are. ``rehearse`` runs them without the profile's machine and models: see ``helpers.rehearsal``;
+    a resumed rehearsal stays one.
 
-    Raises UsageError before anything runs, RunFolderError when the folder cannot be used, RunError on a full disk.
+    Raises UsageError before anything runs, RunFolderError when the folder cannot be used, RunError on a full disk,
+    RehearsalError when a model would not fit on the profile's machine.
     """
-    raw, earlier = parse_parameters(parameters), {}
+    raw, earlier, console = parse_parameters(parameters), {}, console or Console()
     if resume is not None:
-        profile, only, earlier = _resumed(read_manifest(resume), profile, only, raw)
+        manifest = read_manifest(resume)
+        profile, only, earlier = _resumed(manifest, profile, only, raw)
+        rehearse = _is_rehearsal(manifest, rehearse)
     chosen = profile if isinstance(profile, Profile) else _load_profile(profile or DEFAULT_PROFILE)
+    if rehearse:
+        chosen = _to_rehearse(chosen)
     plans = plan_run(chosen, notebooks or NOTEBOOKS, only, raw, earlier)
-    _check_machine(chosen)
+    if not rehearse:
+        _check_machine(chosen)
     raw = earlier | raw
     if folder and (folder / "status.json").exists():
         raise UsageError(f"{folder} holds a run already: go on with --resume, or name another folder")
-    target = (resume or folder or new_folder(chosen.name)).absolute()
+    name = f"{chosen.name}-rehearsal" if rehearse else chosen.name
+    target = (resume or folder or new_folder(name)).absolute()
     with held(target):
-        session = Session(target, chosen, plans, find_secrets({**os.environ, **raw}))
-        return session.run(console or Console(), raw, command)
+        rehearsal = _prepared(chosen, target / "rehearsal", console) if rehearse else None
+        session = Session(target, chosen, plans, find_secrets({**os.environ, **raw}), rehearsal)
+        return session.run(console, raw, command)
 
 
 class Session:
     """One run in its folder, which this process holds."""
 
-    def __init__(self, folder: Path, profile: Profile, plans: Sequence[Plan], secrets: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        profile: Profile,
+        plans: Sequence[Plan],
+        secrets: tuple[str, ...],
+        rehearsal: Rehearsal | None = None,
+    ) -> None:
         self.folder, self.profile, self.plans, self.secrets = folder, profile, plans, secrets
+        self.rehearsal = rehearsal
         self.resumed = (folder / "status.json").exists()
         self.status = {"state": "running", "notebooks": self._entries()}
         self.manifest: dict[str, Any] = {}
@@ -130,6 +151,8 @@ class Session:
 
     def _describe(self, raw: Mapping[str, str], command: Sequence[str]) -> None:
         self.manifest = build_manifest(self.profile, self.plans, raw, command)
+        if self.rehearsal:
+            self.manifest["rehearsal"] = self.rehearsal.described()
         if self.resumed:
             self.manifest = merge_manifests(read_manifest(self.folder), self.manifest)
         self._save_manifest()
@@ -190,12 +213,16 @@ class Session:
             "PROFILE": self.profile.name,
             "EXPECTED": str(plan.path.absolute().parent / "expected" / f"{self.profile.name}.json"),
         }
+        if self.rehearsal:  # nobody knows what tiny random models should give
+            workbook["EXPECTED"] = str(self.rehearsal.folder / "no_expected_values.json")
+            return environment({**os.environ, **self.rehearsal.environment()}, True, workbook)
         return environment(os.environ, self.profile.offline, workbook)
 
     def _finish(self, interrupted: bool) -> None:
         self.status["state"] = "interrupted" if interrupted else "finished"
         self.manifest["finished"] = utc_now()
-        for role, model in self.manifest.get("models", {}).items():
+        models = {} if self.rehearsal else self.manifest.get("models", {})
+        for role, model in models.items():
             model["commit"] = hub_commit(self.profile.models[role])  # the run may have downloaded it
         self._save_status()
         self._save_manifest()
@@ -239,6 +266,30 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _to_rehearse(profile: Profile) -> Profile:
+    """The profile marked as rehearsed. Raises UsageError where it needs nothing that this machine may lack."""
+    from helpers.profiles import rehearsed
+
+    if profile.offline:
+        raise UsageError(f"profile {profile.name} has all its models here: run it without --rehearse")
+    return rehearsed(profile)
+
+
+def _prepared(profile: Profile, folder: Path, console: Console) -> Rehearsal:
+    from helpers.rehearsal import prepare
+
+    with console.status("Planning at the true size, and making the small checkpoints"):
+        return prepare(profile, folder)
+
+
+def _is_rehearsal(manifest: Mapping[str, Any], asked: bool) -> bool:
+    """Whether the run to go on with is a rehearsal. Raises UsageError where it is none, and one is asked for."""
+    found = "rehearsal" in manifest
+    if asked and not found:
+        raise UsageError("that run is no rehearsal: go on with it without --rehearse, or start a rehearsal")
+    return found
 
 
 def _check_machine(profile: Profile) -> None:

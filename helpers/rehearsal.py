@@ -1,0 +1,250 @@
+"""A profile rehearsed where its machine is missing: plans at the true size, and tiny checkpoints to run its code on.
+
+A rehearsal's folder holds ``machine.json`` (the machine that ``hardware.detect`` then reports) and ``hub``, a Hugging
+Face cache in the hub's own layout, with a checkpoint of random weights for each model of a hub: the real flags, tensor
+names, number of shards and files, shrunk in width, depth and vocabulary. ``environment`` points a notebook at both. All
+else is the real code; what is not is in ``substitutions``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpers import hardware, memory
+from helpers.loading import config, resolve
+from helpers.profiles import load_profile
+from helpers.types import GIB, Gpu, Machine, ModelRef, Profile, WorkbookError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+HEADS, KV_HEADS, HEAD_SIZE = 16, 8, 8  # of the tiny checkpoints, where the real ones have as many key-value heads
+LEAST_LAYERS = 2
+TOKENIZERS = {"falcon": "falcon_chat", "llama": "llama_chat"}  # family: the role on the laptop whose tokenizer it takes
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+CONTEXT = 2048  # tokens of cache that the plans keep room for
+
+
+class RehearsalError(WorkbookError):
+    """The profile would not run on its machine."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Substitution:
+    """One thing that is not as it will be: what, how it really is, and how it is in the rehearsal."""
+
+    what: str
+    real: str
+    here: str
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A model at its true size, in the profile's precision, on the profile's machine: bytes on each device."""
+
+    model: str
+    precision: str
+    parameters: int
+    modules: int
+    device_bytes: tuple[int, ...]
+    limit_bytes: int
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What was prepared in ``folder``."""
+
+    folder: Path
+    machine: Machine
+    plans: tuple[Planned, ...]
+    substitutions: tuple[Substitution, ...]
+
+    def described(self) -> dict[str, Any]:
+        """For the manifest of a run."""
+        return {
+            "machine": asdict(self.machine),
+            "plans": [asdict(plan) for plan in self.plans],
+            "substitutions": [asdict(each) for each in self.substitutions],
+        }
+
+    def environment(self) -> dict[str, str]:
+        """The variables that point a process at this rehearsal; it asks no hub."""
+        hub = str(self.folder / "hub")
+        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        return {"WORKBOOK_REHEARSAL": str(self.folder), "HF_HUB_CACHE": hub, **offline}
+
+
+def prepare(profile: Profile, folder: Path) -> Rehearsal:
+    """Plan the profile's models at their true size and lay out their tiny checkpoints in ``folder``.
+
+    Raises RehearsalError where a model does not fit on the profile's machine.
+    """
+    machine = machine_of(profile)
+    plans = plan(profile, machine)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "machine.json").write_text(json.dumps(asdict(machine)), encoding="utf-8")
+    refs = [ref for ref in dict.fromkeys(profile.models.values()) if ref.source == "hub"]
+    shrunk = {ref: lay_out(ref, folder / "hub", seed) for seed, ref in enumerate(refs)}
+    return Rehearsal(folder, machine, tuple(plans), tuple(_substitutions(profile, shrunk)))
+
+
+def machine_of(profile: Profile) -> Machine:
+    """The least machine of a profile, as ``hardware.detect`` would find it with nothing else running on it."""
+    need = profile.requires
+    gpus = [
+        Gpu(index, f"rehearsed GPU of {need.gpu_bytes / 1e9:.0f} GB", need.gpu_bytes, need.gpu_bytes, (8, 0))
+        for index in range(need.gpus)
+    ]
+    here = hardware.detect()
+    return replace(
+        here,
+        gpus=tuple(gpus),
+        ram_bytes=need.ram_bytes,
+        ram_available_bytes=need.ram_bytes,
+        disk_free_bytes=need.disk_bytes,
+        cpu_count=need.cpus,
+        rehearsed=True,
+    )
+
+
+def plan(profile: Profile, machine: Machine) -> list[Planned]:
+    """Every model at its true size on the meta device, placed beside those that are in memory at the same time.
+
+    Raises RehearsalError where one does not fit, or where the placement leaves a module out.
+    """
+    plans = []
+    for group in profile.resident:
+        free = [float(gpu.free_bytes) for gpu in machine.gpus]
+        for role in group:
+            found = _planned(profile.models[role], profile.precision, free)
+            free = [left - used for left, used in zip(free, found.device_bytes, strict=True)]
+            plans.append(replace(found, limit_bytes=profile.requires.gpu_bytes))
+    return plans
+
+
+def shrink(real: PretrainedConfig, tokens: int, end: int, shards: int) -> PretrainedConfig:
+    """A configuration with the same flags, narrow and shallow, that yields at least one tensor for each shard.
+
+    ``tokens`` is the size of the vocabulary, ``end`` the token that begins and ends a text. Raises WorkbookError for a
+    family that ``memory`` does not know.
+    """
+    memory.anatomy(real)
+    layers = max(LEAST_LAYERS, -(-shards // 8))  # a layer of either family has at least eight tensors
+    same = {"vocab_size": tokens, "bos_token_id": end, "eos_token_id": end, "num_hidden_layers": layers}
+    same |= {"hidden_size": HEADS * HEAD_SIZE, "num_attention_heads": HEADS}
+    fields = real.to_dict() | same
+    if real.model_type == "llama":
+        ratio = real.intermediate_size / real.hidden_size
+        fields |= {"intermediate_size": round(ratio * HEADS * HEAD_SIZE), "head_dim": HEAD_SIZE}
+        fields["num_key_value_heads"] = _kv_heads(real.num_key_value_heads, real.num_attention_heads)
+    else:
+        fields["ffn_hidden_size"] = 4 * HEADS * HEAD_SIZE
+        fields["num_kv_heads"] = _kv_heads(real.num_kv_heads, real.num_attention_heads)
+    return type(real).from_dict(fields)
+
+
+def lay_out(ref: ModelRef, hub: Path, seed: int) -> PretrainedConfig:
+    """Make the tiny checkpoint of a hub's model in a Hugging Face cache; its configuration is returned.
+
+    The layout is the hub's: blobs named by their SHA-256, links to them in the snapshot of the revision (or of a
+    made-up commit to which the named revision refers), an index, and as many shards as the model is published in.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = resolve(getattr(load_profile(), TOKENIZERS[ref.family]))
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    tiny = shrink(config(ref), len(tokenizer), tokenizer.eos_token_id, ref.shards or 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny, dtype=torch.bfloat16)
+    files = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()}
+    files |= {"config.json": tiny.to_json_string().encode(), **_shard_files(model, ref.shards or 1)}
+    _store(files, hub / f"models--{ref.id.replace('/', '--')}", ref.revision or "main")
+    return tiny
+
+
+def _planned(ref: ModelRef, precision: str, free: Sequence[float]) -> Planned:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    real = config(ref)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(real, dtype=torch.bfloat16)
+    placement = memory.place(real, precision, free, context_tokens=CONTEXT)
+    if not placement.fits:
+        raise RehearsalError(f"{ref.id} in {precision} would not fit on this profile's machine: {placement.why_not}")
+    if lost := [name for name, _ in model.named_parameters() if not _covered(name, placement.device_map)]:
+        raise RehearsalError(f"the placement of {ref.id} leaves out {len(lost)} weights, such as {lost[0]}")
+    used = tuple(placement.per_device_bytes[device] for device in range(len(free)))
+    return Planned(ref.id, precision, model.num_parameters(), len(placement.device_map), used, 0)
+
+
+def _covered(name: str, device_map: Mapping[str, Any]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:length]) in device_map for length in range(1, len(parts) + 1))
+
+
+def _kv_heads(real: int, queries: int) -> int:
+    """As many as the real model has, where it groups its queries; else one for each query head."""
+    return KV_HEADS if real < queries else HEADS
+
+
+def _shard_files(model: PreTrainedModel, count: int) -> dict[str, bytes]:
+    """The weights as ``count`` safetensors files with their index, every tensor under its published name."""
+    from numpy import array_split
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+    files, places = {}, {}
+    for number, names in enumerate(array_split(list(tensors), count), 1):
+        file = "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+        files[file] = save({name: tensors[name] for name in names}, metadata={"format": "pt"})
+        places |= dict.fromkeys(map(str, names), file)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    index = json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=1).encode()
+    return files if count == 1 else files | {"model.safetensors.index.json": index}
+
+
+def _store(files: Mapping[str, bytes], repo: Path, revision: str) -> None:
+    is_commit = len(revision) == 40
+    commit = revision if is_commit else hashlib.sha1(repo.name.encode()).hexdigest()
+    snapshot = repo / "snapshots" / commit
+    for folder in (snapshot, repo / "blobs", repo / "refs"):
+        folder.mkdir(parents=True)
+    if not is_commit:
+        (repo / "refs" / revision).write_text(commit)
+    for name, content in files.items():
+        blob = repo / "blobs" / hashlib.sha256(content).hexdigest()
+        blob.write_bytes(content)
+        (snapshot / name).symlink_to(os.path.relpath(blob, snapshot))
+
+
+def _substitutions(profile: Profile, shrunk: Mapping[ModelRef, PretrainedConfig]) -> Iterator[Substitution]:
+    need = profile.requires
+    gpus = f"{need.gpus} GPUs of {need.gpu_bytes / GIB:.1f} GiB"
+    yield Substitution("devices", gpus, "the processor of this machine")
+    yield Substitution("weights", "downloaded from the hub, licence accepted", "random, in the hub's cache layout")
+    for ref, tiny in shrunk.items():
+        real, tokens = config(ref), f"{tiny.vocab_size:,} tokens, the laptop's stand-in's"
+        yield Substitution(f"{ref.id}: size", _size(real), _size(tiny))
+        yield Substitution(f"{ref.id}: tokenizer", f"{real.vocab_size:,} tokens", tokens)
+    yield Substitution("expected values", f"expected/{profile.name}.json", "none: every value is unmeasured")
+
+
+def _size(config: PretrainedConfig) -> str:
+    shape = memory.anatomy(config)
+    return (
+        f"{memory.count_parameters(config):,} parameters: {shape.layers} layers, hidden size {shape.hidden}, "
+        f"{config.num_attention_heads} query and {shape.kv_heads} key-value heads of {shape.head_dim}"
+    )
