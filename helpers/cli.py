@@ -6,6 +6,7 @@ Exit codes: 0 done (of a run: all passed), 1 some notebook failed or the run sto
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import sys
@@ -16,12 +17,14 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from helpers.types import GIB, ROOT, ModelRef, Placement, Profile, WorkbookError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from helpers.doctor import Finding
     from helpers.runner import RunResult
 
 P = ParamSpec("P")
@@ -63,17 +66,65 @@ def run(
     resume: Annotated[
         Path | None, typer.Option(help="Go on with this run folder: only what has not passed, or has changed.")
     ] = None,
+    *,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where a new run goes; runs/<UTC time>-<profile> when left out.")
+    ] = None,
     parameter: Annotated[list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="Set a parameter.")] = None,
+    rehearse: Annotated[
+        bool, typer.Option(help="Without its machine: plan at the true size, run the code on tiny random models.")
+    ] = False,
 ) -> None:
     """Run the notebooks and write a report. Exit code 0: all passed, 1: some failed, 2: usage."""
     from helpers import runner
     from helpers.report import write_report
 
     result = runner.run(
-        profile, only=_split(only), parameters=parameter or (), resume=resume, command=["workbook", *sys.argv[1:]]
+        profile,
+        only=_split(only),
+        parameters=parameter or (),
+        resume=resume,
+        folder=folder,
+        rehearse=rehearse,
+        command=["workbook", *sys.argv[1:]],
     )
     _print_result(result, write_report(result.folder))
     raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command()
+@reports_errors
+def doctor(
+    profile: ProfileOption = "laptop",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say what is here, what lacks and what to do. Exit code 0: the profile can run, 1: it cannot, 2: usage."""
+    from helpers import doctor, profiles
+
+    chosen = profiles.load_profile(profile)
+    findings = doctor.examine(chosen)
+    failed = doctor.failures(findings)
+    if as_json:
+        found = {"profile": chosen.name, "can_run": not failed, "findings": [vars(each) for each in findings]}
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        verdict = f"cannot run here: see {', '.join(failed)}" if failed else "can run here"
+        Console(highlight=False).print(_findings(findings), f"\n[bold]{chosen.name}[/bold] {verdict}")
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+@reports_errors
+def check(run: RunFolder) -> None:
+    """Judge a run by its profile's expected values. Exit code 0: none differs or is missing, 1: some do, 2: usage."""
+    from helpers import results, runner
+
+    path = runner.NOTEBOOKS / "expected" / f"{runner.read_manifest(run)['profile']}.json"
+    judged = results.judge(run, results.read_json(path))
+    for line in (*judged.differing, *judged.missing):
+        typer.echo(line)
+    typer.echo(f"{path.name}: {judged}")
+    raise typer.Exit(1 if judged.differing or judged.missing else 0)
 
 
 @app.command()
@@ -164,6 +215,18 @@ def plan(profile: ProfileOption = "laptop") -> None:
     for table in (_memory(chosen, shapes), _placement(chosen, shapes), _download(chosen), _time(chosen)):
         console.print()
         console.print(table)
+
+
+def _findings(findings: Sequence[Finding]) -> Table:
+    """The findings, each with what to do on a line of its own."""
+    colours = {"ok": "green", "warn": "yellow", "fail": "bold red", "skipped": "dim"}
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for each in findings:
+        text = Text(each.found)
+        if each.advice and each.status != "ok":
+            text.append(f"\n-> {each.advice}", style="bold")
+        table.add_row(Text(each.status, style=colours[each.status]), each.name, text)
+    return table
 
 
 def _figure(value: float | list[float]) -> str:

@@ -264,10 +264,10 @@ def expected_from_runs(run_dirs: Sequence[Path]) -> dict[str, dict[str, Any]]:
     where all runs agree. Times and speeds (units such as s or tokens/s) are left out: they belong to the machine. Only
     notebooks that passed count.
 
-    Raises ResultError when the runs are of different profiles or hold no value.
+    Raises ResultError when the runs are of different profiles, hold no value, or one is a rehearsal.
     """
     runs = [Path(run) for run in run_dirs]
-    if len({read_json(run / "manifest.json")["profile"] for run in runs}) != 1:
+    if len({_profile_of(run) for run in runs}) != 1:
         raise ResultError("expected values come from runs of one profile: give runs of the same profile")
     observed: dict[str, list[Value]] = {}
     floors: dict[str, float] = {}
@@ -282,6 +282,58 @@ def expected_from_runs(run_dirs: Sequence[Path]) -> dict[str, dict[str, Any]]:
     if not entries:
         raise ResultError("these runs recorded no value that another machine could repeat")
     return dict(sorted(entries.items()))
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A run's values beside the expected ones: how many are within tolerance, and a line for each that is not.
+
+    ``missing`` are expected values that the run did not record; ``unmeasured`` counts recorded ones with nothing to
+    compare with, which says nothing for or against them.
+    """
+
+    within: int
+    differing: tuple[str, ...]
+    missing: tuple[str, ...]
+    unmeasured: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.within} as expected, {len(self.differing)} differ, {len(self.missing)} missing, "
+            f"{self.unmeasured} unmeasured (nothing to compare with: not passed)"
+        )
+
+
+def judge(run_dir: Path, expected: Mapping[str, Mapping[str, Any]]) -> Judgement:
+    """Compare what a run recorded with ``expected`` (see above), for the notebooks that the run is made of.
+
+    Raises ResultError for a rehearsal, whose models are random.
+    """
+    _profile_of(run_dir)
+    found = {
+        f"{notebook}/{name}": entry
+        for notebook, entries in read(run_dir)["values"].items()
+        for name, entry in entries.items()
+    }
+    notebooks = read_json(run_dir / "status.json")["notebooks"]
+    wanted = {key: entry for key, entry in expected.items() if key.partition("/")[0] in notebooks}
+    differing = [
+        f"differs: {key} is {with_unit(found[key]['value'], found[key]['unit'])}, expected "
+        f"{with_tolerance(entry['value'], entry.get('tolerance'), found[key]['unit'])} ({entry['source']})"
+        for key, entry in wanted.items()
+        if key in found and not matches(found[key]["value"], entry["value"], entry.get("tolerance") or 0)
+    ]
+    missing = [f"missing: {key}, expected {format_value(e['value'])}" for key, e in wanted.items() if key not in found]
+    within = len(wanted) - len(differing) - len(missing)
+    return Judgement(within, tuple(differing), tuple(missing), len(found.keys() - wanted.keys()))
+
+
+def _profile_of(run: Path) -> str:
+    """The profile of a run. Raises ResultError for a rehearsal: nobody knows what its models should give."""
+    manifest = read_json(run / "manifest.json")
+    if "rehearsal" in manifest:
+        raise ResultError(f"{run} is a rehearsal, whose values say nothing about the models: give a real run")
+    return manifest["profile"]
 
 
 def _portable_entries(run: Path) -> Iterator[tuple[str, dict[str, Any]]]:

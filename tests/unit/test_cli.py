@@ -54,6 +54,7 @@ def workbook(*arguments):
         (["run", "--resume", "nowhere"], ["nowhere is not a run folder"]),
         (["report", "nowhere"], ["nowhere is not a run folder"]),
         (["expect", "nowhere"], ["nowhere"]),
+        (["check", "nowhere"], ["nowhere is not a run folder"]),
         (["plan", "--profile", "9x9gb"], ["9x9gb"]),
         (["run", "--nonsense"], ["nonsense"]),
         (["nonsense"], ["nonsense"]),
@@ -98,6 +99,18 @@ def test_a_run_from_start_to_expected_values(project):
         "00_start_here/cited": cited,
         "00_start_here/seed": {"value": 5, "tolerance": 0, "source": f"run {run.name}"},
     }
+    judged = workbook("check", str(run))  # of both notebooks only 00 records something
+    assert (judged.exit_code, judged.stdout.splitlines()) == (
+        1,
+        [
+            "missing: 00_start_here/cited, expected 9",
+            "laptop.json: 1 as expected, 0 differ, 1 missing, 0 unmeasured (nothing to compare with: not passed)",
+        ],
+    )
+    path.write_text(json.dumps({"00_start_here/seed": {"value": 5, "tolerance": 0, "source": "run x"}}))
+    assert workbook("check", str(run)).exit_code == 0
+    path.write_text("{}")
+    assert "1 unmeasured" in workbook("check", str(run)).stdout
     (run / "report.html").unlink()
     assert workbook("report", str(run)).stdout.strip() == str(run / "report.html")
     assert (run / "report.html").exists()

@@ -263,6 +263,31 @@ def test_failed_notebooks_and_mixed_profiles_give_no_expected_values(tmp_path):
         results.expected_from_runs([failed, finished_run(tmp_path / "other", {}, profile="8x80gb")])
 
 
+def test_a_run_is_judged_by_what_its_own_notebooks_should_give(tmp_path):
+    run = finished_run(tmp_path / "r", {"loss": (2.05, "nats"), "layers": (81, ""), "reply": ("a", ""), "new": (1, "")})
+    expected = {
+        "01_x/loss": {"value": 2.0, "tolerance": 0.1, "source": "run a"},
+        "01_x/layers": {"value": 80, "tolerance": 0, "source": "citation: b"},
+        "01_x/reply": {"value": "a", "tolerance": 0, "source": "run a"},
+        "01_x/gone": {"value": True, "tolerance": 0, "source": "run a"},
+        "02_y/other": {"value": 1, "tolerance": 0, "source": "run a"},  # a notebook that this run left out
+    }
+    judged = results.judge(run, expected)
+    assert (judged.within, judged.unmeasured) == (2, 1)
+    assert judged.differing == ("differs: 01_x/layers is 81, expected 80 (citation: b)",)
+    assert judged.missing == ("missing: 01_x/gone, expected yes",)
+    assert str(judged).startswith("2 as expected, 1 differ, 1 missing, 1 unmeasured")
+
+
+def test_a_rehearsal_is_neither_judged_nor_a_source_of_expected_values(tmp_path):
+    run = finished_run(tmp_path / "r", {"loss": (2.0, "")})
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | {"rehearsal": {}}))
+    for use in (lambda: results.judge(run, {}), lambda: results.expected_from_runs([run])):
+        with pytest.raises(results.ResultError, match="is a rehearsal"):
+            use()
+
+
 def test_work_goes_to_the_runs_folder_or_beside_the_runs(monkeypatch, tmp_path):
     monkeypatch.delenv("WORKBOOK_RUN_DIR", raising=False)
     assert results.work_folder("a") == results.ROOT / "runs" / "work" / "a"
