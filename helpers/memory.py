@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Literal
 
@@ -23,6 +23,8 @@ CONFIGS = ROOT / "env" / "models" / "configs"
 A100_PEAK = 312e12  # bf16 FLOP/s, dense: NVIDIA A100 data sheet
 RESERVED = 0.05  # share of each device kept free for the CUDA context and fragments
 MODES = ("inference", "full", "lora", "qlora")
+CacheHeads = Literal["cached", "kv"]
+Device = int | str  # as in a device map: a GPU's number, "cpu" or "disk"
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,10 @@ class Linear:
 class Anatomy:
     """The shape of a model as its configuration gives it; all that the formulas of this room need.
 
-    ``cached_heads`` are the heads that transformers' KV cache holds, ``kept`` the elements a layer keeps for its
-    backward pass and ``returned`` the further ones while that pass runs, both for one token. ``scores`` are fp32
-    attention scores for one token and one token of context.
+    ``cached_heads`` are the heads that transformers' KV cache holds, ``width`` the MLP's inner size. For one token,
+    elements: ``kept`` by a layer for its backward pass, ``returned`` the further ones while that pass runs, ``prefill``
+    alive at once in the MLP of a forward pass. For one token and one token of context: ``scores`` are fp32 attention
+    scores, ``masks`` bytes of the attention mask that the model makes (``biases``: elements of alibi's).
     """
 
     layers: int
@@ -59,9 +62,13 @@ class Anatomy:
     linears: tuple[Linear, ...]
     norms: int
     final_norm: int
+    width: int
     kept: int
     returned: int
+    prefill: int
     scores: int
+    masks: int
+    biases: int
     embeddings_name: str
     rotary_name: str
     layers_name: str
@@ -133,9 +140,7 @@ def weight_bytes(config: PretrainedConfig, precision: str, *, double_quant: bool
     return first + shape.layers * _layer_bytes(shape, precision, double_quant) + last
 
 
-def kv_bytes_per_token(
-    config: PretrainedConfig, precision: str = "bf16", *, heads: Literal["cached", "kv"] = "cached"
-) -> int:
+def kv_bytes_per_token(config: PretrainedConfig, precision: str = "bf16", *, heads: CacheHeads = "cached") -> int:
     """Bytes of keys and values for one token of one sequence, all layers; in 16 bit unless the precision is fp32.
 
     heads="cached": what transformers stores. For Falcon's new decoder architecture these are all query heads, because
@@ -156,6 +161,8 @@ def estimate(
     context_tokens: int = 2048,
     lora_rank: int = 8,
     checkpointing: bool = True,
+    double_quant: bool = False,
+    cache_heads: CacheHeads = "cached",
 ) -> MemoryEstimate:
     """Bytes by part for one kind of work, as a sum over all devices; the CUDA context is not in it.
 
@@ -164,15 +171,16 @@ def estimate(
     arXiv:1910.02054, section 3.1; fp32 takes 16 as well). "lora" and "qlora": frozen weights, in nf4 or int8 for
     "qlora", and fp32 adapters of rank ``lora_rank`` on every linear layer, trained with AdamW (arXiv:2106.09685,
     arXiv:2305.14314). Under ZeRO-3 each of n devices holds an n-th of weights, gradients and optimizer.
-    Activations: see ``activation_bytes``; ``batch_size`` counts the sequences on all devices.
+    Activations: see ``activation_bytes``; ``batch_size`` counts the sequences on all devices; ``double_quant``: see
+    ``weight_bytes``; ``cache_heads``: see ``kv_bytes_per_token``.
     Raises WorkbookError for an unknown precision or mode, or where the two do not go together.
     """
     _check_mode(precision, mode)
     work = {"batch_size": batch_size, "context_tokens": context_tokens, "checkpointing": checkpointing}
     activations = activation_bytes(config, precision, mode=mode, **work)
-    weights = weight_bytes(config, precision)
+    weights = weight_bytes(config, precision, double_quant=double_quant)
     if mode == "inference":
-        cache = batch_size * context_tokens * kv_bytes_per_token(config, precision)
+        cache = batch_size * context_tokens * kv_bytes_per_token(config, precision, heads=cache_heads)
         return MemoryEstimate(precision, mode, weights, kv_cache=cache, activations=activations)
     if mode == "full":
         count = count_parameters(config)
@@ -193,29 +201,34 @@ def activation_bytes(
     context_tokens: int = 2048,
     checkpointing: bool = True,
 ) -> int:
-    """Bytes of activations at the peak, after Korthikanti et al. 2022 (arXiv:2205.05198, section 4).
+    """Bytes of activations at the peak.
 
-    Their count of what a layer keeps for its backward pass, s tokens, batch b, hidden size h, in 16 bit, with fused
-    attention and no dropout, becomes 30sbh for Falcon-180B's parallel block: input 2, two norms 4, queries, keys and
-    values of all heads 6, attention's result 2, MLP 8 + 8. With checkpointing a layer keeps its input alone (2sbh) and
-    one layer at a time is computed anew, with the gradients of its MLP beside it. The other peak of training is the
-    loss: 12 bytes for each token and word of the vocabulary (logits and their gradient in 16 bit, log-probabilities and
-    their gradient in fp32). Inference: one layer, nothing freed before its end, and the last token's logits.
-    nf4 adds one matrix of weights unpacked to 16 bit; a Falcon of the old architecture (7B), whose one key head fused
-    attention does not take, adds attention scores in fp32 (4as²b each for a heads).
+    Inference: the prefill's, counted in transformers' code. Falcon's MLP runs while the embeddings, the layer's input,
+    its norms and the result of the attention are alive: 13 hidden sizes a token for 180B, with the two tensors of the
+    MLP's width; Llama's: 4 hidden sizes and three times that width. Falcon adds an attention mask of one byte for each
+    pair of tokens of a sequence, and a Falcon of the old architecture (7B), whose one key head fused attention does not
+    take, attention scores in fp32, twice, and their test for -inf (9as²b for a heads). A quantized matrix is multiplied
+    as bitsandbytes does on a GPU: nf4 is unpacked to 16 bit, int8 adds the inputs in 8 and the products in 32 bit.
+
+    Training: after Korthikanti et al. 2022 (arXiv:2205.05198, section 4). Their count of what a layer keeps for its
+    backward pass, s tokens, batch b, hidden size h, in 16 bit, with fused attention and no dropout, becomes 30sbh for
+    Falcon-180B's parallel block: input 2, two norms 4, queries, keys and values of all heads 6, attention's result 2,
+    MLP 8 + 8. With checkpointing a layer keeps its input alone (2sbh) and one layer at a time is computed anew, with
+    the gradients of its MLP beside it. The other peak of training is the loss: 12 bytes for each token and word of the
+    vocabulary (logits and their gradient in 16 bit, log-probabilities and their gradient in fp32). nf4 adds one matrix
+    of weights unpacked to 16 bit; a Falcon of the old architecture scores of 4as²b each.
     """
     shape, size, tokens = anatomy(config), _element_bytes(precision), batch_size * context_tokens
+    if mode == "inference":
+        return max(_prefill_bytes(shape, precision, batch_size, context_tokens), batch_size * shape.vocabulary * 6)
     scores = 4 * shape.scores * context_tokens
     layer = tokens * (size * shape.kept + scores)
-    unpacked = 2 * max(linear.weights for linear in shape.linears) if precision == "nf4" else 0
-    if mode == "inference":
-        return layer + tokens * scores + batch_size * shape.vocabulary * (size + 4) + unpacked
     returned = tokens * max(size * shape.returned, 2 * scores)
     if mode != "full":  # fp32 copies of what enters the adapters
         returned += tokens * 4 * sum(linear.columns for linear in shape.linears)
     loss = tokens * shape.vocabulary * (2 * size + 8)
     kept = tokens * size * shape.hidden if checkpointing else layer
-    return shape.layers * kept + max(layer * checkpointing + returned, loss) + unpacked
+    return shape.layers * kept + max(layer * checkpointing + returned, loss) + _unpacked_bytes(shape, precision)
 
 
 def place(
@@ -225,30 +238,101 @@ def place(
     *,
     context_tokens: int = 2048,
     batch_size: int = 1,
+    double_quant: bool = False,
+    cache_heads: CacheHeads = "cached",
+    cpu_bytes: float = 0.0,
+    disk: bool = False,
 ) -> Placement:
     """Whole layers over devices of the given bytes, in order: the fullest as empty as can be, then all as even.
 
     Each layer's KV cache lies beside it; the embeddings come first, with the head where the two are tied, and the final
     norm last, with the head where it is separate. ``device_map`` is what ``from_pretrained`` takes. Of each device
-    ``RESERVED`` and one layer's activations are kept free. Raises WorkbookError without a device.
+    ``RESERVED`` and one layer's activations are kept free.
+
+    ``cpu_bytes`` of host memory and the ``disk`` hold what the devices cannot: the devices are filled up in order, the
+    modules after that go to "cpu", and what is too much there to "disk". They run on the first device, which keeps
+    their cache and room for the weights of one of them at a time (accelerate moves them there). Without any device,
+    ``gpus=[]``, the model runs in ``cpu_bytes`` of host memory, and "disk" takes what is too much there.
+    Raises WorkbookError without a device or host memory, and where int8 or nf4 weights would have to be offloaded:
+    bitsandbytes refuses the disk, and leaves modules in host memory unquantized.
     """
-    if not gpus:
+    if not gpus and not cpu_bytes:
         raise WorkbookError("place needs at least one device: give the bytes of each, such as [80e9, 80e9]")
     shape = anatomy(config)
-    cache = batch_size * context_tokens * kv_bytes_per_token(config, precision) // shape.layers
-    pieces = _pieces(shape, precision, cache)
+    cache = batch_size * context_tokens * kv_bytes_per_token(config, precision, heads=cache_heads) // shape.layers
+    pieces = _pieces(shape, precision, cache, double_quant)
     work = activation_bytes(config, precision, batch_size=batch_size, context_tokens=context_tokens)
-    room = [max(gpu * (1 - RESERVED) - work, 1.0) for gpu in gpus]
-    sizes = [size for _, size in pieces]
-    devices = _spread(sizes, room)
-    device_map = {name: device for (names, _), device in zip(pieces, devices, strict=True) for name in names}
-    used = dict.fromkeys(range(len(gpus)), 0)
-    for size, device in zip(sizes, devices, strict=True):
-        used[device] += size
-    excess = sum(max(used[device] - free, 0) for device, free in enumerate(room))
-    lacking = max(excess, sum(sizes) - sum(room))
-    why_not = "" if excess <= 0 else f"lacks {gib(lacking)} over {_devices(gpus)}"
-    return Placement(device_map, used, excess <= 0, why_not)
+    room = _room(gpus, work)
+    sizes = [piece.size for piece in pieces]
+    if not (cpu_bytes or disk) or (gpus and _filled(sizes, room)):
+        return _placement(pieces, _spread(sizes, room), room, gpus)
+    placed = _offloaded(pieces, room, cpu_bytes * (1 - RESERVED), work, disk)
+    if precision in QUANTIZED and (gpus or "disk" in placed.device_map.values()):
+        raise WorkbookError(
+            f"{precision} weights cannot be offloaded: bitsandbytes refuses modules on the disk and leaves those in "
+            f"host memory unquantized. Give larger devices, or choose bf16."
+        )
+    if placed.fits:
+        return placed
+    where = f"{_devices(gpus)} and " if gpus else ""
+    return replace(placed, why_not=f"{placed.why_not} over {where}{gib(cpu_bytes)} of host memory")
+
+
+def parts_by_device(
+    config: PretrainedConfig,
+    precision: str,
+    placed: Placement,
+    *,
+    context_tokens: int = 2048,
+    batch_size: int = 1,
+    double_quant: bool = False,
+) -> dict[Device, dict[str, int]]:
+    """What each device of a placement holds, bytes by part: weights, kv_cache, activations.
+
+    The arguments are those of ``place``. Activations are counted on each device on which modules run.
+    """
+    work = activation_bytes(config, precision, batch_size=batch_size, context_tokens=context_tokens)
+    weights = dict.fromkeys(placed.per_device_bytes, 0)
+    for piece in _pieces(anatomy(config), precision, 0, double_quant):
+        weights[placed.device_map[piece.names[0]]] += piece.weights
+    return {
+        device: {
+            "weights": weights[device],
+            "kv_cache": held - weights[device],
+            "activations": work if held > weights[device] else 0,
+        }
+        for device, held in placed.per_device_bytes.items()
+    }
+
+
+def largest_context(
+    config: PretrainedConfig,
+    precision: str,
+    gpus: Sequence[float],
+    *,
+    batch_size: int = 1,
+    double_quant: bool = False,
+    cache_heads: CacheHeads = "cached",
+) -> int:
+    """The most tokens of context for which ``place`` finds room on these devices, 0 where it finds none for one token.
+
+    What the memory allows: the model may have been trained on fewer.
+    """
+    shape = anatomy(config)
+    per_token = batch_size * kv_bytes_per_token(config, precision, heads=cache_heads)
+
+    def fits(tokens: int) -> bool:
+        work = activation_bytes(config, precision, batch_size=batch_size, context_tokens=tokens)
+        pieces = _pieces(shape, precision, tokens * per_token // shape.layers, double_quant)
+        return bool(_filled([piece.size for piece in pieces], _room(gpus, work)))
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def shard(
@@ -352,9 +436,13 @@ def _falcon(config: PretrainedConfig) -> Anatomy:
         ),
         norms=norms * 2 * hidden,
         final_norm=2 * hidden,
+        width=width,
         kept=(2 + sequential + norms) * hidden + attention + 2 * width,
         returned=2 * width,
+        prefill=(3 + sequential + norms) * hidden + 2 * width,
         scores=0 if fused else heads,
+        masks=1,
+        biases=heads * config.alibi,
         embeddings_name="transformer.word_embeddings",
         rotary_name="transformer.rotary_emb",
         layers_name="transformer.h",
@@ -391,9 +479,13 @@ def _llama(config: PretrainedConfig) -> Anatomy:
         norms=2 * hidden,
         final_norm=hidden,
         # each RMSNorm: input in fp32 (two elements), normalised, scaled; the gated MLP: gate, up, activated, product
+        width=width,
         kept=8 * hidden + 2 * queries + 2 * keys + 4 * width,
         returned=3 * width,
+        prefill=4 * hidden + 3 * width,
         scores=0,
+        masks=0,
+        biases=0,
         embeddings_name="model.embed_tokens",
         rotary_name="model.rotary_emb",
         layers_name="model.layers",
@@ -459,21 +551,109 @@ def _check_mode(precision: str, mode: str) -> None:
         raise WorkbookError(f"{mode} does not train over {precision} weights; choose mode='qlora' or bf16")
 
 
-def _pieces(shape: Anatomy, precision: str, cache: int) -> list[tuple[list[str], int]]:
-    """What may not be split, in the order of the forward pass: (module names, bytes)."""
+def _prefill_bytes(shape: Anatomy, precision: str, batch_size: int, context_tokens: int) -> int:
+    size, tokens = _element_bytes(precision), batch_size * context_tokens
+    mlp = tokens * size * shape.prefill
+    # while a matrix of the MLP is multiplied, one of the two widest tensors is not there yet
+    others = mlp - tokens * size * 2 * shape.width
+    if precision == "nf4":
+        mlp = max(mlp, others + tokens * size * shape.width + _unpacked_bytes(shape, precision))
+    if precision == "int8":
+        mlp = max(mlp, others + tokens * (shape.hidden + (4 + size) * shape.width))
+    if shape.scores:  # queries in fp32 and scaled beside what is alive, and the mask in fp32
+        attention = size * 6 * shape.hidden + 8 * shape.hidden + (9 * shape.scores + 4) * context_tokens
+        mlp = max(mlp, tokens * attention)
+    positions = 2 * size * context_tokens * shape.head_dim
+    return mlp + tokens * context_tokens * (shape.masks + size * shape.biases) + positions
+
+
+def _unpacked_bytes(shape: Anatomy, precision: str) -> int:
+    return 2 * max(linear.weights for linear in shape.linears) if precision == "nf4" else 0
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Modules that may not be split; bytes."""
+
+    names: tuple[str, ...]
+    weights: int
+    cache: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.weights + self.cache
+
+
+def _pieces(shape: Anatomy, precision: str, cache: int, double_quant: bool = False) -> list[_Piece]:
+    """What may not be split, in the order of the forward pass; ``cache`` is that of one layer."""
     first, last = _end_bytes(shape, precision)
     start, end = [shape.embeddings_name, shape.rotary_name], [shape.final_norm_name]
     (start if shape.tied else end).append(shape.head_name)
-    layer = _layer_bytes(shape, precision) + cache
-    layers = [([f"{shape.layers_name}.{i}"], layer) for i in range(shape.layers)]
-    return [(start, first), *layers, (end, last)]
+    layer = _layer_bytes(shape, precision, double_quant)
+    layers = [_Piece((f"{shape.layers_name}.{i}",), layer, cache) for i in range(shape.layers)]
+    return [_Piece(tuple(start), first), *layers, _Piece(tuple(end), last)]
+
+
+def _room(gpus: Sequence[float], work: float) -> list[float]:
+    return [max(gpu * (1 - RESERVED) - work, 1.0) for gpu in gpus]
+
+
+def _placement(
+    pieces: Sequence[_Piece], devices: Sequence[int], room: Sequence[float], gpus: Sequence[float]
+) -> Placement:
+    used = dict.fromkeys(range(len(gpus)), 0)
+    for piece, device in zip(pieces, devices, strict=True):
+        used[device] += piece.size
+    excess = sum(max(used[device] - free, 0) for device, free in enumerate(room))
+    lacking = max(excess, sum(used.values()) - sum(room))
+    why_not = "" if excess <= 0 else f"lacks {gib(lacking)} over {_devices(gpus)}"
+    return Placement(_device_map(pieces, devices), used, excess <= 0, why_not)
+
+
+def _device_map(pieces: Sequence[_Piece], devices: Sequence[Device]) -> dict[str, Device]:
+    return {name: device for piece, device in zip(pieces, devices, strict=True) for name in piece.names}
+
+
+def _offloaded(pieces: Sequence[_Piece], room: Sequence[float], host: float, work: float, disk: bool) -> Placement:
+    """The leading pieces on the devices (where there is no room for one: in host memory), the rest on "cpu", "disk"."""
+    leading: list[Device] = list(_leading(pieces, room)) if room else []
+    main: Device = 0 if leading else "cpu"
+    if not leading:
+        host -= work
+        leading = ["cpu"] * len(_leading(pieces, [host]))
+    rest = pieces[len(leading) :]
+    below = list(accumulate(piece.weights for piece in rest))
+    overflow: Device = "disk" if disk else "cpu"
+    offloaded = ["cpu" if main == 0 and size <= host else overflow for size in below]
+    devices = [*leading, *offloaded]
+    used: dict[Device, int] = dict.fromkeys([*range(len(room)), "cpu", *(["disk"] if disk else [])], 0)
+    for piece, device in zip(pieces, devices, strict=True):
+        used[device] += piece.weights
+        used[device if isinstance(device, int) else main] += piece.cache
+    visiting = max((piece.weights for piece in rest), default=0) if main == "cpu" and disk else 0
+    lacking = used["cpu"] + visiting - host
+    return Placement(_device_map(pieces, devices), used, lacking <= 0, "" if lacking <= 0 else f"lacks {gib(lacking)}")
+
+
+def _leading(pieces: Sequence[_Piece], room: Sequence[float]) -> list[int]:
+    """The devices of the leading pieces that can stay, one device after the other filled up.
+
+    The rest runs on the first device, whose room holds the cache of all of it and the weights of one piece at a time.
+    """
+    for count in range(len(pieces), 0, -1):
+        rest = pieces[count:]
+        visiting = sum(piece.cache for piece in rest) + max((piece.weights for piece in rest), default=0)
+        devices = _filled([piece.size for piece in pieces[:count]], [room[0] - visiting, *room[1:]])
+        if devices and devices[0] == 0:
+            return devices
+    return []
 
 
 def _spread(sizes: Sequence[int], room: Sequence[float]) -> list[int]:
     """The device of each piece, order kept: the largest share of a room in use is the least, then all are most even."""
 
     def fits(share: float) -> bool:
-        return _first_fit(sizes, [share * free for free in room])
+        return bool(_filled(sizes, [share * free for free in room]))
 
     low, high = 0.0, 1.0 if fits(1.0) else 2 * sum(sizes) / min(room)
     for _ in range(60):
@@ -482,16 +662,17 @@ def _spread(sizes: Sequence[int], room: Sequence[float]) -> list[int]:
     return _most_even(sizes, [high * free for free in room])
 
 
-def _first_fit(sizes: Sequence[int], limits: Sequence[float]) -> bool:
-    """Whether the pieces fit, one device after the other filled up to its limit."""
-    device, used = 0, 0
+def _filled(sizes: Sequence[int], limits: Sequence[float]) -> list[int]:
+    """The device of each piece, one device after the other filled up to its limit; empty where they do not fit."""
+    devices, device, used = [], 0, 0
     for size in sizes:
         while used + size > limits[device]:
             device, used = device + 1, 0
             if device == len(limits):
-                return False
+                return []
+        devices.append(device)
         used += size
-    return True
+    return devices
 
 
 def _most_even(sizes: Sequence[int], limits: Sequence[float]) -> list[int]:

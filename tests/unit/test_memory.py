@@ -94,6 +94,24 @@ def test_counts_of_every_architecture(config):
     assert memory.count_parameters(config) == on_meta(config).num_parameters()
 
 
+@pytest.mark.parametrize(
+    ("repo_id", "parameters"),
+    [
+        (FALCON_180B, 178_557_088_768),
+        ("tiiuae/falcon-40b", 41_303_293_952),
+        ("tiiuae/falcon-7b", 6_921_720_704),
+        ("meta-llama/Llama-2-7b-chat-hf", 6_738_415_616),
+        ("meta-llama/Llama-2-13b-chat-hf", 13_015_864_320),
+        ("meta-llama/Llama-2-70b-chat-hf", 68_976_648_192),
+    ],
+)
+def test_counts_of_the_published_configurations_to_the_parameter(repo_id, parameters):
+    assert memory.count_parameters(memory.published_config(repo_id)) == parameters
+    assert (
+        json.loads((memory.CONFIGS / f"{repo_id.replace('/', '--')}.json").read_text())["model_type"] in repo_id.lower()
+    )
+
+
 def test_figures_of_falcon_180b(published_180b):
     assert memory.count_parameters(published_180b) == 178_557_088_768
     assert memory.count_parameters(published_180b, tied=False) == 179_522_565_120
@@ -155,10 +173,43 @@ def test_weight_bytes_are_what_torch_holds(config, precision, dtype):
     assert memory.weight_bytes(config, precision) == held(real(config, dtype).parameters())
 
 
+def test_bf16_bytes_of_the_whole_model_are_those_of_the_model_built_on_the_meta_device(published_180b):
+    model = on_meta(published_180b).to(torch.bfloat16)
+    assert memory.weight_bytes(published_180b, "bf16") == held(model.parameters()) == 357_114_177_536
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "double_quant"), [("int8", False), ("nf4", False), ("nf4", True)], ids=["int8", "nf4", "nf4 double"]
+)
+def test_quantized_bytes_at_the_true_width_are_what_bitsandbytes_holds(published_180b, precision, double_quant):
+    """The matrices of a layer are really quantized at Falcon-180B's width, those of the MLP a quarter of the rows."""
+    from bitsandbytes.nn import Int8Params, Params4bit
+
+    model = on_meta(published_180b).to(torch.bfloat16)
+    layers = [module.weight for module in model.transformer.h.modules() if isinstance(module, torch.nn.Linear)]
+    others = held(model.parameters()) - held(layers)
+    stored, quarters = 0, {59392 * 14848: 4}
+    for weight in layers[:4]:
+        times = quarters.get(weight.numel(), 1)
+        rows = torch.ones(weight.shape[0] // times, weight.shape[1], dtype=torch.bfloat16)
+        if precision == "int8":
+            quantized = Int8Params(rows.half(), requires_grad=False).to("cpu")
+        else:
+            how = {"quant_type": "nf4", "compress_statistics": double_quant}
+            quantized = Params4bit(rows, requires_grad=False, **how).to("cpu")
+        states = quantization_states(quantized)
+        assert states
+        stored += times * (quantized.nbytes + held(states))
+    built = 80 * stored + others
+    assert memory.weight_bytes(published_180b, precision, double_quant=double_quant) == pytest.approx(built, rel=1e-5)
+
+
 def test_published_weight_sizes(published_180b):
     sizes = {precision: memory.weight_bytes(published_180b, precision) / GIB for precision in ("bf16", "int8", "nf4")}
     assert sizes == pytest.approx({"bf16": 332.59, "int8": 167.2, "nf4": 94.84}, abs=0.05)
     assert memory.weight_bytes(published_180b, "nf4", double_quant=True) / GIB == pytest.approx(87.13, abs=0.01)
+    assert memory.estimate(published_180b, "nf4", double_quant=True).weights / GIB == pytest.approx(87.13, abs=0.01)
 
 
 def quantization_states(parameter):
@@ -208,6 +259,7 @@ def test_published_cache_sizes(published_180b):
     assert memory.kv_bytes_per_token(published_180b, "nf4") == 4_751_360
     assert memory.kv_bytes_per_token(published_180b, "fp32", heads="kv") == 327_680
     assert memory.estimate(published_180b, "bf16").kv_cache / GIB == pytest.approx(9.06, abs=0.01)
+    assert memory.estimate(published_180b, "bf16", cache_heads="kv").kv_cache == 2048 * 163_840
     # 2 (keys and values) x 80 layers x 8 heads x 128 x 2 bytes, Llama 2 70B
     assert memory.kv_bytes_per_token(memory.published_config("meta-llama/Llama-2-70b-chat-hf")) == 327_680
 
@@ -338,14 +390,53 @@ WIDE = {
 wide = pytest.mark.parametrize("config", WIDE.values(), ids=WIDE.keys())
 
 
+def allocated_peak(work):
+    """The most bytes that torch's CPU allocator holds at once above what it held before, and what ``work`` returns."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        result = work()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes)), result
+
+
+def cache_bytes(cache):
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
 @wide
-def test_activations_of_inference_bound_the_measured_peak(config):
-    model, ids = real(config, torch.bfloat16).eval(), torch.zeros(1, 256, dtype=torch.long)
-    with torch.no_grad(), Peak([*model.parameters(), *model.buffers()]) as peak:
-        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-    stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    estimate = memory.estimate(config, "bf16", context_tokens=256)
-    assert 0.5 < (peak.peak - stored) / estimate.activations < 1.05
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+@pytest.mark.parametrize(("batch_size", "tokens"), [(1, 256), (2, 512)])
+def test_activations_of_inference_are_the_measured_peak(config, precision, dtype, batch_size, tokens):
+    """The embeddings to the last token's logits, cache apart, on real tensors."""
+    model, ids = real(config, dtype).eval(), torch.zeros(batch_size, tokens, dtype=torch.long)
+    with torch.inference_mode():
+        mask = torch.ones_like(ids)
+        peak, out = allocated_peak(lambda: model(ids, attention_mask=mask, use_cache=True, logits_to_keep=1))
+    estimate = memory.estimate(config, precision, batch_size=batch_size, context_tokens=tokens)
+    several = 0.07 if memory.anatomy(config).scores else 0.01  # unfused attention makes further small copies
+    assert estimate.activations == pytest.approx(peak - cache_bytes(out.past_key_values), rel=several)
+
+
+@pytest.mark.slow
+def test_peak_of_a_real_model_with_a_long_context_and_batch_4():
+    """SmolLM2 generates the last of 1024 tokens for four sequences at once.
+
+    Counted: all that torch allocates after the load, so cache, activations and logits, and not the weights.
+    """
+    from helpers import loading, profiles
+
+    model = loading.load(profiles.load_profile("laptop").llama_chat, "bf16").model
+    ids = torch.randint(10, 40_000, (4, 1020), generator=torch.Generator().manual_seed(0))
+    how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with torch.inference_mode():
+        peak, out = allocated_peak(lambda: model.generate(ids, **how, return_dict_in_generate=True))
+    assert out.sequences.shape == (4, 1024)
+    estimate = memory.estimate(model.config, "bf16", batch_size=4, context_tokens=1024)
+    assert estimate.kv_cache == pytest.approx(cache_bytes(out.past_key_values), rel=0.002)  # the last token is not kept
+    assert estimate.total - estimate.weights == pytest.approx(peak, rel=0.05)
+    assert estimate.activations > 0.3 * peak
 
 
 def training_peak(config, mode, checkpointing):
@@ -412,7 +503,7 @@ def test_what_does_not_fit_says_what_it_lacks(published_180b):
     missing = sum(placement.per_device_bytes.values()) - sum(room(published_180b, "bf16", [80e9] * 2))
     assert not placement.fits
     assert placement.why_not == f"lacks {missing / GIB:.1f} GiB over 2 devices of 74.5 GiB"
-    assert missing / GIB == pytest.approx(332.59 + 9.06 - 2 * 74.5 * 0.95 + 2 * 0.85, abs=0.2)
+    assert missing / GIB == pytest.approx(332.59 + 9.06 - 2 * 74.5 * 0.95 + 2 * 0.74, abs=0.1)
 
 
 def test_devices_of_different_sizes_and_a_single_one(published_180b):
@@ -540,6 +631,165 @@ def test_no_split_leaves_the_fullest_device_emptier_or_the_load_more_even(sizes,
     least = min(share for share, _ in splits)
     assert fullest == pytest.approx(least, rel=1e-9)
     assert uneven == pytest.approx(min(u for share, u in splits if share <= least * (1 + 1e-9)), rel=1e-9)
+
+
+# --- offload ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cpu_bytes"), [([80e9], 100e9), ([80e9] * 2, 300e9), ([40e9] * 4, 50e9), ([24e9], 64e9)]
+)
+def test_what_leaves_the_gpus_is_what_accelerate_takes_off_them(published_180b, gpus, cpu_bytes):
+    from accelerate import infer_auto_device_map
+
+    placement = memory.place(published_180b, "bf16", gpus, context_tokens=0, cpu_bytes=cpu_bytes, disk=True)
+    limits = {device: int(limit) for device, limit in enumerate(room(published_180b, "bf16", gpus, context_tokens=0))}
+    model = on_meta(published_180b).to(torch.bfloat16)
+    # accelerate keeps a layer's room on the CPU too, where nothing runs while there are GPUs: one layer more for it
+    host = {"cpu": int(cpu_bytes * (1 - memory.RESERVED)) + 4_439_789_568}
+    found = infer_auto_device_map(model, max_memory=limits | host, no_split_module_classes=["FalconDecoderLayer"])
+    del found["transformer.rotary_emb"]
+    assert placement.fits
+    assert {name: placement.device_map[name] for name in found} == dict(found)
+    assert "cpu" in found.values()
+
+
+def test_offload_is_used_only_where_it_is_needed(published_180b):
+    plain = memory.place(published_180b, "bf16", [80e9] * 8)
+    assert memory.place(published_180b, "bf16", [80e9] * 8, cpu_bytes=64e9, disk=True) == plain
+
+
+def test_the_first_gpu_keeps_the_cache_of_what_is_offloaded_and_room_for_one_layer(published_180b):
+    placement = memory.place(published_180b, "bf16", [80e9] * 2, cpu_bytes=200e9, disk=True)
+    layer, cache = 4_439_789_568, 2048 * 4_751_360 // 80
+    counts = {
+        device: sum(place == device for name, place in placement.device_map.items() if ".h." in name)
+        for device in placement.per_device_bytes
+    }
+    assert sum(counts.values()) == 80
+    assert counts["cpu"] == int(190e9 // layer)
+    away = counts["cpu"] + counts["disk"]
+    embeddings = 65024 * 14848 * 2
+    held_by_first = counts[0] * (layer + cache) + embeddings + away * cache
+    assert placement.per_device_bytes[0] == held_by_first
+    first = room(published_180b, "bf16", [80e9])[0]
+    assert first - (layer + cache) < held_by_first + layer <= first
+    estimate = memory.estimate(published_180b, "bf16")
+    assert sum(placement.per_device_bytes.values()) == estimate.weights + estimate.kv_cache
+
+
+def test_offload_without_enough_host_memory_says_what_it_lacks(published_180b):
+    placement = memory.place(published_180b, "bf16", [80e9] * 2, cpu_bytes=100e9)
+    assert not placement.fits
+    missing = (placement.per_device_bytes["cpu"] - 95e9) / GIB
+    assert placement.why_not == f"lacks {missing:.1f} GiB over 2 devices of 74.5 GiB and 93.1 GiB of host memory"
+    assert memory.place(published_180b, "bf16", [80e9] * 2, cpu_bytes=100e9 + missing * GIB / 0.95 + 1).fits
+    alone = memory.place(published_180b, "bf16", [], cpu_bytes=100e9)
+    assert set(alone.device_map.values()) == {"cpu"}
+    assert alone.why_not.endswith("GiB over 93.1 GiB of host memory")
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_quantized_weights_are_not_offloaded(published_180b, precision):
+    with pytest.raises(WorkbookError, match=f"{precision} weights cannot be offloaded.*choose bf16"):
+        memory.place(published_180b, precision, [40e9], cpu_bytes=500e9)
+    with pytest.raises(WorkbookError, match="cannot be offloaded"):
+        memory.place(published_180b, precision, [], cpu_bytes=50e9, disk=True)
+    assert memory.place(published_180b, precision, [80e9] * 8, cpu_bytes=500e9, disk=True).fits
+    whole = memory.place(published_180b, precision, [], cpu_bytes=500e9, disk=True)
+    assert whole.fits
+    assert set(whole.device_map.values()) == {"cpu"}
+
+
+@pytest.mark.parametrize("config", [falcon(), old_falcon(), llama()], ids=["new", "old", "Llama"])
+def test_a_model_half_on_the_disk_gives_the_same_logits(config, tmp_path):
+    real(config).save_pretrained(tmp_path)
+    cpu_bytes = 0.75 * memory.weight_bytes(config, "fp32") / (1 - memory.RESERVED)
+    placement = memory.place(config, "fp32", [], cpu_bytes=cpu_bytes, disk=True, context_tokens=6, batch_size=2)
+    assert placement.fits
+    assert set(placement.device_map.values()) == {"cpu", "disk"}
+    offloaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=placement.device_map)
+    stays = held(parameter for parameter in offloaded.parameters() if parameter.device.type == "cpu")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path)
+    cache = memory.estimate(config, "fp32", context_tokens=6, batch_size=2).kv_cache
+    assert placement.per_device_bytes["cpu"] - cache == stays < held(whole.parameters())
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.inference_mode():
+        assert torch.equal(offloaded(ids).logits, whole(ids).logits)
+
+
+@settings(max_examples=100, deadline=None)
+@given(configs, st.lists(st.integers(10**4, 10**6), max_size=3), st.integers(10**4, 10**6), st.booleans())
+def test_offload_of_any_model_keeps_order_and_limits(config, gpus, cpu_bytes, disk):
+    placement = memory.place(config, "bf16", gpus, cpu_bytes=cpu_bytes, disk=disk, context_tokens=10)
+    shape = memory.anatomy(config)
+    layers = [f"{shape.layers_name}.{i}" for i in range(shape.layers)]
+    order = [placement.device_map[name] for name in (shape.embeddings_name, *layers, shape.final_norm_name)]
+    rank = {"cpu": len(gpus), "disk": len(gpus) + 1}
+    ranks = [rank.get(device, device) for device in order]
+    assert ranks == sorted(ranks)
+    assert disk or "disk" not in order
+    estimate = memory.estimate(config, "bf16", context_tokens=10)
+    assert sum(placement.per_device_bytes.values()) == estimate.weights + estimate.kv_cache
+    for device, limit in enumerate(room(config, "bf16", gpus, context_tokens=10)):
+        assert placement.per_device_bytes[device] <= max(limit, 1)
+    on_host = placement.per_device_bytes.get("cpu", 0) + (0 if 0 in order else estimate.activations)
+    assert placement.fits == (not placement.why_not)
+    assert not placement.fits or on_host <= cpu_bytes * (1 - memory.RESERVED)
+
+
+# --- parts and the largest context ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("precision", "double_quant", "offload"),
+    [("bf16", False, {}), ("nf4", True, {}), ("bf16", False, {"cpu_bytes": 300e9, "disk": True})],
+)
+def test_parts_of_the_devices_add_up(published_180b, precision, double_quant, offload):
+    gpus = [80e9] * (2 if offload else 8)
+    placement = memory.place(published_180b, precision, gpus, double_quant=double_quant, **offload)
+    parts = memory.parts_by_device(published_180b, precision, placement, double_quant=double_quant)
+    estimate = memory.estimate(published_180b, precision, double_quant=double_quant)
+    assert sum(part["weights"] for part in parts.values()) == estimate.weights
+    assert sum(part["kv_cache"] for part in parts.values()) == estimate.kv_cache
+    for device, held_there in placement.per_device_bytes.items():
+        assert parts[device]["weights"] + parts[device]["kv_cache"] == held_there
+        runs = isinstance(device, int)
+        assert parts[device]["activations"] == (estimate.activations if runs else 0)
+
+
+@pytest.mark.parametrize("cache_heads", ["cached", "kv"])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_the_largest_context_fits_and_one_token_more_does_not(published_180b, double_quant, cache_heads):
+    how = {"double_quant": double_quant, "cache_heads": cache_heads}
+    tokens = memory.largest_context(published_180b, "nf4", [80e9] * 2, **how)
+    assert tokens > 2048
+    assert memory.place(published_180b, "nf4", [80e9] * 2, context_tokens=tokens, **how).fits
+    assert not memory.place(published_180b, "nf4", [80e9] * 2, context_tokens=tokens + 1, **how).fits
+
+
+def test_no_context_fits_where_the_weights_do_not(published_180b):
+    assert memory.largest_context(published_180b, "bf16", [80e9] * 4) == 0
+
+
+def test_accelerates_balanced_map_is_no_more_even_than_ours(published_180b):
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import compute_module_sizes, get_balanced_memory
+
+    model = on_meta(published_180b).to(torch.bfloat16)
+    limits = {device: int(limit) for device, limit in enumerate(room(published_180b, "bf16", [80e9] * 8))}
+    how = {"no_split_module_classes": ["FalconDecoderLayer"]}
+    balanced = infer_auto_device_map(model, max_memory=get_balanced_memory(model, max_memory=limits, **how), **how)
+    placement = memory.place(published_180b, "bf16", [80e9] * 8, context_tokens=0)
+    assert set(placement.device_map) == set(balanced)
+    assert set(balanced.values()) == set(placement.device_map.values()) == set(range(8))
+    sizes, theirs = compute_module_sizes(model), dict.fromkeys(range(8), 0)
+    for name, device in balanced.items():
+        theirs[device] += 0 if name in ("lm_head", "transformer.rotary_emb") else sizes[name]
+    ours = placement.per_device_bytes
+    assert sum(ours.values()) == sum(theirs.values())
+    assert max(ours.values()) <= max(theirs.values())
+    assert max(ours.values()) - min(ours.values()) <= max(theirs.values()) - min(theirs.values())
 
 
 # --- the article's claims ---------------------------------------------------------------------------------------------
