@@ -81,7 +81,7 @@ def commands(text):
     joined = text.replace("\\\n", " ")
     joined = re.sub(r"^# ?", "", joined, flags=re.MULTILINE)
     found = re.findall(r'(?:\.venv/bin/workbook|"\$workbook"|falcon-180b-workbook) +([a-z][^\n|`]*)', joined)
-    return [shlex.split(re.sub(r"\$\{?(\w+)\}?", r"\1", each)) for each in found]
+    return [shlex.split(re.sub(r"\$\{?(\w+)\}?", r"\1", each), comments=True) for each in found]
 
 
 def accepts(arguments):
