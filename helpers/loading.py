@@ -326,13 +326,15 @@ def _full_disk(ref: ModelRef, variable: str, folder: Path) -> Iterator[None]:
 @contextmanager
 def _hub_errors(ref: ModelRef) -> Iterator[None]:
     """Turn the hub's errors into LoadErrors that say what to do."""
+    from huggingface_hub.errors import HTTPError
+
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPError) as error:
         raise LoadError(f"{ref.label} cannot be had: {_hub_advice(ref, error)} ({type(error).__name__})") from error
 
 
-def _hub_advice(ref: ModelRef, error: BaseException) -> str:
+def _hub_advice(ref: ModelRef, error: Exception) -> str:
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{ref.id}"
@@ -345,6 +347,8 @@ def _hub_advice(ref: ModelRef, error: BaseException) -> str:
         "(and unset HF_HUB_OFFLINE); what is complete is kept.",
         errors.LocalEntryNotFoundError: "it was not downloaded yet and the hub cannot be reached. Connect to it "
         "(and unset HF_HUB_OFFLINE), or use the profile laptop, which needs no network.",
+        errors.HfHubHTTPError: str(error),
+        errors.HTTPError: f"the connection to the hub broke. Load it again: what is complete is kept. {error}",
     }
     refused = {
         401: f"the hub does not know this token. Make a new one on {TOKENS}, then run `hf auth login`, or correct "
@@ -390,14 +394,15 @@ def device_map_for(
     else:
         device_map, why_not = {"": "cpu"}, lacks(config, precision, machine, context_tokens=context_tokens)
     if why_not:
-        raise LoadError(f"In {precision} it does not fit: it {why_not}. {_what_fits(config, machine, context_tokens)}")
+        raise LoadError(f"In {precision} it does not fit: it {why_not}. {_remedy(config, machine, offload)}")
     return device_map
 
 
-def _what_fits(config: PreTrainedConfig, machine: Machine, context_tokens: int) -> str:
-    fitting = [name for name in PRECISIONS if not lacks(config, name, machine, context_tokens=context_tokens)]
+def _remedy(config: PreTrainedConfig, machine: Machine, offload: bool) -> str:
+    """What to do where a model does not fit."""
+    fitting = [precision for precision in PRECISIONS if not lacks(config, precision, machine)]
     first = f"Choose {fitting[0]}, which fits" if fitting else "Choose a larger machine: no precision fits"
-    return f"{first}; or load with offload=True, which is slow and not for int8 and nf4."
+    return f"{first}." if offload else f"{first}; or load with offload=True, which is slow and not for int8 and nf4."
 
 
 def _default_device_map(config: PreTrainedConfig, precision: str, **options: bool) -> dict[str, int | str]:

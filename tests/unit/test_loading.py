@@ -446,6 +446,20 @@ def test_an_interrupted_build_is_not_used(cache, builds, monkeypatch):
     assert not list(cache.glob("*.partial"))
 
 
+def test_a_disk_that_is_full_is_explained_and_nothing_half_done_is_used(cache, tmp_path):
+    cache.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(cache)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        with pytest.raises(LoadError, match=rf"disk of {cache}.* is full. Free some space, or set WORKBOOK_CACHE to"):
+            resolve(PACKAGED)
+        assert {path.suffix for path in cache.iterdir()} <= {".partial", ".lock"}
+    finally:
+        subprocess.run(["umount", str(cache)], check=True)
+    assert load(PACKAGED).report.parameters > 0
+
+
 def test_another_file_makes_another_cache(cache, builds, tmp_path, monkeypatch):
     other = tmp_path / "other"
     (other / "tiny_llama").mkdir(parents=True)
