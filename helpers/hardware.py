@@ -5,21 +5,26 @@ In a container the limits of the control group and the CPU affinity count where 
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 import os
 import platform
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.types import ROOT, Gpu, Machine
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
+CHUNK = 2**24  # bytes written or read at a time to measure a disk
 
 
 # Prints what detect finds as JSON.
@@ -29,7 +34,8 @@ DETECT = "import dataclasses, json, helpers.hardware as h; print(json.dumps(data
 def detect() -> Machine:
     """What this process may use on this machine. ``disk_free_bytes`` is the project folder's.
 
-    In a rehearsal (``$WORKBOOK_REHEARSAL`` names its folder) it is the machine that is rehearsed for. Asking a GPU for its free memory opens a CUDA context on it, which holds some hundred MiB while this process lives.
+    In a rehearsal (``$WORKBOOK_REHEARSAL`` names its folder) it is the machine that is rehearsed for. Asking a GPU for
+    its free memory opens a CUDA context on it, which holds some hundred MiB while this process lives.
     """
     import psutil
 
@@ -76,6 +82,36 @@ def memory_bandwidth(bytes: int = 2**28, repeats: int = 7, device: str = "cpu") 
     return 2 * source.nbytes / statistics.median(seconds)
 
 
+@dataclass(frozen=True)
+class DiskSpeed:
+    """Measured sequential reading: bytes a second over ``read_bytes`` in a file of ``folder``.
+
+    ``direct``: read past the operating system's cache (O_DIRECT); else the cache was emptied of the file first.
+    """
+
+    bytes_per_second: float
+    read_bytes: int
+    folder: str
+    direct: bool
+
+
+def disk_read_speed(folder: Path, bytes: int = 2**28, seconds: float = 1.5) -> DiskSpeed:
+    """How fast the disk under a folder is read in a row, with the page cache out of the way.
+
+    A file of ``bytes`` random bytes (fewer where writing takes longer than ``seconds``) is written in the folder and
+    flushed to the disk, then read for at most ``seconds`` and deleted. A cache in the disk itself, or in the host of a
+    virtual machine, may still answer. Raises OSError where the folder takes no file, or the disk is full.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".disk-speed-") as file:
+        start = time.perf_counter()
+        while file.tell() < bytes and (not file.tell() or time.perf_counter() - start < seconds):
+            file.write(os.urandom(CHUNK))
+            file.flush()
+            os.fsync(file.fileno())
+        read, elapsed, direct = _read_uncached(Path(file.name), seconds)
+    return DiskSpeed(read / elapsed, read, str(folder), direct)
+
+
 def memory_limit(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> tuple[float, float]:
     """(limit, room left) in bytes that the control groups set (versions 1 and 2); inf where there is none.
 
@@ -89,6 +125,32 @@ def memory_limit(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> tupl
 def cpu_limit(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float:
     """CPUs that the control groups' quota allows (1.5 means one and a half), inf where there is none."""
     return min((_group_cpus(folder) for folder in _groups("cpu", cgroups, membership)), default=math.inf)
+
+
+def _read_uncached(file: Path, seconds: float) -> tuple[int, float, bool]:
+    """(bytes read, seconds it took, whether with O_DIRECT) of a file that is on the disk."""
+    descriptor, direct = _open_uncached(file)
+    buffer = mmap.mmap(-1, CHUNK)  # O_DIRECT asks for memory that begins with a page
+    try:
+        read, start, elapsed = 0, time.perf_counter(), 0.0
+        while elapsed < seconds and (count := os.readv(descriptor, [buffer])):
+            read, elapsed = read + count, time.perf_counter() - start
+        return read, elapsed, direct
+    finally:
+        os.close(descriptor)
+
+
+def _open_uncached(file: Path) -> tuple[int, bool]:
+    with contextlib.suppress(OSError, AttributeError):  # some file systems and systems have no O_DIRECT
+        return os.open(file, os.O_RDONLY | os.O_DIRECT), True
+    descriptor = os.open(file, os.O_RDONLY)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    elif sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+    return descriptor, False
 
 
 def _read_machine(text: str | bytes) -> Machine:

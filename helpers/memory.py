@@ -318,21 +318,30 @@ def largest_context(
 
     What the memory allows: the model may have been trained on fewer.
     """
-    shape = anatomy(config)
-    per_token = batch_size * kv_bytes_per_token(config, precision, heads=cache_heads)
-
-    def fits(tokens: int) -> bool:
-        work = activation_bytes(config, precision, batch_size=batch_size, context_tokens=tokens)
-        pieces = _pieces(shape, precision, tokens * per_token // shape.layers, double_quant)
-        return bool(_filled([piece.size for piece in pieces], _room(gpus, work)))
-
+    how = {"batch_size": batch_size, "double_quant": double_quant, "cache_heads": cache_heads}
     low, high = 0, 1
-    while fits(high):
+    while _fits(config, precision, gpus, high, **how):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        low, high = (middle, high) if _fits(config, precision, gpus, middle, **how) else (low, middle)
     return low
+
+
+def least_gpus(
+    config: PretrainedConfig,
+    precision: str,
+    gpu: float,
+    *,
+    context_tokens: int = 2048,
+    batch_size: int = 1,
+    double_quant: bool = False,
+    cache_heads: CacheHeads = "cached",
+) -> int | None:
+    """The least number of GPUs of that many bytes on which ``place`` finds room; None where no number will do."""
+    how = {"batch_size": batch_size, "double_quant": double_quant, "cache_heads": cache_heads}
+    most = anatomy(config).layers + 2  # one piece on each
+    return next((n for n in range(1, most + 1) if _fits(config, precision, [gpu] * n, context_tokens, **how)), None)
 
 
 def shard(
@@ -385,7 +394,7 @@ def hardware_claims() -> pd.DataFrame:
     rows = []
     for claim, use, machine, published, precision, mode in _CLAIMS:
         total = estimate(config, precision, mode=mode).total
-        least = [_least_gpus(config, precision, mode, size) for size in (80e9, 40e9)]
+        least = [_least_for(config, precision, mode, size) for size in (80e9, 40e9)]
         rows.append((claim, use, machine, published, round(total / 1e9), round(total / GIB), *least))
     columns = ["claim", "use", "published machine", "published GB", "estimate GB", "estimate GiB"]
     return pd.DataFrame(rows, columns=[*columns, "least 80 GB GPUs", "least 40 GB GPUs"])
@@ -598,6 +607,23 @@ def _room(gpus: Sequence[float], work: float) -> list[float]:
     return [max(gpu * (1 - RESERVED) - work, 1.0) for gpu in gpus]
 
 
+def _fits(
+    config: PretrainedConfig,
+    precision: str,
+    gpus: Sequence[float],
+    context_tokens: int,
+    *,
+    batch_size: int,
+    double_quant: bool,
+    cache_heads: CacheHeads,
+) -> bool:
+    shape = anatomy(config)
+    cache = batch_size * context_tokens * kv_bytes_per_token(config, precision, heads=cache_heads) // shape.layers
+    work = activation_bytes(config, precision, batch_size=batch_size, context_tokens=context_tokens)
+    sizes = [piece.size for piece in _pieces(shape, precision, cache, double_quant)]
+    return bool(_filled(sizes, _room(gpus, work)))
+
+
 def _placement(
     pieces: Sequence[_Piece], devices: Sequence[int], room: Sequence[float], gpus: Sequence[float]
 ) -> Placement:
@@ -692,9 +718,9 @@ def _most_even(sizes: Sequence[int], limits: Sequence[float]) -> list[int]:
     return [device for device, (start, end) in enumerate(starts_and_ends) for _ in range(start, end)]
 
 
-def _least_gpus(config: PretrainedConfig, precision: str, mode: str, size: float) -> int:
+def _least_for(config: PretrainedConfig, precision: str, mode: str, size: float) -> int | None:
     if mode == "inference":
-        return next(n for n in range(1, 1000) if place(config, precision, [size] * n).fits)
+        return least_gpus(config, precision, size)
     return next(n for n in range(1, 1000) if shard(config, precision, [size] * n, mode=mode, batch_size=n).fits)
 
 

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -136,3 +137,44 @@ def test_importing_a_room_imports_nothing_heavy(room):
 def test_detecting_apart_finds_the_same_machine():
     here, apart = hardware.detect(), hardware.detect_apart()
     assert (apart.gpus, apart.ram_bytes, apart.cpu_count) == (here.gpus, here.ram_bytes, here.cpu_count)
+
+
+def fetched_from_disk():
+    """Bytes that this process made the system fetch from the storage itself, not from its page cache."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
+
+
+def in_memory(folder):
+    """Whether a folder lies on a file system that is memory, from which nothing is fetched."""
+    return subprocess.check_output(["stat", "--file-system", "--format=%T", folder], text=True).strip() == "tmpfs"
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel does not count what is read")
+@pytest.mark.parametrize("takes_direct", [True, False], ids=["direct", "cache emptied"])
+def test_disk_speed_is_of_the_disk_and_not_of_the_page_cache(tmp_path, monkeypatch, takes_direct):
+    if in_memory(tmp_path):
+        pytest.skip("the folder for temporary files is in memory")
+    if not takes_direct:
+        monkeypatch.delattr(os, "O_DIRECT")
+    before = fetched_from_disk()
+    start = time.perf_counter()
+    speed = hardware.disk_read_speed(tmp_path, bytes=2**26)
+    took = time.perf_counter() - start
+    assert fetched_from_disk() - before >= speed.read_bytes
+    assert speed.direct == takes_direct
+    assert speed.read_bytes in range(2**24, 2**26 + 1, 2**24)
+    assert speed.bytes_per_second > speed.read_bytes / took
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_takes_no_file_is_an_error(tmp_path):
+    with pytest.raises(OSError, match="No such file"):
+        hardware.disk_read_speed(tmp_path / "absent")
+
+
+def test_disk_speed_keeps_its_time(tmp_path):
+    start = time.perf_counter()
+    speed = hardware.disk_read_speed(tmp_path, bytes=2**40, seconds=0.2)
+    assert 0 < speed.read_bytes < 2**33
+    assert time.perf_counter() - start < 20

@@ -768,6 +768,14 @@ def test_the_largest_context_fits_and_one_token_more_does_not(published_180b, do
     assert not memory.place(published_180b, "nf4", [80e9] * 2, context_tokens=tokens + 1, **how).fits
 
 
+def test_the_least_number_of_gpus_is_the_first_that_place_fills(published_180b):
+    for precision, size in (("bf16", 80e9), ("int8", 40e9), ("nf4", 24e9)):
+        least = memory.least_gpus(published_180b, precision, size)
+        assert memory.place(published_180b, precision, [size] * least).fits
+        assert not memory.place(published_180b, precision, [size] * (least - 1)).fits
+    assert memory.least_gpus(published_180b, "bf16", 4e9) is None  # smaller than one layer
+
+
 def test_no_context_fits_where_the_weights_do_not(published_180b):
     assert memory.largest_context(published_180b, "bf16", [80e9] * 4) == 0
 
