@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +14,7 @@ from helpers.miniature.texts import END, held_out_stories, pretraining_texts, wr
 from helpers.types import ROOT, WorkbookError
 
 if TYPE_CHECKING:
+    import torch
     from torch.optim import Optimizer
     from transformers import FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
@@ -164,6 +165,43 @@ def muon(model: FalconForCausalLM, settings: Mapping[str, Any]) -> Optimizer:
     return Muon([inner | {"use_muon": True}, outer | {"use_muon": False}], use_adjusted_lr=True)
 
 
+def unlikelihood_loss(weight: float, end: int) -> Callable[..., torch.Tensor]:
+    """For Trainer's ``compute_loss_func``: cross-entropy and, in training, a penalty on repeating three tokens.
+
+    Where the last two tokens of a text stood in it before, the token that followed them there, unless it is the true
+    next one, adds ``weight`` times -log(1 - p): unlikelihood training (Welleck et al. 2020, arXiv:1908.04319, equation
+    4). ``end`` is the token that ends a text. Nats a token, over the tokens that carry loss.
+    """
+    from torch.nn.functional import nll_loss
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+        log_p, nexts = outputs.logits[:, :-1].float().log_softmax(-1), labels[:, 1:]
+        count = (nexts != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        total = nll_loss(log_p.flatten(0, 1), nexts.flatten(), ignore_index=IGNORED, reduction="sum")
+        if weight and outputs.logits.requires_grad:  # what is held out is measured without the penalty
+            candidates = nexts.clamp(min=0)[:, None].expand(-1, nexts.shape[1], -1)
+            repeating = log_p.gather(2, candidates)[would_repeat(labels, end)].exp()
+            total = total - weight * (-repeating.clamp(max=1 - 1e-5)).log1p().sum()
+        return total / count
+
+    return loss
+
+
+def would_repeat(labels: torch.Tensor, end: int) -> torch.Tensor:
+    """Whether labels[j + 1] after labels[t] would wrongly repeat labels[j - 1 : j + 2]; (batch, t, j).
+
+    Only within one text, only of tokens that carry loss, and not where it is the true next token.
+    """
+    from torch.nn.functional import pad
+
+    ended, known = (labels == end).long(), labels != IGNORED
+    text = ended.cumsum(1) - ended  # an end token belongs to the text before it
+    same = (labels[:, :, None] == labels[:, None, :]) & (text[:, :, None] == text[:, None, :]) & known[:, :, None]
+    wrong = (labels[:, :, None] != labels[:, None, :]) & known[:, :, None] & known[:, None, :]
+    repeats = same[:, 1:-1, 1:-1] & same[:, :-2, :-2] & wrong[:, 2:, 2:]
+    return pad(repeats.tril(-1), (1, 0, 1, 0))
+
+
 def _train_base(
     texts: Sequence[str],
     held_out: Sequence[str],
@@ -180,7 +218,7 @@ def _train_base(
         rows, measured = (packed(part, tokenizer, phase["context_tokens"]) for part in (texts, held_out))
         settings = phase | {"weight_decay": recipe["pretrain"]["weight_decay"]}
         arguments = _arguments(settings, recipe, work / phase["name"])
-        found = _fit(model, tokenizer, rows, arguments, muon(model, settings), measured=measured)
+        found = _fit(model, tokenizer, rows, arguments, settings, measured=measured)
         a_step = phase["batch_size"] * phase["context_tokens"]
         log += [{"phase": phase["name"], "tokens": row["step"] * a_step, **row} for row in found]
     _save(model, log, out)
@@ -196,9 +234,8 @@ def _train_chat(
     work: Path,
     out: Path,
 ) -> None:
-    settings = recipe["chat"]
-    arguments, optimizer = _arguments(settings, recipe, work), muon(model, settings)
-    log = _fit(model, tokenizer, rows, arguments, optimizer, measured=measured)
+    arguments = _arguments(recipe["chat"], recipe, work)
+    log = _fit(model, tokenizer, rows, arguments, recipe["chat"], measured=measured)
     _save(model, [{"phase": "chat", **row} for row in log], out)
 
 
@@ -237,7 +274,7 @@ def _fit(
     tokenizer: PreTrainedTokenizerFast,
     rows: Sequence[Row],
     arguments: TrainingArguments,
-    optimizer: Optimizer,
+    settings: Mapping[str, Any],
     *,
     measured: Sequence[Row],
 ) -> list[dict[str, Any]]:
@@ -256,7 +293,8 @@ def _fit(
         train_dataset=list(rows),
         eval_dataset=list(measured) or None,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
-        optimizers=(optimizer, None),
+        optimizers=(muon(model, settings), None),
+        compute_loss_func=unlikelihood_loss(settings.get("unlikelihood", 0), tokenizer.eos_token_id),
     )
     last = get_last_checkpoint(work)
     if last and _is_finished(Path(last)):

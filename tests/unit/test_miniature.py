@@ -5,6 +5,7 @@ import json
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,8 +58,9 @@ def small() -> dict:
     recipe |= {"context_tokens": 96, "save_steps": 2, "tokenizer": {"vocab_size": 300}}
     recipe["model"] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2}
     recipe["held_out"] = {"stories": "stories.txt", "records": 2}
-    first, last = recipe["pretrain"]["phases"]
-    phases = [first | {"context_tokens": 48, "batch_size": 2}, last | {"context_tokens": 96, "batch_size": 1}]
+    first, *others = recipe["pretrain"]["phases"]
+    phases = [first | {"context_tokens": 48, "batch_size": 2}]
+    phases += [phase | {"context_tokens": 96, "batch_size": 1} for phase in others]
     recipe["pretrain"]["phases"] = [phase | {"max_steps": 4, "warmup_steps": 1} for phase in phases]
     recipe["pretrain"] |= {"files": {"stories.txt": 2, "dialog_talk.txt": 1}, "repeated_words": 3}
     files = {"dialog_talk.txt": {"held_out": 0, "talks": 9}, "tasks.jsonl": {"held_out": 0, "talks": 9}}
@@ -211,6 +213,50 @@ def test_blocks_are_full_and_the_rest_is_cut_off():
     assert [i for row in blocks for i in row["input_ids"]] == once[: len(once) // 4 * 4]
 
 
+def unlikelihood_by_hand(logits: torch.Tensor, labels: list[int], weight: float, end: int) -> float:
+    """The loss of one row, token by token, from the definition."""
+    total = 0.0
+    trained = [place for place in range(1, len(labels)) if labels[place] != training.IGNORED]
+    for place in trained:
+        p = logits[place - 1].softmax(-1)
+        total -= p[labels[place]].log().item()
+        start = max((q + 1 for q in range(place - 1) if labels[q] == end), default=0)  # of this token's text
+        for before in range(start + 1, place - 1):
+            three = labels[before - 1 : before + 2]
+            again = labels[place - 2 : place] == three[:2] and place - 2 >= start
+            if again and training.IGNORED not in three and three[2] != labels[place]:
+                total -= weight * torch.log1p(-p[three[2]]).item()
+    return total / len(trained)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [5, 6, 7, 5, 6, 8, 5, 6, 7, 3],  # after 5, 6 came 7, then 8: each would repeat where the other is true
+        [5, 6, 7, 0, 5, 6, 8, 5, 6, 9],  # 0 ends a text: what stood before it is not repeated
+        [-100, -100, 5, 6, 7, 5, 6, 7, 5, 6],  # what carries no loss repeats nothing
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 0],  # nothing would
+    ],
+)
+def test_what_would_repeat_three_tokens_is_made_unlikely(labels):
+    torch.manual_seed(0)
+    logits = torch.randn(1, len(labels), 10, requires_grad=True)
+    output = SimpleNamespace(logits=logits)
+    loss = training.unlikelihood_loss(0.7, end=0)(output, torch.tensor([labels]))
+    assert loss.item() == pytest.approx(unlikelihood_by_hand(logits[0], labels, 0.7, end=0), abs=1e-5)
+    with torch.no_grad():
+        held_out = training.unlikelihood_loss(0.7, end=0)(
+            SimpleNamespace(logits=logits.detach()), torch.tensor([labels])
+        )
+    assert held_out.item() == pytest.approx(unlikelihood_by_hand(logits[0], labels, 0.0, end=0), abs=1e-5)
+
+
+def test_without_a_weight_the_loss_is_the_models_own(tiny_loaded):
+    ids = torch.randint(1, 100, (3, 40), generator=torch.Generator().manual_seed(0))
+    output = tiny_loaded.model(input_ids=ids, labels=ids)
+    assert training.unlikelihood_loss(0.0, end=0)(output, ids).item() == pytest.approx(output.loss.item(), abs=1e-5)
+
+
 def test_the_optimizer_steps_as_pytorchs_own_muon_and_adamw_do():
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "env/models/falcon-mini")
@@ -261,8 +307,10 @@ def test_all_stages_make_two_checkpoints_that_load(data, small, tmp_path):
     first, second = (loaded.model.transformer.h[0].mlp.dense_h_to_4h.weight for loaded in (base, chat))
     assert not torch.equal(first, second)
     log = [json.loads(line) for line in (out / "falcon-mini" / "training_log.jsonl").read_text().splitlines()]
-    assert [row["phase"] for row in log if "held_out_loss" in row] == ["short", "short", "long", "long"]
-    assert [row["tokens"] for row in log if "held_out_loss" in row] == [192, 384, 192, 384]
+    assert [row["phase"] for row in log if "held_out_loss" in row] == [
+        name for name in ("short", "long", "varied") for _ in range(2)
+    ]
+    assert [row["tokens"] for row in log if "held_out_loss" in row] == [192, 384] * 3
     assert texts.read_texts(out / "falcon-mini" / training.HELD_OUT) == texts.held_out_stories(data, small)
     # the same call again finds its checkpoints and changes nothing
     before = {path: path.read_bytes() for path in out.glob("*/*") if path.suffix in (".safetensors", ".jsonl")}
