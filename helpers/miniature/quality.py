@@ -180,13 +180,19 @@ def two_choices(loaded: Loaded, count: int = 100, seed: int = 0) -> TwoChoices:
 
 
 def noun_pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """(animal, other thing) pairs of the frozen nouns, every noun about equally often, drawn with the seed."""
+    """(animal, other thing) pairs of the frozen nouns, drawn with the seed: no pair twice, all nouns alike often.
+
+    Raises ValueError for more pairs than there are.
+    """
     rng, rows = random.Random(seed), read_nouns()
     animals = [row["noun"] for row in rows if row["kind"] == "animal"]
     things = [row["noun"] for row in rows if row["kind"] != "animal"]
-    rounds = math.ceil(count / min(len(animals), len(things)))
-    drawn = [[noun for _ in range(rounds) for noun in rng.sample(nouns, len(nouns))] for nouns in (animals, things)]
-    return list(zip(*drawn, strict=False))[:count]
+    if count > len(animals) * len(things):
+        raise ValueError(f"there are {len(animals) * len(things)} pairs, not {count}")
+    pairs: dict[tuple[str, str], None] = {}
+    while len(pairs) < count:  # a round of all nouns after the other, without what came before
+        pairs |= dict.fromkeys(zip(rng.sample(animals, len(animals)), rng.sample(things, len(things)), strict=False))
+    return list(pairs)[:count]
 
 
 def repeats_a_sentence(text: str) -> bool:

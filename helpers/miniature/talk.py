@@ -144,7 +144,7 @@ def _stories(data: Path, recipe: Mapping[str, Any], rng: random.Random) -> Itera
         if len(story) > most or frozen.search(story):
             continue
         yield [rng.choice(REQUESTS), story]
-        mentions = {thing: len(re.findall(rf"\b(?:an?|the) (?:\w+ )?{thing}\b", story)) for thing in things}
+        mentions = {thing: len(re.findall(rf"\b(?:an?|the) (?:\w+ )?{thing}\b", story, re.I)) for thing in things}
         about = max(things, key=lambda thing: mentions[thing])
         if mentions[about] > 1:
             yield from ([request.format(thing=with_article(about)), story] for request in REQUESTS_ABOUT)

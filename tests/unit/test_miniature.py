@@ -178,6 +178,16 @@ def test_no_fact_holds_a_frozen_noun_and_each_answer_is_of_the_kind_asked_for():
         assert named.lower() in question
 
 
+def test_a_story_is_asked_for_by_a_thing_that_it_tells_of(data, small):
+    told = "A frog sat by the pond. The frog saw a kite. The big frog was glad."
+    (data / "stories.txt").write_text(f"\n{END}\n".join([told, f"{told} It slept.", f"{told} It sang.", STORY]))
+    asked = [prompt for prompt, reply in talk.chat_examples(data, small) if "frog sat" in reply]
+    about = [prompt for prompt in asked if "about" in prompt]
+    assert about
+    assert all("about a frog" in prompt for prompt in about)
+    assert len(about) == 2 * (len(asked) - len(about))  # each story as such once, and twice by its thing
+
+
 def test_examples_end_with_the_end_token_after_the_reply_only(data, small):
     for prompt, reply in talk.chat_examples(data, small):
         assert prompt.endswith("\nFalcon:")

@@ -78,10 +78,13 @@ def test_noun_pairs_are_an_animal_and_another_thing_each_about_equally_often():
     kinds = {row["noun"]: row["kind"] for row in read_nouns()}
     pairs = quality.noun_pairs(50)
     assert len(pairs) == 50
-    assert len(set(pairs)) >= 49
+    assert len(set(pairs)) == 50
     assert all((kinds[a] == "animal") and (kinds[t] != "animal") for a, t in pairs)
     assert max(Counter(noun for pair in pairs for noun in pair).values()) <= 2
     assert pairs == quality.noun_pairs(50) != quality.noun_pairs(50, seed=1)
+    assert len(set(quality.noun_pairs(300))) == 300
+    with pytest.raises(ValueError, match="1296 pairs, not 2000"):
+        quality.noun_pairs(2000)
 
 
 def test_two_choices_ask_each_pair_in_both_orders_and_a_taste_gains_nothing(base, monkeypatch):
