@@ -7,7 +7,6 @@ models may be had; a request takes five seconds at most, and the token is never 
 from __future__ import annotations
 
 import importlib.metadata
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -276,17 +275,17 @@ def check_disk(profile: Profile, machine: Machine, left: int) -> Iterator[Findin
 
     part = replace(profile, requires=Requirement(disk_bytes=profile.requires.disk_bytes, cpus=0))
     lacking = "; ".join(profiles.lacks(part, machine, profiles.downloaded_bytes(profile)))
-    cache = Path(HF_HUB_CACHE)
-    free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
+    free = hardware.disk_free(Path(HF_HUB_CACHE))
     if left > free:
-        found = f"{gib(left)} to download, {gib(free)} free at {cache}"
+        found = f"{gib(left)} to download, {gib(free)} free at {HF_HUB_CACHE}"
         yield Finding("disk", "fail", found, "Free some space, or set HF_HOME to a folder on a larger disk.")
     elif lacking:
-        yield Finding("disk", "fail", lacking, f"Free some space at {ROOT}, or move it to a larger disk.")
+        larger = f"move {ROOT}" if profile.offline else "set HF_HOME to a folder"
+        yield Finding("disk", "fail", lacking, f"Free some space, or {larger} on a larger disk.")
     elif profile.offline:
         yield Finding("disk", "ok", f"{gib(machine.disk_free_bytes)} free, nothing to download")
     else:
-        yield Finding("disk", "ok", f"{gib(free)} free at {cache}, {gib(left)} to download")
+        yield Finding("disk", "ok", f"{gib(free)} free at {HF_HUB_CACHE}, {gib(left)} to download")
 
 
 def check_models(profile: Profile, left: int) -> Iterator[Finding]:

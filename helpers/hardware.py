@@ -32,12 +32,13 @@ DETECT = "import dataclasses, json, helpers.hardware as h; print(json.dumps(data
 
 
 def detect() -> Machine:
-    """What this process may use on this machine. ``disk_free_bytes`` is the project folder's.
+    """What this process may use on this machine. ``disk_free_bytes`` is the project folder's disk's.
 
     In a rehearsal (``$WORKBOOK_REHEARSAL`` names its folder) it is the machine that is rehearsed for. Asking a GPU for
     its free memory opens a CUDA context on it, which holds some hundred MiB while this process lives.
     """
     import psutil
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     if rehearsal := os.environ.get("WORKBOOK_REHEARSAL"):
         return _read_machine(Path(rehearsal, "machine.json").read_text(encoding="utf-8"))
@@ -47,12 +48,18 @@ def detect() -> Machine:
         gpus=_gpus(),
         ram_bytes=int(min(memory.total, limit)),
         ram_available_bytes=int(min(memory.available, room)),
-        disk_free_bytes=shutil.disk_usage(ROOT).free,
+        disk_free_bytes=disk_free(ROOT),
         cpu_count=_cpu_count(),
         cpu_name=_cpu_name(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
+        cache_free_bytes=disk_free(Path(HF_HUB_CACHE)),
     )
+
+
+def disk_free(folder: Path) -> int:
+    """Bytes free on the disk of a folder, which need not exist yet."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def detect_apart() -> Machine:

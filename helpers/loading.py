@@ -124,8 +124,11 @@ def config(ref: ModelRef) -> PreTrainedConfig:
     return _read_config(ref, Path(file).parent)
 
 
-def prepare(profile: Profile) -> None:
-    """Fetch or make everything that loading a profile's models needs, saying how far it is. Raises LoadError."""
+def prepare(profile: Profile, *, verify: bool | None = None) -> None:
+    """Fetch or make everything that loading a profile's models needs, saying how far it is.
+
+    No file may be missing or cut off; ``verify`` hashes those of the hub, as in ``load``. Raises LoadError.
+    """
     from rich.console import Console
 
     console = Console()
@@ -133,6 +136,7 @@ def prepare(profile: Profile) -> None:
         started = time.perf_counter()
         console.print(f"{ref.label}: getting it ready ...", highlight=False, soft_wrap=True)
         folder = resolve(ref)
+        _checked_files(folder, verify if ref.source == "hub" else None)
         size = sum(file.stat().st_size for file in folder.iterdir())
         seconds = time.perf_counter() - started
         commit = f", {_commit(ref, folder)}" if ref.source == "hub" else ""
@@ -298,11 +302,10 @@ def _check_disk(ref: ModelRef, files: Iterable[DryRunFileInfo]) -> None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     needed = sum(file.file_size or 0 for file in files if file.will_download)
-    folder = next(path for path in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if path.exists())
-    free = shutil.disk_usage(folder).free
+    free = hardware.disk_free(Path(HF_HUB_CACHE))
     if needed > free:
         raise LoadError(
-            f"{ref.label} needs {human(needed)} more on disk, and {folder} has {human(free)}. "
+            f"{ref.label} needs {human(needed)} more on disk, and {HF_HUB_CACHE} has {human(free)}. "
             "Free some space, or set HF_HOME to a folder on a larger disk."
         )
 

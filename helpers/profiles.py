@@ -66,8 +66,12 @@ def lacks(profile: Profile, machine: Machine, downloaded_bytes: int = 0) -> list
     if machine.ram_bytes < need.ram_bytes:
         missing.append(f"needs {gib(need.ram_bytes)} of memory, this machine has {gib(machine.ram_bytes)}")
     disk = need.disk_bytes - downloaded_bytes
-    if machine.disk_free_bytes < disk:
-        missing.append(f"needs {gib(disk)} of free disk, this machine has {gib(machine.disk_free_bytes)}")
+    in_cache = machine.cache_free_bytes is not None and not profile.offline
+    free, where = (
+        (machine.cache_free_bytes, " for the Hugging Face cache") if in_cache else (machine.disk_free_bytes, "")
+    )
+    if free < disk:
+        missing.append(f"needs {gib(disk)} of free disk, this machine has {gib(free)}{where}")
     return missing
 
 

@@ -112,6 +112,7 @@ def machine_of(profile: Profile) -> Machine:
         ram_bytes=need.ram_bytes,
         ram_available_bytes=need.ram_bytes,
         disk_free_bytes=need.disk_bytes,
+        cache_free_bytes=need.disk_bytes,
         cpu_count=need.cpus,
         rehearsed=True,
     )

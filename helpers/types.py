@@ -141,6 +141,7 @@ class Machine:
     system: str
     python: str
     rehearsed: bool = False
+    cache_free_bytes: int | None = None  # on the disk of the Hugging Face cache, where that is another folder's
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ def test_detect_agrees_with_the_system():
     assert 0 < machine.ram_available_bytes <= min(machine.ram_bytes, room * 1.1)
     assert machine.cpu_count == max(1, int(min(len(os.sched_getaffinity(0)), hardware.cpu_limit())))
     assert abs(machine.disk_free_bytes - shutil.disk_usage(ROOT).free) < 2**30
+    assert machine.cache_free_bytes == pytest.approx(shutil.disk_usage(Path.home()).free, abs=2**30)
     assert machine.python == platform.python_version()
     assert machine.cpu_name
     assert len(machine.gpus) == torch.cuda.device_count()

@@ -34,6 +34,18 @@ def changed(tmp_path, edit, name="laptop"):
     return file
 
 
+def test_what_is_downloaded_needs_room_where_the_cache_is():
+    profile, here = profiles.load_profile("1x24gb"), machine(1, 24e9, disk=1)
+    roomy = dataclasses.replace(here, cache_free_bytes=10**12)
+    assert profiles.lacks(profile, roomy) == []
+    assert any(
+        "1.0 GiB for the Hugging Face cache" in text
+        for text in profiles.lacks(profile, dataclasses.replace(roomy, cache_free_bytes=2**30))
+    )
+    laptop = profiles.lacks(profiles.load_profile("laptop"), roomy)  # what it unpacks lies in the project
+    assert laptop == ["needs 1.9 GiB of free disk, this machine has 0.0 GiB"]
+
+
 def test_available_goes_from_small_to_large():
     assert profiles.available() == ("laptop", "1x24gb", "2x80gb", "8x40gb", "8x80gb")
 
