@@ -19,11 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from helpers.types import GIB, ROOT, ModelRef, Placement, Profile, WorkbookError
+from helpers.types import ROOT, WorkbookError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from helpers.doctor import Finding
     from helpers.runner import RunResult
 
@@ -205,16 +203,50 @@ def evaluate_mini(
 
 @app.command()
 @reports_errors
-def plan(profile: ProfileOption = "laptop") -> None:
-    """Show memory, placement, download and time of a profile, without loading a model."""
-    from helpers.profiles import load_profile
+def plan(
+    profile: Annotated[str | None, typer.Option(help="A name in env/profiles, or auto; laptop when left out.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="ID", help="Another model, such as meta-llama/Llama-2-13b-chat-hf.")
+    ] = None,
+    gpus: Annotated[
+        str | None, typer.Option(metavar="NxGB", help="Other GPUs: 8x80, or 4x80,2x40; for Falcon-180B or --model.")
+    ] = None,
+    *,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, int8 or nf4.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of context; 2048 when left out.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    double_quant: Annotated[bool, typer.Option("--double-quant", help="nf4 with its scales quantized too.")] = False,
+    grouped_cache: Annotated[
+        bool, typer.Option("--grouped-cache", help="A cache of the key-value heads alone, as in vLLM.")
+    ] = False,
+    figure: Annotated[Path | None, typer.Option(help="Draw each device into this PNG file.")] = None,
+    suggest: Annotated[
+        bool, typer.Option("--suggest", help="List every precision and set of GPUs that runs Falcon-180B or --model.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Show memory, placement, speed limit, download and disk of a profile or model, without loading anything.
 
-    chosen, console = load_profile(profile), Console()
-    console.print(f"[bold]{chosen.name}[/bold]: {chosen.description}")
-    shapes = {role: _config(ref) for role, ref in chosen.models.items()}
-    for table in (_memory(chosen, shapes), _placement(chosen, shapes), _download(chosen), _time(chosen)):
-        console.print()
-        console.print(table)
+    Exit code 0: answered, also where the answer is that it does not fit, by how much, and what would. 2: usage.
+    """
+    from helpers import planning
+
+    work = planning.Work(context, batch, double_quant, "kv" if grouped_cache else "cached")
+    if suggest:
+        found = planning.suggest(planning.suggested_for(profile, model, gpus), work, precision)
+        text, shown = planning.to_json(found), [planning.suggestion_table(found, work, model)]
+    else:
+        made = planning.make(profile, model, gpus, precision, work)
+        text, shown = planning.to_json(made), planning.tables(made)
+        if figure:
+            planning.save_figure(made, figure)
+    if as_json:
+        typer.echo(text)
+    else:
+        console = Console(highlight=False)
+        for part in shown:
+            console.print(part)
+            console.print()
 
 
 def _findings(findings: Sequence[Finding]) -> Table:
@@ -250,104 +282,3 @@ def _print_result(result: RunResult, report_path: Path) -> None:
 
 def _short(path: Path) -> str:
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def _config(ref: ModelRef) -> PretrainedConfig:
-    """A model's configuration: the published one where it is known (a chat model has its base's shape)."""
-    from helpers import loading, memory
-
-    for name in (ref.id, ref.id.removesuffix("-chat"), ref.id.removesuffix("-instruct")):
-        if name in memory.published_models():
-            return memory.published_config(name)
-    return loading.config(ref)
-
-
-def _memory(profile: Profile, shapes: dict[str, PretrainedConfig]) -> Table:
-    from helpers import memory
-
-    title = f"Memory to generate, GiB, and whether {_machine(profile)} will do"
-    table = _table(title, ["model", "precision"], ["weights", "KV cache", "total"], ["fits"])
-    for role, ref in profile.models.items():
-        tokens = _context(shapes[role])
-        for index, precision in enumerate(profile.precisions):
-            need = memory.estimate(shapes[role], precision, context_tokens=tokens)
-            parts = map(_gib, (need.weights, need.kv_cache, need.total))
-            table.add_row(
-                "" if index else ref.label, precision, *parts, _fit(_placed(profile, shapes[role], precision))
-            )
-    contexts = sorted({_context(shape) for shape in shapes.values()})
-    table.caption = f"one conversation of {' or '.join(map(str, contexts))} tokens, as long as the model takes"
-    return table
-
-
-def _placement(profile: Profile, shapes: dict[str, PretrainedConfig]) -> Table:
-    devices = [str(index) for index in range(len(_devices(profile)))]
-    table = _table(f"Placement in {profile.precision}, GiB on each device", ["model"], devices, [])
-    for role, ref in profile.models.items():
-        placed = _placed(profile, shapes[role], profile.precision)
-        table.add_row(ref.label, *map(_gib, placed.per_device_bytes.values()))
-    groups = "; ".join(" and ".join(group) for group in profile.resident)
-    table.caption = f"in memory at the same time: {groups}"
-    return table
-
-
-def _download(profile: Profile) -> Table:
-    from helpers.profiles import LIVES, downloaded_bytes
-
-    table = _table("Download and disk", ["model", "from"], ["GiB"], [])
-    for ref in dict.fromkeys(profile.models.values()):
-        size = f"{ref.download_bytes / GIB:,.1f}" if ref.download_bytes else "0"
-        table.add_row(ref.id, LIVES[ref.source], size)
-    here = downloaded_bytes(profile) / GIB
-    table.caption = f"here already: {here:,.1f} GiB; free disk needed: {profile.requires.disk_bytes / GIB:,.1f} GiB"
-    return table
-
-
-def _time(profile: Profile) -> Table:
-    table = _table("Time, seconds", ["notebook"], ["expected", "budget", "budget of a cell"], [])
-    for name, budget in profile.budgets.items():
-        expected = f"{budget.expected_seconds:,.0f}" if budget.expected_seconds else "not measured"
-        table.add_row(name, expected, f"{budget.seconds:,.0f}", f"{budget.cell_seconds:,.0f}")
-    return table
-
-
-def _table(title: str, texts: Sequence[str], numbers: Sequence[str], ends: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left", box=None, pad_edge=False)
-    for name in texts:
-        table.add_column(name)
-    for name in numbers:
-        table.add_column(name, justify="right")
-    for name in ends:
-        table.add_column(name)
-    return table
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:,.{2 if size > GIB / 10 else 4}f}"
-
-
-def _context(config: PretrainedConfig) -> int:
-    return min(2048, getattr(config, "max_position_embeddings", None) or 2048)
-
-
-def _devices(profile: Profile) -> list[float]:
-    """The bytes of each device of the profile's least machine; its memory where it has no GPU."""
-    need = profile.requires
-    return [need.gpu_bytes] * need.gpus or [need.ram_bytes]
-
-
-def _machine(profile: Profile) -> str:
-    """The profile's least machine in words."""
-    devices = _devices(profile)
-    kind = "GPU" if profile.requires.gpus else "machine"
-    return f"{len(devices)} {kind}{'s' if len(devices) > 1 else ''} of {devices[0] / GIB:.1f} GiB"
-
-
-def _placed(profile: Profile, config: PretrainedConfig, precision: str) -> Placement:
-    from helpers import memory
-
-    return memory.place(config, precision, _devices(profile), context_tokens=_context(config))
-
-
-def _fit(placement: Placement) -> str:
-    return "yes" if placement.fits else placement.why_not.partition(" over ")[0]

@@ -31,7 +31,14 @@ F = TypeVar("F")
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, YELLOW, BLACK, GREY = "#CC79A7", "#56B4E9", "#F0E442", "#222222", "#B8B8B8"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, YELLOW)
-PART_COLOURS = {"weights": BLUE, "kv_cache": ORANGE, "activations": GREEN, "gradients": PURPLE, "optimizer": RED}
+PART_COLOURS = {
+    "weights": BLUE,
+    "kv_cache": ORANGE,
+    "activations": GREEN,
+    "gradients": PURPLE,
+    "optimizer": RED,
+    "reserved": GREY,
+}
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 11,
@@ -90,14 +97,14 @@ def _styled(draw: Callable[P, F]) -> Callable[P, F]:
 
 
 def _canvas(
-    what: str, subject: str, height: float, panels: int = 1, share_x: bool = False
+    what: str, subject: str, height: float, panels: int = 1, share_x: bool = False, *, stacked: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """An empty figure with its title and ``panels`` axes side by side."""
+    """An empty figure with its title and ``panels`` axes side by side; ``stacked``: one below the other."""
     figure = _figure_class()(figsize=(8, height), dpi=DOTS_PER_INCH, layout="constrained")
     title = "\n".join(line for text in (what, subject) for line in textwrap.wrap(text, 78))
     figure.suptitle(title, x=0.01, ha="left")
-    axes = figure.subplots(1, panels, squeeze=False, sharex=share_x)[0]
-    return figure, list(axes)
+    rows, columns = (panels, 1) if stacked else (1, panels)
+    return figure, list(figure.subplots(rows, columns, squeeze=False, sharex=share_x).ravel())
 
 
 def _unit(largest: float) -> tuple[str, int]:
@@ -177,8 +184,8 @@ def _scaled(parts: Mapping[str, float], scale: float) -> dict[str, float]:
     return {name: size / scale for name, size in parts.items()}
 
 
-def _stack(axis: Axes, names: Sequence[str], stacks: Sequence[Mapping[str, float]]) -> None:
-    """One stacked bar a name; parts that are zero everywhere are left out; the total stands on top."""
+def _stack(axis: Axes, names: Sequence[str], stacks: Sequence[Mapping[str, float]], totals: bool = True) -> None:
+    """One stacked bar a name; parts that are zero everywhere are left out; the total stands on top if there is room."""
     base = [0.0] * len(names)
     for part in stacks[0]:
         heights = [stack[part] for stack in stacks]
@@ -186,7 +193,8 @@ def _stack(axis: Axes, names: Sequence[str], stacks: Sequence[Mapping[str, float
             colour = PART_COLOURS.get(part, GREY)
             bars = axis.bar(names, heights, bottom=base, width=0.6, color=colour, label=part_name(part))
             base = [below + height for below, height in zip(base, heights, strict=True)]
-    axis.bar_label(bars, [_short(total) for total in base], padding=3)
+    if totals:
+        axis.bar_label(bars, [_short(total) for total in base], padding=3)
 
 
 def _limit(axis: Axes, height: float, text: str) -> None:
@@ -230,6 +238,31 @@ def placement(placed: Placement, capacities: Mapping[int | str, float], subject:
     axis.set(ylabel=f"memory ({unit})", ylim=(0, 1.08 * max(sizes + needed)))
     _slots(axis, len(devices))
     _legend_on_top(axis)
+    return figure
+
+
+@_styled
+def memory_per_device(panels: Mapping[str, Sequence[Mapping[str, Any]]], subject: str, *, fits: bool) -> Figure:
+    """What each device holds by part, against its limit: a panel for each set of models in memory together.
+
+    The rows of a panel (its title -> rows) hold ``name`` and, in bytes, ``limit`` and the parts to be stacked.
+    """
+    what = f"Memory of each device: {'fits' if fits else 'does not fit'}"
+    figure, axes = _canvas(what, subject, 1.3 + 3.1 * len(panels), len(panels), stacked=True)
+    for axis, (title, rows) in zip(axes, panels.items(), strict=True):
+        unit, scale = _unit(max(row["limit"] for row in rows))
+        stacks = [{part: row[part] / scale for part in PART_COLOURS if part in row} for row in rows]
+        few = len(rows) <= 8
+        _stack(axis, [row["name"] if few else row["name"].split()[-1] for row in rows], stacks, totals=len(rows) <= 16)
+        limits = [row["limit"] / scale for row in rows]
+        ends = [[place + side for place in range(len(rows))] for side in (-0.4, 0.4)]
+        axis.hlines(limits, *ends, BLACK, "dashed")
+        tallest = max([*limits, *(sum(stack.values()) for stack in stacks)])
+        axis.set(ylabel=f"memory ({unit})", xlabel="" if few else "GPU", ylim=(0, 1.15 * tallest))
+        known = " and ".join(_short(limit) for limit in dict.fromkeys(limits))
+        axis.set_title(textwrap.fill(f"{title}; limit (dashed): {known} {unit}", 84), loc="left")
+        _slots(axis, len(rows))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 

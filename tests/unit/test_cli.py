@@ -56,6 +56,13 @@ def workbook(*arguments):
         (["expect", "nowhere"], ["nowhere"]),
         (["check", "nowhere"], ["nowhere is not a run folder"]),
         (["plan", "--profile", "9x9gb"], ["9x9gb"]),
+        (["plan", "--gpus", "8*80"], ["'8*80'", "4x80,2x40"]),
+        (["plan", "--model", "gpt2"], ["'gpt2'", "tiiuae/falcon-180B"]),
+        (["plan", "--gpus", "8x80", "--precision", "int4"], ["'int4'", "fp32, bf16"]),
+        (["plan", "--profile", "8x80gb", "--gpus", "8x80"], ["give --profile, or --model and --gpus"]),
+        (["plan", "--suggest", "--gpus", "8x80"], ["give --model alone"]),
+        (["plan", "--batch", "0"], ["at least one sequence"]),
+        (["plan", "--gpus", "8x80", "--figure", "plan.pdf"], ["plan.png"]),
         (["run", "--nonsense"], ["nonsense"]),
         (["nonsense"], ["nonsense"]),
     ],
@@ -117,17 +124,49 @@ def test_a_run_from_start_to_expected_values(project):
 
 
 def test_plan_shows_what_fits_and_what_lacks(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "100")
     result = workbook("plan", "--profile", "8x40gb")
     assert result.exit_code == 0
+    assert max(map(len, result.stdout.splitlines())) <= 100
     lines = [line.split() for line in result.stdout.splitlines()]
     start = next(index for index, line in enumerate(lines) if line[:1] == ["falcon-180B"])
-    falcon = {words[-5 if words[-1] == "yes" else -7]: words for words in lines[start : start + 4]}
-    assert falcon["bf16"][-6] == "332.59"  # 178,557,088,768 parameters of two bytes
+    falcon = {precision: next(line for line in lines[start:] if precision in line) for precision in ("bf16", "nf4")}
+    assert "332.59" in falcon["bf16"]  # 178,557,088,768 parameters of two bytes
     assert falcon["bf16"][-3] == "lacks"
     assert falcon["nf4"][-1] == "yes"
     assert any(line[:1] == ["meta-llama/Llama-2-70b-chat-hf"] for line in lines)
     assert any(line[:1] == ["02_quantization"] for line in lines)
+
+
+def test_plan_of_a_model_that_does_not_fit_answers_what_would(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    result = workbook("plan", "--gpus", "4x80", "--precision", "bf16", "--figure", str(tmp_path / "plan.png"))
+    assert result.exit_code == 0
+    text = " ".join(result.stdout.split())
+    assert "falcon-180B in bf16 does not fit: it lacks 61.5 GiB over 4 devices of 74.5 GiB." in text
+    assert "What would: int8 or nf4 on 4 GPUs of 80 GB; bf16 on 5 GPUs of 80 GB." in text
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_plan_of_another_model_as_json():
+    options = ["--context", "1024", "--batch", "2", "--grouped-cache", "--double-quant", "--json"]
+    result = workbook("plan", "--model", "tiiuae/falcon-40b", "--gpus", "1x24,1x40", "--precision", "nf4", *options)
+    assert result.exit_code == 0
+    plan = json.loads(result.stdout)
+    assert plan["fits"] is True
+    assert plan["work"] == {"context_tokens": 1024, "batch_size": 2, "double_quant": True, "cache_heads": "kv"}
+    (nf4,) = [need for need in plan["needs"] if need["precision"] == "nf4"]
+    assert nf4["parts"]["kv_cache"] == 2 * 1024 * 2 * 60 * 8 * 64 * 2
+    assert [device["limit"] for device in plan["groups"][0]["devices"]] == [24e9, 40e9]
+
+
+def test_plan_suggests_what_runs_falcon_180b(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    result = workbook("plan", "--suggest")
+    assert result.exit_code == 0
+    rows = [line.split() for line in result.stdout.splitlines() if " x " in line]
+    assert rows[0][:6] == ["nf4", "1", "x", "141", "GB", "141"]
+    assert len(json.loads(workbook("plan", "--suggest", "--json").stdout)) == len(rows)
 
 
 def test_a_run_that_stopped_exits_1(monkeypatch):
