@@ -53,8 +53,8 @@ class Card:
 
 
 CARDS = (
-    Card("RTX 3090", 24, 936e9, "NVIDIA GeForce RTX 3090 specification"),
-    Card("RTX 4090", 24, 1008e9, "NVIDIA GeForce RTX 4090 specification"),
+    Card("RTX 3090", 24, 936e9, "NVIDIA specifications"),
+    Card("RTX 4090", 24, 1008e9, "NVIDIA specifications"),
     Card("A100 40GB", 40, 1555e9, "NVIDIA A100 data sheet"),
     Card("RTX A6000", 48, 768e9, "NVIDIA RTX A6000 data sheet"),
     Card("L40S", 48, 864e9, "NVIDIA L40S data sheet"),
@@ -253,7 +253,7 @@ def measure(cpu: bool = False) -> Here:
     free = shutil.disk_usage(folder).free
     bandwidth = hardware.memory_bandwidth(2**27) if cpu else None
     try:
-        return Here(str(folder), free, hardware.disk_read_speed(folder), memory_bandwidth=bandwidth)
+        return Here(str(folder), free, hardware.disk_read_speed(folder, 2**27), memory_bandwidth=bandwidth)
     except OSError as error:
         return Here(str(folder), free, None, error.strerror or str(error), bandwidth)
 
@@ -634,9 +634,10 @@ def _heading(plan: Plan) -> RenderableType:
     sequences = f"{work.batch_size} conversations" if work.batch_size > 1 else "one conversation"
     kept = "; cache: key-value heads alone" if work.cache_heads == "kv" else ""
     double = "; nf4 with double quantization" if work.double_quant else ""
+    sold = " A card sold as 80 GB is counted as 80e9 bytes = 74.5 GiB." if plan.here.memory_bandwidth is None else ""
     lines = [
         f"Machine: {plan.machine}. Planned for {sequences} of {tokens} tokens{kept}{double}.",
-        "1 GiB = 2^30 bytes = 1.074 GB. A card sold as 80 GB is counted as 80e9 bytes = 74.5 GiB.",
+        f"1 GiB = 2^30 bytes = 1.074 GB.{sold}",
     ]
     lines += [f"{name} is a stand-in for {real}." for name, real in plan.stand_ins.items()]
     return Text.assemble(("Plan: ", "bold"), (plan.title, "bold"), "\n", "\n".join(lines))
@@ -645,7 +646,7 @@ def _heading(plan: Plan) -> RenderableType:
 def _needs_table(plan: Plan) -> RenderableType:
     least = any(need.least_gpus is not None for need in plan.needs)
     numbers = ["weights", "KV cache", "activations", "sum"]
-    table = _table(["model", "precision"], [*numbers, *(["least GPUs"] if least else [])], ["fits"])
+    table = _table(["model", "precision"], [*numbers, *(["GPUs"] if least else [])], ["fits"])
     for model, rows in itertools.groupby(plan.needs, key=lambda need: need.model):
         names = [f"or {name}" if index else name for index, name in enumerate(model.split(" or "))]
         for name, need in itertools.zip_longest(names, list(rows)):
@@ -653,12 +654,13 @@ def _needs_table(plan: Plan) -> RenderableType:
                 table.add_row(name)
                 continue
             sizes = [_gib(size) for size in (*need.parts.values(), need.total)]
-            count = [str(need.least_gpus or "none will do")] if least else []
-            fits = "[green]yes[/]" if need.fits else f"[red]{need.why_not.partition(' over ')[0]}[/]"
+            count = [str(need.least_gpus or "none")] if least else []
+            lacking = need.why_not.partition(" over ")[0].removesuffix(" GiB")
+            fits = "[green]yes[/]" if need.fits else f"[red]{lacking}[/]"
             table.add_row(name or "", need.precision, *sizes, *count, fits)
     notes = ["Activations: the peak while the prompt is read; every device needs that room."]
     if least:
-        notes += ["Least GPUs: the least number of this size (of the largest here) that hold it in whole layers."]
+        notes += ["GPUs: the least number of this size (of the largest here) that hold it in whole layers."]
     return _section("Memory to generate, by precision, each model alone (GiB)", table, *notes)
 
 
@@ -722,7 +724,7 @@ def _storage_table(plan: Plan) -> RenderableType:
     here, total, notes = plan.here, plan.download_bytes, []
     if total:
         table.add_row("sum of the distinct repositories", "", "", _gib(total), "")
-        notes += [f"Download: {total / GIGABIT / 3600:.1f} hours at 1 Gbit/s."]
+        notes += [f"Download: {_duration(total / GIGABIT)} at 1 Gbit/s."]
     notes += [
         f"Disk: {gib(plan.disk_needed)} needed, {gib(here.disk_free)} free in {here.disk_folder}; "
         f"{gib(plan.downloaded_bytes)} of the models are here already.",
@@ -788,6 +790,10 @@ def _section(title: str, table: Table, *notes: str) -> RenderableType:
 def _gib(size: float) -> str:
     """GiB as a bare number: two decimals, four where it is small."""
     return "0" if not size else f"{size / GIB:,.{2 if abs(size) > GIB / 10 else 4}f}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
 
 
 def _rate(value: float) -> str:
