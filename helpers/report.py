@@ -1,14 +1,17 @@
-"""A finished run as HTML pages, made from the files of its run folder alone: the report, and its notebooks' pages."""
+"""A finished run as HTML pages, made from the files of its run folder alone: the report, and its notebooks' pages.
+
+The report holds the claims ledger: every numbered statement of the article (``notebooks/data/claims.yaml``) beside what
+the run recorded for it.
+"""
 
 from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from helpers import results
 from helpers.pages import write_pages
@@ -21,7 +24,16 @@ MAIN_PACKAGES = (
     *("torch", "transformers", "accelerate", "bitsandbytes", "peft", "trl", "safetensors", "tokenizers", "numpy"),
     *("papermill", "ipykernel", "ipywidgets", "jupyterlab", "matplotlib"),
 )
+JUDGED = ("passed", "failed", "on-stand-in")
 ROLES = {"falcon": "Falcon, base", "falcon_chat": "Falcon, chat", "llama_chat": "Llama, chat"}
+
+
+class Verdict(NamedTuple):
+    """What a run says of a claim: in words, the mark to show it with, and what it rests on or why there is none."""
+
+    text: str
+    mark: str
+    basis: str = ""
 
 
 def write_report(run_dir: Path) -> Path:
@@ -30,14 +42,18 @@ def write_report(run_dir: Path) -> Path:
     A notebook's page is written again only when the executed notebook is newer. Raises RunFolderError where there is no
     run.
     """
+    target = run_dir / "report.html"
+    results.write_text(target, page("report.html.j2", context(run_dir)))
+    return target
+
+
+def page(template: str, content: Mapping[str, Any]) -> str:
+    """A template of this folder filled with ``content``, which is escaped."""
     import jinja2
 
     loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    content = context(run_dir)
-    target = run_dir / "report.html"
-    results.write_text(target, environment.get_template("report.html.j2").render(content))
-    return target
+    return environment.get_template(template).render(content)
 
 
 def context(run_dir: Path) -> dict[str, Any]:
@@ -45,24 +61,22 @@ def context(run_dir: Path) -> dict[str, Any]:
     status, manifest, recorded = read_status(run_dir), read_manifest(run_dir), results.read(run_dir)
     pages = write_pages(run_dir, status["notebooks"])
     notebooks = [_notebook(name, entry, recorded, pages) for name, entry in status["notebooks"].items()]
-    statements = read_claims()
-    stand_ins = _stand_ins(manifest)
-    claims = _claims(statements, notebooks, partial(_verdict, manifest=manifest, stand_ins=stand_ins))
+    claims = _claims(notebooks, manifest)
     return {
         "name": run_dir.resolve().name,
         "manifest": manifest,
         "outcome": _outcome(status),
-        "machine": _machine(manifest["hardware"]),
+        "machine": machine(manifest["hardware"]),
         "date": f"{datetime.fromisoformat(manifest['started']):%-d %B %Y}",
         "labels": sorted({ref["label"] for ref in manifest["models"].values()}),
-        "stand_ins": stand_ins,
+        "stand_ins": _stand_ins(manifest),
         "rehearsal": _rehearsal(manifest),
-        "tiles": _tiles(status, notebooks, claims, statements),
+        "tiles": _tiles(status, notebooks, claims),
         "facts": _facts(manifest),
         "models": [_model(role, ref) for role, ref in manifest["models"].items()],
         "notebooks": notebooks,
         "claims": claims,
-        "unmet": [number for number in statements if number not in {claim["number"] for claim in claims}],
+        "judged": Counter(claim["mark"] for claim in claims),
         "verdicts": _verdicts(notebooks),
         "values": [_differing_first(notebook) for notebook in notebooks if notebook["values"]],
         "figures": _figures(run_dir, recorded["figures"], notebooks),
@@ -71,15 +85,25 @@ def context(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def read_claims() -> dict[str, dict[str, str]]:
-    """The article's statements by number, each with ``statement`` and ``published`` ("" where it gives no value)."""
+def read_claims() -> dict[str, dict[str, Any]]:
+    """The article's statements by number; the head of the file says what each entry holds."""
     import yaml
 
     return yaml.safe_load(CLAIMS.read_text(encoding="utf-8"))
 
 
-def claim_verdict(values: Iterable[Mapping[str, Any]], stand_ins: Mapping[str, str]) -> tuple[str, str]:
-    """What a claim's values say of it, and the mark to show it with.
+def ledger(run_dir: Path) -> list[dict[str, Any]]:
+    """All claims of the article in order, each with ``verdict``, ``mark`` and ``basis`` as this run gives them.
+
+    Raises RunFolderError where there is no run.
+    """
+    status, manifest, recorded = read_status(run_dir), read_manifest(run_dir), results.read(run_dir)
+    notebooks = [_notebook(name, entry, recorded, {}) for name, entry in status["notebooks"].items()]
+    return _claims(notebooks, manifest)
+
+
+def claim_verdict(values: Iterable[Mapping[str, Any]], stand_ins: Mapping[str, str]) -> Verdict:
+    """What a claim's values say of it.
 
     ``values`` have ``agrees`` (bool or None) and ``model`` (a label or None); ``stand_ins`` gives the short name of a
     stand-in by its label. Values computed, or measured on the real model, decide, and one that disagrees is enough.
@@ -87,18 +111,21 @@ def claim_verdict(values: Iterable[Mapping[str, Any]], stand_ins: Mapping[str, s
     """
     values = list(values)
     theirs = [value for value in values if value["model"] in stand_ins]
-    real = [value["agrees"] for value in values if value not in theirs and value["agrees"] is not None]
+    real = [value for value in values if value["model"] not in stand_ins and value["agrees"] is not None]
     if real:
-        return ("confirmed", "passed") if all(real) else ("not confirmed", "failed")
+        agrees = all(value["agrees"] for value in real)
+        deciding = dict.fromkeys(value["model"] for value in real if value["agrees"] == agrees)
+        basis = " and ".join(f"measured on {model}" if model else "computed" for model in deciding)
+        return Verdict("confirmed", "passed", basis) if agrees else Verdict("not confirmed", "failed", basis)
     judged = [value for value in theirs if value["agrees"] is not None]
     if not judged and len(theirs) < len(values):
-        return "shown, not judged", "shown"
+        return Verdict("shown, not judged", "shown")
     names = dict.fromkeys(stand_ins[value["model"]] for value in judged or theirs)
     where = f"on the stand-in{'s' if len(names) > 1 else ''} {' and '.join(names)}"
     if not judged:
-        return f"shown {where}", "shown"
+        return Verdict(f"shown {where}", "shown")
     agrees = all(value["agrees"] for value in judged)
-    return f"{where}: {'agrees' if agrees else 'does not agree'}", "on-stand-in"
+    return Verdict(f"{where}: {'agrees' if agrees else 'does not agree'}", "on-stand-in")
 
 
 def duration(seconds: float | None) -> str:
@@ -174,18 +201,18 @@ def _tiles(
     status: Mapping[str, Any],
     notebooks: Sequence[Mapping[str, Any]],
     claims: Sequence[Mapping[str, Any]],
-    statements: Mapping[str, Any],
 ) -> list[dict[str, str]]:
     """The summary: a few figures, each with the section that tells more and a mark."""
     passed, verdicts = sum(notebook["status"] == "passed" for notebook in notebooks), _verdicts(notebooks)
     whole = passed == len(notebooks) and status["state"] == "finished"
     peak = max((notebook["peak_bytes"] for notebook in notebooks), default=0)
+    judged = sum(claim["mark"] in JUDGED for claim in claims)
     rows = (
         ("notebooks passed", f"{passed} of {len(notebooks)}", "notebooks", "passed" if whole else "failed"),
         ("values as expected", verdicts[results.AS_EXPECTED], "values", ""),
         ("values that differ", verdicts[results.DIFFERS], "values", "failed" if verdicts[results.DIFFERS] else ""),
         ("values unmeasured", verdicts[results.UNMEASURED], "values", ""),
-        ("claims examined", f"{len(claims)} of {len(statements)}", "claims", ""),
+        ("claims with a verdict", f"{judged} of {len(claims)}", "claims", ""),
         ("total time", duration(sum(notebook["seconds"] for notebook in notebooks)), "notebooks", ""),
         ("peak memory", gib(peak) if peak else "–", "notebooks", ""),
     )
@@ -210,32 +237,58 @@ def _rehearsal(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"substitutions": found["substitutions"], "plans": plans}
 
 
-def _verdict(
-    values: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any], stand_ins: Mapping[str, str]
-) -> tuple[str, str]:
-    """``claim_verdict``; but what a model of random weights gave says nothing of a claim."""
-    if "rehearsal" in manifest and any(value["model"] for value in values):
-        return "rehearsed: no verdict", "shown"
-    return claim_verdict(values, stand_ins)
+def _verdict(values: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> Verdict:
+    """``claim_verdict``, where a model counts as real only if the profile names it and it stands in for nothing.
+
+    What a model of random weights gave says nothing of a claim.
+    """
+    measured_on = [value["model"] for value in values if value["model"]]
+    if "rehearsal" in manifest and measured_on:
+        return Verdict("rehearsed: no verdict", "shown")
+    real = {ref["label"] for ref in manifest["models"].values() if not ref["stand_in_for"]}
+    others = {label: label.split(" (")[0] for label in measured_on if label not in real}
+    return claim_verdict(values, others | _stand_ins(manifest))
 
 
-def _claims(
-    statements: Mapping[str, Mapping[str, str]],
-    notebooks: Iterable[Mapping[str, Any]],
-    verdict_of: Callable[[Sequence[Mapping[str, Any]]], tuple[str, str]],
-) -> list[dict[str, Any]]:
-    """The claims that the recorded values name, in numeric order, with the verdict and the values by their source."""
+def _unmeasured(
+    claim: Mapping[str, Any], notebooks: Iterable[Mapping[str, Any]], manifest: Mapping[str, Any]
+) -> Verdict:
+    """Why there is no value for a claim."""
+    if claim["test"] == "citation":
+        return Verdict("not testable: cited", "untested", claim["why"])
+    falcon = manifest["models"]["falcon"]
+    if claim["test"] == "real model" and (falcon["stand_in_for"] or falcon.get("rehearsed")):
+        where = "in a rehearsal" if falcon.get("rehearsed") else f"on the profile {manifest['profile']}"
+        return Verdict(f"not testable {where}", "untested", claim["why"])
+    status = {notebook["name"]: notebook["status"] for notebook in notebooks}
+    reasons = [_without_value(number, status) for number in claim.get("notebooks", ())]
+    return Verdict("not measured in this run", "untested", "; ".join(reasons) or "no notebook records it")
+
+
+def _without_value(number: str, status: Mapping[str, str]) -> str:
+    """Why a notebook, named by its number, gave no value."""
+    name = next((name for name in status if name.startswith(number)), None)
+    if name is None:
+        return f"notebook {number} was not part of it"
+    return f"{name} recorded no value for it" if status[name] == "passed" else f"{name} did not pass"
+
+
+def _claims(notebooks: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every claim in numeric order, with the run's verdict, or why there is none, and the values by their source."""
     met: dict[str, list[dict[str, Any]]] = {}
     for notebook in notebooks:
         for value in notebook["values"]:
             if value["claim"]:
                 met.setdefault(value["claim"], []).append({**value, "notebook": notebook})
-    unknown = {"statement": "not in the workbook's list of claims", "published": ""}
+    statements = read_claims()
+    unknown = {"statement": "not in the workbook's list of claims", "published": "", "source": "", "how": ""}
     claims = []
-    for number in sorted(met, key=lambda number: (len(number), number)):
-        verdict, mark = verdict_of(met[number])
-        entry = {"number": number, "sources": _by_source(met[number]), "verdict": verdict, "mark": mark}
-        claims.append(entry | statements.get(number, unknown))
+    for number in sorted({*statements, *met}, key=lambda number: (len(number), number)):
+        claim, values = statements.get(number, unknown), met.get(number, [])
+        verdict = _verdict(values, manifest) if values else _unmeasured(claim, notebooks, manifest)
+        own = {"number": number, "sources": _by_source(values), "verdict": verdict.text, "mark": verdict.mark}
+        reach = claim.get("reach", "") if verdict.mark in JUDGED else ""
+        claims.append({**claim, **own, "basis": verdict.basis, "reach": reach})
     return claims
 
 
@@ -286,8 +339,8 @@ def _gpus(hardware: Mapping[str, Any]) -> str:
     return ", ".join(f"{count} × {name}" for name, count in gpus.items())
 
 
-def _machine(hardware: Mapping[str, Any]) -> str:
-    """The machine in half a sentence."""
+def machine(hardware: Mapping[str, Any]) -> str:
+    """The machine that a manifest describes, in half a sentence."""
     if "error" in hardware:
         return "an unknown machine"
     return _gpus(hardware) or f"{hardware['cpu_count']} processor cores without a GPU"

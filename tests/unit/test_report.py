@@ -12,8 +12,9 @@ import pytest
 from nbformat import v4
 
 from helpers.pages import link_to_pages
-from helpers.report import claim_verdict, duration, read_claims, write_report
+from helpers.report import claim_verdict, duration, ledger, read_claims, write_report
 from helpers.runner import RunFolderError
+from helpers.types import ROOT
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -230,7 +231,7 @@ def test_every_link_within_the_report_has_its_target(page):
         "2 × H100 (80.0 GiB)", "error in cell 3: ValueError: a < b", "compare('<b>')", "75 s", "60 s", "2 min",
         "3.0 GiB", "2.55 times", "2.5 ± 0.1 times", "A5", "178,557,088,768", "<i>odd</i>",
         "1 as expected, 1 differ, 1 unmeasured.", "2 × H100 (80.0 GiB); how it ended: 1 of 2 notebooks did not pass.",
-        "sizes, from", "1 of 29", "It is two and a half times the size of Llama-2-70B.", "shown, not judged",
+        "sizes, from", "0 of 29", "It is two and a half times the size of Llama-2-70B.", "shown, not judged",
         "torch", "2.13.0", "zipp 3.0", "seed=7", "ab" * 32, "cd" * 32,
     ],
 )  # fmt: skip
@@ -253,10 +254,63 @@ def test_the_claims_section(run):
 
     page = change(run, "results", judged)
     claims = [identifier for identifier in page.ids if identifier.startswith("claim-")]
-    assert claims == ["claim-A5", "claim-A8", "claim-A12"]
+    assert claims == [f"claim-A{number}" for number in range(1, 30)]
     for shown in ("not confirmed", "on the stand-in falcon-mini: agrees", "kv bytes 8 heads", "163,840 bytes/token"):
         assert shown in page.text
-    assert "Not met in this run: A1, A2, A3, A4, A6, A7, A9, A10, A11, A13" in page.text
+    assert (
+        "All 29: 0 confirmed, 1 not confirmed, 1 judged on stand-ins, 1 shown and not judged, 26 without a" in page.text
+    )
+    assert "2 of 29" in page.text
+
+
+def verdicts(run):
+    return {claim["number"]: (claim["verdict"], claim["basis"]) for claim in ledger(run)}
+
+
+def test_the_ledger_says_why_a_claim_has_no_verdict(run):
+    found = verdicts(run)
+    assert list(found) == [f"A{number}" for number in range(1, 30)]
+    assert found["A1"] == ("not measured in this run", "00_a recorded no value for it")
+    assert found["A8"] == ("not measured in this run", "00_a recorded no value for it; 01_b did not pass")
+    assert found["A18"] == ("not measured in this run", "notebook 02 was not part of it")
+    assert found["A9"][0] == "not testable on the profile laptop"
+    assert "Falcon-180B and Llama-2-70B themselves" in found["A9"][1]
+    assert found["A12"][0] == "not testable: cited"
+    assert all(basis for verdict, basis in found.values() if verdict.startswith("not "))
+
+
+def test_the_real_model_makes_a_claim_testable(run):
+    change(run, "manifest", lambda manifest: manifest["models"]["falcon"].update(stand_in_for=None))
+    assert verdicts(run)["A9"] == ("not measured in this run", "no notebook records it")
+    change(run, "manifest", lambda manifest: manifest["models"]["falcon"].update(rehearsed=True))
+    assert verdicts(run)["A9"][0] == "not testable in a rehearsal"
+
+
+@pytest.mark.parametrize(
+    ("label", "verdict"),
+    [
+        ("real", ("confirmed", "measured on real")),
+        ("falcon-mini (stand-in for tiiuae/falcon-180B)", ("on the stand-in falcon-mini: agrees", "")),
+        ("other-mini (stand-in for x)", ("on the stand-in other-mini: agrees", "")),  # of another profile
+        ("falcon-mini", ("on the stand-in falcon-mini: agrees", "")),
+        (None, ("confirmed", "computed")),
+    ],
+)
+def test_only_a_real_model_of_the_profile_confirms(run, label, verdict):
+    def judged(results):
+        results["values"]["00_a"] = {"speed": value(2.0, claim="A19", agrees=True, model=label)}
+
+    change(run, "results", judged)
+    assert verdicts(run)["A19"] == verdict
+
+
+def test_what_a_verdict_reaches(run):
+    def judged(results):
+        results["values"]["00_a"] = {"utilisation": value(0.48, claim="A4", agrees=True)}
+
+    page = change(run, "results", judged)
+    assert "tested: that GPU hours, tokens and parameters fit each other" in page.text
+    assert "tested: the web part of the data" not in page.text  # A2, which has no verdict
 
 
 def test_an_unknown_claim_is_shown_as_one(run):
@@ -286,13 +340,46 @@ MINI, CHAT = STAND_INS
 )
 def test_what_values_say_of_a_claim(values, verdict):
     entries = [{"agrees": agrees, "model": model} for agrees, model in values]
-    assert claim_verdict(entries, STAND_INS)[0] == verdict
+    assert claim_verdict(entries, STAND_INS).text == verdict
+
+
+@pytest.mark.parametrize(
+    ("values", "basis"),
+    [
+        ([(True, None), (True, "real"), (True, MINI)], "computed and measured on real"),
+        ([(True, None), (False, "real")], "measured on real"),
+        ([(None, "real"), (False, None)], "computed"),
+        ([(True, MINI)], ""),
+    ],
+)
+def test_what_a_verdict_rests_on(values, basis):
+    entries = [{"agrees": agrees, "model": model} for agrees, model in values]
+    assert claim_verdict(entries, STAND_INS).basis == basis
 
 
 def test_the_list_of_claims_is_whole():
     claims = read_claims()
     assert list(claims) == [f"A{number}" for number in range(1, 30)]
-    assert all(set(claim) == {"statement", "published"} and claim["statement"] for claim in claims.values())
+    for claim in claims.values():
+        assert {"statement", "published", "source", "test", "how"} <= set(claim)
+        assert claim["statement"]
+        assert claim["source"]
+        assert claim["how"]
+        assert claim["test"] in {"arithmetic", "model", "real model", "citation"}
+        assert bool(claim.get("why")) == (claim["test"] in {"real model", "citation"})
+        assert bool(claim.get("notebooks")) == (claim["test"] in {"arithmetic", "model"})
+
+
+def test_the_list_of_claims_names_the_notebooks_that_record_them():
+    claims = read_claims()
+    recorded = {
+        (number, path.name[:2])
+        for path in (ROOT / "notebooks" / "source").glob("*.py")
+        for number in re.findall(r"""claim["']?[=:] ?["'](A\d+)""", path.read_text(encoding="utf-8"))
+    }
+    assert len(recorded) > 10
+    for number, notebook in recorded:
+        assert notebook in claims[number]["notebooks"]
 
 
 def test_values_that_differ_come_first(page):
