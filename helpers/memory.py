@@ -46,10 +46,11 @@ class Linear:
 class Anatomy:
     """The shape of a model as its configuration gives it; all that the formulas of this room need.
 
-    ``cached_heads`` are the heads that transformers' KV cache holds, ``width`` the MLP's inner size. For one token,
+    ``cached_heads`` are the heads that transformers' KV cache holds, ``width`` is the MLP's inner size. For one token,
     elements: ``kept`` by a layer for its backward pass, ``returned`` the further ones while that pass runs, ``prefill``
-    alive at once in the MLP of a forward pass. For one token and one token of context: ``scores`` are fp32 attention
-    scores, ``masks`` bytes of the attention mask that the model makes (``biases``: elements of alibi's).
+    alive at once in the MLP of a forward pass, with ``wide_tensors`` of the MLP's width. For one token and one token of
+    context: ``scores`` are fp32 attention scores, ``masks`` bytes of the attention mask that the model makes, and
+    ``biases`` elements of alibi's.
     """
 
     layers: int
@@ -66,6 +67,7 @@ class Anatomy:
     kept: int
     returned: int
     prefill: int
+    wide_tensors: int
     scores: int
     masks: int
     biases: int
@@ -208,7 +210,8 @@ def activation_bytes(
     MLP's width; Llama's: 4 hidden sizes and three times that width. Falcon adds an attention mask of one byte for each
     pair of tokens of a sequence, and a Falcon of the old architecture (7B), whose one key head fused attention does not
     take, attention scores in fp32, twice, and their test for -inf (9as²b for a heads). A quantized matrix is multiplied
-    as bitsandbytes does on a GPU: nf4 is unpacked to 16 bit, int8 adds the inputs in 8 and the products in 32 bit.
+    as bitsandbytes does on a GPU: nf4 is unpacked to 16 bit; int8 adds the inputs in 8 bit, what finds their outliers,
+    and the products in 32 bit (counted in its code, not measured yet; on a CPU int8 takes twice as much).
 
     Training: after Korthikanti et al. 2022 (arXiv:2205.05198, section 4). Their count of what a layer keeps for its
     backward pass, s tokens, batch b, hidden size h, in 16 bit, with fused attention and no dropout, becomes 30sbh for
@@ -449,6 +452,7 @@ def _falcon(config: PretrainedConfig) -> Anatomy:
         kept=(2 + sequential + norms) * hidden + attention + 2 * width,
         returned=2 * width,
         prefill=(3 + sequential + norms) * hidden + 2 * width,
+        wide_tensors=2,
         scores=0 if fused else heads,
         masks=1,
         biases=heads * config.alibi,
@@ -492,6 +496,7 @@ def _llama(config: PretrainedConfig) -> Anatomy:
         kept=8 * hidden + 2 * queries + 2 * keys + 4 * width,
         returned=3 * width,
         prefill=4 * hidden + 3 * width,
+        wide_tensors=3,
         scores=0,
         masks=0,
         biases=0,
@@ -568,7 +573,10 @@ def _prefill_bytes(shape: Anatomy, precision: str, batch_size: int, context_toke
     if precision == "nf4":
         mlp = max(mlp, others + tokens * size * shape.width + _unpacked_bytes(shape, precision))
     if precision == "int8":
-        mlp = max(mlp, others + tokens * (shape.hidden + (4 + size) * shape.width))
+        # The products in 32 and in 16 bit beside the inputs in 8; before that the inputs of the widest matrix, as they
+        # are, as float16, in 8 bit, and their absolute values with the marks of the outliers.
+        base = tokens * size * (shape.prefill - shape.wide_tensors * shape.width)
+        mlp = max(mlp, others + tokens * (shape.hidden + 6 * shape.width), base + tokens * 8 * shape.width)
     if shape.scores:  # queries in fp32 and scaled beside what is alive, and the mask in fp32
         attention = size * 6 * shape.hidden + 8 * shape.hidden + (9 * shape.scores + 4) * context_tokens
         mlp = max(mlp, tokens * attention)
