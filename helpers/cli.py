@@ -136,6 +136,27 @@ def report(run: RunFolder) -> None:
 
 @app.command()
 @reports_errors
+def diff(
+    run_a: Annotated[Path, typer.Argument(help="The folder of the run to compare with.")],
+    run_b: RunFolder,
+    html: Annotated[Path | None, typer.Option(help="The page to write; RUN_B/diff-<RUN_A>.html when left out.")] = None,
+    strict_times: Annotated[
+        bool, typer.Option("--strict-times", help="Count a time or speed off by more than a factor of two, too.")
+    ] = False,
+) -> None:
+    """Compare two runs, as text and as a page. Exit code 0: no difference beyond tolerance, 1: some, 2: usage."""
+    from helpers import difference
+
+    found = difference.compare(run_a, run_b, strict_times=strict_times)
+    console = Console(highlight=False)
+    for part in difference.tables(found):
+        console.print(part)
+    typer.echo(f"Page: {difference.write_page(found, html)}")
+    raise typer.Exit(1 if found.differing else 0)
+
+
+@app.command()
+@reports_errors
 def render() -> None:
     """Make notebooks/*.ipynb from notebooks/source, with the outputs of a laptop run."""
     from helpers import runner

@@ -77,6 +77,7 @@ def context(run_dir: Path) -> dict[str, Any]:
         "notebooks": notebooks,
         "claims": claims,
         "judged": Counter(claim["mark"] for claim in claims),
+        "in_part": sum(claim["mark"] == "passed" and claim["reach"] != "" for claim in claims),
         "verdicts": _verdicts(notebooks),
         "values": [_differing_first(notebook) for notebook in notebooks if notebook["values"]],
         "figures": _figures(run_dir, recorded["figures"], notebooks),
@@ -286,8 +287,9 @@ def _claims(notebooks: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any])
     for number in sorted({*statements, *met}, key=lambda number: (len(number), number)):
         claim, values = statements.get(number, unknown), met.get(number, [])
         verdict = _verdict(values, manifest) if values else _unmeasured(claim, notebooks, manifest)
-        own = {"number": number, "sources": _by_source(values), "verdict": verdict.text, "mark": verdict.mark}
         reach = claim.get("reach", "") if verdict.mark in JUDGED else ""
+        text = "confirmed in part" if reach and verdict.mark == "passed" else verdict.text
+        own = {"number": number, "sources": _by_source(values), "verdict": text, "mark": verdict.mark}
         claims.append({**claim, **own, "basis": verdict.basis, "reach": reach})
     return claims
 

@@ -126,6 +126,11 @@ def with_tolerance(value: Value | None, tolerance: float | None, unit: str) -> s
     return with_unit(value, f"{margin} {unit}".strip())
 
 
+def is_timing(unit: str) -> bool:
+    """True for a unit of times, speeds and bandwidths (``s``, ``tokens/s``, ``GB/s``): they belong to the machine."""
+    return unit in TIME_UNITS or unit.endswith("/s")
+
+
 def unattended() -> bool:
     """True in a run by ``workbook run``: nobody is there to click on a widget."""
     return os.environ.get("WORKBOOK_UNATTENDED") == "1"
@@ -155,7 +160,7 @@ def record(
     if not name.strip():
         raise ResultError("a recorded value needs a name")
     checked = _scalar(name, value)
-    if tolerance is not None and not (_is_number(checked) and 0 <= tolerance < math.inf):
+    if tolerance is not None and not (is_number(checked) and 0 <= tolerance < math.inf):
         raise ResultError(f"{name!r} cannot have the tolerance {tolerance}: give a number a finite one from 0 up")
     if agrees is not None and claim is None:
         raise ResultError(f"{name!r} agrees with nothing: name the claim that it is judged by")
@@ -342,20 +347,21 @@ def _portable_entries(run: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if status.get(notebook, {}).get("status") != "passed":
             continue
         for name, entry in entries.items():
-            if entry["unit"] not in TIME_UNITS and not entry["unit"].endswith("/s"):
+            if not is_timing(entry["unit"]):
                 yield f"{notebook}/{name}", entry
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """True for an int or a float; a bool is none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _agree(values: Sequence[Value]) -> bool:
-    return all(_is_number(value) for value in values) or len(set(values)) == 1
+    return all(is_number(value) for value in values) or len(set(values)) == 1
 
 
 def _summary(values: Sequence[Value], floor: float) -> dict[str, Any]:
-    if not _is_number(values[0]):
+    if not is_number(values[0]):
         return {"value": values[0], "tolerance": 0}
     median, spread = statistics.median(values), max(floor, 2 * (max(values) - min(values)))
     if all(isinstance(value, int) for value in values):
@@ -377,7 +383,7 @@ def _comparison(value: Value, expected: Mapping[str, Any] | None) -> dict[str, A
 
 def matches(value: Value, expected: Value, tolerance: float) -> bool:
     """True when numbers differ by at most the absolute tolerance (rounding apart), or other values are equal."""
-    if _is_number(value) and _is_number(expected):
+    if is_number(value) and is_number(expected):
         return abs(value - expected) <= tolerance + ROUNDING * max(abs(value), abs(expected))
     return type(value) is type(expected) and value == expected
 

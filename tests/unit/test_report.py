@@ -309,6 +309,8 @@ def test_what_a_verdict_reaches(run):
         results["values"]["00_a"] = {"utilisation": value(0.48, claim="A4", agrees=True)}
 
     page = change(run, "results", judged)
+    assert verdicts(run)["A4"] == ("confirmed in part", "computed")
+    assert "1 confirmed, 1 of them in part, 0 not confirmed" in page.text
     assert "tested: that GPU hours, tokens and parameters fit each other" in page.text
     assert "tested: the web part of the data" not in page.text  # A2, which has no verdict
 

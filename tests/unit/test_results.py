@@ -255,6 +255,15 @@ def test_a_tolerance_that_is_no_distance_is_refused(run, value, tolerance):
         results.record("change", value, tolerance=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("unit", "timing"),
+    [("s", True), ("ms", True), ("tokens/s", True), ("GB/s", True), ("ratio of tokens/s", True),
+     ("", False), ("bytes/token", False), ("nats/token", False), ("GPUs", False), ("days", False)],
+)  # fmt: skip
+def test_units_of_times_and_speeds(unit, timing):
+    assert results.is_timing(unit) is timing
+
+
 def test_failed_notebooks_and_mixed_profiles_give_no_expected_values(tmp_path):
     failed = finished_run(tmp_path / "failed", {"loss": (2.0, "")}, status="failed")
     with pytest.raises(results.ResultError, match="no value"):
