@@ -2,14 +2,15 @@
 
 A rehearsal's folder holds ``machine.json`` (the machine that ``hardware.detect`` then reports) and ``hub``, a Hugging
 Face cache in the hub's own layout, with a checkpoint of random weights for each model of a hub: the real flags, tensor
-names, number of shards and files, shrunk in width, depth and vocabulary. ``environment`` points a notebook at both. All
-else is the real code; what is not is in ``substitutions``.
+names, number of shards and files, shrunk in width, depth and vocabulary. ``environment`` points a notebook at both. What
+else is not as on the real machine is in ``substitutions``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,10 +78,10 @@ class Rehearsal:
         }
 
     def environment(self) -> dict[str, str]:
-        """The variables that point a process at this rehearsal; it asks no hub."""
+        """The variables that point a process at this rehearsal; it asks no hub, and sees no GPU that is really here."""
         hub = str(self.folder / "hub")
-        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-        return {"WORKBOOK_REHEARSAL": str(self.folder), "HF_HUB_CACHE": hub, **offline}
+        alone = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return {"WORKBOOK_REHEARSAL": str(self.folder), "HF_HUB_CACHE": hub, **alone}
 
 
 def prepare(profile: Profile, folder: Path) -> Rehearsal:
@@ -140,7 +141,7 @@ def shrink(real: PretrainedConfig, tokens: int, end: int, shards: int) -> Pretra
     family that ``memory`` does not know.
     """
     memory.anatomy(real)
-    layers = max(LEAST_LAYERS, -(-shards // 8))  # a layer of either family has at least eight tensors
+    layers = max(LEAST_LAYERS, math.ceil(shards / 8))  # a layer of either family has at least eight tensors
     same = {"vocab_size": tokens, "bos_token_id": end, "eos_token_id": end, "num_hidden_layers": layers}
     same |= {"hidden_size": HEADS * HEAD_SIZE, "num_attention_heads": HEADS}
     fields = real.to_dict() | same
@@ -234,8 +235,10 @@ def _store(files: Mapping[str, bytes], repo: Path, revision: str) -> None:
 def _substitutions(profile: Profile, shrunk: Mapping[ModelRef, PretrainedConfig]) -> Iterator[Substitution]:
     need = profile.requires
     gpus = f"{need.gpus} GPUs of {need.gpu_bytes / GIB:.1f} GiB"
-    yield Substitution("devices", gpus, "the processor of this machine")
-    yield Substitution("weights", "downloaded from the hub, licence accepted", "random, in the hub's cache layout")
+    yield Substitution("devices", gpus, "the processor of this machine, whatever GPUs it has")
+    yield Substitution("code for CUDA", "taken", "not taken: where code asks torch for its device, that is a processor")
+    yield Substitution("hub", "asked for files, with a token and an accepted licence", "not asked: no download, no token")
+    yield Substitution("weights", "published, hashed when they were downloaded", "random, in the hub's cache layout")
     for ref, tiny in shrunk.items():
         real, tokens = config(ref), f"{tiny.vocab_size:,} tokens, the laptop's stand-in's"
         yield Substitution(f"{ref.id}: size", _size(real), _size(tiny))

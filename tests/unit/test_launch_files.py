@@ -221,7 +221,7 @@ def test_the_job_looks_rehearses_runs_and_once_requeued_goes_on(submit, tmp_path
     ]
     assert f"Report: {tmp_path}/runs/slurm-7-8x80gb/report.html" in done.stdout
     assert submit()[1] == ["doctor --profile 8x80gb", "run --resume runs/slurm-7-8x80gb"]
-    assert submit(SLURM_JOB_ID="8", RUN="runs/slurm-7-8x80gb")[1][-1] == "run --resume runs/slurm-7-8x80gb"
+    assert submit(SLURM_JOB_ID="8", WORKBOOK_RUN="runs/slurm-7-8x80gb")[1][-1] == "run --resume runs/slurm-7-8x80gb"
 
 
 @pytest.mark.parametrize(("fails", "calls"), [("doctor", 1), ("--rehearse", 2), ("runs/slurm-7-8x80gb", 3)])
@@ -259,7 +259,7 @@ def test_the_workflow_looks_rehearses_runs_judges_and_always_keeps_the_report():
     order = [step["run"].partition("workbook ")[2] for step in steps if "workbook " in step.get("run", "")]
     assert order == [
         "doctor --profile 8x80gb",
-        "run --profile 8x80gb --rehearse",
+        'run --profile 8x80gb --rehearse --folder "$RUN-rehearsal"',
         'run --profile 8x80gb --folder "$RUN"',
         'check "$RUN"',
         'report "$RUN"',
@@ -269,7 +269,7 @@ def test_the_workflow_looks_rehearses_runs_judges_and_always_keeps_the_report():
     kept = steps[-1]
     assert kept["uses"].startswith("actions/upload-artifact@")
     assert kept["if"] == "always()"
-    assert "runs/" in kept["with"]["path"].splitlines()
+    assert kept["with"]["path"].splitlines()[0] == "${{ env.RUN }}*/"
 
 
 # --- expected values --------------------------------------------------------------------------------------------------

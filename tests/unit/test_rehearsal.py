@@ -82,6 +82,13 @@ def test_a_placement_that_leaves_a_weight_out_is_refused(monkeypatch):
         rehearsal.plan(profile, rehearsal.machine_of(profile))
 
 
+def test_a_gpu_that_is_really_here_is_not_seen(prepared):
+    code = "import os; assert os.environ['CUDA_VISIBLE_DEVICES'] == ''; import torch; print(torch.cuda.device_count())"
+    environment = os.environ | prepared.environment()
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0"]
+
+
 def test_the_machine_is_the_profiles(inside, prepared):
     machine = hardware.detect()
     assert machine == prepared.machine
