@@ -48,6 +48,11 @@ tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, device_map="auto")
 print(type(model).__name__, f"with {model.num_parameters():,} parameters in {model.dtype}")
 
+# %%
+own = type(model).__module__.startswith("transformers.")  # not code of the repository
+label = (stand_in if too_big else settings.falcon).label
+results.record("loaded_by_transformers", own, claim="A24", model=label, agrees=own)
+
 # %% [markdown]
 # Did everything arrive? transformers initialises a missing weight at random and only warns. Our `load` refuses: it checks
 # that no weight is missing or left over, that each has the type and device asked for, that files are safetensors, and that

@@ -68,7 +68,10 @@ print(f"{chat_reply.text}\n\n[ended by: {chat_reply.finish_reason}]")
 # %%
 roles = {"base": (base_reply, settings.falcon), "chat": (chat_reply, settings.falcon_chat)}
 for name, (reply, ref) in roles.items():
-    results.record(f"{name}_ended_by", reply.finish_reason, claim="A20", model=ref.label)
+    as_said = (reply.finish_reason != "length") == (name == "chat")
+    results.record(
+        f"{name}_ended_by", reply.finish_reason, claim="A20", model=ref.label, agrees=as_said
+    )
 
 # %% [markdown]
 # ## 2 · The format, to the letter
@@ -99,7 +102,8 @@ if talker.tokenizer.chat_template:
         messages, tokenize=False, add_generation_prompt=True
     )
     options = {"claim": "A21", "model": settings.falcon_chat.label}
-    results.record("render_equals_template", rendered == templated, **options)
+    same = rendered == templated
+    results.record("render_equals_template", same, agrees=same, **options)
 print(repr(rendered))
 
 # %% [markdown]
@@ -127,6 +131,14 @@ def format_prompt(message, history, system_prompt):
 wrong = prompts.published_format_prompt
 past = [("a", "b"), ("c", "d")]
 assert all(wrong("e", past[:n], "s") == format_prompt("e", past[:n], "s") for n in range(3))
+
+# %% [markdown]
+# With one turn of history it does give the format of section 2:
+
+# %%
+system, *turn, last = [message["content"] for message in messages]
+same = wrong(last, [tuple(turn)], system) == plain
+results.record("format_as_printed", same, claim="A21", agrees=same)
 
 # %% [markdown]
 # With an empty history the user's message is gone. (The question is the article's, which reports that Falcon-180B once counted
