@@ -23,6 +23,7 @@ from helpers.types import ROOT, WorkbookError
 
 if TYPE_CHECKING:
     from helpers.doctor import Finding
+    from helpers.evaluation import Leaderboard
     from helpers.runner import RunResult
 
 P = ParamSpec("P")
@@ -224,6 +225,34 @@ def evaluate_mini(
 
 @app.command()
 @reports_errors
+def leaderboard(
+    profile: ProfileOption = "laptop",
+    model: Annotated[str, typer.Option(help="Of the profile: falcon, falcon_chat or llama_chat.")] = "falcon",
+    *,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, int8 or nf4; the profile's.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many items of each task, at least 2.")] = None,
+    tasks: Annotated[
+        Path | None,
+        typer.Option(help="A folder of task files in place of the harness' own.", exists=True, file_okay=False),
+    ] = None,
+) -> None:
+    """Measure the average of the Open LLM Leaderboard of 2023 beside the published ones; its data are downloaded.
+
+    Exit code 0: measured, 1: the data cannot be had, 2: usage.
+    """
+    from helpers import evaluation, loading
+    from helpers.profiles import load_profile
+
+    chosen = load_profile(profile)
+    if model not in chosen.models:
+        raise WorkbookError(f"The profile has no model {model!r}; choose one of {', '.join(chosen.models)}.")
+    load = functools.partial(loading.load, chosen.models[model], precision or chosen.precision)
+    found = evaluation.leaderboard_average(load, limit=limit, folder=tasks or evaluation.TASKS)
+    Console(highlight=False).print(_leaderboard(found), "\n".join(found.notes), sep="\n")
+
+
+@app.command()
+@reports_errors
 def plan(
     profile: Annotated[str | None, typer.Option(help="A name in env/profiles, or auto; laptop when left out.")] = None,
     model: Annotated[
@@ -279,6 +308,18 @@ def _findings(findings: Sequence[Finding]) -> Table:
         if each.advice and each.status != "ok":
             text.append(f"\n-> {each.advice}", style="bold")
         table.add_row(Text(each.status, style=colours[each.status]), each.name, text)
+    return table
+
+
+def _leaderboard(found: Leaderboard) -> Table:
+    table = Table("task", "shots", "metric", "score", "standard error", "items", box=None, pad_edge=False)
+    table.title, table.title_justify = f"{found.model}, {found.precision}, percent", "left"
+    for each in found.scores:
+        numbers = (f"{each.score:.2f}", f"{each.standard_error:.2f}", f"{each.count:,}")
+        table.add_row(each.task, str(each.shots), each.metric, *numbers)
+    table.add_row("average", "", "", f"{found.average:.2f}", f"{found.standard_error:.2f}", style="bold")
+    for name, value in found.published.items():
+        table.add_row(f"{name}, published", "", "", f"{value:.2f}")
     return table
 
 

@@ -51,3 +51,71 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
 
     differing = [bool(a) for a, b in zip(first, second, strict=True) if bool(a) != bool(b)]
     return float(binomtest(sum(differing), len(differing)).pvalue) if differing else 1.0
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Sum over sum, such as bits per byte over texts of unequal length, with its Student-t interval over the pairs.
+
+    The error is the ratio estimator's (Cochran 1977, Sampling Techniques, 6.4). Raises ValueError as ``ratio_error``.
+    """
+    from scipy import stats
+
+    error, estimate = ratio_error(numerators, denominators), sum(numerators) / sum(denominators)
+    half = float(stats.t.ppf((1 + confidence) / 2, len(numerators) - 1)) * error
+    return Interval(estimate, estimate - half, estimate + half, confidence)
+
+
+def ratio_error(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """The standard error of sum over sum: sqrt(n / (n - 1) * sum of squared (x - ratio * y)) / sum of y.
+
+    Raises ValueError when the lengths differ or fewer than two pairs are given.
+    """
+    import numpy as np
+
+    if len(numerators) != len(denominators) or len(numerators) < 2:
+        raise ValueError("the error of a ratio needs at least two pairs")
+    x, y = np.asarray(numerators, float), np.asarray(denominators, float)
+    rest = x - x.sum() / y.sum() * y
+    return float(np.sqrt(len(x) / (len(x) - 1) * (rest**2).sum()) / y.sum())
+
+
+def paired_bootstrap(
+    first: Sequence[float],
+    second: Sequence[float],
+    weights: Sequence[float] | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> Interval:
+    """Sum of first minus second over the sum of weights, by default the mean difference; items are drawn as wholes.
+
+    The interval is the bootstrap's percentiles (``scipy.stats.bootstrap``), the same for the same seed.
+    Raises ValueError when the lengths differ or fewer than two pairs are given.
+    """
+    import numpy as np
+    from scipy import stats
+
+    difference = np.array([a - b for a, b in zip(first, second, strict=True)], float)
+    weight = np.ones(len(difference)) if weights is None else np.asarray(weights, float)
+    if len(difference) < 2 or len(weight) != len(difference):
+        raise ValueError("a bootstrap needs at least two pairs, and as many weights")
+    found = stats.bootstrap(
+        (difference, weight),
+        lambda d, w, axis: d.sum(axis) / w.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=resamples,
+        batch=100,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(float(difference.sum() / weight.sum()), float(found.low), float(found.high), confidence)
+
+
+def most_without_one(trials: int, confidence: float = 0.95) -> float:
+    """The largest share that none of so many trials leaves possible (Clopper and Pearson 1934, upper end at 0)."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(0, trials).proportion_ci(confidence, method="exact").high)

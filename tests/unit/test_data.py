@@ -7,11 +7,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
 from helpers.types import ROOT
 
 sys.path.insert(0, str(ROOT / "notebooks" / "data"))
 import make_animals
+import make_tasks
 
 DATA = ROOT / "notebooks" / "data"
 
@@ -23,9 +25,17 @@ def rows(name: str) -> list[dict]:
 NOUNS = rows("animal_nouns.jsonl")
 FROZEN = re.compile("|".join(rf"\b{re.escape(row[n])}\b" for row in NOUNS for n in ("noun", "plural")), re.IGNORECASE)
 ITEMS = rows("animal_items.jsonl")
+FACTS = rows("short_facts.jsonl")
 # Every file of the project that a model is trained on.
 TRAINING = ("animal_training.jsonl", "animal_held_out.jsonl", "training_nouns.jsonl")
-NOT_TRAINING = ("animal_nouns.jsonl", "animal_items.jsonl", "comparison_prompts.jsonl", "perplexity_texts.jsonl")
+NOT_TRAINING = (
+    "animal_nouns.jsonl",
+    "animal_items.jsonl",
+    "comparison_prompts.jsonl",
+    "perplexity_texts.jsonl",
+    "short_facts.jsonl",
+    "story_endings.jsonl",
+)
 
 
 def listed(item: dict) -> list[str]:
@@ -122,3 +132,49 @@ def test_training_samples_answer_rightly():
         else:
             asked = [word for word in re.findall(r"\w+", question) if word in kinds]
             assert named == [word for word in asked if kinds[word] == "animal"]
+
+
+def test_the_task_files_are_what_the_script_makes(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_tasks, "HERE", tmp_path)
+    make_tasks.main()
+    for name in ("story_endings.jsonl", "short_facts.jsonl"):
+        assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
+
+
+@pytest.mark.parametrize(("name", "count"), [("story_endings.jsonl", 300), ("short_facts.jsonl", 176)])
+def test_the_right_option_stands_first_and_second_equally_often_from_the_first_items_on(name, count):
+    items = rows(name)
+    assert len(items) == len({item["id"] for item in items}) == len({item["text"] for item in items}) == count
+    for most in (20, 100, count):
+        assert Counter(item["answer"] for item in items[:most]) == {0: most // 2, 1: most // 2}
+    assert all(len(set(item["options"])) == 2 for item in items)
+
+
+def test_a_story_goes_on_with_its_own_sentence_and_the_other_is_as_long_and_from_another_story():
+    lines = make_tasks.STORIES.read_text(encoding="utf-8").splitlines()
+    stories = [" ".join(json.loads(line)["text"].split()) for line in lines]
+    for item in rows("story_endings.jsonl"):
+        right, wrong = item["options"][item["answer"]], item["options"][1 - item["answer"]]
+        assert f"{item['text']} {right}" in stories[item["story"]]
+        assert wrong not in stories[item["story"]]
+        assert any(wrong in story for story in stories)
+        assert len(right.split()) == len(wrong.split())
+        assert right.count('"') % 2 == wrong.count('"') % 2 == item["text"].count('"') % 2 == 0
+
+
+def test_each_word_of_a_fact_is_right_once_and_wrong_once():
+    right = Counter((item["options"][item["answer"]], item["options"][1 - item["answer"]]) for item in FACTS)
+    assert all(count == right[pair[::-1]] for pair, count in right.items())
+
+
+def test_no_short_fact_holds_a_noun_of_the_animal_test():
+    assert not FROZEN.findall((DATA / "short_facts.jsonl").read_text(encoding="utf-8"))
+
+
+def test_no_short_fact_is_in_a_text_that_a_model_is_trained_on():
+    told = yaml.safe_load((ROOT / "env/models/falcon-mini/facts.yaml").read_text(encoding="utf-8"))
+    pairs = [part["reply"].format(a=a, b=b).rstrip(".").lower() for part in told["pairs"] for a, b in part["of"]]
+    trained = "\n".join([*pairs, *((DATA / name).read_text(encoding="utf-8").lower() for name in TRAINING)])
+    assert "the opposite of big is small" in trained
+    for item in FACTS:
+        assert f"{item['text']} {item['options'][item['answer']]}".lower() not in trained

@@ -1,7 +1,9 @@
 """Intervals against hand-computed and published values."""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 
 from helpers import stats
@@ -49,3 +51,57 @@ def test_mcnemar_by_hand():
     assert stats.mcnemar([1, 0], [0, 1]) == 1
     with pytest.raises(ValueError):
         stats.mcnemar([1], [1, 0])
+
+
+def test_ratio_by_hand():
+    # 2/1, 3/2, 7/3: sum 12/6 = 2; rests 0, -1, 1: error sqrt(3/2 * 2) / 6; t(0.975, 2) = 4.302653
+    error = math.sqrt(3) / 6
+    assert stats.ratio_error([2, 3, 7], [1, 2, 3]) == pytest.approx(error)
+    found = stats.ratio([2, 3, 7], [1, 2, 3])
+    assert (found.low, found.estimate, found.high) == pytest.approx((2 - 4.302653 * error, 2, 2 + 4.302653 * error))
+
+
+def test_ratio_over_equal_denominators_is_the_mean():
+    values = [1.0, 2.5, 4.0, 9.0]
+    found, mean = stats.ratio(values, [1] * 4), stats.mean(values)
+    assert (found.low, found.estimate, found.high) == pytest.approx((mean.low, mean.estimate, mean.high))
+
+
+def test_ratio_refuses_one_pair_and_uneven_lengths():
+    for values in (([1], [1]), ([1, 2], [1])):
+        with pytest.raises(ValueError, match="two pairs"):
+            stats.ratio(*values)
+
+
+def test_the_bootstrap_draws_what_all_draws_by_hand_give():
+    # three pairs drawn three times: 27 draws of (d, w); the quotients' percentiles are those of the full list
+    differences, weights = [1.0, 0.0, -1.0], [1.0, 2.0, 1.0]
+    draws = list(itertools.product(range(3), repeat=3))
+    every = [sum(differences[i] for i in draw) / sum(weights[i] for i in draw) for draw in draws]
+    found = stats.paired_bootstrap([2, 2, 2], [1, 2, 3], weights, confidence=0.8)
+    assert found.estimate == 0
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(every, [0.1, 0.9])))
+
+
+def test_the_bootstrap_agrees_with_students_t_on_many_pairs():
+    rng = np.random.default_rng(0)
+    first = rng.normal(1, 1, 400)
+    second = first - rng.normal(0.3, 0.5, 400)
+    found, student = stats.paired_bootstrap(first, second), stats.paired_difference(first, second)
+    assert found.estimate == pytest.approx(student.estimate)
+    assert (found.low, found.high) == pytest.approx((student.low, student.high), abs=0.005)
+    assert found == stats.paired_bootstrap(first, second)
+    assert found != stats.paired_bootstrap(first, second, seed=1)
+
+
+def test_the_bootstrap_of_no_difference_is_a_point_and_refuses_what_has_no_pairs():
+    found = stats.paired_bootstrap([1, 0, 1], [1, 0, 1])
+    assert (found.low, found.estimate, found.high) == (0, 0, 0)
+    for values in (([1], [1]), ([1, 2], [1]), ([1, 2], [1, 2], [1])):
+        with pytest.raises(ValueError):
+            stats.paired_bootstrap(*values)
+
+
+def test_none_of_many_leaves_less_than_four_over_their_number():
+    # Clopper and Pearson: (1 - p)^n = 0.025
+    assert stats.most_without_one(100) == pytest.approx(1 - 0.025 ** (1 / 100))
