@@ -13,11 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.evaluation import MultipleChoice, Question, evaluate, multiple_choice, perplexity, windows
+from helpers.loading import load
+from helpers.profiles import load_profile
 from helpers.prompts import format_for
 from helpers.stats import proportion
 from helpers.types import ROOT, WorkbookError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+PERPLEXITY_TEXTS = ROOT / "notebooks/data/perplexity_texts.jsonl"
 TEXTS = [
     "Once upon a time there was a falcon.",
     "é🦅",
@@ -85,6 +88,102 @@ def test_windows_score_every_position_once_with_enough_before_it(length, context
         assert 0 <= begin < scored < end <= length
         assert end - begin <= context
         assert scored - begin >= min(scored, context // 2)
+
+
+def documented_loop(model, ids: list[int], window: int, stride: int) -> float:
+    """The summed loss of the loop in transformers' documentation, "Perplexity of fixed-length models"."""
+    total, before = 0.0, 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + window, len(ids))
+        part = torch.tensor([ids[begin:end]])
+        labels = part.clone()
+        labels[:, : -(end - before)] = -100
+        with torch.no_grad():
+            total += float(model(part, labels=labels).loss) * int((labels[:, 1:] != -100).sum())
+        before = end
+        if end == len(ids):
+            break
+    return total
+
+
+@pytest.mark.parametrize(("window", "stride"), [(64, 32), (64, 16), (64, 63), (40, 1), (128, 100), (None, None)])
+@pytest.mark.parametrize("batch_size", [1, 4, 7])
+def test_windows_in_padded_batches_equal_the_documented_loop(tiny_loaded, window, stride, batch_size):
+    texts = [*TEXTS, "The falcon flew over the hill and the river. " * 18]
+    measured = perplexity(tiny_loaded, texts, window=window, stride=stride, batch_size=batch_size)
+    rows = [[0, *tiny_loaded.tokenizer(text, verbose=False)["input_ids"]] for text in texts]
+    expected = [documented_loop(tiny_loaded.model, ids, window or 128, stride or 64) for ids in rows]
+    assert len(rows[-1]) > 128
+    assert measured.nll == pytest.approx(expected, rel=1e-5)
+    assert measured.text_tokens == tuple(len(ids) - 1 for ids in rows)
+
+
+@pytest.fixture(scope="module")
+def falcon_mini():
+    return load(load_profile("laptop").falcon, "fp32")
+
+
+def test_falcon_mini_equals_the_loss_of_transformers_on_short_and_long_texts(falcon_mini):
+    texts = [json.loads(line)["text"] for line in PERPLEXITY_TEXTS.read_text(encoding="utf-8").splitlines()[:6]]
+    long = " ".join(texts)
+    short_ids, long_ids = ([0, *falcon_mini.tokenizer(text, verbose=False)["input_ids"]] for text in (texts[0], long))
+    assert len(short_ids) < 512 < len(long_ids)
+    with torch.no_grad():
+        ids = torch.tensor([short_ids])
+        short = float(falcon_mini.model(ids, labels=ids).loss)
+    measured = perplexity(falcon_mini, [texts[0], long])
+    losses = [nll / tokens for nll, tokens in zip(measured.nll, measured.text_tokens, strict=True)]
+    expected = documented_loop(falcon_mini.model, long_ids, 512, 256) / (len(long_ids) - 1)
+    assert losses == pytest.approx([short, expected], abs=1e-4)
+    one, four = (perplexity(falcon_mini, texts, batch_size=size) for size in (1, 4))
+    assert four.nll == pytest.approx(one.nll, rel=1e-5)
+
+
+def test_errors_over_the_texts_are_those_of_a_ratio(tiny_loaded):
+    measured = perplexity(tiny_loaded, TEXTS)
+    bits = [value / math.log(2) for value in measured.nll]
+    sizes = [len(text.encode()) for text in TEXTS]
+    assert measured.text_bytes == tuple(sizes)
+    rest = [x - measured.bits_per_byte * y for x, y in zip(bits, sizes, strict=True)]
+    error = math.sqrt(3 / 2 * sum(x * x for x in rest)) / sum(sizes)
+    assert measured.standard_error == pytest.approx(error)
+    half = 4.302653 * error  # t(0.975, 2)
+    found = measured.bits_per_byte_interval
+    assert (found.low, found.high) == pytest.approx((measured.bits_per_byte - half, measured.bits_per_byte + half))
+    interval = measured.perplexity_interval
+    assert interval.estimate == measured.perplexity
+    assert math.log(interval.low * interval.high) == pytest.approx(2 * math.log(measured.perplexity))
+    with pytest.raises(ValueError, match="two pairs"):
+        _ = perplexity(tiny_loaded, TEXTS[:1]).standard_error
+
+
+def test_bits_per_byte_are_those_of_the_harness(tiny_loaded, tmp_path):
+    texts = [*TEXTS, "The bird sang.", "A fox came by and said hello."]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    task = {
+        "task": "rolling", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "texts.jsonl"}},
+        "test_split": "test", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}], "metadata": {"version": 1},
+    }  # fmt: skip
+    (tmp_path / "rolling.yaml").write_text(json.dumps(task))
+    (row,) = evaluate(tiny_loaded, ["rolling"], folder=tmp_path).rows
+    assert (row.metric, row.count) == ("bits_per_byte", 5)
+    assert row.value == pytest.approx(perplexity(tiny_loaded, texts).bits_per_byte, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 1}, "window must be from 2"),
+        ({"window": 129}, "context of 128"),
+        ({"window": 64, "stride": 64}, "stride must be from 1 to 63"),
+        ({"stride": 0}, "stride"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_impossible_windows_are_refused(tiny_loaded, options, message):
+    with pytest.raises(WorkbookError, match=message):
+        perplexity(tiny_loaded, TEXTS, **options)
 
 
 def test_max_tokens_limits_the_tokens_of_all_texts(tiny_loaded):
@@ -279,7 +378,98 @@ def test_the_harness_leaves_an_output_layer_of_its_own_alone(tiny_loaded):
     )
 
 
-@pytest.mark.parametrize("tasks", [[], ["animal_choice", "hellaswag"], "animal_choice"])
+def direct(model, tokenizer, pairs: list[tuple[str, str]], batch_size: int) -> list[float]:
+    """ln p of each second text after its first: plain forwards, padded on the left, log_softmax and gather."""
+    found = []
+    for begin in range(0, len(pairs), batch_size):
+        part = pairs[begin : begin + batch_size]
+        whole = [tokenizer(before + option)["input_ids"] for before, option in part]
+        width = max(map(len, whole))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in whole])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in whole])
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=places).logits.float()
+        logs = logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+        scored = [len(row) - len(tokenizer(before)["input_ids"]) for (before, _), row in zip(part, whole, strict=True)]
+        found += [float(row[-count:].sum()) for row, count in zip(logs, scored, strict=True)]
+    return found
+
+
+def items_of(name: str, count: int) -> list[dict]:
+    lines = (ROOT / f"notebooks/data/{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[:count]]
+
+
+@pytest.mark.parametrize("name", ["story_endings", "short_facts"])
+def test_the_harness_equals_a_direct_forward_on_twenty_items(falcon_mini, name):
+    pairs = [(item["text"], f" {option}") for item in items_of(name, 20) for option in item["options"]]
+    expected = np.array(direct(falcon_mini.model, falcon_mini.tokenizer, pairs, 8)).reshape(20, 2)
+    for batch_size in (1, 7):
+        found = evaluate(falcon_mini, [name], 20, batch_size=batch_size)
+        assert np.array(found.log_likelihoods[name]) == pytest.approx(expected, abs=1e-3)
+    keys = np.array([item["answer"] for item in items_of(name, 20)])
+    row = next(row for row in found.rows if row.metric == "acc")
+    assert row.value == pytest.approx((expected.argmax(1) == keys).mean())
+    assert found.items[name].values["acc"] == tuple((expected.argmax(1) == keys).astype(float))
+
+
+@pytest.mark.slow
+def test_the_harness_equals_a_direct_forward_of_the_llama_side():
+    loaded = load(load_profile("laptop").llama_chat, "fp32")
+    pairs = [(item["text"], f" {option}") for item in items_of("short_facts", 6) for option in item["options"]]
+    expected = np.array(direct(loaded.model, loaded.tokenizer, pairs, 5)).reshape(6, 2)
+    found = evaluate(loaded, ["short_facts"], 6).log_likelihoods["short_facts"]
+    assert np.array(found) == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_task_is_asked_in_the_chat_format_where_its_file_says_so(tiny_loaded):
+    names = ["short_facts_chat", "short_facts", "story_endings_chat"]
+    found = evaluate(tiny_loaded, names, 2).log_likelihoods
+    (fact, _), (story, _) = items_of("short_facts", 2), items_of("story_endings", 2)
+    asked = {
+        "short_facts": [(fact["text"], f" {o}") for o in fact["options"]],
+        "short_facts_chat": [
+            (f"User: Complete the sentence: {fact['text']} ...\nFalcon:", f" {fact['text']} {o}.")
+            for o in fact["options"]
+        ],
+        "story_endings_chat": [
+            (f"User: What comes next in this story? {story['text']}\nFalcon:", f" {o}") for o in story["options"]
+        ],
+    }
+    for name, pairs in asked.items():
+        assert found[name][0] == pytest.approx([by_hand(tiny_loaded, *pair) for pair in pairs], abs=1e-3)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("story_endings", 100), ("short_facts", None)])
+def test_falcon_mini_is_above_chance_on_the_tasks(falcon_mini, name, limit):
+    scores = evaluate(falcon_mini, [name], limit).items[name].values["acc"]
+    assert proportion(int(sum(scores)), len(scores)).low > 0.5
+
+
+def test_items_longer_than_the_context_lose_their_beginning_and_are_counted(tiny_loaded):
+    model = copy.copy(tiny_loaded.model)
+    model.config = copy.copy(model.config)
+    model.config.max_position_embeddings = 32
+    found = evaluate(replace(tiny_loaded, model=model), ["story_endings"], 8, truncate=True)
+    sizes = [
+        [len(tiny_loaded.tokenizer(f"{item['text']} {option}")["input_ids"]) for option in item["options"]]
+        for item in items_of("story_endings", 8)
+    ]
+    assert found.truncated == sum(size > 33 for pair in sizes for size in pair) > 0  # the last one is only predicted
+    item, first = items_of("story_endings", 1)[0], found.log_likelihoods["story_endings"][0][0]
+    ids = tiny_loaded.tokenizer(f"{item['text']} {item['options'][0]}")["input_ids"]
+    option = len(ids) - len(tiny_loaded.tokenizer(item["text"])["input_ids"])
+    with torch.no_grad():
+        logs = tiny_loaded.model(torch.tensor([ids[-33:]])).logits[0].double().log_softmax(-1)
+    assert first == pytest.approx(
+        sum(float(logs[place - 1, ids[-33:][place]]) for place in range(33 - option, 33)), abs=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    "tasks", [[], "animal_choice", pytest.param(["animal_choice", "no_such_task"], marks=pytest.mark.slow)]
+)
 def test_an_unknown_task_is_refused_and_the_known_are_listed(tiny_loaded, tasks):
     with pytest.raises(WorkbookError, match="of these: animal_choice"):
         evaluate(tiny_loaded, tasks)
