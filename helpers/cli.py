@@ -283,7 +283,8 @@ def plan(
 
     work = planning.Work(context, batch, double_quant, "kv" if grouped_cache else "cached")
     if suggest:
-        found = planning.suggest(planning.suggested_for(profile, model, gpus), work, precision)
+        asked = planning.suggested_for(profile, model, gpus, double_quant=double_quant, figure=figure is not None)
+        found = planning.suggest(asked, work, precision)
         text, shown = planning.to_json(found), [planning.suggestion_table(found, work, model)]
     else:
         made = planning.make(profile, model, gpus, precision, work)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     import torch
     from torch import nn
+    from transformers import PretrainedConfig
 
 Status = Literal["ok", "warn", "fail", "skipped"]
 LOCKS = ROOT / "env" / "requirements"
@@ -189,28 +190,39 @@ def check_machine(profile: Profile, machine: Machine) -> Iterator[Finding]:
 
 
 def check_free_memory(profile: Profile, machine: Machine, driver: Driver | DriverError) -> Iterator[Finding]:
-    """Whether each model, alone, fits into what is free at this moment; who else holds memory of the GPUs is named."""
+    """Whether what is in memory together fits into what is free now; who else holds memory of the GPUs is named."""
     if profile.requires.gpus and not machine.gpus:
         yield Finding("free memory", "skipped", "no GPU to look at")
         return
     gpus = () if isinstance(driver, DriverError) or not machine.gpus else driver.gpus
     others = [text for index, gpu in enumerate(gpus) for text in _holders(index, gpu)]
     found = "; ".join([_free(machine), *others])
-    lacking = [f"{ref.label} {text}" for ref in _distinct(profile) if (text := _lacking(ref, profile, machine))]
+    lacking = list(dict.fromkeys(text for group in profile.resident for text in _lacking(group, profile, machine)))
     if lacking:
         advice = "End what holds the memory, or choose a smaller profile: workbook plan"
         yield Finding("free memory", "fail", "; ".join([found, *lacking]), advice)
     elif others:
-        yield Finding("free memory", "warn", found, "Each model fits all the same; ending these leaves more room.")
+        yield Finding("free memory", "warn", found, "The models fit all the same; ending these leaves more room.")
     else:
-        yield Finding("free memory", "ok", f"{found}: each model fits in {profile.precision}")
+        yield Finding("free memory", "ok", f"{found}: the models fit in {profile.precision}")
 
 
-def _lacking(ref: ModelRef, profile: Profile, machine: Machine) -> str:
+def _lacking(group: Sequence[str], profile: Profile, machine: Machine) -> Iterator[str]:
+    """What each of the models that are in memory at the same time lacks, a phrase each."""
+    refs = [ref for ref in (profile.models[role] for role in group) if _config(ref)]
+    configs, labels = [loading.config(ref) for ref in refs], [ref.label for ref in refs]
+    gpus, host = [gpu.free_bytes for gpu in machine.gpus], machine.ram_available_bytes
+    placed = memory.place_together(configs, profile.precision, gpus, cpu_bytes=host)
+    for index, (label, each) in enumerate(zip(labels, placed, strict=True)):
+        if not each.fits:
+            yield f"{label} {each.why_not}{memory.left_beside(labels[:index])}"
+
+
+def _config(ref: ModelRef) -> PretrainedConfig | None:
     try:
-        return memory.lacks(loading.config(ref), profile.precision, machine)
+        return loading.config(ref)
     except loading.LoadError:  # the models' own finding says so
-        return ""
+        return None
 
 
 def _holders(index: int, gpu: GpuState) -> Iterator[str]:

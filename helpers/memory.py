@@ -23,6 +23,7 @@ CONFIGS = ROOT / "env" / "models" / "configs"
 A100_PEAK = 312e12  # bf16 FLOP/s, dense: NVIDIA A100 data sheet
 RESERVED = 0.05  # share of each device kept free for the CUDA context and fragments
 MODES = ("inference", "full", "lora", "qlora")
+CONTEXT = 2048  # tokens that are planned for where none are named: what Falcon was trained on
 CacheHeads = Literal["cached", "kv"]
 Device = int | str  # as in a device map: a GPU's number, "cpu" or "disk"
 
@@ -253,8 +254,9 @@ def place(
     ``RESERVED`` and one layer's activations are kept free.
 
     ``cpu_bytes`` of host memory and the ``disk`` hold what the devices cannot: the devices are filled up in order, the
-    modules after that go to "cpu", and what is too much there to "disk". They run on the first device, which keeps
-    their cache and room for the weights of one of them at a time (accelerate moves them there). Without any device,
+    modules after that go to "cpu", and what is too much there to "disk". They run on the first device in use, which
+    keeps their cache and room for the weights of one of them at a time (accelerate moves them there); a device without
+    that room is left out where more modules then stay on the others. Without any device,
     ``gpus=[]``, the model runs in ``cpu_bytes`` of host memory, and "disk" takes what is too much there.
     Raises WorkbookError without a device or host memory, and where int8 or nf4 weights would have to be offloaded:
     bitsandbytes refuses the disk, and leaves modules in host memory unquantized.
@@ -281,6 +283,48 @@ def place(
     return replace(placed, why_not=f"{placed.why_not} over {where}{gib(cpu_bytes)} of host memory")
 
 
+def context_for(config: PretrainedConfig) -> int:
+    """The tokens of context that a model is planned for: ``CONTEXT``, or what it takes where it takes fewer."""
+    return min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
+
+
+def place_together(
+    configs: Sequence[PretrainedConfig],
+    precision: str,
+    gpus: Sequence[float] = (80e9,) * 8,
+    *,
+    context_tokens: int | None = None,
+    batch_size: int = 1,
+    double_quant: bool = False,
+    cache_heads: CacheHeads = "cached",
+    cpu_bytes: float = 0.0,
+) -> list[Placement]:
+    """Models that are in memory at the same time: each placed, in turn, into what those before it leave.
+
+    Weights, cache and activations of the earlier ones are taken off each device, of which ``RESERVED`` stays free once.
+    Without GPUs, ``gpus=[]``, all are in ``cpu_bytes`` of host memory. ``context_tokens`` left out: ``context_for``
+    each model; the other arguments are those of ``place``, whose errors it raises.
+    """
+    sizes: dict[Device, float] = dict(enumerate(gpus)) if gpus else {"cpu": cpu_bytes}
+    taken: dict[Device, float] = dict.fromkeys(sizes, 0)
+    placements = []
+    for config in configs:
+        tokens = context_tokens or context_for(config)
+        work = {"context_tokens": tokens, "batch_size": batch_size, "double_quant": double_quant}
+        left = [max(size - taken[device] / (1 - RESERVED), 1.0) for device, size in sizes.items()]
+        room = {"gpus": left} if gpus else {"gpus": (), "cpu_bytes": left[0]}
+        placed = place(config, precision, **room, **work, cache_heads=cache_heads)
+        for device, parts in parts_by_device(config, precision, placed, **work).items():
+            taken[device] += sum(parts.values())
+        placements.append(placed)
+    return placements
+
+
+def left_beside(names: Sequence[str]) -> str:
+    """What follows a ``why_not`` of ``place_together``, where the models of these names were placed before."""
+    return f" left beside {' and '.join(names)}" if names else ""
+
+
 def parts_by_device(
     config: PretrainedConfig,
     precision: str,
@@ -298,11 +342,12 @@ def parts_by_device(
     weights = dict.fromkeys(placed.per_device_bytes, 0)
     for piece in _pieces(anatomy(config), precision, 0, double_quant):
         weights[placed.device_map[piece.names[0]]] += piece.weights
+    on_gpus = any(isinstance(device, int) for device in placed.device_map.values())
     return {
         device: {
             "weights": weights[device],
             "kv_cache": held - weights[device],
-            "activations": work if held > weights[device] else 0,
+            "activations": work if held and (isinstance(device, int) if on_gpus else device == "cpu") else 0,
         }
         for device, held in placed.per_device_bytes.items()
     }
@@ -347,6 +392,33 @@ def least_gpus(
     return next((n for n in range(1, most + 1) if _fits(config, precision, [gpu] * n, context_tokens, **how)), None)
 
 
+def least_gpus_together(
+    configs: Sequence[PretrainedConfig],
+    precision: str,
+    gpu: float,
+    *,
+    context_tokens: int | None = None,
+    batch_size: int = 1,
+    double_quant: bool = False,
+    cache_heads: CacheHeads = "cached",
+) -> int | None:
+    """The least number of GPUs of that many bytes on which ``place_together`` finds room; None where none will do."""
+    how = {"batch_size": batch_size, "double_quant": double_quant, "cache_heads": cache_heads}
+    alone = [
+        least_gpus(config, precision, gpu, context_tokens=context_tokens or context_for(config), **how)
+        for config in configs
+    ]
+    if None in alone:
+        return None
+
+    def fits(count: int) -> bool:
+        placed = place_together(configs, precision, [gpu] * count, context_tokens=context_tokens, **how)
+        return all(each.fits for each in placed)
+
+    most = sum(anatomy(config).layers + 2 for config in configs)
+    return next((n for n in range(max(filter(None, alone)), most + 1) if fits(n)), None) if fits(most) else None
+
+
 def shard(
     config: PretrainedConfig,
     precision: str,
@@ -374,13 +446,14 @@ def shard(
 def lacks(config: PretrainedConfig, precision: str, machine: Machine, *, context_tokens: int = 2048) -> str:
     """What is missing for inference here, such as "lacks 12.3 GiB of memory"; empty where the model fits.
 
-    On a machine with GPUs: whole layers over what is free on them (``place``); otherwise the sum in free memory.
+    What ``place`` says: of whole layers over what is free on the GPUs, or, where there is none, of free memory.
     """
     if machine.gpus:
         free = [gpu.free_bytes for gpu in machine.gpus]
         return place(config, precision, free, context_tokens=context_tokens).why_not
-    missing = estimate(config, precision, context_tokens=context_tokens).total - machine.ram_available_bytes
-    return f"lacks {gib(missing)} of memory" if missing > 0 else ""
+    host = max(machine.ram_available_bytes, 1)
+    placed = place(config, precision, [], context_tokens=context_tokens, cpu_bytes=host)
+    return "" if placed.fits else f"{placed.why_not.partition(' over ')[0]} of memory"
 
 
 def hardware_claims() -> pd.DataFrame:
@@ -651,14 +724,14 @@ def _device_map(pieces: Sequence[_Piece], devices: Sequence[Device]) -> dict[str
 def _offloaded(pieces: Sequence[_Piece], room: Sequence[float], host: float, work: float, disk: bool) -> Placement:
     """The leading pieces on the devices (where there is no room for one: in host memory), the rest on "cpu", "disk"."""
     leading: list[Device] = list(_leading(pieces, room)) if room else []
-    main: Device = 0 if leading else "cpu"
+    main: Device = leading[0] if leading else "cpu"
     if not leading:
         host -= work
         leading = ["cpu"] * len(_leading(pieces, [host]))
     rest = pieces[len(leading) :]
     below = list(accumulate(piece.weights for piece in rest))
     overflow: Device = "disk" if disk else "cpu"
-    offloaded = ["cpu" if main == 0 and size <= host else overflow for size in below]
+    offloaded = ["cpu" if main != "cpu" and size <= host else overflow for size in below]
     devices = [*leading, *offloaded]
     used: dict[Device, int] = dict.fromkeys([*range(len(room)), "cpu", *(["disk"] if disk else [])], 0)
     for piece, device in zip(pieces, devices, strict=True):
@@ -670,16 +743,18 @@ def _offloaded(pieces: Sequence[_Piece], room: Sequence[float], host: float, wor
 
 
 def _leading(pieces: Sequence[_Piece], room: Sequence[float]) -> list[int]:
-    """The devices of the leading pieces that can stay, one device after the other filled up.
+    """The devices of the leading pieces that can stay, one device after the other filled up: as many as there can be.
 
-    The rest runs on the first device, whose room holds the cache of all of it and the weights of one piece at a time.
+    The rest runs on the first device in use, whose room holds the cache of all of it and the weights of one piece at a
+    time. That is the first device of all, unless more pieces stay where the first ones are left out.
     """
     for count in range(len(pieces), 0, -1):
-        rest = pieces[count:]
+        rest, sizes = pieces[count:], [piece.size for piece in pieces[:count]]
         visiting = sum(piece.cache for piece in rest) + max((piece.weights for piece in rest), default=0)
-        devices = _filled([piece.size for piece in pieces[:count]], [room[0] - visiting, *room[1:]])
-        if devices and devices[0] == 0:
-            return devices
+        for first in range(len(room)):
+            devices = _filled(sizes, [room[first] - visiting, *room[first + 1 :]])
+            if devices and devices[0] == 0:
+                return [first + device for device in devices]
     return []
 
 
@@ -733,5 +808,6 @@ def _least_for(config: PretrainedConfig, precision: str, mode: str, size: float)
 
 
 def _devices(gpus: Sequence[float]) -> str:
-    sizes = " and ".join(f"{size / GIB:.1f}" for size in sorted(set(gpus)))
-    return f"{len(gpus)} device{'s' if len(gpus) > 1 else ''} of {sizes} GiB"
+    sizes = list(dict.fromkeys(f"{size / GIB:.1f}" for size in sorted(gpus)))
+    kinds = " and ".join(sizes) if len(sizes) < 3 else f"{sizes[0]} to {sizes[-1]}"
+    return f"{len(gpus)} device{'s' if len(gpus) > 1 else ''} of {kinds} GiB"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -76,14 +75,30 @@ class Work:
     double_quant: bool = False
     cache_heads: CacheHeads = "cached"
 
+    def how(self) -> dict[str, Any]:
+        """What ``memory.place_together`` is to count."""
+        return asdict(self)
+
+    def how_for(self, config: PretrainedConfig) -> dict[str, Any]:
+        """What ``memory`` is to count of one model."""
+        return asdict(self) | {"context_tokens": self.context_tokens or memory.context_for(config)}
+
     def __post_init__(self) -> None:
         if self.batch_size < 1 or (self.context_tokens is not None and self.context_tokens < 1):
             raise WorkbookError("at least one sequence, and one token of context, is needed to plan for")
 
 
+# What notebook 04 asks at once; no question with its reply has more tokens, since a token is a byte of text or more.
+QUESTIONS = Work(context_tokens=144, batch_size=56)
+
+
 @dataclass(frozen=True)
 class Here:
-    """What was measured on this machine; ``disk`` is None, and ``disk_problem`` says why, where it could not be."""
+    """What was measured on this machine: ``disk_free`` in bytes, ``memory_bandwidth`` in bytes a second.
+
+    ``disk`` is None, and ``disk_problem`` says why, where it could not be measured; the bandwidth is None where no
+    plan without GPUs asked for it.
+    """
 
     disk_folder: str
     disk_free: int
@@ -140,7 +155,7 @@ class Group:
 
 @dataclass(frozen=True)
 class SpeedLimit:
-    """The most tokens a second, of all sequences together, that the bandwidth of the memory allows."""
+    """The most tokens a second, of all sequences together, that the bandwidth of the memory (bytes a second) allows."""
 
     model: str
     precision: str
@@ -164,10 +179,16 @@ class Repository:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is planned; see the module."""
+    """All that is planned; see the module.
+
+    ``on_gpus``: False where all is in host memory. ``contexts``: the tokens of one sequence, each number that a model
+    is planned for. ``questions``: the groups with ``QUESTIONS`` in place of ``work``; empty for a plan of no profile.
+    ``budgets``: seconds by notebook ("expected", "budget", and "cell" for each cell).
+    """
 
     title: str
     machine: str
+    on_gpus: bool
     work: Work
     contexts: tuple[int, ...]
     stand_ins: dict[str, str]
@@ -179,6 +200,7 @@ class Plan:
     disk_needed: int
     here: Here
     remedies: tuple[str, ...]
+    questions: tuple[Group, ...] = ()
     budgets: dict[str, dict[str, float | None]] = field(default_factory=dict)
     article: tuple[dict[str, Any], ...] = ()
 
@@ -228,20 +250,32 @@ def parse_gpus(text: str) -> tuple[float, ...]:
 def published_ref(model_id: str) -> ModelRef:
     """A model by its id, of those whose configuration is known here: published ones and their chat or base sisters.
 
-    Raises WorkbookError that lists them.
+    Its id stays the one asked for; its size is that of its sister. Raises WorkbookError that lists the known ones.
     """
     for profile in map(profiles.load_profile, profiles.available()):
         for ref in profile.models.values():
             if ref.id == model_id and ref.source == "hub":
                 return replace(ref, stand_in_for=None)
-    known = memory.published_models()
-    base = re.sub("-(chat|instruct)$", "", model_id)
-    shape = next((name for name in (model_id, base, f"{base.removesuffix('-hf')}-chat-hf") if name in known), None)
+    shape = _published_shape(model_id)
     if shape is None:
-        raise WorkbookError(f"there is no configuration of {model_id!r} here; choose one of {', '.join(known)}")
+        known = ", ".join(memory.published_models())
+        raise WorkbookError(f"there is no configuration of {model_id!r} here; choose one of {known}")
     family: Literal["falcon", "llama"] = "falcon" if "falcon" in shape else "llama"
     size = 2 * memory.count_parameters(memory.published_config(shape), tied=False)
-    return ModelRef(model_id if base == shape else shape, family, "plain", download_bytes=size)
+    return ModelRef(model_id, family, "plain", download_bytes=size)
+
+
+def config_of(ref: ModelRef) -> PretrainedConfig:
+    """A model's configuration: its own, or that of a published sister of the same shape; nothing is downloaded."""
+    shape = _published_shape(ref.id) if ref.source == "hub" else None
+    return memory.published_config(shape) if shape else loading.config(ref)
+
+
+def _published_shape(model_id: str) -> str | None:
+    """The published model, itself or its base or chat sister, that has a model's configuration; None without one."""
+    base = re.sub("-(chat|instruct)$", "", model_id)
+    names = (model_id, base, f"{base.removesuffix('-hf')}-chat-hf")
+    return next((name for name in names if name in memory.published_models()), None)
 
 
 def measure(cpu: bool = False) -> Here:
@@ -250,7 +284,7 @@ def measure(cpu: bool = False) -> Here:
 
     cache = Path(HF_HUB_CACHE)
     folder = next(path for path in (cache, *cache.parents) if path.is_dir())
-    free = shutil.disk_usage(folder).free
+    free = hardware.disk_free(cache)
     bandwidth = hardware.memory_bandwidth(2**27) if cpu else None
     try:
         return Here(str(folder), free, hardware.disk_read_speed(folder, 2**27), memory_bandwidth=bandwidth)
@@ -280,10 +314,16 @@ def make(
     return plan_profile(chosen, measure(cpu=not chosen.requires.gpus), work, precision)
 
 
-def suggested_for(profile: str | None, model: str | None, gpus: str | None) -> ModelRef:
-    """The model that ``suggest`` is asked for. Raises WorkbookError where a profile or GPUs are given."""
+def suggested_for(
+    profile: str | None, model: str | None, gpus: str | None, *, double_quant: bool = False, figure: bool = False
+) -> ModelRef:
+    """The model that ``suggest`` is asked for. Raises WorkbookError for what it does not look at, and for a figure."""
     if profile or gpus:
         raise WorkbookError("--suggest looks at sets of GPUs of its own: give --model alone, or nothing")
+    if double_quant:
+        raise WorkbookError("--suggest lists nf4 with double quantization and without: leave --double-quant out")
+    if figure:
+        raise WorkbookError("--suggest draws no figure: leave --figure out, or give --profile or --gpus instead")
     return published_ref(model or FALCON_180B)
 
 
@@ -292,13 +332,14 @@ def suggested_for(profile: str | None, model: str | None, gpus: str | None) -> M
 
 def plan_profile(profile: Profile, here: Here, work: Work | None = None, precision: str | None = None) -> Plan:
     """The plan of a profile on the least machine it asks for. Raises WorkbookError for an unknown precision."""
-    need = profile.requires
+    need, used = profile.requires, precision or profile.precision
+    room = _Room((need.gpu_bytes,) * need.gpus, 0 if need.gpus else need.ram_bytes)
     planned = _plan(
         f"profile {profile.name}: {profile.description}",
         profile.models,
-        _Room((need.gpu_bytes,) * need.gpus, 0 if need.gpus else need.ram_bytes),
+        room,
         resident=profile.resident,
-        precision=precision or profile.precision,
+        precision=used,
         precisions=profile.precisions,
         work=work or Work(),
         here=here,
@@ -307,8 +348,14 @@ def plan_profile(profile: Profile, here: Here, work: Work | None = None, precisi
         name: {"expected": budget.expected_seconds, "budget": budget.seconds, "cell": budget.cell_seconds}
         for name, budget in profile.budgets.items()
     }
-    downloaded = profiles.downloaded_bytes(profile)
-    return replace(planned, budgets=budgets, downloaded_bytes=downloaded, disk_needed=need.disk_bytes)
+    questions = replace(planned.work, context_tokens=QUESTIONS.context_tokens, batch_size=QUESTIONS.batch_size)
+    return replace(
+        planned,
+        questions=tuple(_group(each, used, room, questions) for each in _residents(profile.models, profile.resident)),
+        budgets=budgets,
+        downloaded_bytes=profiles.downloaded_bytes(profile),
+        disk_needed=need.disk_bytes,
+    )
 
 
 def plan_model(
@@ -337,8 +384,8 @@ def suggest(ref: ModelRef, work: Work | None = None, precision: str | None = Non
     if precision is not None and precision not in PRECISIONS:
         raise WorkbookError(f"unknown precision {precision!r}; there are {', '.join(PRECISIONS)}")
     work = work or Work()
-    config = loading.config(ref)
-    tokens, found = _context(config, work), []
+    config = config_of(ref)
+    tokens, found = work.context_tokens or memory.context_for(config), []
     wanted = (precision,) if precision else ("fp32", "bf16", "int8", "nf4")
     choices = [(name, double) for name in wanted for double in ((False, True) if name == "nf4" else (False,))]
     for (name, double), count, size in itertools.product(choices, COUNTS, SIZES):
@@ -363,23 +410,20 @@ def _plan(
     work: Work,
     here: Here,
 ) -> Plan:
-    configs = {role: loading.config(ref) for role, ref in models.items()}
-    names = {role: _name(ref) for role, ref in models.items()}
-    shapes = {" or ".join(names[role] for role in same): configs[same[0]] for same in _by_shape(configs)}
-    groups = _distinct(
-        [_group({names[role]: configs[role] for role in group}, precision, room, work) for group in resident]
-    )
+    shapes = {each.models[0]: each.configs[0] for each in _residents(models, [(role,) for role in models])}
+    residents = _residents(models, resident)
     needs = [_need(name, config, each, room, work) for name, config in shapes.items() for each in precisions]
     repositories = {ref.id: ref for ref in models.values()}
     is_180b = any(name.startswith(FALCON_180B) for name in repositories)
     return Plan(
         title=title,
         machine=room.words,
+        on_gpus=bool(room.gpus),
         work=work,
-        contexts=tuple(sorted({_context(config, work) for config in configs.values()})),
+        contexts=tuple(sorted({work.context_tokens or memory.context_for(config) for config in shapes.values()})),
         stand_ins={ref.name: ref.stand_in_for for ref in models.values() if ref.stand_in_for},
         needs=tuple(needs),
-        groups=tuple(groups),
+        groups=tuple(_group(each, precision, room, work) for each in residents),
         speeds=tuple(
             limit
             for name, config in shapes.items()
@@ -389,7 +433,9 @@ def _plan(
         downloaded_bytes=0,
         disk_needed=sum(ref.download_bytes or 0 for ref in repositories.values()),
         here=here,
-        remedies=tuple(_remedies(groups, needs, precision, room)),
+        remedies=tuple(
+            text for each in residents for text in _remedies(each, precision, precisions, room=room, work=work)
+        ),
         article=tuple(memory.hardware_claims().to_dict("records")) if is_180b else (),
     )
 
@@ -409,59 +455,88 @@ class _Room:
     def words(self) -> str:
         return _sold(self.gpus) if self.gpus else f"{gib(self.ram)} of memory, no GPU"
 
-    def place(self, config: PretrainedConfig, precision: str, work: Work) -> Placement:
-        return memory.place(config, precision, self.gpus, cpu_bytes=self.ram, **_how(config, work))
+    def place(self, configs: Sequence[PretrainedConfig], precision: str, work: Work) -> list[_Placed]:
+        """Models that are in memory at the same time, each with its parts on every device."""
+        placements = memory.place_together(configs, precision, self.gpus, cpu_bytes=self.ram, **work.how())
+        found = []
+        for config, placed in zip(configs, placements, strict=True):
+            how = work.how_for(config)
+            del how["cache_heads"]
+            found.append(_Placed(placed, memory.parts_by_device(config, precision, placed, **how)))
+        return found
 
-    def parts(
-        self, config: PretrainedConfig, precision: str, work: Work
-    ) -> tuple[Placement, dict[Any, dict[str, int]]]:
-        placed, how = self.place(config, precision, work), _how(config, work)
-        del how["cache_heads"]
-        return placed, memory.parts_by_device(config, precision, placed, **how)
 
-    def less(self, used: Mapping[Any, Mapping[str, int]]) -> _Room:
-        """What is left beside models that are in memory, so that the reserved share stays free as a whole."""
-        taken = {device: sum(parts.values()) / (1 - memory.RESERVED) for device, parts in used.items()}
-        gpus = tuple(max(size - taken[index], 1.0) for index, size in enumerate(self.gpus))
-        return _Room(gpus, 0 if gpus else max(self.ram - taken["cpu"], 1.0))
+@dataclass(frozen=True)
+class _Placed:
+    """Where a model is, and what it holds on each device."""
+
+    placement: Placement
+    parts: Mapping[Any, Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class _Resident:
+    """Models that are in memory at the same time; a name is "A or B" where two of one shape take turns."""
+
+    models: tuple[str, ...]
+    configs: tuple[PretrainedConfig, ...]
+
+
+def _residents(models: Mapping[str, ModelRef], groups: Iterable[Sequence[str]]) -> list[_Resident]:
+    """Groups of roles as what is in memory together; groups of equal shapes become one."""
+    configs = {role: config_of(ref) for role, ref in models.items()}
+    found: dict[Any, list[Sequence[str]]] = {}
+    for group in groups:
+        shapes = tuple((memory.anatomy(configs[role]), memory.context_for(configs[role])) for role in group)
+        found.setdefault(shapes, []).append(group)
+    names = {role: _name(ref) for role, ref in models.items()}
+    return [
+        _Resident(
+            tuple(" or ".join(dict.fromkeys(names[role] for role in turns)) for turns in zip(*same, strict=True)),
+            tuple(configs[role] for role in same[0]),
+        )
+        for same in found.values()
+    ]
 
 
 def _need(name: str, config: PretrainedConfig, precision: str, room: _Room, work: Work) -> Need:
-    how = _how(config, work)
-    estimate, placed = memory.estimate(config, precision, **how), room.place(config, precision, work)
+    how = work.how_for(config)
+    estimate, placed = memory.estimate(config, precision, **how), room.place([config], precision, work)[0].placement
     parts = {part: size for part, size in estimate.parts.items() if part in PARTS}
     least = memory.least_gpus(config, precision, max(room.gpus), **how) if room.gpus else None
     return Need(name, precision, parts, estimate.total, placed.fits, placed.why_not, least)
 
 
-def _group(models: Mapping[str, PretrainedConfig], precision: str, room: _Room, work: Work) -> Group:
-    left, whys = room, []
-    held: dict[Any, dict[str, int]] = {device: dict.fromkeys(PARTS, 0) for device in room.sizes}
-    for config in models.values():
-        placed, parts = left.parts(config, precision, work)
-        whys += [placed.why_not] if placed.why_not else []
-        for device, more in parts.items():
-            for part, size in more.items():
-                held[device][part] += size
-        left = room.less(held)
+def _group(resident: _Resident, precision: str, room: _Room, work: Work) -> Group:
+    placed = room.place(resident.configs, precision, work)
     devices = tuple(
-        Device(_device_name(device), round(size), **held[device] | {"reserved": round(size * memory.RESERVED)})
+        Device(
+            _device_name(device),
+            round(size),
+            **{part: sum(each.parts[device][part] for each in placed) for part in PARTS if part != "reserved"},
+            reserved=round(size * memory.RESERVED),
+        )
         for device, size in room.sizes.items()
     )
-    return Group(tuple(models), precision, devices, not whys, "; ".join(whys))
+    whys = [
+        each.placement.why_not + memory.left_beside(resident.models[:index])
+        for index, each in enumerate(placed)
+        if not each.placement.fits
+    ]
+    return Group(resident.models, precision, devices, not whys, "; ".join(whys))
 
 
 def _speeds(
     name: str, config: PretrainedConfig, precision: str, room: _Room, *, work: Work, here: Here
 ) -> Iterator[SpeedLimit]:
     """For every kind of card that the devices may be: layers run one after the other, each at its card's bandwidth."""
-    placed, parts = room.parts(config, precision, work)
-    if not placed.fits:
+    (placed,) = room.place([config], precision, work)
+    if not placed.placement.fits:
         return
     shape = memory.anatomy(config)
-    read = {device: part["weights"] + part["kv_cache"] for device, part in parts.items()}
+    read = {device: part["weights"] + part["kv_cache"] for device, part in placed.parts.items()}
     if not shape.tied:  # of the embeddings one row is looked up; a tied matrix is read as the head
-        read[placed.device_map[shape.embeddings_name]] -= shape.embeddings * (4 if precision == "fp32" else 2)
+        read[placed.placement.device_map[shape.embeddings_name]] -= shape.embeddings * (4 if precision == "fp32" else 2)
     for cards, bandwidth in _bandwidths(room, here):
         seconds = sum(size / bandwidth[device] for device, size in read.items())
         total = sum(read.values())
@@ -490,52 +565,19 @@ def _repository(ref: ModelRef, here: Here) -> Repository:
     return Repository(ref.id, profiles.LIVES[ref.source], stored, ref.download_bytes or 0, seconds)
 
 
-def _remedies(groups: Iterable[Group], needs: Sequence[Need], precision: str, room: _Room) -> Iterator[str]:
-    """A sentence for each group that has no room: by how much, and what would."""
-    for group in groups:
-        if group.fits:
-            continue
-        own = [need for need in needs if any(name in need.model.split(" or ") for name in group.models)]
-        fitting = [
-            each
-            for each in dict.fromkeys(need.precision for need in own)
-            if all(need.fits for need in own if need.precision == each)
-        ]
-        would = [f"{' or '.join(fitting)} on {room.words}"] if fitting else []
-        least = max((need.least_gpus or 0 for need in own if need.precision == precision), default=0)
-        if least:
-            would.append(f"{precision} on {_sold([max(room.gpus)] * least)}")
-        yield f"{group.label} does not fit: it {group.why_not}. What would: {'; '.join(would) or 'a larger machine'}."
-
-
-def _distinct(groups: Sequence[Group]) -> list[Group]:
-    """Groups of equal shape become one, named "A or B"."""
-    found: dict[tuple[Device, ...], Group] = {}
-    for group in groups:
-        same = found.get(group.devices)
-        if same and len(same.models) == len(group.models):
-            names = tuple(a if a == b else f"{a} or {b}" for a, b in zip(same.models, group.models, strict=True))
-            found[group.devices] = replace(same, models=names)
-        else:
-            found[group.devices] = group
-    return list(found.values())
-
-
-def _by_shape(configs: Mapping[str, PretrainedConfig]) -> list[list[str]]:
-    """Roles whose models have the same shape."""
-    shapes: dict[Any, list[str]] = {}
-    for role, config in configs.items():
-        shapes.setdefault((memory.anatomy(config), _context(config, Work())), []).append(role)
-    return list(shapes.values())
-
-
-def _how(config: PretrainedConfig, work: Work) -> dict[str, Any]:
-    """What ``memory`` is to count."""
-    return asdict(work) | {"context_tokens": _context(config, work)}
-
-
-def _context(config: PretrainedConfig, work: Work) -> int:
-    return work.context_tokens or min(2048, getattr(config, "max_position_embeddings", None) or 2048)
+def _remedies(
+    resident: _Resident, precision: str, precisions: Sequence[str], *, room: _Room, work: Work
+) -> Iterator[str]:
+    """A sentence for models in memory together that have no room: by how much, and what would hold them all."""
+    group = _group(resident, precision, room, work)
+    if group.fits:
+        return
+    fitting = [name for name in precisions if _group(resident, name, room, work).fits]
+    would = [f"{' or '.join(fitting)} on {room.words}"] if fitting else []
+    if room.gpus:
+        least = memory.least_gpus_together(resident.configs, precision, max(room.gpus), **work.how())
+        would += [f"{precision} on {_sold([max(room.gpus)] * least)}"] if least else []
+    yield f"{group.label} does not fit: it {group.why_not}. What would: {'; '.join(would) or 'a larger machine'}."
 
 
 def _name(ref: ModelRef) -> str:
@@ -634,7 +676,7 @@ def _heading(plan: Plan) -> RenderableType:
     sequences = f"{work.batch_size} conversations" if work.batch_size > 1 else "one conversation"
     kept = "; cache: key-value heads alone" if work.cache_heads == "kv" else ""
     double = "; nf4 with double quantization" if work.double_quant else ""
-    sold = " A card sold as 80 GB is counted as 80e9 bytes = 74.5 GiB." if plan.here.memory_bandwidth is None else ""
+    sold = " A card sold as 80 GB is counted as 80e9 bytes = 74.5 GiB." if plan.on_gpus else ""
     lines = [
         f"Machine: {plan.machine}. Planned for {sequences} of {tokens} tokens{kept}{double}.",
         f"1 GiB = 2^30 bytes = 1.074 GB.{sold}",
@@ -683,9 +725,28 @@ def _verdict(plan: Plan) -> RenderableType:
     from rich.text import Text
 
     if plan.remedies:
-        return Text("\n".join(plan.remedies), style="bold red")
-    fullest = min(device.limit - device.held for group in plan.groups for device in group.devices)
-    return Text(f"Every device is under its limit; the fullest has {gib(fullest)} free.", style="bold green")
+        verdict = "\n".join(plan.remedies), "bold red"
+    else:
+        free = gib(_least_free(plan.groups))
+        verdict = f"Every device is under its limit; the fullest has {free} free.", "bold green"
+    return Text.assemble(verdict, *((f"\n{text}", "italic") for text in _of_notebooks(plan)))
+
+
+def _of_notebooks(plan: Plan) -> Iterator[str]:
+    """What the notebooks do that is more than what was planned for."""
+    if not plan.questions:
+        return
+    lacking = [f"{group.label} {group.why_not}" for group in plan.questions if not group.fits]
+    room = "; ".join(lacking) or f"the fullest device then has {gib(_least_free(plan.questions))} free"
+    yield (
+        f"Notebook 04 asks {QUESTIONS.batch_size} questions at once, each with its reply of at most "
+        f"{QUESTIONS.context_tokens} tokens: {room}."
+    )
+    yield "Notebook 05 trains (QLoRA in nf4, several conversations at once): what that takes is not planned here."
+
+
+def _least_free(groups: Sequence[Group]) -> int:
+    return min(device.limit - device.held for group in groups for device in group.devices)
 
 
 def _speed_table(plan: Plan) -> RenderableType:
@@ -706,7 +767,7 @@ def _speed_table(plan: Plan) -> RenderableType:
             table.add_row(name or "", limit.card, *sizes, limit.source)
     sequences = f"{plan.work.batch_size} tokens, one of each sequence," if plan.work.batch_size > 1 else "one token"
     notes = [f"A limit, not a forecast: for {sequences} all weights and the full cache are read once."]
-    if plan.here.memory_bandwidth is None:
+    if plan.on_gpus:
         notes += [
             "Layers run one after the other, device by device: the bandwidth of one card counts, not the sum.",
             "Which card it will be is not known: all known here of that size are shown, assuming all are alike.",

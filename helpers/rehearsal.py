@@ -2,8 +2,8 @@
 
 A rehearsal's folder holds ``machine.json`` (the machine that ``hardware.detect`` then reports) and ``hub``, a Hugging
 Face cache in the hub's own layout, with a checkpoint of random weights for each model of a hub: the real flags, tensor
-names, number of shards and files, shrunk in width, depth and vocabulary. ``environment`` points a notebook at both. What
-else is not as on the real machine is in ``substitutions``.
+names, number of shards and files, shrunk in width, depth and vocabulary. ``environment`` points a notebook at both.
+What else is not as on the real machine is in ``substitutions``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from helpers import hardware, memory
 from helpers.loading import config, resolve
 from helpers.profiles import load_profile
-from helpers.types import GIB, Gpu, Machine, ModelRef, Profile, WorkbookError
+from helpers.types import GIB, Gpu, Machine, ModelRef, Placement, Profile, WorkbookError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -30,7 +30,6 @@ HEADS, KV_HEADS, HEAD_SIZE = 16, 8, 8  # of the tiny checkpoints, where the real
 LEAST_LAYERS = 2
 TOKENIZERS = {"falcon": "falcon_chat", "llama": "llama_chat"}  # family: the role on the laptop whose tokenizer it takes
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-CONTEXT = 2048  # tokens of cache that the plans keep room for
 
 
 class RehearsalError(WorkbookError):
@@ -50,7 +49,10 @@ class Substitution:
 
 @dataclass(frozen=True)
 class Planned:
-    """A model at its true size, in the profile's precision, on the profile's machine: bytes on each device."""
+    """A model at its true size, in the profile's precision, on the profile's machine: bytes on each device.
+
+    ``modules`` are those of the placement; ``limit_bytes`` is the memory of one device.
+    """
 
     model: str
     precision: str
@@ -122,15 +124,18 @@ def machine_of(profile: Profile) -> Machine:
 def plan(profile: Profile, machine: Machine) -> list[Planned]:
     """Every model at its true size on the meta device, placed beside those that are in memory at the same time.
 
-    Raises RehearsalError where one does not fit, or where the placement leaves a module out.
+    That is ``memory.place_together``, as in ``workbook plan``. Raises RehearsalError where one does not fit, or where
+    the placement leaves a weight out.
     """
-    plans = []
+    free, plans = [gpu.free_bytes for gpu in machine.gpus], []
     for group in profile.resident:
-        free = [float(gpu.free_bytes) for gpu in machine.gpus]
-        for role in group:
-            found = _planned(profile.models[role], profile.precision, free)
-            free = [left - used for left, used in zip(free, found.device_bytes, strict=True)]
-            plans.append(replace(found, limit_bytes=profile.requires.gpu_bytes))
+        refs = [profile.models[role] for role in group]
+        placed = memory.place_together([config(ref) for ref in refs], profile.precision, free)
+        for index, (ref, placement) in enumerate(zip(refs, placed, strict=True)):
+            if not placement.fits:
+                why = placement.why_not + memory.left_beside([each.id for each in refs[:index]])
+                raise RehearsalError(f"{ref.id} in {profile.precision} would not fit on this profile's machine: {why}")
+            plans.append(_planned(ref, profile, placement))
     return plans
 
 
@@ -176,20 +181,22 @@ def lay_out(ref: ModelRef, hub: Path, seed: int) -> PretrainedConfig:
     return tiny
 
 
-def _planned(ref: ModelRef, precision: str, free: Sequence[float]) -> Planned:
+def _planned(ref: ModelRef, profile: Profile, placement: Placement) -> Planned:
     import torch
     from transformers import AutoModelForCausalLM
 
-    real = config(ref)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(real, dtype=torch.bfloat16)
-    placement = memory.place(real, precision, free, context_tokens=CONTEXT)
-    if not placement.fits:
-        raise RehearsalError(f"{ref.id} in {precision} would not fit on this profile's machine: {placement.why_not}")
+        model = AutoModelForCausalLM.from_config(config(ref), dtype=torch.bfloat16)
     if lost := [name for name, _ in model.named_parameters() if not _covered(name, placement.device_map)]:
         raise RehearsalError(f"the placement of {ref.id} leaves out {len(lost)} weights, such as {lost[0]}")
-    used = tuple(placement.per_device_bytes[device] for device in range(len(free)))
-    return Planned(ref.id, precision, model.num_parameters(), len(placement.device_map), used, 0)
+    return Planned(
+        ref.id,
+        profile.precision,
+        parameters=model.num_parameters(),
+        modules=len(placement.device_map),
+        device_bytes=tuple(placement.per_device_bytes[device] for device in range(profile.requires.gpus)),
+        limit_bytes=profile.requires.gpu_bytes,
+    )
 
 
 def _covered(name: str, device_map: Mapping[str, Any]) -> bool:
@@ -237,7 +244,9 @@ def _substitutions(profile: Profile, shrunk: Mapping[ModelRef, PretrainedConfig]
     gpus = f"{need.gpus} GPUs of {need.gpu_bytes / GIB:.1f} GiB"
     yield Substitution("devices", gpus, "the processor of this machine, whatever GPUs it has")
     yield Substitution("code for CUDA", "taken", "not taken: where code asks torch for its device, that is a processor")
-    yield Substitution("hub", "asked for files, with a token and an accepted licence", "not asked: no download, no token")
+    yield Substitution(
+        "hub", "asked for files, with a token and an accepted licence", "not asked: no download, no token"
+    )
     yield Substitution("weights", "published, hashed when they were downloaded", "random, in the hub's cache layout")
     for ref, tiny in shrunk.items():
         real, tokens = config(ref), f"{tiny.vocab_size:,} tokens, the laptop's stand-in's"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from helpers import cli, doctor, hardware, profiles
+from helpers import cli, doctor, hardware, loading, memory, planning, profiles, rehearsal
 from helpers.types import GIB, ROOT, Gpu, Machine
 
 BOX = profiles.load_profile("8x80gb")
@@ -188,7 +189,35 @@ def test_too_little_free_memory_fails_and_says_by_how_much():
     finding = only(doctor.check_free_memory(BOX, machine(free=40e9), doctor.read_driver(SMI)))
     assert finding.status == "fail"
     assert "falcon-180B lacks" in finding.found
-    assert "Llama-2-70b-chat-hf lacks" not in finding.found  # 128 GiB over eight times 37
+    assert "falcon-180B-chat lacks" in finding.found
+
+
+@pytest.mark.parametrize("free", [52e9, 58e9, 62e9, 70e9, 76e9])
+def test_models_that_share_the_gpus_must_fit_together_as_in_the_plan_and_the_rehearsal(free):
+    """In bf16 both chat models hold 510e9 bytes: eight GPUs with 62e9 free have room for either, not for both."""
+    here = machine(free=free)
+    finding = only(doctor.check_free_memory(BOX, here, doctor.DriverError("not asked")))
+    smaller = replace(BOX, requires=replace(BOX.requires, gpu_bytes=int(free)))
+    planned = planning.plan_profile(smaller, planning.Here("/", 0, None))
+    assert (finding.status == "ok") == planned.fits == (free >= 70e9)
+    if finding.status == "fail":
+        said = finding.found.partition("Llama-2-70b-chat-hf ")[2]
+        assert re.match(r"lacks [\d.]+ GiB over 8 devices of [\d.]+ .*GiB left beside falcon-180B-chat$", said)
+        assert said in planned.remedies[-1]
+        with pytest.raises(rehearsal.RehearsalError, match=r"lacks .* left beside tiiuae/falcon-180B-chat$"):
+            rehearsal.plan(BOX, here)
+
+
+def test_models_on_a_laptop_share_its_memory():
+    needed = sum(
+        memory.estimate(config, "bf16", context_tokens=memory.context_for(config)).total
+        for config in map(loading.config, LAPTOP.models.values())
+    )
+    for ram, status in [(needed / 0.95 + 1e6, "ok"), (needed / 0.95 - 1e6, "fail")]:
+        here = replace(machine(gpus=0), ram_available_bytes=int(ram))
+        finding = only(doctor.check_free_memory(LAPTOP, here, doctor.DriverError("none")))
+        assert finding.status == status
+    assert "of host memory left beside falcon-mini" in finding.found
 
 
 def test_memory_that_nobody_visible_holds_is_told():

@@ -586,10 +586,12 @@ def machine(ram=0, gpus=()):
 
 def test_what_a_machine_lacks(published_180b):
     needed = memory.estimate(published_180b, "nf4", context_tokens=100).total
-    assert memory.lacks(published_180b, "nf4", machine(ram=needed), context_tokens=100) == ""
-    short = machine(ram=needed - 3 * GIB)
+    assert "lacks" in memory.lacks(published_180b, "nf4", machine(ram=needed), context_tokens=100)  # 5% stay free
+    assert memory.lacks(published_180b, "nf4", machine(ram=int(needed / 0.95) + 1), context_tokens=100) == ""
+    short = machine(ram=(needed - 3 * GIB) / 0.95)
     assert memory.lacks(published_180b, "nf4", short, context_tokens=100) == "lacks 3.0 GiB of memory"
     assert memory.lacks(published_180b, "nf4", machine(gpus=[80e9] * 2)) == ""
+    assert memory.lacks(published_180b, "nf4", machine(ram=0)).startswith("lacks ")
     two = memory.place(published_180b, "bf16", [80e9] * 2).why_not
     assert memory.lacks(published_180b, "bf16", machine(ram=10**13, gpus=[80e9] * 2)) == two != ""
 
@@ -644,6 +646,59 @@ def test_no_split_leaves_the_fullest_device_emptier_or_the_load_more_even(sizes,
     assert uneven == pytest.approx(min(u for share, u in splits if share <= least * (1 + 1e-9)), rel=1e-9)
 
 
+# --- models in memory together ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(configs, min_size=1, max_size=3), devices, st.sampled_from(["bf16", "nf4"]), st.integers(1, 40))
+def test_models_together_stay_below_the_limits_that_hold_for_all_of_them(models, gpus, precision, tokens):
+    placed = memory.place_together(models, precision, gpus, context_tokens=tokens)
+    assert placed[0] == memory.place(models[0], precision, gpus, context_tokens=tokens)
+    used = [0.0] * len(gpus)
+    for config, each in zip(models, placed, strict=True):
+        runs_on = set(each.device_map.values())
+        work = memory.activation_bytes(config, precision, context_tokens=tokens)
+        held_there = [each.per_device_bytes[device] for device in range(len(gpus))]
+        needed = [u + h + work * (d in runs_on) for d, (u, h) in enumerate(zip(used, held_there, strict=True))]
+        within = [size <= 0.95 * gpu + 1 for size, gpu in zip(needed, gpus, strict=True)]
+        assert not each.fits or all(within[device] for device in runs_on)
+        assert each.fits == (not each.why_not)
+        used = needed
+
+
+def test_falcon_and_llama_together_by_hand(published_180b):
+    """Weights and caches of both are 510.5e9 bytes; each GPU also has both models' activations and its reserve."""
+    pair = [published_180b, memory.published_config("meta-llama/Llama-2-70b-chat-hf")]
+    held_by_both = 357_114_177_536 + 137_953_296_384 + 2048 * (4_751_360 + 327_680)
+    work = sum(memory.activation_bytes(config, "bf16") for config in pair)
+    assert held_by_both / 8 + work == pytest.approx(65.1e9, rel=0.01)  # if layers were sand
+    assert [each.fits for each in memory.place_together(pair, "bf16", [65.1e9 / 0.95] * 8)] == [True, False]
+    layer = 4_439_789_568 + 2048 * 4_751_360 // 80
+    enough = (held_by_both / 8 + work + layer) / 0.95
+    assert all(each.fits for each in memory.place_together(pair, "bf16", [enough] * 8))
+    host = (held_by_both + work) / 0.95
+    assert all(each.fits for each in memory.place_together(pair, "bf16", [], cpu_bytes=host + 10))
+    assert not memory.place_together(pair, "bf16", [], cpu_bytes=host - 1e6)[1].fits
+
+
+def test_a_model_of_short_context_is_planned_for_that():
+    short = falcon(max_position_embeddings=256)
+    (placed,) = memory.place_together([short], "bf16", [1e9])
+    assert placed == memory.place(short, "bf16", [1e9], context_tokens=256)
+    assert memory.context_for(falcon(max_position_embeddings=4096)) == memory.context_for(falcon()) == 2048
+
+
+def test_the_least_number_of_gpus_for_two_is_the_first_that_holds_both(published_180b):
+    pair = [published_180b, memory.published_config("meta-llama/Llama-2-70b-chat-hf")]
+    for precision, size in [("bf16", 80e9), ("nf4", 24e9), ("int8", 40e9)]:
+        least = memory.least_gpus_together(pair, precision, size)
+        assert all(each.fits for each in memory.place_together(pair, precision, [size] * least))
+        assert not all(each.fits for each in memory.place_together(pair, precision, [size] * (least - 1)))
+        assert least > memory.least_gpus_together([published_180b], precision, size)
+    assert memory.least_gpus_together([published_180b], "bf16", 80e9) == memory.least_gpus(published_180b, "bf16", 80e9)
+    assert memory.least_gpus_together(pair, "bf16", 4e9) is None  # smaller than one layer
+
+
 # --- offload ----------------------------------------------------------------------------------------------------------
 
 
@@ -663,6 +718,22 @@ def test_what_leaves_the_gpus_is_what_accelerate_takes_off_them(published_180b, 
     assert placement.fits
     assert {name: placement.device_map[name] for name in found} == dict(found)
     assert "cpu" in found.values()
+
+
+def test_a_first_gpu_without_room_does_not_send_all_to_host_memory():
+    config = memory.published_config("tiiuae/falcon-40b")
+    placement = memory.place(config, "bf16", [2e9, 80e9], cpu_bytes=200e9, disk=True)
+    assert placement.fits
+    assert placement.per_device_bytes[0] == 0
+    alone = memory.place(config, "bf16", [80e9], cpu_bytes=200e9, disk=True)
+    moved = {0: 1, "cpu": "cpu"}
+    assert placement.device_map == {name: moved[device] for name, device in alone.device_map.items()}
+    assert list(placement.device_map.values()).count(1) > 40  # of 60 layers
+    parts = memory.parts_by_device(config, "bf16", placement)
+    assert parts[1]["kv_cache"] == memory.estimate(config, "bf16").kv_cache  # also of what is offloaded
+    assert parts["cpu"]["activations"] == parts[0]["activations"] == 0
+    largest = max(part.weights for part in memory._pieces(memory.anatomy(config), "bf16", 0)[1:])
+    assert sum(parts[1].values()) + largest <= 0.95 * 80e9
 
 
 def test_offload_is_used_only_where_it_is_needed(published_180b):
@@ -748,6 +819,10 @@ def test_offload_of_any_model_keeps_order_and_limits(config, gpus, cpu_bytes, di
     on_host = placement.per_device_bytes.get("cpu", 0) + estimate.activations * runs_there
     assert placement.fits == (not placement.why_not)
     assert not placement.fits or on_host <= cpu_bytes * (1 - memory.RESERVED)
+    if gpus:
+        after_none = memory.place(config, "bf16", [1, *gpus], cpu_bytes=cpu_bytes, disk=disk, context_tokens=10)
+        moved = [device - 1 if isinstance(device, int) else device for device in after_none.device_map.values()]
+        assert moved == list(placement.device_map.values())
 
 
 # --- parts and the largest context ------------------------------------------------------------------------------------

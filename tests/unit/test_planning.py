@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
-from helpers import hardware, loading, memory, planning, profiles
+from helpers import cli, comparison, hardware, loading, memory, planning, profiles, prompts
 from helpers.types import GIB, ROOT, WorkbookError
 
 HERE = planning.Here("/cache", 10**12, hardware.DiskSpeed(2e9, 2**28, "/cache", True))
@@ -84,7 +87,9 @@ def test_every_published_model_and_its_sisters_can_be_planned(model_id, paramete
     ref = planning.published_ref(model_id)
     assert ref.download_bytes == 2 * parameters
     assert ref.stand_in_for is None
-    assert memory.count_parameters(loading.config(ref), tied=False) == parameters
+    assert ref.id == model_id
+    assert memory.count_parameters(planning.config_of(ref), tied=False) == parameters
+    assert planning.plan_model(ref, [80e9] * 8, HERE).title.startswith(f"{model_id} in bf16")
 
 
 def test_an_unknown_model_lists_the_known_ones():
@@ -142,7 +147,77 @@ def test_a_second_model_without_room_is_not_planned_as_fitting():
     crowded = replace(profile, resident=(("falcon", "falcon_chat", "llama_chat"),))
     plan = planning.plan_profile(crowded, HERE)
     assert not plan.fits
-    assert plan.remedies[0].startswith("falcon-180B and falcon-180B-chat and Llama-2-70b-chat-hf in bf16 does not fit")
+    (remedy,) = plan.remedies
+    three = "falcon-180B and falcon-180B-chat and Llama-2-70b-chat-hf"
+    assert remedy.startswith(f"{three} in bf16 does not fit: it lacks ")
+    assert "left beside falcon-180B; lacks" in remedy
+    assert remedy.endswith("What would: int8 or nf4 on 8 GPUs of 80 GB; bf16 on 12 GPUs of 80 GB.")
+    assert 11 * 0.95 * 80e9 < 2 * 357_114_177_536 + 137_953_296_384  # the weights alone need more than eleven
+
+
+@pytest.mark.parametrize("count", [6, 7])
+def test_the_remedy_holds_all_that_is_in_memory_together(count):
+    profile = profiles.load_profile("8x80gb")
+    fewer = replace(profile, requires=replace(profile.requires, gpus=count))
+    plan = planning.plan_profile(fewer, HERE)
+    assert plan.fits == (count == 7)
+    if count == 6:  # either alone fits on six, so a remedy of each alone would be what is here already
+        (remedy,) = plan.remedies
+        assert "GiB left beside falcon-180B-chat. What would:" in remedy
+        assert remedy.endswith("What would: int8 or nf4 on 6 GPUs of 80 GB; bf16 on 7 GPUs of 80 GB.")
+
+
+def test_a_profile_and_a_model_are_told_the_same_remedy():
+    profile = planning.plan_profile(profiles.load_profile("2x80gb"), HERE, precision="bf16")
+    (model,) = plan_180b("2x80").remedies
+    would = " What would: nf4 on 2 GPUs of 80 GB; bf16 on 5 GPUs of 80 GB."
+    assert model.endswith(would)
+    assert profile.remedies[0] == model.replace("falcon-180B in", "falcon-180B or falcon-180B-chat in")
+
+
+def test_what_the_notebooks_do_beyond_the_plan_is_said(plans):
+    """Notebook 04's own figures: its batch, and its longest question, in bytes where the tokenizer is not here."""
+    source = (ROOT / "notebooks" / "source" / "04_falcon_vs_llama.py").read_text()
+    assert f"\nbatch_size = {planning.QUESTIONS.batch_size}\n" in source
+    assert "compare(items, models, short, precision=settings.precision, batch_size=batch_size)" in source
+    reply = int(re.search(r"short = Sampling\(temperature=0, max_new_tokens=(\d+)", source)[1])
+    items = comparison.read_items(ROOT / "notebooks" / "data" / "animal_items.jsonl")
+    here = AutoTokenizer.from_pretrained(loading.resolve(profiles.load_profile("laptop").llama_chat))
+    sizes = {"falcon-chat": str.encode, "llama-2": str.encode, "chatml": here.encode}
+    for form, tokens in sizes.items():
+        asked = [prompts.format_for(form).render([{"role": "user", "content": item.question}]) for item in items]
+        longest = max(len(tokens(text)) for text in asked)
+        assert longest + 1 + reply <= planning.QUESTIONS.context_tokens  # 1: a token to begin with
+    for plan in plans.values():
+        assert all(group.fits for group in plan.questions)
+        text = " ".join(shown(planning.tables(plan), 100).split())
+        free = min(device.limit - device.held for group in plan.questions for device in group.devices) / GIB
+        asks = "04 asks 56 questions at once, each with its reply of at most 144 tokens"
+        assert f"{asks}: the fullest device then has {free:.1f} GiB free." in text
+        assert "Notebook 05 trains" in text
+    both = plans["8x80gb"].questions[-1]
+    assert sum(device.kv_cache for device in both.devices) == 56 * 144 * (4_751_360 + 327_680)
+    assert plan_180b("8x80").questions == ()
+    assert "Notebook" not in shown(planning.tables(plan_180b("8x80")), 100)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [(["--double-quant"], "leave --double-quant out"), (["--figure", "plan.png"], "leave --figure out")],
+)
+def test_suggestions_refuse_what_they_would_not_look_at(option, says, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    result = CliRunner().invoke(cli.app, ["plan", "--suggest", *option])
+    assert result.exit_code == 2
+    assert says in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_knows_whether_it_is_for_gpus(plans):
+    assert {name: plan.on_gpus for name, plan in plans.items()} == {name: name != "laptop" for name in PROFILES}
+    unmeasured = planning.plan_profile(profiles.load_profile("laptop"), HERE)
+    assert "A card sold as" not in shown(planning.tables(unmeasured), 100)
 
 
 @pytest.mark.parametrize("name", GPU_PROFILES)

@@ -59,6 +59,8 @@ def test_the_plans_are_those_of_the_real_models(prepared):
     together = [sum(pair) for pair in zip(chat.device_bytes, llama.device_bytes, strict=True)]
     assert len(together) == 8
     assert max(together) < 0.95 * chat.limit_bytes
+    assert {plan.limit_bytes for plan in prepared.plans} == {80_000_000_000}
+    assert {plan.modules for plan in prepared.plans} == {80 + 4}  # layers, embeddings, rotary, final norm, head
 
 
 def test_what_does_not_fit_beside_its_neighbour_is_refused():
@@ -70,13 +72,15 @@ def test_what_does_not_fit_beside_its_neighbour_is_refused():
 
 
 def test_a_placement_that_leaves_a_weight_out_is_refused(monkeypatch):
-    place = memory.place
+    place_together = memory.place_together
 
     def forgetful(*args, **kwargs):
-        placement = place(*args, **kwargs)
-        return replace(placement, device_map={k: v for k, v in placement.device_map.items() if k != "transformer.h.7"})
+        return [
+            replace(each, device_map={k: v for k, v in each.device_map.items() if k != "transformer.h.7"})
+            for each in place_together(*args, **kwargs)
+        ]
 
-    monkeypatch.setattr(memory, "place", forgetful)
+    monkeypatch.setattr(memory, "place_together", forgetful)
     profile = profiles.load_profile("8x80gb")
     with pytest.raises(rehearsal.RehearsalError, match=r"leaves out 8 weights, such as transformer\.h\.7\."):
         rehearsal.plan(profile, rehearsal.machine_of(profile))
