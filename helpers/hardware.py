@@ -16,11 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers.types import ROOT, Gpu, Machine
+from helpers.types import ROOT, Gpu, Machine, WorkbookError
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
@@ -31,11 +31,12 @@ CHUNK = 2**24  # bytes written or read at a time to measure a disk
 DETECT = "import dataclasses, json, helpers.hardware as h; print(json.dumps(dataclasses.asdict(h.detect())))"
 
 
-def detect() -> Machine:
+def detect(gpus: Sequence[int] | None = None) -> Machine:
     """What this process may use on this machine. ``disk_free_bytes`` is the project folder's disk's.
 
     In a rehearsal (``$WORKBOOK_REHEARSAL`` names its folder) it is the machine that is rehearsed for. Asking a GPU for
-    its free memory opens a CUDA context on it, which holds some hundred MiB while this process lives.
+    its free memory opens a CUDA context on it, which holds some hundred MiB while this process lives: of ``gpus``, the
+    indices as torch counts, only those are asked and listed; all, unless given.
     """
     import psutil
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -45,7 +46,7 @@ def detect() -> Machine:
     memory = psutil.virtual_memory()
     limit, room = memory_limit()
     return Machine(
-        gpus=_gpus(),
+        gpus=_gpus(gpus),
         ram_bytes=int(min(memory.total, limit)),
         ram_available_bytes=int(min(memory.available, room)),
         disk_free_bytes=disk_free(ROOT),
@@ -65,9 +66,13 @@ def disk_free(folder: Path) -> int:
 def detect_apart() -> Machine:
     """What ``detect`` finds, looked up by another process: on a machine with GPUs, no CUDA context stays in this one.
 
-    Raises subprocess.CalledProcessError where that process fails.
+    Raises WorkbookError with that process's last words where it fails, such as on a GPU that gives no context.
     """
-    return _read_machine(subprocess.check_output([sys.executable, "-c", DETECT]))
+    done = subprocess.run([sys.executable, "-c", DETECT], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise WorkbookError(f"this machine cannot be looked at: {last} (see workbook doctor, and nvidia-smi)")
+    return _read_machine(done.stdout)
 
 
 def memory_bandwidth(bytes: int = 2**28, repeats: int = 7, device: str = "cpu") -> float:
@@ -219,10 +224,10 @@ def _cpu_name() -> str:
     return next(names, "") or platform.processor() or platform.machine()
 
 
-def _gpus() -> tuple[Gpu, ...]:
+def _gpus(wanted: Sequence[int] | None) -> tuple[Gpu, ...]:
     import torch
 
-    return tuple(_gpu(index) for index in range(torch.cuda.device_count()))
+    return tuple(_gpu(index) for index in (range(torch.cuda.device_count()) if wanted is None else wanted))
 
 
 def _gpu(index: int) -> Gpu:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import errno
 import gc
 import importlib.util
+import json
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import hardware, shards
-from helpers.memory import lacks, place, published_config, published_models
+from helpers.memory import place, published_config, published_models
 from helpers.progress import bar_class, bars, human, waiting, weights_bar
 from helpers.prompts import format_for
 from helpers.quantization import (
@@ -48,6 +49,7 @@ TOKENS = "https://huggingface.co/settings/tokens"
 
 
 def load(
+VERIFIED = "workbook-verified.txt"  # in a model's folder of the Hugging Face cache: the blobs that were hashed here
     ref: ModelRef,
     precision: str = "bf16",
     *,
@@ -63,8 +65,9 @@ def load(
     the GPU of its local rank. ``offload`` lets what the GPUs do not hold lie in memory and on disk, which is slow and
     not for int8 and nf4. ``verify`` hashes the files first, as far as hashes are recorded (``shards.verify``): unless
     given, where the checkpoint's index records them. The parts that int8 and nf4 do not quantize are in bfloat16.
-    ``double_quant``: see ``bnb_config``; ``unpacked``: see ``keep_unpacked``, for training and merging. Only
-    safetensors are read and no code of a repository is run; nothing is written but into the download's cache.
+    ``double_quant``: see ``bnb_config``; a checkpoint that is quantized already stays as it is. ``unpacked``: see
+    ``keep_unpacked``, for training and merging. Only safetensors are read and no code of a repository is run; nothing
+    is written but into the download's cache.
 
     Memory of this process, beside the weights that stay on the CPU (those kept in the type they are stored in are read
     from their files as mapped, which counts as file cache): at most four of the checkpoint's largest tensors in the
@@ -98,8 +101,9 @@ def resolve(ref: ModelRef) -> Path:
 
     "embedded": a folder of this project. "package": made once from the GGUF file of an installed package, then kept
     in ``.cache/models`` (or ``$WORKBOOK_CACHE/models``). "hub": downloaded at the pinned revision into the Hugging
-    Face cache, each new file checked against the hash the hub names; after an interruption, files that are whole are
-    kept. Only "hub" uses the network. Raises LoadError, which says what to do.
+    Face cache; what ``$WORKBOOK_REVISIONS`` names (JSON, id: commit), at that commit instead. Each file is checked once
+    against the hash the hub names, whoever downloaded it; after an interruption, files that are whole are kept. Only
+    "hub" uses the network. Raises LoadError, which says what to do.
     """
     if ref.source == "hub":
         return _from_hub(ref)
@@ -120,19 +124,20 @@ def config(ref: ModelRef) -> PreTrainedConfig:
     from huggingface_hub import hf_hub_download
 
     with _hub_errors(ref):
-        file = hf_hub_download(ref.id, "config.json", revision=ref.revision)
+        file = hf_hub_download(ref.id, "config.json", revision=_revision(ref))
     return _read_config(ref, Path(file).parent)
 
 
-def prepare(profile: Profile, *, verify: bool | None = None) -> None:
-    """Fetch or make everything that loading a profile's models needs, saying how far it is.
+def prepare(profile: Profile, *, roles: Collection[str] | None = None, verify: bool | None = None) -> dict[str, str]:
+    """Fetch or make all that loading a profile's models (of ``roles``, if given) needs, saying how far it is.
 
-    No file may be missing or cut off; ``verify`` hashes those of the hub, as in ``load``. Raises LoadError.
+    No file may be missing or cut off; ``verify`` hashes those of the hub, as in ``load``. Returns the commit of each
+    model of a hub, by its id. Raises LoadError.
     """
     from rich.console import Console
 
-    console = Console()
-    for ref in dict.fromkeys(profile.models.values()):
+    console, commits = Console(), {}
+    for ref in dict.fromkeys(ref for role, ref in profile.models.items() if roles is None or role in roles):
         started = time.perf_counter()
         console.print(f"{ref.label}: getting it ready ...", highlight=False, soft_wrap=True)
         folder = resolve(ref)
@@ -145,6 +150,21 @@ def prepare(profile: Profile, *, verify: bool | None = None) -> None:
 
 def report_table(loaded: Loaded) -> pd.DataFrame:
     """The load report for a notebook: property and value."""
+        commits |= {ref.id: folder.name} if ref.source == "hub" else {}
+    return commits
+
+
+def is_here(ref: ModelRef) -> bool:
+    """Whether all of a hub's model lies in the Hugging Face cache, by names and lengths; no hub is asked."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(ref.id, revision=_revision(ref), allow_patterns=HUB_FILES, local_files_only=True)
+        shards.inspect(Path(folder))
+    except (LocalEntryNotFoundError, LoadError):
+        return False
+    return (Path(folder) / "config.json").exists()
     import pandas as pd
 
     report = loaded.report
@@ -283,17 +303,14 @@ def _from_hub(ref: ModelRef) -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import DryRunError
 
-    wanted = {"revision": ref.revision, "allow_patterns": HUB_FILES, "tqdm_class": bar_class()}
-    fresh: list[str] = []
+    repo = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=ref.id, repo_type="model")
+    wanted = {"revision": _revision(ref), "allow_patterns": HUB_FILES, "tqdm_class": bar_class()}
+    _forget_absent(repo)
     with _hub_errors(ref), _full_disk(ref, "HF_HOME", Path(HF_HUB_CACHE)):
         with suppress(DryRunError):  # Out of reach: what was downloaded before may do; if not, the next line says so.
-            files = snapshot_download(ref.id, **wanted, dry_run=True)
-            _check_disk(ref, files)
-            fresh = [file.filename for file in files if file.will_download]
+            _check_disk(ref, snapshot_download(ref.id, **wanted, dry_run=True))
         folder = Path(snapshot_download(ref.id, **wanted))
-    if wrong := shards.verify(folder, fresh):
-        for name in wrong:
-            (folder / name).resolve().unlink()
+    if wrong := _verify_once(repo, folder):
         raise LoadError(f"{ref.label}: damaged on the way, and removed: {', '.join(wrong)}. Load it again.")
     return folder
 
@@ -303,6 +320,7 @@ def _check_disk(ref: ModelRef, files: Iterable[DryRunFileInfo]) -> None:
 
     needed = sum(file.file_size or 0 for file in files if file.will_download)
     free = hardware.disk_free(Path(HF_HUB_CACHE))
+    from huggingface_hub.file_download import repo_folder_name
     if needed > free:
         raise LoadError(
             f"{ref.label} needs {human(needed)} more on disk, and {HF_HUB_CACHE} has {human(free)}. "
@@ -319,6 +337,51 @@ def _full_disk(ref: ModelRef, variable: str, folder: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # Rust libraries give the system's text alone
         if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+def _revision(ref: ModelRef) -> str | None:
+    """What to ask the hub for: the commit that a run keeps to, else the profile's revision."""
+    return json.loads(os.environ.get("WORKBOOK_REVISIONS") or "{}").get(ref.id, ref.revision)
+
+
+def _verify_once(repo: Path, folder: Path) -> list[str]:
+    """Hash the files of a snapshot that were not yet; those that are damaged are removed and named.
+
+    Of several processes one does it. In a cache that cannot be written to nothing could be kept, or mended: there
+    nothing is hashed, unless ``verify`` asks for it.
+    """
+    from filelock import FileLock
+
+    if not os.access(repo, os.W_OK):
+        return []
+    with FileLock(repo / f"{VERIFIED}.lock"):
+        known = _verified(repo)
+        unknown = {name: blob for name, blob in shards.cached_hashes(folder).items() if blob not in known}
+        wrong = shards.verify(folder, unknown) if unknown else []
+        for name in wrong:
+            for path in ((folder / name).resolve(), repo / "blobs" / unknown[name], folder / name):
+                path.unlink(missing_ok=True)
+        if fine := {blob for name, blob in unknown.items() if name not in wrong}:
+            _keep_verified(repo, known | fine)
+    return wrong
+
+
+def _forget_absent(repo: Path) -> None:
+    """Before a download: what was verified and is not here any more is to be verified anew once it is."""
+    known = _verified(repo)
+    if absent := {blob for blob in known if not (repo / "blobs" / blob).exists()}:
+        _keep_verified(repo, known - absent)
+
+
+def _verified(repo: Path) -> set[str]:
+    file = repo / VERIFIED
+    return set(file.read_text(encoding="ascii").split()) if file.is_file() else set()
+
+
+def _keep_verified(repo: Path, blobs: Iterable[str]) -> None:
+    partial = repo / f"{VERIFIED}.partial"
+    partial.write_text("".join(f"{blob}\n" for blob in sorted(blobs)), encoding="ascii")
+    partial.replace(repo / VERIFIED)
+
+
             raise
         raise LoadError(
             f"{ref.label}: the disk of {folder} is full. Free some space, or set {variable} to a folder on a larger "
@@ -389,30 +452,40 @@ def device_map_for(
     Raises LoadError where it does not fit, with what is lacking and what would fit, and WorkbookError where int8 or nf4
     weights would have to be offloaded.
     """
-    if machine.gpus or offload:
-        free = [gpu.free_bytes for gpu in machine.gpus]
-        slower = {"cpu_bytes": machine.ram_available_bytes, "disk": True} if offload else {}
-        placed = place(config, precision, free, context_tokens=context_tokens, double_quant=double_quant, **slower)
-        device_map, why_not = placed.device_map, placed.why_not
-    else:
-        device_map, why_not = {"": "cpu"}, lacks(config, precision, machine, context_tokens=context_tokens)
+    work = {"context_tokens": context_tokens, "double_quant": double_quant}
+    device_map, why_not = _placed(config, precision, machine, offload=offload, **work)
     if why_not:
-        raise LoadError(f"In {precision} it does not fit: it {why_not}. {_remedy(config, machine, offload)}")
+        others = [each for each in PRECISIONS if each != precision]
+        fitting = [each for each in others if not _placed(config, each, machine, **work)[1]]
+        first = f"Choose {fitting[0]}, which fits" if fitting else "Choose a larger machine: no precision fits"
+        slower = "" if offload or precision in QUANTIZED else "; or load with offload=True, which is slow"
+        raise LoadError(f"In {precision} it does not fit: it {why_not}. {first}{slower}.")
     return device_map
 
 
-def _remedy(config: PreTrainedConfig, machine: Machine, offload: bool) -> str:
-    """What to do where a model does not fit."""
-    fitting = [precision for precision in PRECISIONS if not lacks(config, precision, machine)]
-    first = f"Choose {fitting[0]}, which fits" if fitting else "Choose a larger machine: no precision fits"
-    return f"{first}." if offload else f"{first}; or load with offload=True, which is slow and not for int8 and nf4."
+def _placed(
+    config: PreTrainedConfig,
+    precision: str,
+    machine: Machine,
+    *,
+    context_tokens: int,
+    double_quant: bool,
+    offload: bool = False,
+) -> tuple[dict[str, int | str], str]:
+    """(device map, what is lacking) as ``device_map_for`` has them; it fits where the text is empty."""
+    work = {"context_tokens": context_tokens, "double_quant": double_quant}
+    if machine.gpus or offload:
+        free = [gpu.free_bytes for gpu in machine.gpus]
+        slower = {"cpu_bytes": machine.ram_available_bytes, "disk": True} if offload else {}
+        placed = place(config, precision, free, **work, **slower)
+        return placed.device_map, placed.why_not
+    placed = place(config, precision, [], cpu_bytes=max(machine.ram_available_bytes, 1), **work)
+    return {"": "cpu"}, f"{placed.why_not.partition(' over ')[0]} of memory" if placed.why_not else ""
 
 
 def _default_device_map(config: PreTrainedConfig, precision: str, **options: bool) -> dict[str, int | str]:
     """This machine's; of several processes (torchrun) on GPUs, each its own; in a rehearsal all devices are the CPU."""
     machine = hardware.detect()
-    if machine.gpus and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return {"": int(os.environ["LOCAL_RANK"])}
     device_map = device_map_for(config, precision, machine, **options)
     return dict.fromkeys(device_map, "cpu") if machine.rehearsed else device_map
 
@@ -431,6 +504,11 @@ def _verified_model(files: Shards, precision: str, device_map: DeviceMap, double
 
     dtype = getattr(torch, DTYPES[precision])
     draw = weights_bar(files.files, files.sizes, lambda name: _device_name(_place(name, device_map)))
+    import torch
+
+    several = int(os.environ.get("WORLD_SIZE") or "1") > 1
+    if several and not os.environ.get("WORKBOOK_REHEARSAL") and torch.cuda.is_available():
+        return _on_own_gpu(config, precision, **options)
     with bars(draw):
         model, info = AutoModelForCausalLM.from_pretrained(
             files.folder,
@@ -438,6 +516,21 @@ def _verified_model(files: Shards, precision: str, device_map: DeviceMap, double
             device_map=device_map,
             quantization_config=bnb_config(precision, dtype, double_quant=double_quant),
             use_safetensors=True,
+def _on_own_gpu(config: PreTrainedConfig, precision: str, **options: bool) -> dict[str, int | str]:
+    """The map of one of several processes: the GPU of its local rank, and no other, which is not even looked at."""
+    import torch
+
+    rank, count = os.environ.get("LOCAL_RANK", ""), torch.cuda.device_count()
+    if not rank.isdecimal() or int(rank) >= count:
+        raise LoadError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, LOCAL_RANK is {rank or 'not set'}, and there are {count} GPUs "
+            f"here: start one process a GPU, with torchrun --nproc-per-node {count}, or unset WORLD_SIZE."
+        )
+    own = int(rank)
+    found = device_map_for(config, precision, hardware.detect(gpus=[own]), **options)
+    return {"": own} if set(found.values()) == {0} else {name: own if at == 0 else at for name, at in found.items()}
+
+
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
@@ -469,6 +562,7 @@ def _tokenizer(folder: Path, **options: str) -> PreTrainedTokenizerBase:
 
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
 
+            **options,
 
 @contextmanager
 def _load_errors(ref: ModelRef, checkpoint: Path) -> Iterator[None]:

@@ -76,15 +76,26 @@ def lacks(profile: Profile, machine: Machine, downloaded_bytes: int = 0) -> list
 
 
 def downloaded_bytes(profile: Profile, cache: Path | None = None) -> int:
-    """Bytes of the profile's models that lie in the Hugging Face cache already (``cache``: another folder)."""
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+    """Bytes of the profile's models that lie in the Hugging Face cache already (``cache``: another folder).
 
-    wanted = {ref.id for ref in profile.models.values() if ref.source == "hub"}
-    try:
-        repos = scan_cache_dir(cache).repos if wanted else frozenset()
-    except CacheNotFound:
-        return 0
-    return sum(repo.size_on_disk for repo in repos if repo.repo_type == "model" and repo.repo_id in wanted)
+    Of each repository the safetensors at the profile's revision count, and no more than what is to be downloaded of it:
+    other formats and revisions take the place of nothing that is missing.
+    """
+    refs = {ref.id: ref for ref in profile.models.values() if ref.source == "hub"}
+    return sum(_downloaded(ref, cache) for ref in refs.values())
+
+
+def _downloaded(ref: ModelRef, cache: Path | None) -> int:
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    repo = Path(cache or HF_HUB_CACHE) / repo_folder_name(repo_id=ref.id, repo_type="model")
+    revision = ref.revision or "main"
+    pointer = repo / "refs" / revision
+    commit = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else revision
+    files = [path for path in (repo / "snapshots" / commit).glob("*.safetensors") if path.exists()]
+    size = sum(path.stat().st_size for path in files)
+    return size if ref.download_bytes is None else min(size, ref.download_bytes)
 
 
 def table(profile: Profile) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,8 @@ READERS = 4  # threads that hash: more files at once than one core can hash, few
 
 class LoadError(WorkbookError):
     """A model cannot be found or loaded, or what was loaded is not what was asked for."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,13 @@ def record(folder: Path) -> None:
 
 
 def cached_hashes(folder: Path) -> dict[str, str]:
-    """The hashes that the Hugging Face cache keeps a snapshot's files under, by file name; empty elsewhere."""
-    kept = {path.name: path.resolve() for path in folder.iterdir() if path.is_symlink()}
+    """The hashes that the Hugging Face cache keeps a snapshot's files under, by file name; empty elsewhere.
+
+    A blob may itself be a link, into a store that the repositories share and that counts by other hashes.
+    """
+    kept = {
+        path.name: Path(os.path.abspath(folder / path.readlink())) for path in folder.iterdir() if path.is_symlink()
+    }
     return {
         name: path.name
         for name, path in kept.items()

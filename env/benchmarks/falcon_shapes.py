@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -224,8 +223,11 @@ def _idle_embeddings(model: PreTrainedModel) -> int:
 
 
 def _one_device(device: str) -> Machine:
-    machine = hardware.detect()
-    return replace(machine, gpus=() if device == "cpu" else machine.gpus[:1])
+    """This machine with the GPU of that name alone, such as "cuda:1", or with none."""
+    import torch
+
+    wanted = torch.device(device)
+    return hardware.detect(gpus=[] if wanted.type == "cpu" else [wanted.index or 0])
 
 
 def _collect() -> None:

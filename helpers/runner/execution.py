@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from helpers import results
 from helpers.runner.display import Show, display
+from helpers.runner.fetching import fetch, named_roles
 from helpers.runner.folder import (
     executed_notebook,
     held,
@@ -29,6 +31,7 @@ from helpers.runner.parameters import Plan, UsageError, parse_parameters, plan_r
 from helpers.runner.processes import new_mark
 from helpers.runner.redaction import REDACTED, find_secrets, redact, sweep
 from helpers.runner.supervision import Job, Progress, environment, supervise
+from helpers.shards import LoadError
 from helpers.types import ROOT, Profile, WorkbookError
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ DEFAULT_PROFILE = "laptop"
 
 
 class RunError(WorkbookError):
-    """The run itself could not go on, for example because the disk is full."""
+    """The run itself could not go on, for example because the disk is full, or a model cannot be downloaded."""
 
     exit_code = 1
 
@@ -79,8 +82,11 @@ def run(
     where the notebooks are. ``rehearse`` runs them without the profile's machine and models: see ``helpers.rehearsal``;
     a resumed rehearsal stays one.
 
-    Raises UsageError before anything runs, RunFolderError when the folder cannot be used, RunError on a full disk,
-    RehearsalError when a model would not fit on the profile's machine.
+    The models that the notebooks name are fetched first, outside of all budgets; each is used at the commit that it had
+    then, in what is resumed too.
+
+    Raises UsageError before anything runs, RunFolderError when the folder cannot be used, RunError on a full disk or
+    where a model cannot be had, RehearsalError when a model would not fit on the profile's machine.
     """
     raw, earlier, console = parse_parameters(parameters), {}, console or Console()
     if resume is not None:
@@ -120,6 +126,7 @@ class Session:
         self.resumed = (folder / "status.json").exists()
         self.status = {"state": "running", "notebooks": self._entries()}
         self.manifest: dict[str, Any] = {}
+        self.commits: dict[str, str] = read_manifest(folder).get("commits", {}) if self.resumed else {}
 
     def run(self, console: Console, raw: Mapping[str, str], command: Sequence[str]) -> RunResult:
         """Run what is pending, and leave the folder complete."""
@@ -134,6 +141,9 @@ class Session:
             raise RunError(
                 f"the run stopped: {error}. Put that right, then go on with: workbook run --resume {self.folder}"
             ) from error
+        except LoadError as error:
+            self._finish(interrupted=True)
+            raise RunError(f"{error} Then go on with: workbook run --resume {self.folder}") from error
         return self._result(interrupted)
 
     def _entries(self) -> dict[str, dict[str, Any]]:
@@ -155,12 +165,15 @@ class Session:
             self.manifest["rehearsal"] = self.rehearsal.described()
         if self.resumed:
             self.manifest = merge_manifests(read_manifest(self.folder), self.manifest)
+        if self.commits:
+            self.manifest["commits"] = self.commits
         self._save_manifest()
         self._save_status()
 
     def _run_pending(self, console: Console) -> bool:
         """Run the pending notebooks; True when a person or the system interrupted this."""
         try:
+            self._fetch()
             with display(console) as show:
                 for plan in self.plans:
                     show(self.status)
@@ -170,6 +183,16 @@ class Session:
         except KeyboardInterrupt:
             return True
         return False
+
+    def _fetch(self) -> None:
+        """Fetch the models that the pending notebooks name, while no budget runs, and note at which commits."""
+        pending = [plan.path for plan in self.plans if self.status["notebooks"][plan.name]["status"] == "pending"]
+        roles = named_roles(self.profile, pending)
+        if self.rehearsal or self.profile.offline or not roles:
+            return
+        self.commits |= fetch(self.profile, roles, self.commits)
+        self.manifest["commits"] = self.commits
+        self._save_manifest()
 
     def _run_notebook(self, plan: Plan, show: Show) -> None:
         entry = _pending(plan) | {"status": "running", "started": utc_now()}
@@ -216,6 +239,8 @@ class Session:
         if self.rehearsal:  # nobody knows what tiny random models should give
             workbook["EXPECTED"] = str(self.rehearsal.folder / "no_expected_values.json")
             return environment({**os.environ, **self.rehearsal.environment()}, True, workbook)
+        if self.commits:
+            workbook["REVISIONS"] = json.dumps(self.commits)
         return environment(os.environ, self.profile.offline, workbook)
 
     def _finish(self, interrupted: bool) -> None:
@@ -223,7 +248,8 @@ class Session:
         self.manifest["finished"] = utc_now()
         models = {} if self.rehearsal else self.manifest.get("models", {})
         for role, model in models.items():
-            model["commit"] = hub_commit(self.profile.models[role])  # the run may have downloaded it
+            ref = self.profile.models[role]
+            model["commit"] = self.commits.get(ref.id) or hub_commit(ref)  # a notebook may have downloaded it
         self._save_status()
         self._save_manifest()
         sweep(self.folder, self.secrets)

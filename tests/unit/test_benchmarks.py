@@ -1,5 +1,6 @@
 """The GPU script runs, on the CPU and in the small: its model is the plan's, and never whole in 16 bit."""
 
+import importlib.util
 import json
 import os
 import re
@@ -8,8 +9,8 @@ import sys
 
 import pytest
 
-from helpers import memory
-from helpers.types import ROOT
+from helpers import hardware, memory
+from helpers.types import ROOT, Gpu
 
 FOLDER = ROOT / "env" / "benchmarks"
 SCRIPT = FOLDER / "falcon_shapes.py"
@@ -60,6 +61,18 @@ def test_what_does_not_fit_is_a_row_that_says_so():
     assert row["parameters"] == 178_557_088_768
     assert re.search(r"lacks [\d.]+ GiB of memory", row["skipped"])
     assert "tokens_per_second" not in row
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda:1", 1), ("cuda", 0), ("cpu", None)])
+def test_the_device_that_is_asked_for_is_the_one_reported_and_planned_for(monkeypatch, device, index):
+    spec = importlib.util.spec_from_file_location("falcon_shapes", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    sizes = [80 * 2**30, 141 * 2**30]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(hardware, "_gpu", lambda i: Gpu(i, f"GPU of kind {i}", sizes[i], sizes[i], (9, 0)))
+    found = [(gpu.name, gpu.free_bytes) for gpu in script._one_device(device).gpus]
+    assert found == ([] if index is None else [(f"GPU of kind {index}", sizes[index])])
 
 
 def test_figures_are_named_after_what_gave_them():

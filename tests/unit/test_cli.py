@@ -63,6 +63,7 @@ def workbook(*arguments):
         (["plan", "--suggest", "--gpus", "8x80"], ["give --model alone"]),
         (["plan", "--batch", "0"], ["at least one sequence"]),
         (["plan", "--gpus", "8x80", "--figure", "plan.pdf"], ["plan.png"]),
+        (["fetch", "--profile", "9x9gb"], ["9x9gb"]),
         (["run", "--nonsense"], ["nonsense"]),
         (["nonsense"], ["nonsense"]),
     ],

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from helpers import hardware
-from helpers.types import ROOT
+from helpers.types import ROOT, Gpu, WorkbookError
 
 
 def files(folder, **texts):
@@ -138,6 +138,23 @@ def test_importing_a_room_imports_nothing_heavy(room):
 def test_detecting_apart_finds_the_same_machine():
     here, apart = hardware.detect(), hardware.detect_apart()
     assert (apart.gpus, apart.ram_bytes, apart.cpu_count) == (here.gpus, here.ram_bytes, here.cpu_count)
+
+
+def test_a_machine_that_cannot_be_looked_at_apart_says_why(monkeypatch):
+    monkeypatch.setattr(hardware, "DETECT", "import sys; print('noise', file=sys.stderr); raise RuntimeError('no GPU')")
+    with pytest.raises(WorkbookError, match=r"cannot be looked at: RuntimeError: no GPU \(see workbook doctor"):
+        hardware.detect_apart()
+    monkeypatch.setattr(hardware, "DETECT", "raise SystemExit(3)")
+    with pytest.raises(WorkbookError, match="exit code 3"):
+        hardware.detect_apart()
+
+
+def test_only_the_gpus_that_are_asked_for_are_looked_at(monkeypatch):
+    monkeypatch.setattr(hardware, "_gpu", lambda index: Gpu(index, "x", 1, 1, (8, 0)))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert [gpu.index for gpu in hardware.detect().gpus] == [0, 1, 2]
+    assert [gpu.index for gpu in hardware.detect(gpus=[1]).gpus] == [1]
+    assert hardware.detect(gpus=()).gpus == ()
 
 
 def fetched_from_disk():

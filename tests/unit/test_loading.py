@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, FalconForCausalLM
 from transformers.models.falcon import modeling_falcon
 
-from helpers import loading
+from helpers import hardware, loading
 from helpers.loading import LoadError, load, prepare, report_table, resolve, tidy_output, unload
 from helpers.quantization import QuantizationError, verify_quantized
 from helpers.types import PRECISIONS, ROOT, ModelRef, Profile, Requirement, WorkbookError
@@ -280,6 +280,25 @@ def test_devices_are_compared_with_the_map_by_longest_prefix(checkpoint, device_
     assert [problem.split(" weights")[0] for problem in found] == [str(wrong)] * (wrong > 0)
 
 
+@pytest.mark.parametrize(
+    ("device", "asked", "placed"),
+    [
+        (("cuda", 1), {"": 1}, True),
+        (("cuda", 0), {"": 1}, False),
+        (("cuda", 0), {"": 0}, True),
+        (("cpu",), {"": 0}, False),
+        (("cuda", 1), {"": "cuda:1"}, True),
+        (("cuda", 1), "cuda", True),
+        (("cuda", 2), {"transformer": 1, "transformer.h.1": 2}, True),
+        (("cuda", 1), {"transformer": 1, "transformer.h.10": 2}, True),
+        (("meta",), {"": 1, "transformer.h.1": "disk"}, True),
+        (("meta",), {"": 1, "transformer.h.1": 0}, False),
+    ],
+)
+def test_gpus_are_named_by_their_numbers(device, asked, placed):
+    assert loading._is_placed("transformer.h.1.mlp.dense_h_to_4h.weight", torch.device(*device), asked) is placed
+
+
 @pytest.mark.parametrize("precision", ["bf16", "nf4"])
 def test_a_weight_of_another_type_is_named(checkpoint, precision):
     model = load(at(checkpoint), precision).model
@@ -293,8 +312,10 @@ def test_a_weight_of_another_type_is_named(checkpoint, precision):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_gpu_is_used_where_there_is_one(checkpoint, precision):
+    planned = loading.device_map_for(loading.config(at(checkpoint)), precision, hardware.detect())
     loaded = load(at(checkpoint), precision)
-    assert loaded.report.devices == {"cuda:0": PARAMETERS}
+    assert set(loaded.report.devices) == {f"cuda:{index}" for index in planned.values()}
+    assert sum(loaded.report.devices.values()) == PARAMETERS
     assert loaded.report.quantized_layers == (8 if precision in ("int8", "nf4") else 0)
 
 

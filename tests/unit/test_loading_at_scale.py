@@ -13,7 +13,7 @@ import termios
 import threading
 import traceback
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -114,8 +114,9 @@ def test_what_does_not_fit_says_what_is_lacking_and_what_would_fit():
     planned = memory.place(config, "bf16", [int(74.5 * GIB)] * 4).why_not
     with pytest.raises(LoadError, match=rf"In bf16 .* it {planned}. Choose int8, which fits.*offload=True"):
         device_map_for(config, "bf16", machine(*[74.5] * 4))
-    with pytest.raises(LoadError, match=r"lacks [\d.]+ GiB over 1 device of 24.0 GiB. Choose a larger machine"):
+    with pytest.raises(LoadError, match=r"lacks [\d.]+ GiB over 1 device of 24.0 GiB. Choose a larger machine") as said:
         device_map_for(config, "nf4", machine(24.0))
+    assert "offload" not in str(said.value)
     with pytest.raises(LoadError, match=r"In bf16 .* lacks 2\d\d\.\d GiB of memory. Choose a larger machine"):
         device_map_for(config, "bf16", machine(ram_gib=64))
 
@@ -126,6 +127,13 @@ def test_double_quantization_counts_in_the_placement():
     with pytest.raises(LoadError, match="lacks"):
         device_map_for(config, "nf4", tight, context_tokens=256)
     assert set(device_map_for(config, "nf4", tight, context_tokens=256, double_quant=True).values()) == {0, 1}
+    with pytest.raises(LoadError, match="Choose nf4, which fits"):
+        device_map_for(config, "int8", tight, context_tokens=256, double_quant=True)
+    for refused in ({"context_tokens": 256}, {"double_quant": True}):
+        with pytest.raises(LoadError, match="Choose a larger machine: no precision fits"):
+            device_map_for(config, "nf4", tight, **refused)
+        with pytest.raises(LoadError, match="Choose a larger machine: no precision fits"):
+            device_map_for(config, "int8", tight, **refused)
 
 
 def test_offload_fills_gpus_then_memory_then_the_disk_and_never_with_bitsandbytes():
@@ -137,16 +145,66 @@ def test_offload_fills_gpus_then_memory_then_the_disk_and_never_with_bitsandbyte
         device_map_for(config, "nf4", machine(24.0, ram_gib=500), offload=True)
 
 
-def test_the_default_is_this_machine_s_and_each_process_of_several_takes_its_own_gpu(monkeypatch):
+def test_the_default_is_this_machine_s(monkeypatch):
     config = memory.published_config("tiiuae/falcon-7b")
     assert loading._default_device_map(AutoConfig.from_pretrained(MINI), "bf16") == {"": "cpu"}
     monkeypatch.setattr(hardware, "detect", lambda: machine(74.5, 74.5))
     assert loading._default_device_map(config, "bf16") == device_map_for(config, "bf16", machine(74.5, 74.5))
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    """torchrun's variables for the second of two processes, and two GPUs of 74.5 GiB; lists those that are asked."""
+    asked = []
+
+    def gpu(index):
+        asked.append(index)
+        return machine(74.5, 74.5).gpus[index]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(hardware, "_gpu", gpu)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert loading._default_device_map(config, "bf16") == {"": 1}
+    return asked
+
+
+def test_each_process_of_several_takes_its_own_gpu_and_asks_no_other(two_processes):
+    assert loading._default_device_map(memory.published_config("tiiuae/falcon-7b"), "bf16") == {"": 1}
+    assert two_processes == [1]
+
+
+def test_a_process_of_several_is_refused_what_its_one_gpu_cannot_hold(two_processes):
+    config = memory.published_config("tiiuae/falcon-40b")
+    with pytest.raises(LoadError, match=r"lacks [\d.]+ GiB over 1 device of 74.5 GiB. Choose int8"):
+        loading._default_device_map(config, "bf16")
+    spread = loading._default_device_map(config, "bf16", offload=True)
+    assert 1 in spread.values()
+    assert 0 not in spread.values()
+
+
+@pytest.mark.parametrize(("rank", "said"), [(None, "not set"), ("2", "2, and there are 2 GPUs"), ("x", "x")])
+def test_a_process_of_several_without_a_gpu_of_its_own_is_told_what_to_do(two_processes, monkeypatch, rank, said):
+    monkeypatch.delenv("LOCAL_RANK")
+    if rank:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(LoadError, match=rf"LOCAL_RANK is {said}.*torchrun --nproc-per-node 2, or unset WORLD_SIZE"):
+        loading._default_device_map(memory.published_config("tiiuae/falcon-7b"), "bf16")
+
+
+def test_of_several_processes_without_gpus_or_in_a_rehearsal_each_takes_the_processor(
+    two_processes, monkeypatch, tmp_path
+):
+    config = memory.published_config("tiiuae/falcon-7b")
+    rehearsed = replace(machine(74.5, 74.5), rehearsed=True)
+    (tmp_path / "machine.json").write_text(json.dumps(asdict(rehearsed)), encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setenv("WORKBOOK_REHEARSAL", str(tmp_path))
+        assert set(loading._default_device_map(config, "bf16").values()) == {"cpu"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(hardware, "detect", machine)
     assert loading._default_device_map(config, "bf16") == {"": "cpu"}
+    assert two_processes == []
 
 
 # Layers on disk
@@ -492,6 +550,83 @@ def test_a_file_damaged_on_the_way_is_removed_named_and_fetched_again(hub, copie
     hub.asked.clear()
     load(HUB_REF)
     assert [file for file, _ in hub.asked] == [third(copied).name]
+
+
+def verified(tmp_path) -> set[str]:
+    return set((tmp_path / "hub" / "models--org--tiny" / loading.VERIFIED).read_text().split())
+
+
+def test_a_file_damaged_before_an_interruption_is_found_after_it(hub, copied, tmp_path):
+    hub.breaks[third(copied).name] = (0, 100)
+    hub.spoils = "model-00001-of-00005.safetensors"
+    with pytest.raises(LoadError, match="connection to the hub broke"):
+        resolve(HUB_REF)
+    assert list((tmp_path / "hub").rglob(hub.spoils))  # complete, by its length
+    hub.breaks.clear()
+    spoiled, hub.spoils = hub.spoils, ""
+    with pytest.raises(LoadError, match=f"damaged on the way, and removed: {spoiled}. Load it again"):
+        resolve(HUB_REF)
+    assert shards.verify(resolve(HUB_REF)) == []
+
+
+def test_each_file_is_hashed_once_until_it_is_downloaded_again(hub, copied, tmp_path, monkeypatch):
+    hashed, original = [], shards.verify
+    monkeypatch.setattr(shards, "verify", lambda *args: (hashed.append(sorted(args[1])), original(*args))[1])
+    folder = resolve(HUB_REF)
+    assert resolve(HUB_REF) == folder
+    assert hashed == [sorted(path.name for path in folder.iterdir())]
+    assert verified(tmp_path) == {path.resolve().name for path in folder.iterdir()}
+    third(folder).resolve().unlink()
+    hub.spoils = third(copied).name
+    with pytest.raises(LoadError, match=f"removed: {hub.spoils}"):
+        resolve(HUB_REF)
+    assert hashed[1:] == [[third(copied).name]]
+    hub.spoils = ""
+    assert resolve(HUB_REF) == folder
+    assert hashed[2:] == [[third(copied).name]]
+    assert loading.is_here(HUB_REF)
+
+
+def test_a_blob_that_is_a_link_into_a_shared_store_is_verified_and_mended(hub, copied, tmp_path):
+    """As huggingface_hub lays out what it got through Xet: under another hash, in a folder above the repositories."""
+    folder = resolve(HUB_REF)
+    (tmp_path / "hub" / "models--org--tiny" / loading.VERIFIED).unlink()
+    blob, shared = third(folder).resolve(), tmp_path / "hub" / "blobs" / "ab" / ("ab" * 32)
+    shared.parent.mkdir(parents=True)
+    blob.rename(shared)
+    blob.symlink_to(os.path.relpath(shared, blob.parent))
+    assert resolve(HUB_REF) == folder
+    assert blob.name in verified(tmp_path)
+    flip_a_byte(shared)
+    with pytest.raises(LoadError, match=f"{third(folder)}: not the bytes that were recorded"):
+        load(HUB_REF, verify=True)
+    (tmp_path / "hub" / "models--org--tiny" / loading.VERIFIED).unlink()
+    with pytest.raises(LoadError, match=f"removed: {third(folder).name}"):
+        resolve(HUB_REF)
+    assert third(resolve(HUB_REF)).read_bytes() == third(copied).read_bytes()
+
+
+def test_a_run_s_commit_is_asked_for_instead_of_the_profile_s_revision(hub, monkeypatch):
+    folder = resolve(HUB_REF)
+    hub.SHA = "b" * 40
+    monkeypatch.setenv("WORKBOOK_REVISIONS", json.dumps({"org/tiny": folder.name, "org/other": "c" * 40}))
+    assert resolve(HUB_REF) == folder
+    assert load(HUB_REF).report.commit == f"commit {folder.name} (what main was: the profile pins no commit)"
+    monkeypatch.delenv("WORKBOOK_REVISIONS")
+    assert resolve(HUB_REF).name == "b" * 40
+
+
+def test_a_model_is_here_once_all_its_files_are(hub):
+    assert not loading.is_here(HUB_REF)
+    loading.config(HUB_REF)
+    assert not loading.is_here(HUB_REF)
+    folder = resolve(HUB_REF)
+    assert loading.is_here(HUB_REF)
+    (folder / "tokenizer.json").unlink()
+    assert not loading.is_here(HUB_REF)
+    resolve(HUB_REF)
+    third(folder).resolve().unlink()
+    assert not loading.is_here(HUB_REF)
 
 
 def test_the_cache_is_verified_when_asked_and_mended_as_the_error_says(hub):

@@ -198,22 +198,33 @@ def test_lacks_in_sentences():
 
 
 def test_downloaded_bytes_in_a_hub_cache(tmp_path):
-    def cached(repo, size):
+    def cached(repo, commit, file, size):
         folder = tmp_path / f"models--{repo.replace('/', '--')}"
-        snapshot = folder / "snapshots" / ("0" * 40)
-        snapshot.mkdir(parents=True)
-        (folder / "blobs").mkdir()
-        (folder / "refs").mkdir()
-        (folder / "refs" / "main").write_text("0" * 40)
-        (folder / "blobs" / "b").write_bytes(b"x" * size)
-        (snapshot / "model.safetensors").symlink_to(folder / "blobs" / "b")
+        snapshot = folder / "snapshots" / commit
+        for each in (snapshot, folder / "blobs", folder / "refs"):
+            each.mkdir(parents=True, exist_ok=True)
+        blob = folder / "blobs" / f"{commit}{file}"
+        with blob.open("wb") as sparse:
+            sparse.truncate(size)
+        (snapshot / file).symlink_to(blob)
+        return folder
 
     profile = profiles.load_profile("1x24gb")
+    llama, falcon = profile.llama_chat, profile.falcon
     assert profiles.downloaded_bytes(profile, tmp_path / "absent") == 0
-    cached("tiiuae/falcon-7b", 1000)
-    cached("meta-llama/Llama-2-7b-chat-hf", 200)
-    cached("somebody/else", 50)
-    assert profiles.downloaded_bytes(profile, tmp_path) == 1200
+    cached(llama.id, llama.revision, "model-00001-of-00002.safetensors", 200)
+    cached("somebody/else", llama.revision, "model.safetensors", 50)
+    folder = cached(falcon.id, "1" * 40, "model.safetensors", 1000)
+    (folder / "refs" / "main").write_text("1" * 40)
+    main = dataclasses.replace(profile, falcon=dataclasses.replace(falcon, revision="main"))
+    assert profiles.downloaded_bytes(main, tmp_path) == 1200
+    cached(falcon.id, "2" * 40, "model.safetensors", 3000)
+    cached(llama.id, llama.revision, "pytorch_model-00001-of-00002.bin", 10**9)
+    assert profiles.downloaded_bytes(main, tmp_path) == 1200, "another revision, another format"
+    gone = cached(llama.id, llama.revision, "model-00002-of-00002.safetensors", 10**12)
+    assert profiles.downloaded_bytes(main, tmp_path) == 1000 + llama.download_bytes
+    (gone / "blobs" / f"{llama.revision}model-00002-of-00002.safetensors").unlink()
+    assert profiles.downloaded_bytes(main, tmp_path) == 1200
     assert profiles.downloaded_bytes(profiles.load_profile("laptop"), tmp_path) == 0
 
 

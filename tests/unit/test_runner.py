@@ -6,22 +6,29 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import save_file
+from typer.testing import CliRunner
 
-from helpers import runner
-from helpers.runner import execution, folder, manifest, supervision
+from helpers import cli, profiles, runner
+from helpers.profiles import load_profile
+from helpers.runner import execution, fetching, folder, manifest, supervision
 from helpers.runner.display import PlainLines, describe, table
 from helpers.runner.parameters import cells_hash, declared_parameters, parse_parameters, plan_run, select
 from helpers.runner.processes import Family, kill_marked, marked, new_mark
 from helpers.runner.redaction import find_secrets, redact, sweep
 from helpers.runner.rendering import clean, source_notebook
 from helpers.types import Budget, ModelRef, Profile, Requirement
+from tests.unit.test_loading_at_scale import Hub
 
 TOKEN = "hf_sentinel123"
 DEFAULTS = 'profile = "laptop"\nseed = 0\nrate = 0.5\nname = "x"\nquick = True\nitems = [1]\nfree = None'
@@ -677,6 +684,169 @@ def test_the_manifest_names_the_commit_of_a_hub_model_that_the_run_downloaded(tm
     assert seen == [None]
     assert {model["commit"] for model in models.values()} == {commit}
     assert manifest.hub_commit(make_profile(source="embedded").models["falcon"]) is None
+
+
+# --- models of a hub --------------------------------------------------------------------------------------------------
+
+LOADS = (
+    "import json, os\nfrom pathlib import Path\nfrom helpers import loading, types\n"
+    "settings = types.ModelRef('org/tiny', 'falcon', 'plain', revision='main')\n"
+    "commit = loading.resolve(settings).name  # settings.falcon\n"
+    "assert commit == os.environ.get('EXPECTED_COMMIT', commit), commit"
+)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on this machine with one small model, and an empty cache, for this process and those it starts."""
+    from huggingface_hub import constants
+
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file({"weight": torch.zeros(50_000)}, source / "model.safetensors")
+    (source / "config.json").write_text("{}")
+    handler = type("Served", (Hub,), {"folder": source, "asked": [], "breaks": {}})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    for name, value in {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(manifest, "DETECT", "raise SystemExit(1)")
+    handler.cache = cache / "models--org--tiny"
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+def hub_profile(*names):
+    ref = ModelRef("org/tiny", "falcon", "plain", revision="main", download_bytes=200_000)
+    return replace(make_profile(*names), falcon=ref, falcon_chat=ref, llama_chat=ref)
+
+
+@pytest.mark.slow
+def test_models_are_fetched_before_the_first_notebook_and_kept_at_their_commit(hub, tmp_path, monkeypatch, capfd):
+    make_notebook(tmp_path / "notebooks", "00_a", LOADS)
+    make_notebook(tmp_path / "notebooks", "01_b", LOADS, "assert Path('mended').exists()")
+    during = []
+    note = lambda: during.append(status_of(tmp_path / "run")["notebooks"]["00_a"]["status"])  # noqa: E731
+    hub.before_sending = staticmethod(note)
+    profile, again = hub_profile("00_a", "01_b"), {"notebooks": tmp_path / "notebooks", "console": quiet()}
+    monkeypatch.setenv("EXPECTED_COMMIT", hub.SHA)
+    first = runner.run(profile, folder=tmp_path / "run", **again)
+    assert first.passed == ("00_a",)
+    assert set(during) == {"pending"}
+    assert "tiny: ready, 0.2 MiB, " in (said := capfd.readouterr().out)
+    assert f"commit {hub.SHA}" in said
+    written = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert written["commits"] == {"org/tiny": hub.SHA}
+    assert written["models"]["falcon"]["commit"] == hub.SHA
+    assert [name for name, _ in hub.asked if name.endswith("safetensors")] == ["model.safetensors"]
+    # The branch moves on; what is resumed stays where the run was.
+    earlier, hub.SHA = hub.SHA, "b" * 40
+    (tmp_path / "notebooks" / "mended").touch()
+    assert runner.run(profile, resume=tmp_path / "run", **again).ok
+    written = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert written["commits"] == {"org/tiny": earlier}
+    assert {model["commit"] for model in written["models"].values()} == {earlier}
+    assert [path.name for path in (hub.cache / "snapshots").iterdir()] == [earlier]
+    # A new run takes what the branch is now.
+    monkeypatch.setenv("EXPECTED_COMMIT", hub.SHA)
+    assert runner.run(profile, folder=tmp_path / "new", **again).ok
+
+
+def test_a_model_that_cannot_be_had_stops_the_run_before_the_first_notebook(hub, tmp_path):
+    hub.gated = True
+    make_notebook(tmp_path / "notebooks", "00_a", LOADS)
+    arguments = {"notebooks": tmp_path / "notebooks", "folder": tmp_path / "run", "console": quiet()}
+    with pytest.raises(
+        runner.RunError, match=r"licence must be accepted.*Then go on with: workbook run --resume"
+    ) as at:
+        runner.run(hub_profile("00_a"), **arguments)
+    assert at.value.exit_code == 1
+    status = status_of(tmp_path / "run")
+    assert (status["state"], status["notebooks"]["00_a"]["status"]) == ("interrupted", "pending")
+
+
+def test_the_command_fetches_the_models_of_a_profile_or_says_why_not(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(profiles, "load_profile", lambda _: hub_profile())
+    hub.gated = True
+    refused = CliRunner().invoke(cli.app, ["fetch", "--profile", "8x80gb"])
+    assert refused.exit_code == 1
+    assert "licence must be accepted" in refused.stderr
+    hub.gated = False
+    assert CliRunner().invoke(cli.app, ["fetch", "--profile", "8x80gb"]).exit_code == 0
+    assert (hub.cache / "snapshots" / hub.SHA / "model.safetensors").stat().st_size > 200_000
+    assert runner.fetch(hub_profile()) == {"org/tiny": hub.SHA}
+
+
+def test_an_interruption_ends_a_download_at_once_and_leaves_a_run_to_resume(hub, tmp_path):
+    """The first file comes whole; of the second, a hub that has gone silent sends a part."""
+    silent = threading.Event()
+
+    def stall(self, file):
+        if self.command == "GET" and file.suffix == ".safetensors":
+            data = file.read_bytes()
+            self.send_response(200)
+            for name, value in {"Content-Length": len(data), "ETag": f'"{self.etag(file)}"'}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(data[:150_000])
+            os.kill(os.getpid(), signal.SIGINT)
+            silent.wait(60)
+            return None
+        return Hub.send_file(self, file)
+
+    hub.send_file = stall
+    make_notebook(tmp_path / "notebooks", "00_a", LOADS)
+    start = time.monotonic()
+    try:
+        arguments = {"notebooks": tmp_path / "notebooks", "folder": tmp_path / "run", "console": quiet()}
+        result = runner.run(hub_profile("00_a"), **arguments)
+    finally:
+        silent.set()
+    assert result.interrupted
+    assert time.monotonic() - start < 45
+    assert not result.ok
+    assert status_of(tmp_path / "run")["state"] == "interrupted"
+    assert processes_with(fetching.MAIN) == []
+    assert [path.name for path in (hub.cache / "snapshots" / hub.SHA).iterdir()] == ["config.json"]
+    assert not list(hub.cache.rglob("*.incomplete"))
+    del hub.send_file
+    assert fetching.fetch(hub_profile("00_a"), ["falcon"]) == {"org/tiny": hub.SHA}
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_nothing_is_fetched_for_a_notebook_that_names_no_model_nor_for_models_that_are_here(
+    tmp_path, monkeypatch, offline
+):
+    monkeypatch.setattr(execution, "fetch", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(execution, "supervise", lambda *_: supervision.Progress(time.monotonic()))
+    monkeypatch.setattr(manifest, "DETECT", "raise SystemExit(1)")
+    make_notebook(tmp_path, "00_a", "settings.falcon" if offline else "falcon = 1")
+    profile = make_profile("00_a") if offline else hub_profile("00_a")
+    assert runner.run(profile, notebooks=tmp_path, folder=tmp_path / "run", console=quiet()).ok
+
+
+def test_the_models_that_the_notebooks_name_are_known():
+    profile, notebooks = load_profile("8x80gb"), execution.NOTEBOOKS
+    found = {path.stem[:2]: fetching.named_roles(profile, [path]) for path in notebooks.glob("*.ipynb")}
+    assert found == {
+        "00": [],
+        "01": ["falcon"],
+        "02": ["falcon", "llama_chat"],
+        "03": ["falcon", "falcon_chat"],
+        "04": ["falcon_chat", "llama_chat"],
+        "05": ["falcon_chat"],
+    }
+    assert fetching.named_roles(profile, notebooks.glob("*.ipynb")) == list(profile.models)
 
 
 def test_the_manifest_hashes_a_packaged_model(tmp_path, monkeypatch):
