@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from helpers.memory import place, published_config, published_models
 from helpers.progress import bar_class, bars, human, waiting, weights_bar
 from helpers.prompts import format_for
 from helpers.quantization import (
+    QuantizationError,
     bnb_config,
     falcon_repair,
     keep_unpacked,
@@ -30,6 +32,7 @@ from helpers.quantization import (
     stored_bytes,
     verify_against_checkpoint,
     verify_quantized,
+    was_repacked,
     weights_in,
 )
 from helpers.shards import LoadError, Shards, file_hash
@@ -46,10 +49,10 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "bfl
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 DeviceMap = str | dict[str, int | str]
 TOKENS = "https://huggingface.co/settings/tokens"
+VERIFIED = "workbook-verified.txt"  # in a model's folder of the Hugging Face cache: the blobs that were hashed here
 
 
 def load(
-VERIFIED = "workbook-verified.txt"  # in a model's folder of the Hugging Face cache: the blobs that were hashed here
     ref: ModelRef,
     precision: str = "bf16",
     *,
@@ -65,9 +68,8 @@ VERIFIED = "workbook-verified.txt"  # in a model's folder of the Hugging Face ca
     the GPU of its local rank. ``offload`` lets what the GPUs do not hold lie in memory and on disk, which is slow and
     not for int8 and nf4. ``verify`` hashes the files first, as far as hashes are recorded (``shards.verify``): unless
     given, where the checkpoint's index records them. The parts that int8 and nf4 do not quantize are in bfloat16.
-    ``double_quant``: see ``bnb_config``; a checkpoint that is quantized already stays as it is. ``unpacked``: see
-    ``keep_unpacked``, for training and merging. Only safetensors are read and no code of a repository is run; nothing
-    is written but into the download's cache.
+    ``double_quant``: see ``bnb_config``; what is quantized already stays as it is. ``unpacked``: see ``keep_unpacked``.
+    Only safetensors are read, no code of a repository is run, and nothing is written but the download's cache.
 
     Memory of this process, beside the weights that stay on the CPU (those kept in the type they are stored in are read
     from their files as mapped, which counts as file cache): at most four of the checkpoint's largest tensors in the
@@ -86,7 +88,8 @@ VERIFIED = "workbook-verified.txt"  # in a model's folder of the Hugging Face ca
     places = device_map or _default_device_map(found, precision, offload=offload, double_quant=double_quant)
     repair = falcon_repair() if ref.family == "falcon" and precision in QUANTIZED else nullcontext(False)
     with repair as repaired, _load_errors(ref, checkpoint):
-        model = _verified_model(files, precision, places, double_quant)
+        before = getattr(found, "quantization_config", None) is not None
+        model = _verified_model(files, precision, places, double_quant, quantized_before=before)
         tokenizer = _tokenizer(checkpoint)
     if unpacked:
         keep_unpacked(model)
@@ -146,10 +149,6 @@ def prepare(profile: Profile, *, roles: Collection[str] | None = None, verify: b
         seconds = time.perf_counter() - started
         commit = f", {_commit(ref, folder)}" if ref.source == "hub" else ""
         console.print(f"{ref.label}: ready, {human(size)}, {seconds:.1f} s{commit}", highlight=False, soft_wrap=True)
-
-
-def report_table(loaded: Loaded) -> pd.DataFrame:
-    """The load report for a notebook: property and value."""
         commits |= {ref.id: folder.name} if ref.source == "hub" else {}
     return commits
 
@@ -165,6 +164,27 @@ def is_here(ref: ModelRef) -> bool:
     except (LocalEntryNotFoundError, LoadError):
         return False
     return (Path(folder) / "config.json").exists()
+
+
+def save(loaded: Loaded, folder: Path) -> ModelRef:
+    """Write a model, quantized or not, with its tokenizer, and return where ``load`` finds it, in its precision only.
+
+    Raises QuantizationError for nf4 weights that a forward pass on this processor repacked: their scales are rounded to
+    bfloat16 by then, and so what is saved would not be what was loaded.
+    """
+    if was_repacked(loaded.model):
+        raise QuantizationError(
+            f"{loaded.ref.label} has been run since it was loaded, which repacked its nf4 weights. Save it before its "
+            "first forward pass, or load it with unpacked=True."
+        )
+    with bars(bar_class()):
+        loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return replace(loaded.ref, id=str(Path(folder).absolute()), source="embedded", file=None, revision=None)
+
+
+def report_table(loaded: Loaded) -> pd.DataFrame:
+    """The load report for a notebook: property and value."""
     import pandas as pd
 
     report = loaded.report
@@ -302,6 +322,7 @@ def _from_hub(ref: ModelRef) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import DryRunError
+    from huggingface_hub.file_download import repo_folder_name
 
     repo = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=ref.id, repo_type="model")
     wanted = {"revision": _revision(ref), "allow_patterns": HUB_FILES, "tqdm_class": bar_class()}
@@ -315,28 +336,6 @@ def _from_hub(ref: ModelRef) -> Path:
     return folder
 
 
-def _check_disk(ref: ModelRef, files: Iterable[DryRunFileInfo]) -> None:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    needed = sum(file.file_size or 0 for file in files if file.will_download)
-    free = hardware.disk_free(Path(HF_HUB_CACHE))
-    from huggingface_hub.file_download import repo_folder_name
-    if needed > free:
-        raise LoadError(
-            f"{ref.label} needs {human(needed)} more on disk, and {HF_HUB_CACHE} has {human(free)}. "
-            "Free some space, or set HF_HOME to a folder on a larger disk."
-        )
-
-
-@contextmanager
-def _full_disk(ref: ModelRef, variable: str, folder: Path) -> Iterator[None]:
-    """Turn the errors of a disk that fills up into LoadErrors; ``variable`` names the folder in the environment."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # Rust libraries give the system's text alone
-        if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
 def _revision(ref: ModelRef) -> str | None:
     """What to ask the hub for: the commit that a run keeps to, else the profile's revision."""
     return json.loads(os.environ.get("WORKBOOK_REVISIONS") or "{}").get(ref.id, ref.revision)
@@ -382,6 +381,27 @@ def _keep_verified(repo: Path, blobs: Iterable[str]) -> None:
     partial.replace(repo / VERIFIED)
 
 
+def _check_disk(ref: ModelRef, files: Iterable[DryRunFileInfo]) -> None:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    needed = sum(file.file_size or 0 for file in files if file.will_download)
+    free = hardware.disk_free(Path(HF_HUB_CACHE))
+    if needed > free:
+        raise LoadError(
+            f"{ref.label} needs {human(needed)} more on disk, and {HF_HUB_CACHE} has {human(free)}. "
+            "Free some space, or set HF_HOME to a folder on a larger disk."
+        )
+
+
+@contextmanager
+def _full_disk(ref: ModelRef, variable: str, folder: Path) -> Iterator[None]:
+    """Turn the errors of a disk that fills up into LoadErrors; ``variable`` names the folder in the environment."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # Rust libraries give the system's text alone
+        if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
             raise
         raise LoadError(
             f"{ref.label}: the disk of {folder} is full. Free some space, or set {variable} to a folder on a larger "
@@ -485,37 +505,16 @@ def _placed(
 
 def _default_device_map(config: PreTrainedConfig, precision: str, **options: bool) -> dict[str, int | str]:
     """This machine's; of several processes (torchrun) on GPUs, each its own; in a rehearsal all devices are the CPU."""
-    machine = hardware.detect()
-    device_map = device_map_for(config, precision, machine, **options)
-    return dict.fromkeys(device_map, "cpu") if machine.rehearsed else device_map
-
-
-def _checked_files(checkpoint: Path, verify: bool | None) -> Shards:
-    """The checkpoint's files, all whole; hashed where asked to, or where the index records hashes."""
-    files = shards.inspect(checkpoint)
-    if (verify or (verify is None and files.hashes)) and (wrong := shards.verify(checkpoint)):
-        raise LoadError(shards.damaged(checkpoint, wrong))
-    return files
-
-
-def _verified_model(files: Shards, precision: str, device_map: DeviceMap, double_quant: bool) -> PreTrainedModel:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    dtype = getattr(torch, DTYPES[precision])
-    draw = weights_bar(files.files, files.sizes, lambda name: _device_name(_place(name, device_map)))
     import torch
 
     several = int(os.environ.get("WORLD_SIZE") or "1") > 1
     if several and not os.environ.get("WORKBOOK_REHEARSAL") and torch.cuda.is_available():
         return _on_own_gpu(config, precision, **options)
-    with bars(draw):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            files.folder,
-            dtype=dtype,
-            device_map=device_map,
-            quantization_config=bnb_config(precision, dtype, double_quant=double_quant),
-            use_safetensors=True,
+    machine = hardware.detect()
+    device_map = device_map_for(config, precision, machine, **options)
+    return dict.fromkeys(device_map, "cpu") if machine.rehearsed else device_map
+
+
 def _on_own_gpu(config: PreTrainedConfig, precision: str, **options: bool) -> dict[str, int | str]:
     """The map of one of several processes: the GPU of its local rank, and no other, which is not even looked at."""
     import torch
@@ -531,10 +530,37 @@ def _on_own_gpu(config: PreTrainedConfig, precision: str, **options: bool) -> di
     return {"": own} if set(found.values()) == {0} else {name: own if at == 0 else at for name, at in found.items()}
 
 
+def _checked_files(checkpoint: Path, verify: bool | None) -> Shards:
+    """The checkpoint's files, all whole; hashed where asked to, or where the index records hashes."""
+    files = shards.inspect(checkpoint)
+    if (verify or (verify is None and files.hashes)) and (wrong := shards.verify(checkpoint)):
+        raise LoadError(shards.damaged(checkpoint, wrong))
+    return files
+
+
+def _verified_model(
+    files: Shards, precision: str, device_map: DeviceMap, double_quant: bool, *, quantized_before: bool
+) -> PreTrainedModel:
+    """Load, check and prove; a checkpoint that is quantized already brings its own configuration."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, DTYPES[precision])
+    options: dict[str, Any] = {}
+    if not quantized_before:  # given as None, it would hide the checkpoint's own
+        options = {"quantization_config": bnb_config(precision, dtype, double_quant=double_quant)}
+    draw = weights_bar(files.files, files.sizes, lambda name: _device_name(_place(name, device_map)))
+    with bars(draw):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            files.folder,
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **options,
         )
     problems = [
         *_weight_problems(info),
@@ -562,7 +588,6 @@ def _tokenizer(folder: Path, **options: str) -> PreTrainedTokenizerBase:
 
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
 
-            **options,
 
 @contextmanager
 def _load_errors(ref: ModelRef, checkpoint: Path) -> Iterator[None]:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,27 @@ _KNOWN_NOISE = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
 }
 _REPAIR = threading.RLock()
+OUTLIER = 6.0  # LLM.int8()'s threshold, bitsandbytes' and transformers' default
+NF4_TAIL = 0.9677083  # the outermost quantile of the nf4 code: (1 - 1/32 + 1 - 1/30) / 2, QLoRA's appendix E
 
 
 class QuantizationError(WorkbookError):
     """The weights are not stored in the precision that was asked for."""
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What storing one matrix in a precision costs: relative errors (Frobenius norm) against exact arithmetic.
+
+    weight: of the stored values; output: of the layer's result for real inputs. ``outliers``: how many of the
+    ``columns`` of those inputs hold a magnitude of ``OUTLIER`` or more.
+    """
+
+    layer: str
+    weight: float
+    output: float
+    outliers: int
+    columns: int
 
 
 def quiet_bitsandbytes() -> None:
@@ -141,8 +159,16 @@ def keep_unpacked(model: PreTrainedModel) -> None:
 def may_repack(model: PreTrainedModel) -> bool:
     """True where an inference would repack nf4 weights in place, or has: see ``keep_unpacked``."""
     layers = [module for module in model.modules() if _is_4bit(module) and module.weight.device.type == "cpu"]
-    packed = (getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
-    return any(layer.support_avx512bf16_for_cpu for layer in layers) or any(packed)
+    return any(layer.support_avx512bf16_for_cpu for layer in layers) or was_repacked(model)
+
+
+def was_repacked(model: PreTrainedModel) -> bool:
+    """True where an inference has repacked nf4 weights in place and rounded their scales to bfloat16."""
+    return any(_is_4bit(module) and _is_packed(module) for module in model.modules())
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return bool(getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False))
 
 
 def weights_in(parameter: nn.Parameter) -> int:
@@ -186,7 +212,7 @@ def verify_against_checkpoint(model: PreTrainedModel, checkpoint: Path, layer: s
     """
     layer = layer or min(quantized_layers(model), key=lambda name: weights_in(model.get_submodule(name).weight))
     module = model.get_submodule(layer)
-    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+    if _is_packed(module):
         raise QuantizationError(f"{layer} was repacked by a forward pass: verify right after loading")
     source = _checkpoint_tensor(checkpoint, f"{layer}.weight").to(module.weight.device)
     if not source.is_floating_point():
@@ -199,6 +225,90 @@ def verify_against_checkpoint(model: PreTrainedModel, checkpoint: Path, layer: s
             "Load the model again; if it happens again, this file or this machine is damaged."
         )
     return share
+
+
+def nf4_code() -> list[float]:
+    """The 16 values of nf4: quantiles of the normal distribution, scaled so that the ends are -1 and 1.
+
+    Eight probabilities evenly spaced from the tail to the middle give the negative half with its zero, nine the
+    positive one (QLoRA, arXiv 2305.14314, section 3 and appendix E; bitsandbytes' ``create_normal_map``).
+    """
+    import numpy as np
+    from scipy.stats import norm
+
+    negative, positive = (norm.ppf(np.linspace(NF4_TAIL, 0.5, count))[:-1] for count in (8, 9))
+    values = [*-negative, 0.0, *positive[::-1]]
+    return [float(value / positive[0]) for value in values]
+
+
+def dequantized_weight(module: nn.Module) -> torch.Tensor:
+    """A copy of a linear layer's weight in float32 (outputs, inputs), whatever it is stored in.
+
+    Raises QuantizationError for an nf4 weight that a forward pass repacked: see ``keep_unpacked``.
+    """
+    import torch
+
+    if not (_is_4bit(module) or _is_8bit(module)):
+        return module.weight.detach().float()
+    if _is_8bit(module):
+        return module.weight.data.float() * _row_scales(module).view(-1, 1) / 127
+    if _is_packed(module):
+        raise QuantizationError("a forward pass repacked this weight: load the model with unpacked=True")
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = copy.copy(module.weight.quant_state)
+    state.dtype = torch.float32
+    return dequantize_4bit(module.weight.data, state)
+
+
+def layer_errors(reference: PreTrainedModel, model: PreTrainedModel, ids: torch.Tensor) -> list[LayerError]:
+    """The error of each linear layer of ``model`` alone: its inputs are those that it has in ``reference``.
+
+    ``ids`` (1, tokens) is the text that is read. The exact result is the product of the reference's weight and inputs
+    in float32; a layer in bf16 has an output error too, that of rounding. Weights come first, because a forward pass
+    may repack them; the model is not run as a whole. Both models are of one checkpoint.
+    Raises QuantizationError as ``dequantized_weight`` does.
+    """
+    import torch
+    from torch.nn.functional import linear
+
+    names = quantizable_layers(reference)
+    inputs, rows = _layer_inputs(reference, names, ids), []
+    for name in names:
+        source, layer, given = (
+            reference.get_submodule(name).weight.detach().float(),
+            model.get_submodule(name),
+            inputs[name],
+        )
+        stored = _relative_error(dequantized_weight(layer), source)
+        with torch.inference_mode():
+            output = _relative_error(layer(given.to(layer.weight.device)).float(), linear(given.float(), source))
+        columns = given.abs().flatten(0, -2).amax(0)
+        rows.append(LayerError(name, stored, output, int((columns >= OUTLIER).sum()), len(columns)))
+    return rows
+
+
+def _layer_inputs(model: PreTrainedModel, names: list[str], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What each of these layers is given while the model reads ``ids``."""
+    import torch
+
+    inputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda layer, given: inputs.update({name: given[0].detach()})
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    try:
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs
+
+
+def _relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((value.to(exact.device) - exact).norm() / exact.norm()).item()
 
 
 def _is_4bit(module: nn.Module) -> bool:
@@ -291,11 +401,8 @@ def _error_share(module: nn.Module, source: torch.Tensor) -> float:
 def _dequantized_4bit(module: nn.Module, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(the weight in float32, the error allowed for each of its values)."""
     import torch
-    from bitsandbytes.functional import dequantize_4bit
 
-    state = copy.copy(module.weight.quant_state)
-    state.dtype = torch.float32
-    stored = dequantize_4bit(module.weight.data, state)
+    state, stored = module.weight.quant_state, dequantized_weight(module)
     flat = source.flatten()
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % state.blocksize)).view(-1, state.blocksize)
     largest = blocks.abs().amax(dim=1)
@@ -307,7 +414,7 @@ def _dequantized_4bit(module: nn.Module, source: torch.Tensor) -> tuple[torch.Te
 
 def _dequantized_8bit(module: nn.Module, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(the weight in float32, the error allowed for each of its values). The library rounds to float16 first."""
-    stored = module.weight.data.float() * _row_scales(module).view(-1, 1) / 127
+    stored = dequantized_weight(module)
     largest = source.abs().amax(dim=1, keepdim=True)
     return stored, _with_slack(largest * (0.5 / 127 + 2**-11), largest)
 

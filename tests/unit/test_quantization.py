@@ -1,30 +1,39 @@
 """Quantization against bitsandbytes and bytes counted by hand; the proof against every way to fail it."""
 
+import ast
 import copy
 import logging
 import threading
+from functools import cache
 
 import bitsandbytes as bnb
+import jupytext
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.falcon import modeling_falcon
 
-from helpers import quantization
+from helpers import loading, quantization
+from helpers.profiles import load_profile
 from helpers.quantization import (
     QuantizationError,
     bnb_config,
+    dequantized_weight,
     falcon_repair,
     keep_unpacked,
+    layer_errors,
     needs_repair,
+    nf4_code,
     quantizable_layers,
     quantized_layers,
     quiet_bitsandbytes,
     stored_bytes,
     verify_against_checkpoint,
     verify_quantized,
+    was_repacked,
 )
+from helpers.types import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = [
@@ -204,6 +213,10 @@ def broken_by_one_plain_layer(model):
     model.set_submodule(FIRST, torch.nn.Linear(64, 128, bias=False))
 
 
+def broken_by_one_layer_left_in_bf16(model):
+    model.set_submodule(FIRST, falcon().to(torch.bfloat16).get_submodule(FIRST))
+
+
 def broken_by_fp4(model):
     model.get_submodule(FIRST).weight.quant_state.quant_type = "fp4"
 
@@ -255,7 +268,7 @@ BROKEN = [
     *[
         (precision, how)
         for precision in ("nf4", "int8")
-        for how in (broken_by_one_plain_layer, broken_by_transposition)
+        for how in (broken_by_one_plain_layer, broken_by_one_layer_left_in_bf16, broken_by_transposition)
     ],
     *[("int8", how) for how in (broken_by_half_the_bytes, broken_by_other_storage)],
     *[("int8", how) for how in (broken_by_meta, broken_by_missing_row_scales, broken_by_fewer_row_scales)],
@@ -418,3 +431,232 @@ def test_known_noise_is_dropped_and_the_rest_is_not(checkpoint, caplog):
         assert logging.getLogger(name).filters.count(quantization._not_known_noise) == 1
         logging.getLogger(name).warning("something new")
     assert caplog.text.count("something new") == 2
+
+
+# The notebook's lines of torch
+
+
+@cache
+def by_hand(name):
+    """A function that notebook 02 defines, with the constants it uses."""
+    cells = jupytext.read(ROOT / "notebooks/source/02_quantization.py")["cells"]
+    code = [ast.parse(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    wanted = (ast.FunctionDef, ast.Assign)
+    names = {"absmax_int8", "int8_product", "nf4", "double_quantized", "SQUARE"}
+    body = [
+        node
+        for tree in code
+        for node in tree.body
+        if isinstance(node, wanted) and (getattr(node, "name", None) or getattr(node.targets[0], "id", "")) in names
+    ]
+    namespace = {"torch": torch}
+    exec(compile(ast.Module(body, []), "notebook 02", "exec"), namespace)
+    return namespace[name]
+
+
+@pytest.fixture(scope="module")
+def mini():
+    """falcon-mini in bf16."""
+    return loading.load(load_profile().falcon, "bf16")
+
+
+def drawn(*shape, spread=0.02, seed=0, tails=False):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(*shape, generator=generator)
+    return ((values**3 if tails else values) * spread).to(torch.bfloat16)
+
+
+MATRICES = {
+    "normal": drawn(96, 128),
+    "heavy tails": drawn(64, 256, tails=True),
+    "large values": drawn(32, 64, spread=40.0),
+    "one row": drawn(1, 64),
+}
+matrices = pytest.mark.parametrize("weight", MATRICES.values(), ids=MATRICES.keys())
+
+
+@matrices
+def test_nf4_by_hand_is_bitsandbytes(weight):
+    packed, scales = by_hand("nf4")(weight, bnb.functional.get_4bit_type("nf4", device="cpu"))
+    theirs, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    assert torch.equal(packed, theirs)
+    assert torch.equal(scales, state.absmax)
+
+
+def test_all_of_falcon_mini_by_hand_is_bitsandbytes(mini):
+    """nf4 codes and scales, both levels of double quantization, int8 codes and scales: 32 matrices, bit for bit."""
+    for name in quantizable_layers(mini.model):
+        weight = mini.model.get_submodule(name).weight.detach()
+        theirs, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        packed, scales = by_hand("nf4")(weight, state.code)
+        codes, largest, mean = by_hand("double_quantized")(scales, state.state2.code)
+        assert torch.equal(packed, theirs), name
+        assert torch.equal(codes, state.absmax), name
+        assert torch.equal(largest, state.state2.absmax), name
+        assert torch.equal(mean, state.offset), name
+        ours = by_hand("absmax_int8")(weight.half().float())
+        for mine, other in zip(ours, bnb.functional.int8_vectorwise_quant(weight.half())[:2], strict=True):
+            assert torch.equal(mine, other), name
+
+
+def test_without_the_table_of_places_some_scales_of_scales_differ(mini):
+    differing = total = 0
+    for name in quantizable_layers(mini.model):
+        weight = mini.model.get_submodule(name).weight.detach()
+        _, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        scales = weight.float().view(-1, 64).abs().amax(1)
+        plain, _, _ = by_hand("double_quantized")(scales, state.state2.code, table=0)
+        differing, total = differing + (plain != state.absmax).sum().item(), total + len(plain)
+    assert 0 < differing < total / 100
+
+
+@matrices
+@pytest.mark.parametrize("outliers", [0, 3])
+def test_the_int8_product_by_hand_is_bitsandbytes(weight, outliers):
+    x = drawn(9, weight.shape[1], spread=1.0, seed=1)
+    x[2:5, 7 : 7 + outliers] = torch.tensor([6.0, -50.0, 7.5], dtype=x.dtype)[:outliers]
+    layer = bnb.nn.Linear8bitLt(*weight.shape[::-1], bias=False, has_fp16_weights=False, threshold=6.0).eval()
+    layer.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False).to("cpu")
+    with torch.inference_mode():
+        theirs = layer(x.clone())
+    product = by_hand("int8_product")
+    assert torch.equal(product(x, weight), theirs)
+    if outliers:
+        exact = x.float() @ weight.float().T
+        errors = [(product(x, weight, threshold).float() - exact).norm() for threshold in (6.0, 1e9)]
+        assert errors[0] < errors[1]
+
+
+# The codebook, and errors layer by layer
+
+
+def test_the_codebook_is_the_published_one():
+    """QLoRA, arXiv 2305.14314, appendix E."""
+    published = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
+    published += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
+    published += [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941]
+    published += [0.7229568362236023, 1.0]
+    assert nf4_code() == pytest.approx(published, abs=2e-7)
+    assert bnb.functional.get_4bit_type("nf4", device="cpu").tolist() == pytest.approx(published, abs=0)
+
+
+@pytest.mark.parametrize("options", [{"precision": "nf4"}, {"precision": "nf4", "double_quant": True}])
+def test_dequantized_nf4_is_bitsandbytes(checkpoint, options):
+    weight = repaired_load(checkpoint, **options).get_submodule(FIRST).weight
+    module = repaired_load(checkpoint, **options).get_submodule(FIRST)
+    ours, theirs = dequantized_weight(module), bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours.to(torch.bfloat16), theirs)
+
+
+def test_dequantized_int8_is_the_same_before_and_after_a_forward_pass(checkpoint):
+    model = repaired_load(checkpoint, "int8")
+    before = dequantized_weight(model.get_submodule(FIRST))
+    source = load_file(checkpoint / "model.safetensors")[f"{FIRST}.weight"].float()
+    assert ((before - source).abs() <= source.abs().amax(1, keepdim=True) * 0.51 / 127).all()
+    logits(model)
+    assert torch.equal(dequantized_weight(model.get_submodule(FIRST)), before)
+    assert torch.equal(dequantized_weight(plain_load(checkpoint).get_submodule(FIRST)), source)
+
+
+@packs
+def test_a_repacked_weight_is_not_dequantized(checkpoint):
+    model = repaired_load(checkpoint, "nf4")
+    assert not was_repacked(model)
+    logits(model)
+    assert was_repacked(model)
+    with pytest.raises(QuantizationError, match="unpacked=True"):
+        dequantized_weight(model.get_submodule(FIRST))
+
+
+def test_layer_errors_are_those_of_each_layer_alone(checkpoint):
+    """Against a product of bitsandbytes' dequantized weight with inputs seen by a hook of the test's own."""
+    reference, model, seen = plain_load(checkpoint), repaired_load(checkpoint, "nf4"), {}
+    name = LAYERS[-1]
+    layer = reference.get_submodule(name)
+    layer.register_forward_hook(lambda module, given, output: seen.update(x=given[0].clone()))
+    rows = layer_errors(reference, model, IDS)
+    assert [row.layer for row in rows] == LAYERS
+    source = layer.weight.float()
+    restored = bnb.functional.dequantize_4bit(*bnb.functional.quantize_4bit(source, quant_type="nf4"))
+    assert rows[-1].weight == pytest.approx(((restored - source).norm() / source.norm()).item(), rel=1e-4)
+    exact, wrong = seen["x"].float() @ source.T, seen["x"].float() @ restored.T
+    assert rows[-1].output == pytest.approx(((wrong - exact).norm() / exact.norm()).item(), rel=0.05)
+    assert rows[-1].outliers == int((seen["x"].abs() >= 6).any(1).sum())
+    assert rows[-1].columns == 256
+
+
+def test_layer_errors_of_a_model_against_itself_are_those_of_rounding(checkpoint):
+    exact, rounded = (plain_load(checkpoint, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    for row in layer_errors(exact, exact, IDS):
+        assert row.weight == 0
+        assert row.output < 1e-6
+    for row in layer_errors(rounded, rounded, IDS):
+        assert row.weight == 0
+        assert 1e-4 < row.output < 2**-8  # half a step of bfloat16 is 2^-9 at most
+
+
+def test_layer_errors_leave_no_hook_behind_after_a_failure(checkpoint):
+    model = plain_load(checkpoint)
+    with pytest.raises(IndexError):
+        layer_errors(model, model, IDS + 1000)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+# Saving and loading again
+
+
+@pytest.mark.parametrize(
+    "options", [{"precision": "int8"}, {"precision": "nf4"}, {"precision": "nf4", "double_quant": True}]
+)
+def test_a_saved_model_is_loaded_with_the_same_logits(mini, tmp_path, options, recwarn):
+    small = loading.load(mini.ref, **options)
+    ref = loading.save(small, tmp_path / "small")
+    again = loading.load(ref, options["precision"])
+    verify_quantized(again.model, options["precision"])
+    assert again.report.quantized_layers == again.report.linear_layers == 32
+    assert again.report.stored_bytes == small.report.stored_bytes
+    assert torch.equal(logits(again.model), logits(small.model))
+    assert again.tokenizer.get_vocab() == small.tokenizer.get_vocab()
+    assert not [one for one in recwarn if "quantization_config" in str(one.message)]
+
+
+def test_an_unquantized_model_is_saved_too(mini, tmp_path):
+    ref = loading.save(mini, tmp_path / "copy")
+    assert ref.stand_in_for == mini.ref.stand_in_for
+    assert torch.equal(logits(loading.load(ref, "bf16").model), logits(mini.model))
+    assert loading.load(ref, "nf4").report.quantized_layers == 32
+
+
+def test_a_saved_model_is_loaded_in_its_precision_only(mini, tmp_path):
+    ref = loading.save(loading.load(mini.ref, "int8"), tmp_path)
+    for precision in ("bf16", "nf4"):
+        with pytest.raises(loading.LoadError, match="quantized before, and not as"):
+            loading.load(ref, precision)
+
+
+@packs
+def test_nf4_weights_that_have_run_are_not_saved(mini, tmp_path):
+    small = loading.load(mini.ref, "nf4")
+    logits(small.model)
+    with pytest.raises(QuantizationError, match=r"Save it before its first forward pass"):
+        loading.save(small, tmp_path)
+    kept = loading.load(mini.ref, "nf4", unpacked=True)
+    before = logits(kept.model)
+    again = loading.load(loading.save(kept, tmp_path), "nf4", unpacked=True)
+    assert torch.equal(logits(again.model), before)
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_plain_reloading_still_falls_into_the_hole(mini, tmp_path, precision):
+    """Notebook 02 says that an int8 checkpoint loads without an error and fails at its first use, and nf4 raises."""
+    loading.save(loading.load(mini.ref, precision), tmp_path)
+    if precision == "nf4":
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+        return
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu", output_loading_info=True)
+    assert not any(info.values())
+    assert quantized_layers(model) == []
+    with pytest.raises(RuntimeError, match="same dtype"):
+        logits(model)
