@@ -453,3 +453,147 @@ def loss_curve(history: Sequence[Any], steps: int, subject: str, title: str = "L
     if history:
         _legend_on_top(axis)
     return figure
+
+
+@_styled
+def nf4_code(code: Sequence[float], scaled: Any, subject: str, tail: float) -> Figure:
+    """The 16 values of nf4 on the normal density they are quantiles of, over real weights divided by their block's
+    largest.
+
+    ``scaled`` holds these weights (-1 to 1); ``tail`` is the probability below the largest value.
+    """
+    import numpy as np
+    from scipy.stats import norm
+
+    figure, (axis,) = _canvas("The 16 values of nf4, and the weights they stand for", subject, 4.4)
+    axis.hist(np.ravel(scaled), bins=101, range=(-1, 1), density=True, color="#CFE3F1", label="weights / largest of 64")
+    places, deviation = np.linspace(-1.25, 1.25, 400), 1 / norm.ppf(tail)
+    density = norm(scale=deviation)
+    axis.plot(places, density.pdf(places), color=BLACK, linewidth=1.2, label="normal density")
+    axis.vlines(code, 0, density.pdf(code), color=ORANGE, linewidth=2, label="nf4 values")
+    for number, value in enumerate(code):
+        axis.annotate(f"{value:.2f}", (value, -0.03 - 0.07 * (number % 2)), ha="center", va="top", fontsize=8)
+    axis.set(xlabel="weight, divided by the largest magnitude of its block", ylabel="density", xlim=(-1.25, 1.25))
+    axis.set_ylim(-0.17, None)
+    axis.set_yticks([tick for tick in axis.get_yticks() if tick >= 0])
+    axis.legend(loc="upper right")
+    return figure
+
+
+@_styled
+def layer_errors(errors: Mapping[str, Sequence[Any]], subject: str) -> Figure:
+    """The error of each matrix by precision, of its weights and of its output: grouped by kind, layer after layer.
+
+    ``errors`` maps a precision to ``quantization.layer_errors``' rows (layer, weight, output). An error of exactly zero
+    has no place on the logarithmic scale and is left out.
+    """
+    figure, axes = _canvas("Relative error of each matrix, alone", subject, 6.2, 2, share_x=True, stacked=True)
+    order = sorted(next(iter(errors.values())), key=lambda row: _kind(row.layer))
+    groups = {kind: len(list(rows)) for kind, rows in itertools.groupby(order, lambda row: _kind(row.layer))}
+    starts = [0, *itertools.accumulate(groups.values())]
+    for axis, (what, title) in zip(
+        axes, {"weight": "weights", "output": "output, for a real text"}.items(), strict=True
+    ):
+        for number, (precision, rows) in enumerate(errors.items()):
+            values = [getattr(row, what) or math.nan for row in sorted(rows, key=lambda row: _kind(row.layer))]
+            for begin, end in itertools.pairwise(starts):
+                label = precision if begin == 0 and not all(map(math.isnan, values)) else None
+                style = {"color": PALETTE[number], "marker": "osD^"[number % 4], "markersize": 4, "label": label}
+                axis.plot(range(begin, end), values[begin:end], **style)
+        axis.set(ylabel="relative error")
+        _logarithmic(axis)
+        axis.set_title(title, loc="left")
+        axis.grid(axis="y")
+        for border in starts[1:-1]:
+            axis.axvline(border - 0.5, color="#BBBBBB", linewidth=1)
+    centres = [(begin + end - 1) / 2 for begin, end in itertools.pairwise(starts)]
+    axes[-1].set_xticks(centres, [f"{kind}\n{count} layers" for kind, count in groups.items()], fontsize=9)
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=len(errors))
+    return figure
+
+
+def _logarithmic(axis: Axes) -> None:
+    """A logarithmic y axis whose ticks are plain numbers: 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(lambda value, _: _short(value))
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
+def _kind(layer: str) -> str:
+    """The matrix's name without the number of its layer: ``transformer.h.3.mlp.dense_h_to_4h`` -> dense_h_to_4h."""
+    return layer.rpartition(".")[-1]
+
+
+@_styled
+def quality_against_bytes(sides: Mapping[str, Sequence[Mapping[str, Any]]], subject: str, margin: float) -> Figure:
+    """What each precision costs in quality (against bf16, with its interval) beside what it leaves of bf16's bytes.
+
+    ``sides`` maps a model's label to rows with ``precision``, ``share`` (of bf16's bytes, 0 to 1 and more) and
+    ``change``, an Interval of the change of the loss in bits a byte. Up to ``margin`` is what "almost no difference"
+    means here; it stands as the published claim.
+    """
+    figure, (axis,) = _canvas("Quality against bytes", subject, 4.8)
+    axis.axhspan(-margin, margin, color="#E5F3EC", label=f"published: “almost no difference” (here ±{margin:g})")
+    axis.axhline(0, color="#888888", linewidth=1)
+    for number, (label, rows) in enumerate(sides.items()):
+        shares = [100 * row["share"] for row in rows]
+        middle = [row["change"].estimate for row in rows]
+        ends = [[abs(row["change"].estimate - getattr(row["change"], end)) for row in rows] for end in ("low", "high")]
+        style = {"fmt": "osD^v"[number % 5], "color": PALETTE[number % len(PALETTE)], "capsize": 4}
+        axis.errorbar(shares, middle, yerr=ends, label=label, **style)
+        place = {"xytext": (-7, 5), "ha": "right"} if number % 2 == 0 else {"xytext": (7, 5), "ha": "left"}
+        for share, value, row in zip(shares, middle, rows, strict=True):
+            text = {**place, "textcoords": "offset points", "fontsize": 10, "color": style["color"]}
+            axis.annotate(row["precision"], (share, value), **text)
+    axis.set(xlabel="bytes of the stored weights (% of bf16's)", ylabel="change of the loss (bits a byte)")
+    largest = max((row["share"] for rows in sides.values() for row in rows), default=1)
+    axis.set_xlim(0, 115 * largest)
+    axis.margins(y=0.15)
+    axis.grid()
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=1)
+    return figure
+
+
+@_styled
+def speed_against_bytes(rows: Sequence[Any], subject: str, *, interleaved: bool) -> Figure:
+    """Decoding speed by stored bytes, a panel for each batch size, with the limit that the memory's bandwidth sets.
+
+    ``rows`` are ``bench.SpeedRow``s of one model; bars run from the slowest to the fastest run. The published claim,
+    that 8 bits are much faster than 4, stands over the panels with what was measured.
+    """
+    sizes = list(dict.fromkeys(row.batch_size for row in rows))
+    runs = f"{rows[0].repeats} runs each, {'taken in turn' if interleaved else 'one precision after the other'}"
+    figure, axes = _canvas(f"Speed against bytes: {runs}", subject, 4.6, len(sizes))
+    unit, scale = _unit(max(row.stored_bytes for row in rows))
+    for axis, size in zip(axes, sizes, strict=True):
+        shown = [row for row in rows if row.batch_size == size and row.decode]
+        for row in shown:
+            ends = [[row.decode.median - row.decode.low], [row.decode.high - row.decode.median]]
+            place = row.stored_bytes / scale
+            axis.errorbar(place, row.decode.median, yerr=ends, fmt="o", color=BLUE, capsize=4)
+            axis.annotate(row.precision, (place, row.decode.median), (7, 4), textcoords="offset points", fontsize=10)
+        by_size = sorted(shown, key=lambda row: row.stored_bytes)
+        places = [row.stored_bytes / scale for row in by_size]
+        axis.plot(places, [row.limit for row in by_size], "--", color=GREY, label="limit by the memory's bandwidth")
+        lacks = (f"{row.precision} {row.lacks}" for row in rows if row.batch_size == size and row.lacks)
+        lacking = [textwrap.fill(text, 26) for text in lacks]
+        notes = [f"batch size {size}", f"int8 / nf4: {_ratio(shown)}", *lacking]
+        axis.set_title("\n".join(notes), loc="left", fontsize=10)
+        axis.set(xlabel=f"stored weights ({unit})", xlim=(0, 1.45 * max(places, default=1)))
+        _logarithmic(axis)
+        axis.grid(axis="y")
+    axes[0].set_ylabel("written tokens/s, whole batch")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        title="published: 8-bit is “much faster” than 4-bit (int8 / nf4 well above 1)",
+    )
+    return figure
+
+
+def _ratio(rows: Sequence[Any]) -> str:
+    speeds = {row.precision: row.decode.median for row in rows}
+    return f"{speeds['int8'] / speeds['nf4']:.2f}" if {"int8", "nf4"} <= speeds.keys() else "not measured"

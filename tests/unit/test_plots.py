@@ -1,6 +1,7 @@
 """The figures: what is drawn, not how its pixels look."""
 
 import io
+import math
 import subprocess
 import sys
 
@@ -10,10 +11,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from helpers import plots
+from helpers.bench import SpeedRow, Spread
 from helpers.finetuning import Point
 from helpers.generation import Candidate
 from helpers.memory import parameter_table, published_config
-from helpers.types import GIB, MemoryEstimate, ModelRef, Placement
+from helpers.quantization import NF4_TAIL, LayerError, nf4_code
+from helpers.types import GIB, Interval, MemoryEstimate, ModelRef, Placement
 
 GB = 10**9
 MIB = 2**20
@@ -42,6 +45,14 @@ FIGURES = {
     "score_intervals": lambda: plots.score_intervals(SCORES, SUBJECT),
     "loss_curve": lambda: plots.loss_curve([Point(5, 2.0)], 10, SUBJECT),
     "token_times": lambda: plots.token_times([0.08, 0.09, 0.102], SUBJECT),
+    "nf4_code": lambda: plots.nf4_code(nf4_code(), [0.0, 0.5, 1.0], SUBJECT, NF4_TAIL),
+    "layer_errors": lambda: plots.layer_errors({"nf4": [LayerError("h.0.dense", 0.1, 0.2, 0, 8)]}, SUBJECT),
+    "quality_against_bytes": lambda: plots.quality_against_bytes(
+        {SUBJECT: [{"precision": "nf4", "share": 0.4, "change": Interval(0.01, 0.0, 0.02)}]}, SUBJECT, 0.02
+    ),
+    "speed_against_bytes": lambda: plots.speed_against_bytes(
+        [SpeedRow("m", "nf4", 1, 8, 4, 3, 9, 9, 1e9, *[Spread(1.0, 1.0, 1.0)] * 3, 1)], SUBJECT, interleaved=True
+    ),
 }
 
 
@@ -242,3 +253,78 @@ def test_the_loss_curve_shows_both_losses_over_all_steps():
     assert axis.get_xlim() == (0, 20)
     assert legend(axis) == ["training batches, now 1.000", "held-out examples, now 1.500"]
     assert plots.loss_curve([], 20, SUBJECT).axes[0].lines[:] == []
+
+
+def test_the_nf4_figure_marks_every_value_on_the_density():
+    code = nf4_code()
+    figure = plots.nf4_code(code, [-1.0, 0.0, 0.1, 1.0], SUBJECT, NF4_TAIL)
+    (axis,) = figure.axes
+    assert texts(axis) == [f"{value:.2f}" for value in code]
+    (stems,) = [lines for lines in axis.collections if len(lines.get_segments()) == 16]
+    ends = {round(segment[1][0], 3): segment[1][1] for segment in stems.get_segments()}
+    deviation = 1 / 1.8481  # the tail's quantile of the normal distribution
+    assert ends[0.0] == pytest.approx(1 / (deviation * math.sqrt(2 * math.pi)), rel=1e-3)
+    assert ends[1.0] == pytest.approx(ends[0.0] * math.exp(-(1.8481**2) / 2), rel=1e-3)
+    assert SUBJECT in figure.get_suptitle()
+
+
+def errors_of(*values):
+    kinds = ("mlp.up", "attention.dense")
+    return [LayerError(f"h.{n}.{kind}", value, 2 * value, 0, 8) for n, value in enumerate(values) for kind in kinds]
+
+
+def test_layer_errors_are_grouped_by_kind():
+    weights, outputs = plots.layer_errors({"bf16": errors_of(0, 0), "nf4": errors_of(0.1, 0.2)}, SUBJECT).axes
+    assert [label.get_text() for label in outputs.get_xticklabels()] == ["dense\n2 layers", "up\n2 layers"]
+    curves = [line.get_ydata() for line in outputs.lines if line.get_color() == plots.PALETTE[1]]
+    assert [list(values) for values in curves] == [[0.2, 0.4], [0.2, 0.4]]
+    assert all(math.isnan(y) for line in weights.lines if line.get_color() == plots.BLUE for y in line.get_ydata())
+    assert weights.get_yscale() == outputs.get_yscale() == "log"
+
+
+def test_logarithmic_ticks_are_plain_numbers():
+    figure = plots.layer_errors({"nf4": errors_of(0.011, 0.3)}, SUBJECT)
+    FigureCanvasAgg(figure).draw()
+    shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert {"0.01", "0.02", "0.05"} <= set(shown)
+    assert not any("$" in text for text in shown)
+
+
+def test_quality_against_bytes_shows_intervals_and_the_claim():
+    changes = {"int8": Interval(0.001, -0.002, 0.004), "nf4": Interval(0.03, 0.02, 0.05)}
+    rows = [{"precision": p, "share": s, "change": changes[p]} for p, s in (("int8", 0.6), ("nf4", 0.4))]
+    figure = plots.quality_against_bytes({"one (stand-in)": rows, "other": rows[:1]}, SUBJECT, 0.02)
+    (axis,) = figure.axes
+    first, second = axis.containers
+    marks, _, (bars,) = first
+    assert list(marks.get_xdata()) == pytest.approx([60, 40])
+    assert [sorted(segment[:, 1]) for segment in bars.get_segments()] == [
+        pytest.approx([-0.002, 0.004]),
+        pytest.approx([0.02, 0.05]),
+    ]
+    assert len(second[0].get_xdata()) == 1
+    assert texts(axis) == ["int8", "nf4", "int8"]
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == ["published: “almost no difference” (here ±0.02)", "one (stand-in)", "other"]
+
+
+def speed_row(precision, batch_size, stored, speed=None, lacks=""):
+    spread = speed and Spread(speed, 0.9 * speed, 1.2 * speed)
+    return SpeedRow("m", precision, batch_size, 8, 4, 3, stored, stored, 1e9, spread, spread, spread, 1, lacks)
+
+
+def test_speed_against_bytes_shows_runs_limit_and_the_claim():
+    rows = [speed_row("int8", 1, 4 * MIB, 30.0), speed_row("nf4", 1, 2 * MIB, 40.0)]
+    rows += [speed_row("int8", 16, 4 * MIB, lacks="lacks 9.5 GiB for this batch"), speed_row("nf4", 16, 2 * MIB, 90.0)]
+    figure = plots.speed_against_bytes(rows, SUBJECT, interleaved=True)
+    one, many = figure.axes
+    assert one.get_title("left") == "batch size 1\nint8 / nf4: 0.75"
+    assert " ".join(many.get_title("left").split("\n")[2:]) == "int8 lacks 9.5 GiB for this batch"
+    assert texts(one) == ["int8", "nf4"]
+    (limit,) = [line for line in one.lines if line.get_linestyle() == "--"]
+    assert list(limit.get_ydata()) == pytest.approx([1e9 / (2 * MIB), 1e9 / (4 * MIB)])
+    (bars,) = one.containers[0][2]
+    assert sorted(bars.get_segments()[0][:, 1]) == pytest.approx([27, 36])
+    assert "much faster" in figure.legends[0].get_title().get_text()
+    assert "3 runs each, taken in turn" in figure.get_suptitle()
+    assert "one precision after the other" in plots.speed_against_bytes(rows, SUBJECT, interleaved=False).get_suptitle()
