@@ -93,6 +93,15 @@ def run(
 
 @app.command()
 @reports_errors
+def fetch(profile: ProfileOption = "laptop") -> None:
+    """Download the models of a profile, and check them. Exit code 0: all are here, 1: one cannot be had, 2: usage."""
+    from helpers import profiles, runner
+
+    runner.fetch(profiles.load_profile(profile))
+
+
+@app.command()
+@reports_errors
 def doctor(
     profile: ProfileOption = "laptop",
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,

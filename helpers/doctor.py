@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from helpers import hardware, loading, memory, profiles, quantization
 from helpers.types import QUANTIZED, ROOT, Machine, ModelRef, Profile, Requirement, WorkbookError, gib
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
+T = TypeVar("T")
 Status = Literal["ok", "warn", "fail", "skipped"]
 LOCKS = ROOT / "env" / "requirements"
 HUB_SECONDS = 5.0
@@ -32,6 +33,8 @@ LITTLE = 100 * 2**20  # bytes on a GPU that are not worth naming the process for
 # inputs of width 256. Measured on a CPU: nf4 0.091, int8 0.0075. Nearer than the lower bound: nothing was quantized.
 PRODUCT_ERRORS = {"nf4": (0.06, 0.12), "int8": (0.004, 0.015)}
 NEW_TOKEN = "Make a token at https://huggingface.co/settings/tokens; give it to hf auth login, or set HF_TOKEN."
+UNUSABLE = "See in nvidia-smi who holds the GPU, or leave it out with CUDA_VISIBLE_DEVICES."
+UNREADABLE = "See whether the Hugging Face cache may be read, or set HF_HOME to another folder."
 SMALLER = "Choose a smaller profile: workbook doctor --profile auto"
 
 
@@ -80,8 +83,8 @@ class DriverError(WorkbookError):
 def examine(profile: Profile) -> list[Finding]:
     """All that decides whether the profile can run on this machine; a check that breaks is a finding itself."""
     driver = ask_driver()  # before anything opens a CUDA context here, which would count as memory in use
-    machine = hardware.detect()
-    left = left_to_download(profile)
+    machine, broken = _or_else("GPUs", hardware.detect, lambda: hardware.detect(gpus=()), UNUSABLE)
+    left, unread = _or_else("models", lambda: left_to_download(profile), lambda: _whole(profile), UNREADABLE)
     checks: dict[str, Callable[[], Iterable[Finding]]] = {
         "driver": lambda: check_driver(profile, driver, len(machine.gpus), *_torch_build()),
         "machine": lambda: check_machine(profile, machine),
@@ -92,7 +95,7 @@ def examine(profile: Profile) -> list[Finding]:
         "versions": check_versions,
         "bitsandbytes": lambda: check_quantization(profile, _devices(machine)),
     }
-    return [finding for name, check in checks.items() for finding in _guarded(name, check)]
+    return [*broken, *unread, *(finding for name, check in checks.items() for finding in _guarded(name, check))]
 
 
 def failures(findings: Sequence[Finding]) -> list[str]:
@@ -104,8 +107,20 @@ def _guarded(name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]
     try:
         return list(check())
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return [Finding(name, "fail", f"this check broke off: {reason}", "Run make setup again; then report it.")]
+        return [_broken(name, error, "Run make setup again; then report it.")]
+
+
+def _or_else(name: str, look: Callable[[], T], other: Callable[[], T], advice: str) -> tuple[T, list[Finding]]:
+    """What ``look`` finds; where it breaks off, what ``other`` does, and the finding that says so."""
+    try:
+        return look(), []
+    except Exception as error:
+        return other(), [_broken(name, error, advice)]
+
+
+def _broken(name: str, error: Exception, advice: str) -> Finding:
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return Finding(name, "fail", f"this check broke off: {reason}", advice)
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------
@@ -277,8 +292,12 @@ def _devices(machine: Machine) -> list[str]:
 
 def left_to_download(profile: Profile, cache: Path | None = None) -> int:
     """Bytes of the profile's models that are not in the Hugging Face cache yet (``cache``: another folder)."""
-    whole = sum(ref.download_bytes or 0 for ref in _distinct(profile) if ref.source == "hub")
-    return max(whole - profiles.downloaded_bytes(profile, cache), 0)
+    return max(_whole(profile) - profiles.downloaded_bytes(profile, cache), 0)
+
+
+def _whole(profile: Profile) -> int:
+    """Bytes of the profile's models that are to be downloaded where nothing was."""
+    return sum({ref.id: ref.download_bytes or 0 for ref in _distinct(profile) if ref.source == "hub"}.values())
 
 
 def check_disk(profile: Profile, machine: Machine, left: int) -> Iterator[Finding]:
@@ -307,7 +326,12 @@ def check_models(profile: Profile, left: int) -> Iterator[Finding]:
         yield Finding("models", "fail", " ".join(missing), "Run make setup, or git restore env/models.")
         return
     labels = ", ".join(ref.name for ref in _distinct(profile))
-    yield Finding("models", "ok", f"{labels}: " + (f"{gib(left)} to download" if left else "here"))
+    absent = [ref.name for ref in _distinct(profile) if ref.source == "hub" and not loading.is_here(ref)]
+    if absent and not left:
+        found = f"{', '.join(absent)}: not all files are here, though their sizes add up"
+        yield Finding("models", "warn", found, f"Fetch them: workbook fetch --profile {profile.name}")
+    else:
+        yield Finding("models", "ok", f"{labels}: " + (f"{gib(left)} to download" if left else "here"))
 
 
 def _missing(ref: ModelRef) -> str:

@@ -10,9 +10,11 @@ import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from helpers import cli, doctor, hardware, loading, memory, planning, profiles, rehearsal
@@ -236,7 +238,13 @@ def test_what_is_downloaded_already_is_not_counted_again(tmp_path):
     snapshot = tmp_path / "models--tiiuae--falcon-180B" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     (snapshot / "model.safetensors").write_bytes(bytes(2000))
+    (snapshot / "pytorch_model.bin").write_bytes(bytes(3000))
+    pointer = snapshot.parents[1] / "refs" / "main"
+    pointer.parent.mkdir()
+    pointer.write_text("0" * 40)
     assert doctor.left_to_download(BOX, tmp_path) == whole - 2000
+    one = replace(BOX, falcon_chat=replace(BOX.falcon, format="falcon-chat"))
+    assert doctor.left_to_download(one, tmp_path) == 359_045_130_240 + 137_953_296_384 - 2000
 
 
 @pytest.mark.parametrize(
@@ -259,6 +267,46 @@ def test_a_model_that_is_not_here_is_named():
     finding = only(doctor.check_models(gone, 0))
     assert finding.status == "fail"
     assert "env/models/gone" in finding.found
+
+
+def test_a_model_of_the_hub_is_here_only_with_all_its_files(tmp_path, monkeypatch):
+    """Its index and one of its two shards, which is as long as all that was to be downloaded."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--org--tiny" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    names = {f"{number}.weight": f"model-0000{number}-of-00002.safetensors" for number in (1, 2)}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    (snapshot / "config.json").write_text("{}")
+    save_file({"1.weight": torch.zeros(9)}, snapshot / names["1.weight"])
+    ref = replace(BOX.falcon, id="org/tiny", revision="0" * 40, download_bytes=36)
+    one = replace(BOX, falcon=ref, falcon_chat=ref, llama_chat=ref)
+    left = doctor.left_to_download(one)
+    assert left == 0
+    finding = only(doctor.check_models(one, left))
+    assert (finding.status, finding.advice) == ("warn", "Fetch them: workbook fetch --profile 8x80gb")
+    assert "tiny: not all files are here" in finding.found
+    save_file({"2.weight": torch.zeros(9)}, snapshot / names["2.weight"])
+    assert only(doctor.check_models(one, left)) == doctor.Finding("models", "ok", "tiny: here")
+
+
+def test_a_gpu_that_gives_no_context_and_a_cache_that_cannot_be_read_are_findings(monkeypatch):
+    def busy(index):
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCompile with ...")
+
+    def unreadable(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(hardware, "_gpu", busy)
+    monkeypatch.setattr(profiles, "_downloaded", unreadable)
+    monkeypatch.setattr(doctor, "check_hub", lambda *_: [])
+    monkeypatch.setattr(doctor, "check_quantization", lambda *_: [])
+    findings = doctor.examine(BOX)
+    assert [(each.name, each.status) for each in findings[:2]] == [("GPUs", "fail"), ("models", "fail")]
+    assert findings[0].found.endswith("RuntimeError: CUDA error: all CUDA-capable devices are busy or unavailable")
+    assert "CUDA_VISIBLE_DEVICES" in findings[0].advice
+    assert "Permission denied" in findings[1].found
+    assert "797.3 GiB to download" in " ".join(each.found for each in findings)
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
