@@ -169,16 +169,18 @@ def _count_quantized(function: Callable[[Any], tuple[int, int]]) -> Hint:
     return None
 
 
-def _absmax_int8(function: Callable[[Any], tuple[Any, float]]) -> Hint:
+def _nf4_back(function: Callable[[Any, Any, Any], Any]) -> Hint:
     import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    for seed in range(3):
-        row = torch.randn(64, generator=torch.Generator().manual_seed(seed)) * 10**seed
-        values, scale = function(row)
-        if values.dtype != torch.int8:
-            return "The first value returned must be a tensor of dtype torch.int8."
-        if (values.float() * scale - row).abs().max() > row.abs().max() / 127 * 0.501:
-            return "values * scale is further than half a step from the row. The largest |value| should become 127."
+    for seed, size in enumerate((64, 640)):
+        weight = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 10**seed
+        packed, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
+        answer = function(packed, state.absmax, state.code)
+        if not isinstance(answer, torch.Tensor) or answer.numel() != size:
+            return f"Return a tensor of {size} weights for {packed.numel()} bytes: each holds two indices."
+        if not torch.allclose(answer.flatten(), dequantize_4bit(packed, state), rtol=1e-5):
+            return "bitsandbytes brings other weights back. The upper four bits of a byte are the earlier weight."
     return None
 
 
@@ -333,7 +335,7 @@ _CHECKS: dict[str, Callable[[Any], Hint]] = {
     "01-3": _top_p,
     "02-1": _nf4_bytes,
     "02-2": _count_quantized,
-    "02-3": _absmax_int8,
+    "02-3": _nf4_back,
     "03-1": _format_prompt,
     "03-2": _trim,
     "03-3": _cut,
