@@ -59,6 +59,7 @@ pd.DataFrame(rows, columns=["precision", "weights, GiB", "of bf16"]).set_index("
 
 # %%
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -70,7 +71,7 @@ texts = [json.loads(line)["text"] for line in lines]
 mini = profiles.load_profile("laptop").falcon
 full = loading.load(mini, "bf16")
 ids = full.tokenizer(texts[0], return_tensors="pt")["input_ids"].to(full.model.device)
-layer, seen = full.model.transformer.h[0].mlp.dense_4h_to_h, {}
+layer, seen = full.model.transformer.h[6].mlp.dense_4h_to_h, {}
 hook = layer.register_forward_pre_hook(lambda layer, given: seen.update(x=given[0][0].cpu()))
 with torch.inference_mode():
     full.model(ids)
@@ -226,7 +227,7 @@ results.record("double_quantization_by_hand_equals_bitsandbytes", double_equal)
 
 # %% [markdown]
 # Nearest means nearest of 65,536 places here: on a processor, bitsandbytes rounds a scale to one of these and looks the answer up,
-# so a scale that lies almost in the middle between two values may go to the farther one. No harm, but without that step the two do
+# so a scale that lies almost in the middle between two values may go to the farther one. No harm, but without that step the two need
 # not agree bit for bit.
 #
 # ## 4 · The silent failure
@@ -280,7 +281,7 @@ loading.report_table(small["nf4"])
 
 # %%
 doctored = loading.load(mini, "nf4").model
-doctored.set_submodule("transformer.h.5.mlp.dense_4h_to_h", layer)  # in bf16
+doctored.set_submodule("transformer.h.6.mlp.dense_4h_to_h", layer)  # in bf16
 try:
     quantization.verify_quantized(doctored, "nf4")
 except quantization.QuantizationError as error:
@@ -526,19 +527,18 @@ def changes(found: dict) -> pd.DataFrame:
 
 
 # %%
-import math
-
-
 def record_changes(side: str, ref, found: dict, claim: str | None) -> None:
     for what, name in (("text", "nll"), ("tasks", "accuracy")):
-        for p, pair in pairs(found, what).items():
-            value, tolerance, unit = pair.difference.estimate, 0.03, ""
+        compared = pairs(found, what)
+        for p in [p for p in ("int8", "nf4") if p in compared]:
+            difference = compared[p].difference
+            value, tolerance, unit = difference.estimate, 0.03, ""
             if what == "text":
                 text = found[p]["text"]
                 value, tolerance = value * math.log(2) * text.bytes / text.tokens, 0.005
                 unit = "nats/token"
             options = {"tolerance": tolerance, "model": ref.label, "claim": claim}
-            options["agrees"] = verdict(pair.difference, ALMOST[what]) if claim else None
+            options["agrees"] = verdict(difference, ALMOST[what]) if claim else None
             results.record(f"{side}_{name}_change_{p}", round(value, 4), unit, **options)
 
 
