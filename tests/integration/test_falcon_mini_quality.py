@@ -23,10 +23,10 @@ def test_the_cards_figures_are_within_their_bounds():
     assert FIGURES["bits_per_byte"] <= 1.0
     assert FIGURES["continuations"] == 200
     assert FIGURES["perplexity_ratio"] <= 1.4
-    assert FIGURES["trigram_ratio"] >= 0.85
+    assert FIGURES["trigram_ratio"] >= 0.92
     assert FIGURES["thread"][0] >= 0.95
     assert (FIGURES["messages"], FIGURES["choices"]) == (100, 100)
-    assert FIGURES["ended"][0] >= 0.9
+    assert FIGURES["ended"][0] >= 0.95
     assert FIGURES["speaking_for_the_user"][0] == 0
     assert FIGURES["repeating"][0] <= 0.05
     assert FIGURES["choice_accuracy"][0] >= 0.6
