@@ -273,10 +273,7 @@ def place(
         return _placement(pieces, _spread(sizes, room), room, gpus)
     placed = _offloaded(pieces, room, cpu_bytes * (1 - RESERVED), work, disk)
     if precision in QUANTIZED and (gpus or "disk" in placed.device_map.values()):
-        raise WorkbookError(
-            f"{precision} weights cannot be offloaded: bitsandbytes refuses modules on the disk and leaves those in "
-            f"host memory unquantized. Give larger devices, or choose bf16."
-        )
+        raise WorkbookError(_NOT_OFFLOADED.format(precision=precision))
     if placed.fits:
         return placed
     where = f"{_devices(gpus)} and " if gpus else ""
@@ -486,6 +483,10 @@ def implied_utilisation(flop: float, gpu_hours: float, peak: float = A100_PEAK) 
     return flop / (gpu_hours * 3600 * peak)
 
 
+_NOT_OFFLOADED = (
+    "{precision} weights cannot be offloaded: bitsandbytes refuses modules on the disk and leaves those in host memory "
+    "unquantized. Give larger devices, or choose bf16."
+)
 _CLAIMS = (
     ("A13", "full fine-tuning", "8x 8x A100 80GB", 5120, "bf16", "full"),
     ("A14", "LoRA with ZeRO-3", "2x 8x A100 80GB", 1280, "bf16", "lora"),
