@@ -444,14 +444,15 @@ def _context(found: Difference) -> dict[str, Any]:
     """What the page shows."""
     counts, name_a, name_b = found.counts, *found.names
     only = counts[ONLY_A] + counts[ONLY_B]
+    counted = {line.verdict for line in found.lines if line.counts}
     tiles = (
         ("values in either run", len(found.lines), ""),
         ("the same", counts[SAME], ""),
         ("within tolerance", counts[WITHIN], ""),
         ("beyond tolerance", counts[BEYOND], "failed" if counts[BEYOND] else ""),
-        ("only in one run", only, "failed" if only else ""),
+        ("only in one run", only, "failed" if counted & {ONLY_A, ONLY_B} else ""),
         ("times within noise", counts[NOISE], ""),
-        ("times beyond noise", counts[SLOW], ""),
+        ("times beyond noise", counts[SLOW], "failed" if SLOW in counted else ""),
     )
     return {
         "name_a": name_a,

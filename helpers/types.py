@@ -105,7 +105,6 @@ class Profile:
     requires: Requirement
     budgets: dict[str, Budget]
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
-    evaluation_limit: int | None = None  # items of each of the harness' tasks that a notebook measures; None: all
 
     @property
     def offline(self) -> bool:

@@ -99,11 +99,7 @@ def run(
     plans = plan_run(chosen, notebooks or NOTEBOOKS, only, raw, earlier)
     if not rehearse:
         _check_machine(chosen)
-    raw = earlier | raw
-    if folder and (folder / "status.json").exists():
-        raise UsageError(f"{folder} holds a run already: go on with --resume, or name another folder")
-    name = f"{chosen.name}-rehearsal" if rehearse else chosen.name
-    target = (resume or folder or new_folder(name)).absolute()
+    raw, target = earlier | raw, _target(chosen, resume, folder, rehearse)
     with held(target):
         rehearsal = _prepared(chosen, target / "rehearsal", console) if rehearse else None
         session = Session(target, chosen, plans, find_secrets({**os.environ, **raw}), rehearsal)
@@ -292,6 +288,14 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _target(profile: Profile, resume: Path | None, folder: Path | None, rehearse: bool) -> Path:
+    """The folder of a run. Raises UsageError where a new run would go into that of another."""
+    if folder and (folder / "status.json").exists():
+        raise UsageError(f"{folder} holds a run already: go on with --resume, or name another folder")
+    name = f"{profile.name}-rehearsal" if rehearse else profile.name
+    return (resume or folder or new_folder(name)).absolute()
 
 
 def _to_rehearse(profile: Profile) -> Profile:

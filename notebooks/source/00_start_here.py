@@ -261,17 +261,17 @@ pd.DataFrame(rows, columns=["precision", "tokens/s at most"]).set_index("precisi
 # | A8 | multi-query attention improves scalability | section 3, notebook 01 |
 # | A13 to A17 | hardware: full fine-tune 5120 GB, LoRA 1280, QLoRA 160, bf16 inference 640, int4 inference 320 | section 4 |
 # | A27 | dense, where a mixture of experts was due | below |
-# | A2 | 3.5 trillion tokens, less than one epoch | cited; the token count goes into section 2 |
+# | A2 | 3.5 trillion tokens, less than one epoch | section 2: the web part by arithmetic; the number of tokens itself is cited |
 # | A3 | about 85% RefinedWeb, the rest conversations, technical papers and a small share of code | cited, and disputed: a critic quoted there says 5% code, the model's announcement about 3% |
-# | A9 | Open LLM Leaderboard (ARC 25-shot, HellaSwag 10, MMLU 5, TruthfulQA 0): Falcon-180B 68.74, Llama 2 67.35; the announcement adds LLaMA-65B 64.23, Falcon-40B 61.48, MPT-30B 56.15 | cited; to be re-run on large profiles |
-# | A10, A11 | above Llama-2-70B and GPT-3.5 on MMLU; level with PaLM 2-Large on thirteen tasks | cited; to be re-run on large profiles |
+# | A9 | Open LLM Leaderboard (ARC 25-shot, HellaSwag 10, MMLU 5, TruthfulQA 0): Falcon-180B 68.74, Llama 2 67.35; the announcement adds LLaMA-65B 64.23, Falcon-40B 61.48, MPT-30B 56.15 | cited; `workbook leaderboard` measures it on large profiles |
+# | A10, A11 | above Llama-2-70B and GPT-3.5 on MMLU; level with PaLM 2-Large on thirteen tasks | cited; MMLU is part of `workbook leaderboard`, the thirteen are the task group `article_tasks` |
 # | A12 | near GPT-4, or between GPT-3.5 and GPT-4 | cited; not testable here |
 # | A18, A19 | 8-bit and 4-bit cost almost nothing in quality; 8-bit is much faster than 4-bit | notebook 02 |
 # | A20, A21, A22 | the base model has no prompt format; the chat model's; the printed function that builds it | notebook 03 |
 # | A23 | the chat model was tuned on Open-Platypus, UltraChat and Airoboros | cited |
 # | A24, A25 | usable from transformers 4.33; the example prompt and its settings | notebook 01 |
 # | A26 | free for commercial use | **not as simple as that**, see below |
-# | A28, A29 | a reader found the chat model no better than Llama-2-70B; it counted a saddle among the animals | cited; its test items are frozen in `data/` |
+# | A28, A29 | a reader found the chat model no better than Llama-2-70B; it counted a saddle among the animals | notebook 04 |
 #
 # **Licence.** The article says *free for commercial use*. The licence (Falcon-180B TII License, based on Apache 2.0) has an
 # acceptable use policy and does not allow hosting use, that is offering the model as a service to others, without a

@@ -177,6 +177,7 @@ def distributions(modules: set[str]) -> set[str]:
     """The packages that these modules come from, the standard library and our own left out."""
     own = {
         "helpers",
+        "tests",
         *(path.stem for path in ROOT.glob("tests/**/*.py")),
         *(path.stem for path in ROOT.glob("env/**/*.py")),
         *(path.stem for path in ROOT.glob("notebooks/**/*.py")),
