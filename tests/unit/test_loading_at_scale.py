@@ -755,6 +755,7 @@ def test_a_disk_that_fills_up_during_the_download_is_explained(hub, small_disk, 
 
 def test_an_interrupted_load_leaves_nothing_broken(sharded, monkeypatch):
     """A real Ctrl-C, after the fifth weight of a quantizing load, which has the library patched and a bar drawn."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
     layer, hook = modeling_falcon.FalconLinear, logging.set_tqdm_hook(None)
     logging.set_tqdm_hook(hook)
     original, seen = core_model_loading.set_param_for_module, []
@@ -773,6 +774,7 @@ def test_an_interrupted_load_leaves_nothing_broken(sharded, monkeypatch):
             with pytest.raises(KeyboardInterrupt):
                 load(at(sharded), precision)
             assert len(seen) == 5
+    signal.signal(signal.SIGINT, handler)
     assert modeling_falcon.FalconLinear is layer
     assert logging.set_tqdm_hook(hook) is hook
     assert {path.name: path.stat().st_mtime_ns for path in sharded.iterdir()} == before

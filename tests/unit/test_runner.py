@@ -36,10 +36,11 @@ DEFAULTS = 'profile = "laptop"\nseed = 0\nrate = 0.5\nname = "x"\nquick = True\n
 
 @pytest.fixture(autouse=True)
 def interrupts():
-    """A shell starts its background jobs with SIGINT ignored, and every process they start inherits that."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """A shell starts its background jobs with SIGINT ignored, nohup with SIGHUP, and their children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGHUP, before[1])
 
 
 def make_notebook(directory, name, *cells, parameters=DEFAULTS):
@@ -296,7 +297,7 @@ def test_nothing_survives_the_runner(tmp_path, number):
     process = subprocess.Popen([sys.executable, "-c", RUN, *arguments], stdout=subprocess.DEVNULL)
     try:
         wait_for(lambda: processes_with(seconds))
-        assert status_of(tmp_path / "run")["notebooks"]["00_long"]["cell"] == 3
+        wait_for(lambda: status_of(tmp_path / "run")["notebooks"]["00_long"]["cell"] == 3)
         if number == signal.SIGTERM:
             with pytest.raises(runner.RunFolderError, match="another run"):
                 runner.run(make_profile("00_long"), notebooks=tmp_path / "notebooks", resume=tmp_path / "run")
