@@ -11,13 +11,13 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import hardware, shards
-from helpers.memory import place, published_config, published_models
+from helpers.memory import kv_bytes_per_token, place, published_config, published_models
 from helpers.progress import bar_class, bars, human, waiting, weights_bar
 from helpers.prompts import format_for
 from helpers.quantization import (
@@ -61,6 +61,7 @@ def load(
     verify: bool | None = None,
     double_quant: bool = False,
     unpacked: bool = False,
+    grouped_cache: bool = True,
 ) -> Loaded:
     """A model in a precision (fp32, bf16, fp16, int8, nf4), verified, with its tokenizer and chat format.
 
@@ -69,6 +70,8 @@ def load(
     not for int8 and nf4. ``verify`` hashes the files first, as far as hashes are recorded (``shards.verify``): unless
     given, where the checkpoint's index records them. The parts that int8 and nf4 do not quantize are in bfloat16.
     ``double_quant``: see ``bnb_config``; what is quantized already stays as it is. ``unpacked``: see ``keep_unpacked``.
+    ``grouped_cache``: Falcon's KV cache holds its key-value heads alone (``helpers.grouped_cache``); otherwise it is
+    transformers' own, with a copy for each query head.
     Only safetensors are read, no code of a repository is run, and nothing is written but the download's cache.
 
     Memory of this process, beside the weights that stay on the CPU (those kept in the type they are stored in are read
@@ -87,7 +90,7 @@ def load(
     files = _checked_files(checkpoint, verify)
     places = device_map or _default_device_map(found, precision, offload=offload, double_quant=double_quant)
     repair = falcon_repair() if ref.family == "falcon" and precision in QUANTIZED else nullcontext(False)
-    with repair as repaired, _load_errors(ref, checkpoint):
+    with repair as repaired, _grouping(ref, wanted=grouped_cache), _load_errors(ref, checkpoint):
         before = getattr(found, "quantization_config", None) is not None
         model = _verified_model(files, precision, places, double_quant, quantized_before=before)
         tokenizer = _tokenizer(checkpoint)
@@ -199,6 +202,7 @@ def report_table(loaded: Loaded) -> pd.DataFrame:
         "devices": _shares(report.devices),
         "loaded in": f"{report.seconds:.1f} s",
         "Falcon repair": "applied while loading" if report.repaired else "not needed",
+        "KV cache": f"{report.cache_bytes_per_token:,} bytes a token" + (", grouped" if report.grouped_cache else ""),
     }
     if report.commit:
         rows["commit"] = report.commit
@@ -530,6 +534,20 @@ def _on_own_gpu(config: PreTrainedConfig, precision: str, **options: bool) -> di
     return {"": own} if set(found.values()) == {0} else {name: own if at == 0 else at for name, at in found.items()}
 
 
+def _grouping(ref: ModelRef, *, wanted: bool) -> AbstractContextManager[None]:
+    if ref.family != "falcon" or not wanted:
+        return nullcontext()
+    from helpers.grouped_cache import grouped_cache
+
+    return grouped_cache()
+
+
+def _is_grouped(model: PreTrainedModel) -> bool:
+    from helpers.grouped_cache import has_grouped_cache
+
+    return has_grouped_cache(model)
+
+
 def _checked_files(checkpoint: Path, verify: bool | None) -> Shards:
     """The checkpoint's files, all whole; hashed where asked to, or where the index records hashes."""
     files = shards.inspect(checkpoint)
@@ -689,6 +707,8 @@ def _report(ref: ModelRef, precision: str, model: PreTrainedModel, device_map: D
     for name, parameter in model.named_parameters():
         dtypes[_dtype(parameter)] += weights_in(parameter)
         devices[_place(name, device_map) if parameter.is_meta else str(parameter.device)] += weights_in(parameter)
+    grouped = ref.family == "falcon" and _is_grouped(model)
+    heads = "kv" if grouped else "cached"
     on_disk = sum(
         parameter.nbytes
         for name, parameter in model.named_parameters()
@@ -704,6 +724,8 @@ def _report(ref: ModelRef, precision: str, model: PreTrainedModel, device_map: D
         quantized_layers=len(quantized_layers(model)),
         dtypes=dict(dtypes),
         devices=dict(devices),
+        cache_bytes_per_token=kv_bytes_per_token(model.config, precision, heads=heads),
+        grouped_cache=grouped,
         **known,
     )
 

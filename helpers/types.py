@@ -193,6 +193,8 @@ class LoadReport:
     devices: dict[str, int]
     seconds: float
     repaired: bool
+    cache_bytes_per_token: int = 0  # of keys and values, for one sequence
+    grouped_cache: bool = False  # Falcon with a cache of its key-value heads alone: see helpers.grouped_cache
     commit: str | None = None  # of a hub's repository, and whether the profile pins it
 
 
