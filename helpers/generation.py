@@ -8,7 +8,6 @@ state of the caller is neither used nor changed.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +15,8 @@ from queue import SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
+from helpers import decoding as ways
+from helpers.decoding import PLAIN, Decoding
 from helpers.prompts import PromptTooLong, encode
 from helpers.types import FinishReason, Loaded, Message, Reply, Sampling, WorkbookError
 
@@ -90,16 +91,19 @@ def prompt_text(loaded: Loaded, messages: Sequence[Message], max_new_tokens: int
     return loaded.format.render(loaded.format.fit(messages, loaded.tokenizer, room))
 
 
-def generate(loaded: Loaded, prompt: Prompt, sampling: Sampling = DEFAULT_SAMPLING) -> Reply:
+def generate(
+    loaded: Loaded, prompt: Prompt, sampling: Sampling = DEFAULT_SAMPLING, *, decoding: Decoding = PLAIN
+) -> Reply:
     """The whole reply to a text (used as it is) or to messages (rendered in the model's format, fitted to its context).
 
     It ends at an end token ("end"), before a stop string of the model's format ("stop"), or after
     ``sampling.max_new_tokens`` tokens or with the context full ("length"). Sampling is by temperature, then top-p,
     without the top-k of 50 that transformers adds by default; the same seed gives the same text. A reply to messages
-    loses one leading space; the reply to a text continues that text and keeps it.
-    Raises WorkbookError for an empty prompt or impossible sampling, PromptTooLong, and MessageError.
+    loses one leading space; the reply to a text continues that text and keeps it. ``decoding``: a faster way to the
+    same text (``helpers.decoding``); what must be compiled for it is compiled before the clock starts.
+    Raises WorkbookError for an empty prompt, impossible sampling or decoding, PromptTooLong, and MessageError.
     """
-    return generate_batch(loaded, [prompt], sampling)[0]
+    return generate_batch(loaded, [prompt], sampling, decoding=decoding)[0]
 
 
 def generate_batch(
@@ -107,6 +111,8 @@ def generate_batch(
     prompts: Sequence[Prompt],
     sampling: Sampling = DEFAULT_SAMPLING,
     seeds: Sequence[int] | None = None,
+    *,
+    decoding: Decoding = PLAIN,
 ) -> list[Reply]:
     """One reply for each prompt, generated together with left padding.
 
@@ -118,17 +124,19 @@ def generate_batch(
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
     answers = [_begin(loaded, prompt, sampling) for prompt in prompts]
     if answers:
-        _run(loaded, _Watch(answers), sampling, seeds)
+        _run(loaded, _Watch(answers), sampling, seeds, decoding)
     return [answer.reply() for answer in answers]
 
 
-def stream(loaded: Loaded, prompt: Prompt, sampling: Sampling = DEFAULT_SAMPLING) -> Generator[str, None, Reply]:
+def stream(
+    loaded: Loaded, prompt: Prompt, sampling: Sampling = DEFAULT_SAMPLING, *, decoding: Decoding = PLAIN
+) -> Generator[str, None, Reply]:
     """The text of ``generate``'s reply, in pieces, while it is generated; the generator's value is the Reply.
 
     Generation runs in a thread. What it raises is raised here; closing this generator, or an interrupt in it, ends
     the thread after the token at hand. Raises at once, before the first piece, as ``generate`` does.
     """
-    return _pieces(loaded, _begin(loaded, prompt, sampling), sampling)
+    return _pieces(loaded, _begin(loaded, prompt, sampling), sampling, decoding)
 
 
 def next_token_probabilities(loaded: Loaded, text: str, k: int = 10, temperature: float = 1.0) -> list[Candidate]:
@@ -182,6 +190,7 @@ class _Answer:
         self.ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.first_token_seconds = self.seconds = 0.0
+        self.passes = self.proposed = 0
         self._text = self._shown = ""
 
     def add(self, token: int, seconds: float) -> str:
@@ -210,6 +219,8 @@ class _Answer:
             finish_reason=self.finish_reason,
             prompt_tokens=len(self.prompt_ids),
             token_ids=tuple(self.ids),
+            passes=self.passes,
+            proposed=self.proposed,
         )
 
     def _new_text(self) -> str:
@@ -229,27 +240,55 @@ class _Answer:
 
 
 class _Watch:
-    """A stopping criterion of ``generate`` that sees every token: it feeds the answers, keeps the time and stops."""
+    """A stopping criterion of ``generate`` that sees every token: it feeds the answers, keeps the time and stops.
+
+    Where tokens are proposed, ``generate`` also asks it about proposals that it may not take; there the taken ones
+    come through the streamer's methods (``put``, ``end``), several at a time.
+    """
 
     def __init__(self, answers: list[_Answer], on_text: Callable[[str], None] = lambda text: None) -> None:
         self.answers, self.on_text = answers, on_text
-        self.cancelled = False
+        self.cancelled = self.streams = self._prompt_seen = False
         self._started = 0.0
 
-    def start(self) -> None:
-        """Starts the clock."""
-        self._started = perf_counter()
+    def start(self, *, streams: bool) -> None:
+        """Starts the clock; ``streams``: tokens come through ``put``, the prompt first."""
+        self.streams, self._started = streams, perf_counter()
+
+    def put(self, value: torch.Tensor) -> None:
+        """Takes the tokens of one pass over one sequence; before the first pass, the prompt."""
+        if self._prompt_seen:
+            self._count_pass()
+            for token in value.flatten().tolist():
+                self._add([token])
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """Nothing is left to do at the end."""
+
+    def propose(self, count: int) -> None:
+        """Counts tokens that a draft proposed."""
+        for answer in self.answers:
+            answer.proposed += count
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
         import torch
 
-        tokens = input_ids[:, -1].tolist()
+        if not self.streams:
+            self._count_pass()
+            self._add(input_ids[:, -1].tolist())
+        finished = [self.cancelled or answer.finish_reason is not None for answer in self.answers]
+        return torch.tensor(finished, device=input_ids.device)
+
+    def _count_pass(self) -> None:
+        for answer in self.answers:
+            answer.passes += answer.finish_reason is None
+
+    def _add(self, tokens: list[int]) -> None:
         seconds = perf_counter() - self._started
         for answer, token in zip(self.answers, tokens, strict=True):
             if piece := answer.add(token, seconds):
                 self.on_text(piece)
-        finished = [self.cancelled or answer.finish_reason is not None for answer in self.answers]
-        return torch.tensor(finished, device=input_ids.device)
 
 
 class _GumbelNoise:
@@ -330,42 +369,50 @@ def _left_padded(rows: list[list[int]], padding: int) -> tuple[torch.Tensor, tor
     return pad_sequence(ids, batch_first=True, padding_value=padding, padding_side="left"), mask
 
 
-def _run(loaded: Loaded, watch: _Watch, sampling: Sampling, seeds: Sequence[int] | None = None) -> None:
-    """Generates until every answer is finished.
-
-    ``generate`` fills what a GenerationConfig leaves open from the model's own one, so it runs on a shallow copy of
-    the model (the weights are shared) that has none.
-    """
+def _run(
+    loaded: Loaded,
+    watch: _Watch,
+    sampling: Sampling,
+    seeds: Sequence[int] | None = None,
+    decoding: Decoding = PLAIN,
+) -> None:
+    """Generates until every answer is finished."""
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+    ways.check(loaded, decoding)
     ends = end_token_ids(loaded)
     padding = next((i for i in (loaded.tokenizer.pad_token_id, *ends) if i is not None), 0)
-    ids, mask = _left_padded([answer.prompt_ids for answer in watch.answers], padding)
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max(answer.limit for answer in watch.answers),
-        eos_token_id=ends or None,
-        pad_token_id=padding,
-    )
+    ids, mask = (part.to(input_device(loaded.model)) for part in _left_padded(_prompts(watch.answers), padding))
+    limit = max(answer.limit for answer in watch.answers)
+    path = ways.path_for(decoding, len(ids), greedy=sampling.temperature == 0)
+    sizes = {"prompt_tokens": ids.shape[1], "tokens": ids.shape[1] + limit, "on_proposed": watch.propose}
+    known = {"do_sample": False, "max_new_tokens": limit, "eos_token_id": ends or None, "pad_token_id": padding}
+    streams = path in ("lookup", "speculative")
     with inference(loaded.model):
-        adapted = hasattr(loaded.model, "get_base_model")  # peft would write the settings back to the model itself
-        model = copy.copy(loaded.model.get_base_model() if adapted else loaded.model)
-        model.generation_config = GenerationConfig()
-        watch.start()
-        model.generate(
-            input_ids=ids.to(input_device(model)),
-            attention_mask=mask.to(input_device(model)),
-            generation_config=config,
-            logits_processor=LogitsProcessorList(_processors(sampling, seeds or [sampling.seed] * len(ids))),
-            stopping_criteria=StoppingCriteriaList([watch]),
-        )
+        ways.warm_up(loaded, path, len(ids), ids.shape[1] + limit)
+        options = ways.settings(loaded, decoding, path, len(ids), **sizes)
+        watch.start(streams=streams)
+        with ways.compiling(path):
+            ways.without_settings(loaded).generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=GenerationConfig(**known, **options.config),
+                logits_processor=LogitsProcessorList(_processors(sampling, seeds or [sampling.seed] * len(ids))),
+                stopping_criteria=StoppingCriteriaList([watch]),
+                streamer=watch if streams else None,
+                **options.call,
+            )
 
 
-def _pieces(loaded: Loaded, answer: _Answer, sampling: Sampling) -> Generator[str, None, Reply]:
+def _prompts(answers: Sequence[_Answer]) -> list[list[int]]:
+    return [answer.prompt_ids for answer in answers]
+
+
+def _pieces(loaded: Loaded, answer: _Answer, sampling: Sampling, decoding: Decoding) -> Generator[str, None, Reply]:
     pieces: SimpleQueue[str | None] = SimpleQueue()
     watch = _Watch([answer], pieces.put)
     with ThreadPoolExecutor(1, thread_name_prefix="generate") as thread:
-        work = thread.submit(_run, loaded, watch, sampling)
+        work = thread.submit(_run, loaded, watch, sampling, None, decoding)
         work.add_done_callback(lambda _: pieces.put(None))
         try:
             yield from iter(pieces.get, None)

@@ -214,6 +214,7 @@ def unload(loaded: Loaded) -> None:
     import torch
 
     loaded.__dict__.pop("model", None)
+    loaded.decoder = None
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

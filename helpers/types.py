@@ -19,6 +19,7 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 QUANTIZED = ("int8", "nf4")
 Mode = Literal["inference", "full", "lora", "qlora"]
 FinishReason = Literal["end", "stop", "length"]
+DecodingPath = Literal["plain", "compiled", "lookup", "speculative"]
 
 
 def gib(size: float) -> str:
@@ -105,6 +106,7 @@ class Profile:
     requires: Requirement
     budgets: dict[str, Budget]
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    decoding: DecodingPath | Literal["auto"] = "auto"  # see helpers.decoding
 
     @property
     def offline(self) -> bool:
@@ -207,6 +209,7 @@ class Loaded:
     format: ChatFormat
     report: LoadReport
     ref: ModelRef
+    decoder: Any = field(default=None, init=False, repr=False, compare=False)  # kept by helpers.decoding
 
 
 @dataclass(frozen=True)
@@ -230,6 +233,13 @@ class Reply:
     finish_reason: FinishReason
     prompt_tokens: int = 0
     token_ids: tuple[int, ...] = ()
+    passes: int = 0  # of the model; fewer than tokens where some were proposed and taken
+    proposed: int = 0  # tokens that a draft proposed
+
+    @property
+    def acceptance_rate(self) -> float:
+        """The share of a draft's tokens that the model took; nan where none were proposed."""
+        return (self.tokens - self.passes) / self.proposed if self.proposed else float("nan")
 
     @property
     def tokens_per_second(self) -> float:
