@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from helpers.decoding import PLAIN, Decoding
 from helpers.generation import context_tokens, generate, prompt_text, stream
 from helpers.prompts import MessageError, check_messages, encode
 from helpers.types import Loaded, Message, Reply, Sampling, WorkbookError
@@ -19,11 +20,19 @@ class Chat:
 
     The history keeps every turn; where it outgrows the context the model is shown only the newest whole turns (see
     ``prompt``). Turn n (from 0) is drawn with ``sampling.seed + n``: a question asked twice may get two replies, and
-    the same questions give the same transcript. ``last_reply`` is the newest finished reply with its timings.
+    the same questions give the same transcript. ``decoding``: see ``generation.generate``. ``last_reply`` is the newest
+    finished reply with its timings.
     """
 
-    def __init__(self, loaded: Loaded, system: str | None = None, sampling: Sampling = CHAT_SAMPLING) -> None:
-        self.loaded, self.system, self.sampling = loaded, system, sampling
+    def __init__(
+        self,
+        loaded: Loaded,
+        system: str | None = None,
+        sampling: Sampling = CHAT_SAMPLING,
+        *,
+        decoding: Decoding = PLAIN,
+    ) -> None:
+        self.loaded, self.system, self.sampling, self.decoding = loaded, system, sampling, decoding
         self.last_reply: Reply | None = None
         self._turns: list[Message] = []
 
@@ -37,7 +46,7 @@ class Chat:
 
         Raises WorkbookError for a blank question, and what ``generation.generate`` raises.
         """
-        reply = generate(self.loaded, self._asking(text), self._turn_sampling())
+        reply = generate(self.loaded, self._asking(text), self._turn_sampling(), decoding=self.decoding)
         self._keep(text, reply)
         return reply
 
@@ -47,7 +56,8 @@ class Chat:
         The history changes when the reply is finished: a stream that is closed, interrupted or fails leaves none of
         its turn behind. Raises as ``ask`` does, before the first piece where the question is to blame.
         """
-        return self._streamed(text, stream(self.loaded, self._asking(text), self._turn_sampling()))
+        pieces = stream(self.loaded, self._asking(text), self._turn_sampling(), decoding=self.decoding)
+        return self._streamed(text, pieces)
 
     def reset(self) -> None:
         """Forgets every turn; the system prompt stays."""

@@ -65,21 +65,9 @@ class _Decoder:
     sizes: set[tuple[int, int]]
 
 
-def for_profile(profile: Profile, loaded: Loaded, draft: Loaded | None = None) -> Decoding:
-    """The way that the profile names; "auto": compiled on one GPU, plain elsewhere, where warming up takes longer than
-    the replies of the notebooks.
-
-    A ``draft`` makes it speculative. Raises WorkbookError as ``check`` does for the way that the profile names.
-    """
-    if draft is not None:
-        path: DecodingPath = "speculative"
-    elif profile.decoding != "auto":
-        path = profile.decoding
-    else:
-        path = "compiled" if loaded.model.device.type == "cuda" and not cannot_compile(loaded) else "plain"
-    decoding = Decoding(path, draft)
-    check(loaded, decoding)
-    return decoding
+def for_profile(profile: Profile, loaded: Loaded) -> Decoding:
+    """The way that the profile names, or "plain" where this model or machine cannot be decoded so."""
+    return PLAIN if profile.decoding == "compiled" and cannot_compile(loaded) else Decoding(profile.decoding)
 
 
 def check(loaded: Loaded, decoding: Decoding) -> None:

@@ -106,7 +106,7 @@ class Profile:
     requires: Requirement
     budgets: dict[str, Budget]
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
-    decoding: DecodingPath | Literal["auto"] = "auto"  # see helpers.decoding
+    decoding: Literal["plain", "compiled", "lookup"] = "plain"  # of single replies: see helpers.decoding
 
     @property
     def offline(self) -> bool:
