@@ -20,7 +20,7 @@ from helpers.types import GIB, Loaded, Machine, ModelRef, WorkbookError, gib
 if TYPE_CHECKING:
     import torch
     from pandas import DataFrame
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TEXT = "Once upon a time there was a small cat who lived in a red house by the sea. One day the cat met a bird. "
 BATCH_SIZES = (1, 4, 16)
@@ -129,6 +129,88 @@ def joined(benchmarks: Sequence[Benchmark]) -> Benchmark:
     """All rows in one; interleaved only where there is one benchmark, and that was."""
     rows = tuple(row for benchmark in benchmarks for row in benchmark.rows)
     return Benchmark(rows, len(benchmarks) == 1 and benchmarks[0].interleaved)
+
+
+@dataclass(frozen=True)
+class CacheRow:
+    """Decoding over a cache of one kind: "grouped" (the key-value heads) or "library" (transformers' own).
+
+    ``seconds``: of one pass that decodes one token of each sequence; ``cache_bytes``: of all its sequences.
+    """
+
+    cache: str
+    batch_size: int
+    context_tokens: int
+    cache_bytes: int
+    seconds: Spread
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all sequences, by the median."""
+        return self.batch_size / self.seconds.median
+
+
+def compare_caches(
+    config: PreTrainedConfig,
+    contexts: Sequence[int],
+    batch_sizes: Sequence[int] = (1,),
+    *,
+    repeats: int = 5,
+) -> list[CacheRow]:
+    """Time a decoding step of one Falcon with random weights (bf16, CPU) over both kinds of cache.
+
+    The caches are filled with random keys and values, so no prompt is read. The two take turns, step by step, after
+    one untimed step each. Raises WorkbookError for a context or batch below 1.
+    """
+    import torch
+    from transformers import FalconForCausalLM
+
+    from helpers.grouped_cache import grouped_cache
+
+    if min([*contexts, *batch_sizes, repeats]) < 1:
+        raise WorkbookError("Contexts, batch sizes and repeats must be at least 1.")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        library = FalconForCausalLM(config).to(torch.bfloat16).eval()
+        with grouped_cache():
+            grouped = FalconForCausalLM(config).to(torch.bfloat16).eval()
+        grouped.load_state_dict(library.state_dict())
+        models = {"library": library, "grouped": grouped}
+        sizes = itertools.product(batch_sizes, contexts)
+        return [row for batch, tokens in sizes for row in _compared(models, batch, tokens, repeats)]
+
+
+def _compared(models: dict[str, PreTrainedModel], batch: int, tokens: int, repeats: int) -> list[CacheRow]:
+    import torch
+
+    ids = torch.zeros((batch, 1), dtype=torch.long)
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode():
+        caches = {name: _filled_cache(model, ids, tokens) for name, model in models.items()}
+        for _ in range(1 + repeats):
+            for name, model in models.items():
+                start = perf_counter()
+                model(input_ids=ids, past_key_values=caches[name])
+                taken[name].append(perf_counter() - start)
+    return [
+        CacheRow(name, batch, tokens, _cache_bytes(caches[name]), Spread.of(seconds[1:]))
+        for name, seconds in taken.items()
+    ]
+
+
+def _filled_cache(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> Cache:
+    """A cache of so many tokens of random keys and values, in the shape that the model itself gives it."""
+    import torch
+
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    for layer in cache.layers:
+        batch, heads, _, size = layer.keys.shape
+        layer.keys, layer.values = (torch.randn(batch, heads, tokens, size).to(layer.keys.dtype) for _ in "kv")
+    return cache
+
+
+def _cache_bytes(cache: Cache) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def lacking(ref: ModelRef, precisions: Sequence[str], machine: Machine | None = None) -> dict[str, str]:
@@ -280,13 +362,17 @@ def _run(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> list[flo
     return arrivals
 
 
-def _prompts(loaded: Loaded, count: int, length: int) -> torch.Tensor:
+def prompt_rows(tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> torch.Tensor:
     """Token ids (count, length) of a plain text over and over, each row from another place on."""
     import torch
 
-    ids = loaded.tokenizer(TEXT, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    ids = tokenizer(TEXT, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     places = torch.arange(length)[None] + torch.arange(count)[:, None]
-    return ids[places % len(ids)].to(input_device(loaded.model))
+    return ids[places % len(ids)]
+
+
+def _prompts(loaded: Loaded, count: int, length: int) -> torch.Tensor:
+    return prompt_rows(loaded.tokenizer, count, length).to(input_device(loaded.model))
 
 
 def _idle_embeddings(model: PreTrainedModel) -> int:

@@ -206,11 +206,13 @@ def train_mini(
     stage: Annotated[list[str] | None, typer.Option(help="tokenizer, base or chat; repeat; all when left out.")] = None,
     work: Annotated[Path, typer.Option(help="Where checkpoints go; the same command resumes from there.")] = WORK,
     out: Annotated[Path, typer.Option(help="Where the two models go.")] = MODELS,
+    recipe: Annotated[Path | None, typer.Option(help="Another recipe than falcon-mini's.", exists=True)] = None,
 ) -> None:
     """Make falcon-mini and falcon-mini-chat anew, as env/models/falcon-mini/recipe.yaml says."""
     from helpers.miniature import training
 
-    training.train(data, work, training.read_recipe(), stage or training.STAGES, out)
+    settings = training.read_recipe(recipe or training.RECIPE)
+    training.train(data, work, settings, stage or training.STAGES, out)
     typer.echo(f"Trained: {_short(out)}. What it is worth: workbook evaluate-mini --models {_short(out)}")
 
 

@@ -302,6 +302,31 @@ def cache_growth(bytes_per_token: Mapping[str, int], max_tokens: int, subject: s
 
 
 @_styled
+def cache_speed(rows: Sequence[Any], subject: str) -> Figure:
+    """Decoding speed by context, a panel for each batch size, a line for each kind of cache (``bench.CacheRow``s)."""
+    sizes = list(dict.fromkeys(row.batch_size for row in rows))
+    figure, axes = _canvas("Decoding speed as the context grows", subject, 4.2, len(sizes))
+    names = {"grouped": "key-value heads alone", "library": "copied to all query heads"}
+    for axis, size in zip(axes, sizes, strict=True):
+        for colour, (kind, name) in zip((BLUE, ORANGE), names.items(), strict=True):
+            shown = [row for row in rows if (row.batch_size, row.cache) == (size, kind)]
+            places, speeds = [row.context_tokens for row in shown], [row.tokens_per_second for row in shown]
+            lows, highs = ([size / getattr(row.seconds, end) for row in shown] for end in ("high", "low"))
+            ends = [
+                [speed - low for speed, low in zip(speeds, lows, strict=True)],
+                [high - speed for speed, high in zip(speeds, highs, strict=True)],
+            ]
+            axis.errorbar(places, speeds, yerr=ends, fmt="o-", color=colour, capsize=4, linewidth=2, label=name)
+        axis.set_title(f"batch size {size}", loc="left", fontsize=10)
+        axis.set(xlabel="context (tokens)")
+        axis.set_ylim(bottom=0)
+        axis.grid()
+    axes[0].set_ylabel("written tokens/s, whole batch")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, title="the cache holds")
+    return figure
+
+
+@_styled
 def next_token_probabilities(by_temperature: Mapping[float, Sequence[Candidate]], subject: str) -> Figure:
     """The likeliest next tokens at several temperatures: one panel each, all in the order of the first.
 

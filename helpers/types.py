@@ -107,6 +107,7 @@ class Profile:
     budgets: dict[str, Budget]
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
     decoding: Literal["plain", "compiled", "lookup"] = "plain"  # of single replies: see helpers.decoding
+    falcon_draft: ModelRef | None = None  # a small Falcon that proposes tokens to the others
 
     @property
     def offline(self) -> bool:

@@ -162,7 +162,7 @@ head_size = config.hidden_size // config.num_attention_heads
 eight = 2 * config.num_hidden_layers * config.num_kv_heads * head_size * 2
 all_heads = 2 * config.num_hidden_layers * config.num_attention_heads * head_size * 2
 assert eight == memory.kv_bytes_per_token(config, "bf16", heads="kv")
-assert all_heads == memory.kv_bytes_per_token(config, "bf16", heads="cached")
+assert all_heads == memory.kv_bytes_per_token(config, "bf16", heads="library")
 print(f"8 heads: {eight / 2**10:.0f} KiB a token; 232 heads: {all_heads / 2**20:.2f} MiB a token")
 
 # %%
@@ -177,8 +177,8 @@ results.record_figure(
 
 # %% [markdown]
 # The surprise is the upper line: transformers copies the 8 heads to all 232 *before* it stores them, so whoever runs
-# Falcon-180B with it pays 29 times as much. Serving engines such as vLLM and llama.cpp store 8. Notebook 01 measures this
-# on a real cache.
+# Falcon-180B with it alone pays 29 times as much. This workbook's models store 8, as serving engines such as vLLM and llama.cpp
+# do. Notebook 01 measures both on real caches.
 
 # %% [markdown]
 # ## 4 · Which machine?
@@ -357,7 +357,7 @@ exercises.check("00-2", training_days)
 
 # %% [markdown]
 # **3.** Eight GPUs of 80 GB (640e9 bytes) hold the bf16 weights (`memory.weight_bytes`). How many tokens of cache fit into
-# what is left, with transformers' 232 heads?
+# what is left, with the 232 heads that transformers itself stores?
 
 # %% tags=["exercise"]
 longest_context = ...
@@ -370,7 +370,7 @@ exercises.check("00-3", longest_context)
 # ```python
 # falcon = memory.published_config("tiiuae/falcon-180B")
 # free = 8 * 80e9 - memory.weight_bytes(falcon, "bf16")
-# longest_context = free / memory.kv_bytes_per_token(falcon, "bf16", heads="cached")
+# longest_context = free / memory.kv_bytes_per_token(falcon, "bf16", heads="library")
 #
 # exercises.check("00-3", longest_context)
 # ```

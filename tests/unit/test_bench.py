@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import FalconConfig
 
 from helpers import bench, hardware, memory
 from helpers.bench import Benchmark, Spread
@@ -253,3 +254,22 @@ def test_a_published_shape_sets_the_limit():
     stored = memory.weight_bytes(config, "bf16")
     row = bench.SpeedRow("falcon-180B", "bf16", 4, 512, 64, 3, stored, stored, 2.04e12)
     assert row.limit / 4 == pytest.approx(5.71, abs=0.01)
+
+
+def test_both_caches_are_timed_and_weighed_by_hand():
+    """Two layers, 8 query heads on 2 key-value heads of size 8, bf16: 2 · 2 · 2 · 8 · 2 = 128 bytes a token grouped."""
+    config = FalconConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=8, num_kv_heads=2,
+        new_decoder_architecture=True,
+    )  # fmt: skip
+    rows = bench.compare_caches(config, (10, 30), (1, 3), repeats=2)
+    assert [(row.cache, row.batch_size, row.context_tokens) for row in rows] == [
+        (cache, batch, tokens) for batch in (1, 3) for tokens in (10, 30) for cache in ("library", "grouped")
+    ]
+    for row in rows:
+        after = row.context_tokens + 3  # a token for each step, the untimed one too
+        assert row.cache_bytes == row.batch_size * after * {"grouped": 128, "library": 512}[row.cache]
+        assert row.tokens_per_second == row.batch_size / row.seconds.median
+        assert 0 < row.seconds.low <= row.seconds.median <= row.seconds.high
+    with pytest.raises(WorkbookError, match="at least 1"):
+        bench.compare_caches(config, (0,))

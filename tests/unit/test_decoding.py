@@ -63,9 +63,8 @@ def test_every_way_gives_transformers_greedy_tokens(mini, mini_chat, prompt, pat
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("role", ["falcon_chat", "llama_chat"])
-def test_the_compiled_way_gives_transformers_greedy_tokens(role):
-    loaded = loading.load(getattr(load_profile("laptop"), role), "fp32")
+def test_the_compiled_way_gives_transformers_greedy_tokens():
+    loaded = loading.load(load_profile("laptop").falcon_chat, "fp32")
     for prompt in PROMPTS:
         reply = generation.generate(loaded, prompt, GREEDY, decoding=Decoding("compiled"))
         assert list(reply.token_ids) == plain_transformers(loaded, prompt, 40)[: reply.tokens]

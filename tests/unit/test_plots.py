@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from helpers import plots
-from helpers.bench import SpeedRow, Spread
+from helpers.bench import CacheRow, SpeedRow, Spread
 from helpers.finetuning import Point
 from helpers.generation import Candidate
 from helpers.memory import parameter_table, published_config
@@ -27,6 +27,7 @@ ROWS = [
     {"precision": "nf4", "stored_bytes": 6 * MIB, "tokens_per_second": 101.0, "perplexity": 13.2},
 ]
 LACKING = {"precision": "fp32", "lacks": "lacks 200.1 GiB over 2 devices of 74.5 GiB"}
+CACHE_ROWS = [CacheRow(kind, 1, 128, 64, Spread(0.1, 0.09, 0.2)) for kind in ("library", "grouped")]
 SCORES = [
     {"items": items, "side": side, "rule": rule, "share": share, "low": share - 0.1, "high": share + 0.2}
     for items, share in (("yes_no", 0.5), ("all", 0.25))
@@ -37,6 +38,7 @@ FIGURES = {
     "parameter_breakdown": lambda: plots.parameter_breakdown({"parameters": {"MLP": 75, "attention": 25}}, SUBJECT),
     "memory_by_precision": lambda: plots.memory_by_precision([MemoryEstimate("bf16", "inference", GIB)], {}, SUBJECT),
     "placement": lambda: plots.placement(Placement({}, {0: GIB}, True), {0: 2 * GIB}, SUBJECT),
+    "cache_speed": lambda: plots.cache_speed(CACHE_ROWS, SUBJECT),
     "cache_growth": lambda: plots.cache_growth({"232 heads": 4_751_360, "8 heads": 163_840}, 2048, SUBJECT),
     "next_token_probabilities": lambda: plots.next_token_probabilities({0.6: [Candidate(" a", 0.7, 1)]}, SUBJECT),
     "precision_comparison": lambda: plots.precision_comparison(ROWS, SUBJECT),
