@@ -319,7 +319,7 @@ def _planned(loaded: Loaded, batch_size: int, work: dict[str, Any]) -> SpeedRow:
     """A row without figures, which says what is lacking where the batch cannot fit."""
     config, precision, held = loaded.model.config, loaded.report.precision, loaded.report.stored_bytes
     tokens = work["prompt_tokens"] + work["new_tokens"]
-    cached = batch_size * (tokens - work["new_tokens"] // 2) * memory.kv_bytes_per_token(config, precision)
+    cached = batch_size * (tokens - work["new_tokens"] // 2) * loaded.report.cache_bytes_per_token
     needed = memory.estimate(config, precision, batch_size=batch_size, context_tokens=tokens)
     machine = hardware.detect()
     free = sum(gpu.free_bytes for gpu in machine.gpus) if machine.gpus else machine.ram_available_bytes

@@ -33,7 +33,7 @@ def tiny_loaded():
     report = LoadReport(
         model=ref.id, stand_in_for=None, precision="fp32", parameters=parameters, stored_bytes=4 * parameters,
         linear_layers=8, quantized_layers=0, dtypes={"torch.float32": parameters}, devices={"cpu": parameters},
-        seconds=0.0, repaired=False,
+        seconds=0.0, repaired=False, cache_bytes_per_token=2 * 2 * 4 * 16 * 4,
     )  # fmt: skip
     return Loaded(model, tokenizer, format_for(ref.format), report, ref)
 
