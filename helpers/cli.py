@@ -264,6 +264,48 @@ def leaderboard(
 
 @app.command()
 @reports_errors
+def bench(
+    profile: ProfileOption = "laptop",
+    *,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few sizes, two runs each, without what starts slowly.")
+    ] = False,
+    engines: Annotated[
+        list[str] | None, typer.Option(help="plain, default, fastest, llama.cpp, ctranslate2, vllm; repeat, or commas.")
+    ] = None,
+    models: Annotated[list[str] | None, typer.Option(help="falcon, falcon_chat, llama_chat, shape.")] = None,
+    context: Annotated[list[str] | None, typer.Option(help="Tokens of prompt and reply: 128, 512, 1900.")] = None,
+    batch: Annotated[list[str] | None, typer.Option(help="Sequences at a time: 1, 4, 16.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Of the context, generated.", min=2)] = 32,
+    repeats: Annotated[int | None, typer.Option(help="Timed runs of each engine; 5, or 2 with --quick.", min=1)] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, int8 or nf4; the profile's.")] = None,
+    limit: Annotated[float, typer.Option(help="Seconds after which a run is given up.")] = 300,
+    peers: Annotated[Path | None, typer.Option(help="Where the peers are installed; .cache/peers.")] = None,
+    vllm_python: Annotated[
+        Path | None, typer.Option(envvar="WORKBOOK_VLLM_PYTHON", help="The Python of an environment with vLLM.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder for the results; runs/bench-<UTC time>.")] = None,
+) -> None:
+    """Time engines on the same weights, in turn: a table, a figure, a JSON file. See env/benchmarks/README.md.
+
+    Exit code 0: done (also where an engine is missing: its rows say so), 1: interrupted, what was measured is kept.
+    2: usage.
+    """
+    from helpers.engines import session
+    from helpers.profiles import load_profile
+
+    wish = session.Wish(
+        quick, _split(engines), _split(models), _whole(context), _whole(batch), new_tokens, repeats, precision, limit,
+        peers or session.PEERS, vllm_python, out,
+    )  # fmt: skip
+    found = session.run(load_profile(profile), wish)
+    typer.echo((found.folder / "bench.md").read_text(encoding="utf-8"))
+    typer.echo(f"{'Interrupted; measured so far' if found.interrupted else 'Results'}: {_short(found.folder)}")
+    raise typer.Exit(1 if found.interrupted else 0)
+
+
+@app.command()
+@reports_errors
 def plan(
     profile: Annotated[str | None, typer.Option(help="A name in env/profiles, or auto; laptop when left out.")] = None,
     model: Annotated[
@@ -341,6 +383,13 @@ def _figure(value: float | list[float]) -> str:
 
 def _split(texts: Iterable[str] | None) -> list[str]:
     return [part.strip() for text in texts or () for part in text.split(",") if part.strip()]
+
+
+def _whole(texts: Iterable[str] | None) -> list[int]:
+    parts = _split(texts)
+    if wrong := [part for part in parts if not part.isdecimal()]:
+        raise WorkbookError(f"Not a whole number: {', '.join(wrong)}.")
+    return [int(part) for part in parts]
 
 
 def _print_result(result: RunResult, report_path: Path) -> None:

@@ -622,3 +622,49 @@ def speed_against_bytes(rows: Sequence[Any], subject: str, *, interleaved: bool)
 def _ratio(rows: Sequence[Any]) -> str:
     speeds = {row.precision: row.decode.median for row in rows}
     return f"{speeds['int8'] / speeds['nf4']:.2f}" if {"int8", "nf4"} <= speeds.keys() else "not measured"
+
+
+@_styled
+def engine_speeds(rows: Sequence[Any], titles: Mapping[str, str], subject: str) -> Figure:
+    """Decoding speed of engines side by side: a line of panels for each model, a panel for each batch size.
+
+    ``rows`` are ``engines.measure.Row``s; points are medians with the least and largest run, on a logarithmic axis,
+    and a dash over each group is the limit that the memory's bandwidth sets. What has no figure has no point.
+    """
+    models, sizes = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("model", "batch_size"))
+    shown = [row for row in rows if row.decode]
+    engines = [name for name in titles if any(row.engine == name for row in shown)]
+    figure = _figure_class()(figsize=(10, 1.4 + 2.9 * len(models)), dpi=DOTS_PER_INCH, layout="constrained")
+    figure.suptitle(f"Writing speed of engines on the same weights\n{subject}", x=0.01, ha="left")
+    for part, model in zip(figure.subfigures(len(models), 1, squeeze=False).ravel(), models, strict=True):
+        part.suptitle(textwrap.fill(model, 100), x=0.01, ha="left", fontsize=11, fontweight="normal")
+        axes = part.subplots(1, len(sizes), squeeze=False, sharey=True).ravel()
+        for axis, size in zip(axes, sizes, strict=True):
+            _engine_points(
+                axis, [row for row in shown if (row.model, row.batch_size) == (model, size)], engines, titles
+            )
+            axis.set_title(f"batch {size}", loc="left", fontsize=10)
+        axes[0].set_ylabel("tokens/s, whole batch")
+    marks = [pair for axis in figure.axes for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
+    entries = {label: mark for mark, label in marks}
+    figure.legend(entries.values(), entries.keys(), loc="outside lower left", ncols=2)
+    return figure
+
+
+def _engine_points(axis: Axes, rows: Sequence[Any], engines: Sequence[str], titles: Mapping[str, str]) -> None:
+    contexts, width = sorted({row.context for row in rows}), 0.7 / max(1, len(engines))
+    for row in rows:
+        place = contexts.index(row.context) + (engines.index(row.engine) - (len(engines) - 1) / 2) * width
+        ends = [[row.decode.median - row.decode.low], [row.decode.high - row.decode.median]]
+        look = {"color": PALETTE[list(titles).index(row.engine)], "label": titles[row.engine]}
+        axis.errorbar(place, row.decode.median, yerr=ends, fmt="o", capsize=3, **look)
+    for place, context in enumerate(contexts):
+        limit = next(row.limit for row in rows if row.context == context)
+        axis.plot([place - 0.42, place + 0.42], [limit] * 2, "--", color=GREY, label="limit by the memory's bandwidth")
+    axis.set_xticks(range(len(contexts)), [f"context {context:,}" for context in contexts], fontsize=10)
+    axis.set_xlim(-0.5, max(0.5, len(contexts) - 0.5))
+    axis.grid(axis="y")
+    if rows:
+        _logarithmic(axis)
+    else:
+        axis.text(0.5, 0.5, "no figures", ha="center", transform=axis.transAxes)

