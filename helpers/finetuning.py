@@ -43,7 +43,7 @@ class Recipe:
 
     ``steps`` optimizer steps of ``batch_size`` examples in each process: linear warm-up over ``warmup_steps``, then
     cosine decay. There is no packing: Falcon in transformers lets packed examples see each other, because it builds its
-    mask without looking at position ids.
+    mask without looking at position ids (``loading.load`` repairs that, but the model may come from elsewhere).
     """
 
     steps: int = 150

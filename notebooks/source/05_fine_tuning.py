@@ -149,8 +149,9 @@ results.record("trained_user_tokens", int(counts.loc["user", "trained"]), "token
 counts
 
 # %% [markdown]
-# A third trap: *packing*, several examples in one row, is trl's way to save padding. Falcon in transformers builds its mask without looking
-# at position ids, so packed examples would read each other. `finetuning` never packs.
+# A third trap: *packing*, several examples in one row, is trl's way to save padding. Falcon in transformers alone builds its mask without
+# looking at position ids, so packed examples would read each other. The models of `loading.load` keep them apart
+# (`helpers/grouped_cache.py`); `finetuning` does not pack all the same, so that a model from elsewhere is safe with it too.
 #
 # ## 5 · Train
 #
