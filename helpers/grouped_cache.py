@@ -30,6 +30,7 @@ from transformers.models.falcon.modeling_falcon import (
     apply_rotary_pos_emb,
     build_alibi_tensor,
 )
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,6 +75,7 @@ class GroupedFalconAttention(FalconAttention):
         """Query heads for each key-value head; read at each call, as tensor parallelism changes both counts."""
         return self.num_heads // self.num_kv_heads
 
+    @override
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -143,6 +145,7 @@ class GroupedFalconAttention(FalconAttention):
 class GroupedFalconModel(FalconModel):
     """Falcon's decoder with the mask made once, from everything that belongs in it: order, padding, packing, ALiBi."""
 
+    @override
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -158,6 +161,7 @@ class GroupedFalconModel(FalconModel):
     ) -> tuple[torch.Tensor, ...] | BaseModelOutputWithPastAndCrossAttentions:
         """As ``FalconModel.forward``, except that ``position_ids`` that start again mark packed texts, kept apart.
 
+        That is where neither a mask nor a cache is given, as in the library's Llama.
         Raises ValueError unless exactly one of ``input_ids`` and ``inputs_embeds`` is given.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -167,12 +171,12 @@ class GroupedFalconModel(FalconModel):
         chosen = {name: getattr(self.config, name) if value is None else value for name, value in chosen.items()}
         chosen["use_cache"] &= not (self.gradient_checkpointing and self.training)
         embeds = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if chosen["use_cache"] and past_key_values is None:
+        mask = self._mask(embeds, attention_mask, past_key_values, position_ids, chosen["output_attentions"])
+        if chosen["use_cache"] and past_key_values is None:  # after the mask: texts are packed only where no cache is
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(embeds.shape[1], device=embeds.device) + seen)[None]
-        mask = self._mask(embeds, attention_mask, past_key_values, position_ids, chosen["output_attentions"])
         return self._decoded(embeds, mask, past_key_values, position_ids, **chosen)
 
     def _decoded(
@@ -217,7 +221,7 @@ class GroupedFalconModel(FalconModel):
         embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
         cache: Cache | None,
-        position_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
         output_attentions: bool,
     ) -> torch.Tensor | None:
         """What each query may see: bool, or numbers to add to the scores; None where the kernel knows by itself."""
@@ -234,10 +238,12 @@ class GroupedFalconModel(FalconModel):
     def _with_alibi(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A mask (batch, 1, queries, keys) with ALiBi's biases added (Press et al. 2022): (batch, heads, ...).
 
-        A key's position counts the keys before it that some query may see; the difference to the query's own position
-        is the same for all keys of a row, so softmax drops it.
+        A key's position counts the keys before it that the same query may see, so that each packed text starts at 0:
+        the library rounds positions to bfloat16, and a text that starts later would get other biases.
         """
         allowed = mask if mask.dtype == torch.bool else mask >= 0
-        biases = build_alibi_tensor(allowed[:, 0].any(dim=1).long(), self.num_heads, dtype)
-        biases = biases.view(len(mask), self.num_heads, 1, -1) / math.sqrt(self.config.hidden_size // self.num_heads)
-        return torch.where(allowed, biases, torch.finfo(dtype).min)
+        batch, _, queries, keys = allowed.shape
+        biases = build_alibi_tensor(allowed.flatten(0, 2).long(), self.num_heads, dtype)
+        biases = biases.view(batch, queries, self.num_heads, keys).transpose(1, 2)
+        biases /= math.sqrt(self.config.hidden_size // self.num_heads)
+        return biases.masked_fill_(~allowed, torch.finfo(dtype).min)
