@@ -345,7 +345,7 @@ print("the same tokens:", torch.equal(plainly[:, :n], proposed[:, :n]))
 from helpers.decoding import Decoding
 
 draft = loading.load(profiles.load_profile("laptop").falcon_draft, "fp32")
-ways = {"plain": Decoding(), "prompt lookup": Decoding("lookup"), "speculative": Decoding("speculative", draft)}
+ways = {"plain": Decoding(), "prompt lookup": Decoding("lookup"), "speculative": Decoding("speculative", draft, 3)}
 greedy_sampling = Sampling(temperature=0, max_new_tokens=60)
 table = {}
 for name, way in ways.items():
