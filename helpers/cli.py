@@ -319,8 +319,8 @@ def plan(
     context: Annotated[int | None, typer.Option(help="Tokens of context; 2048 when left out.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     double_quant: Annotated[bool, typer.Option("--double-quant", help="nf4 with its scales quantized too.")] = False,
-    grouped_cache: Annotated[
-        bool, typer.Option("--grouped-cache", help="A cache of the key-value heads alone, as in vLLM.")
+    library_cache: Annotated[
+        bool, typer.Option("--library-cache", help="Falcon's cache as transformers itself keeps it: all query heads.")
     ] = False,
     figure: Annotated[Path | None, typer.Option(help="Draw each device into this PNG file.")] = None,
     suggest: Annotated[
@@ -334,7 +334,7 @@ def plan(
     """
     from helpers import planning
 
-    work = planning.Work(context, batch, double_quant, "kv" if grouped_cache else "cached")
+    work = planning.Work(context, batch, double_quant, "library" if library_cache else "kv")
     if suggest:
         asked = planning.suggested_for(profile, model, gpus, double_quant=double_quant, figure=figure is not None)
         found = planning.suggest(asked, work, precision)

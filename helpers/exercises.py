@@ -84,7 +84,7 @@ def _longest_context(tokens: int) -> Hint:
 
     config = memory.published_config("tiiuae/falcon-180B")
     free = 8 * 80e9 - memory.weight_bytes(config, "bf16")
-    if _close(tokens, free / memory.kv_bytes_per_token(config, "bf16", heads="cached"), 0.01):
+    if _close(tokens, free / memory.kv_bytes_per_token(config, "bf16", heads="library"), 0.01):
         return None
     return "Take the weights' bytes from 640 GB, then divide by the cache bytes of one token with all 232 heads."
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import hardware, shards
-from helpers.memory import kv_bytes_per_token, place, published_config, published_models
+from helpers.memory import CacheHeads, kv_bytes_per_token, place, published_config, published_models
 from helpers.progress import bar_class, bars, human, waiting, weights_bar
 from helpers.prompts import format_for
 from helpers.quantization import (
@@ -88,7 +88,8 @@ def load(
     found = _read_config(ref, checkpoint)
     _check_config(ref, found, precision)
     files = _checked_files(checkpoint, verify)
-    places = device_map or _default_device_map(found, precision, offload=offload, double_quant=double_quant)
+    room = {"offload": offload, "double_quant": double_quant, "cache_heads": "kv" if grouped_cache else "library"}
+    places = device_map or _default_device_map(found, precision, **room)
     repair = falcon_repair() if ref.family == "falcon" and precision in QUANTIZED else nullcontext(False)
     with repair as repaired, _grouping(ref, wanted=grouped_cache), _load_errors(ref, checkpoint):
         before = getattr(found, "quantization_config", None) is not None
@@ -469,15 +470,17 @@ def device_map_for(
     offload: bool = False,
     double_quant: bool = False,
     context_tokens: int = 2048,
+    cache_heads: CacheHeads = "kv",
 ) -> dict[str, int | str]:
     """Where the modules of a model go on a machine: whole layers over the free memory of its GPUs, or all on the CPU.
 
-    That is ``memory.place`` with room for one sequence of ``context_tokens``. With ``offload``, what the GPUs do not
-    hold lies in free memory, and what that does not hold is read from disk each time it is used.
+    That is ``memory.place`` with room for one sequence of ``context_tokens``, ``cache_heads`` of it cached. With
+    ``offload``, what the GPUs do not hold lies in free memory, and what that does not hold is read from disk each time
+    it is used.
     Raises LoadError where it does not fit, with what is lacking and what would fit, and WorkbookError where int8 or nf4
     weights would have to be offloaded.
     """
-    work = {"context_tokens": context_tokens, "double_quant": double_quant}
+    work = {"context_tokens": context_tokens, "double_quant": double_quant, "cache_heads": cache_heads}
     device_map, why_not = _placed(config, precision, machine, offload=offload, **work)
     if why_not:
         others = [each for each in PRECISIONS if each != precision]
@@ -495,10 +498,11 @@ def _placed(
     *,
     context_tokens: int,
     double_quant: bool,
+    cache_heads: CacheHeads,
     offload: bool = False,
 ) -> tuple[dict[str, int | str], str]:
     """(device map, what is lacking) as ``device_map_for`` has them; it fits where the text is empty."""
-    work = {"context_tokens": context_tokens, "double_quant": double_quant}
+    work = {"context_tokens": context_tokens, "double_quant": double_quant, "cache_heads": cache_heads}
     if machine.gpus or offload:
         free = [gpu.free_bytes for gpu in machine.gpus]
         slower = {"cpu_bytes": machine.ram_available_bytes, "disk": True} if offload else {}
@@ -508,7 +512,7 @@ def _placed(
     return {"": "cpu"}, f"{placed.why_not.partition(' over ')[0]} of memory" if placed.why_not else ""
 
 
-def _default_device_map(config: PreTrainedConfig, precision: str, **options: bool) -> dict[str, int | str]:
+def _default_device_map(config: PreTrainedConfig, precision: str, **options: Any) -> dict[str, int | str]:
     """This machine's; of several processes (torchrun) on GPUs, each its own; in a rehearsal all devices are the CPU."""
     import torch
 
@@ -520,7 +524,7 @@ def _default_device_map(config: PreTrainedConfig, precision: str, **options: boo
     return dict.fromkeys(device_map, "cpu") if machine.rehearsed else device_map
 
 
-def _on_own_gpu(config: PreTrainedConfig, precision: str, **options: bool) -> dict[str, int | str]:
+def _on_own_gpu(config: PreTrainedConfig, precision: str, **options: Any) -> dict[str, int | str]:
     """The map of one of several processes: the GPU of its local rank, and no other, which is not even looked at."""
     import torch
 
@@ -709,7 +713,7 @@ def _report(ref: ModelRef, precision: str, model: PreTrainedModel, device_map: D
         dtypes[_dtype(parameter)] += weights_in(parameter)
         devices[_place(name, device_map) if parameter.is_meta else str(parameter.device)] += weights_in(parameter)
     grouped = ref.family == "falcon" and _is_grouped(model)
-    heads = "kv" if grouped else "cached"
+    heads = "kv" if grouped else "library"
     on_disk = sum(
         parameter.nbytes
         for name, parameter in model.named_parameters()

@@ -24,7 +24,7 @@ A100_PEAK = 312e12  # bf16 FLOP/s, dense: NVIDIA A100 data sheet
 RESERVED = 0.05  # share of each device kept free for the CUDA context and fragments
 MODES = ("inference", "full", "lora", "qlora")
 CONTEXT = 2048  # tokens that are planned for where none are named: what Falcon was trained on
-CacheHeads = Literal["cached", "kv"]
+CacheHeads = Literal["kv", "library"]
 Device = int | str  # as in a device map: a GPU's number, "cpu" or "disk"
 
 
@@ -47,11 +47,11 @@ class Linear:
 class Anatomy:
     """The shape of a model as its configuration gives it; all that the formulas of this room need.
 
-    ``cached_heads`` are the heads that transformers' KV cache holds, ``width`` is the MLP's inner size. For one token,
-    elements: ``kept`` by a layer for its backward pass, ``returned`` the further ones while that pass runs, ``prefill``
-    alive at once in the MLP of a forward pass, with ``wide_tensors`` of the MLP's width. For one token and one token of
-    context: ``scores`` are fp32 attention scores, ``masks`` bytes of the attention mask that the model makes, and
-    ``biases`` elements of alibi's.
+    ``cached_heads`` are the heads that transformers' own KV cache holds; ``loading.load`` has ``kv_heads`` cached.
+    ``width`` is the MLP's inner size. For one token, elements: ``kept`` by a layer for its backward pass, ``returned``
+    the further ones while that pass runs, ``prefill`` alive at once in the MLP of a forward pass, with ``wide_tensors``
+    of the MLP's width. For one token and one token of context: ``scores`` are fp32 attention scores, ``masks`` bytes of
+    the attention mask that the model makes, and ``biases`` elements of alibi's.
     """
 
     layers: int
@@ -103,12 +103,15 @@ def published_models() -> tuple[str, ...]:
     return tuple(sorted(path.stem.replace("--", "/") for path in CONFIGS.glob("*.json")))
 
 
-def anatomy(config: PretrainedConfig) -> Anatomy:
-    """The shape of a model. Raises WorkbookError for families other than Falcon and Llama."""
-    families: dict[str, Callable[[PretrainedConfig], Anatomy]] = {"falcon": _falcon, "llama": _llama}
+def anatomy(config: PretrainedConfig, cache_heads: CacheHeads = "kv") -> Anatomy:
+    """The shape of a model; ``cache_heads``: see ``kv_bytes_per_token``, for what Falcon's attention works with.
+
+    Raises WorkbookError for families other than Falcon and Llama.
+    """
+    families: dict[str, Callable[[PretrainedConfig, CacheHeads], Anatomy]] = {"falcon": _falcon, "llama": _llama}
     if config.model_type not in families:
         raise WorkbookError(f"memory knows the families {', '.join(families)}, not {config.model_type!r}")
-    return families[config.model_type](config)
+    return families[config.model_type](config, cache_heads)
 
 
 def count_parameters(config: PretrainedConfig, tied: bool | None = None) -> int:
@@ -143,15 +146,16 @@ def weight_bytes(config: PretrainedConfig, precision: str, *, double_quant: bool
     return first + shape.layers * _layer_bytes(shape, precision, double_quant) + last
 
 
-def kv_bytes_per_token(config: PretrainedConfig, precision: str = "bf16", *, heads: CacheHeads = "cached") -> int:
+def kv_bytes_per_token(config: PretrainedConfig, precision: str = "bf16", *, heads: CacheHeads = "kv") -> int:
     """Bytes of keys and values for one token of one sequence, all layers; in 16 bit unless the precision is fp32.
 
-    heads="cached": what transformers stores. For Falcon's new decoder architecture these are all query heads, because
-    the keys and values are copied to them before they are cached (4,751,360 bytes a token for 180B in bf16);
-    heads="kv": the key-value heads alone, as vLLM and llama.cpp store them (163,840).
+    heads="kv": the key-value heads alone, as ``loading.load`` has them (``helpers.grouped_cache``), and vLLM and
+    llama.cpp (163,840 bytes a token for Falcon-180B in bf16); heads="library": what transformers itself stores. For
+    Falcon's new decoder architecture these are all query heads, because the keys and values are copied to them before
+    they are cached (4,751,360).
     """
     shape = anatomy(config)
-    count = {"cached": shape.cached_heads, "kv": shape.kv_heads}[heads]
+    count = {"kv": shape.kv_heads, "library": shape.cached_heads}[heads]
     return 2 * shape.layers * count * shape.head_dim * _element_bytes(precision)
 
 
@@ -165,7 +169,7 @@ def estimate(
     lora_rank: int = 8,
     checkpointing: bool = True,
     double_quant: bool = False,
-    cache_heads: CacheHeads = "cached",
+    cache_heads: CacheHeads = "kv",
 ) -> MemoryEstimate:
     """Bytes by part for one kind of work, as a sum over all devices; the CUDA context is not in it.
 
@@ -175,12 +179,12 @@ def estimate(
     "qlora", and fp32 adapters of rank ``lora_rank`` on every linear layer, trained with AdamW (arXiv:2106.09685,
     arXiv:2305.14314). Under ZeRO-3 each of n devices holds an n-th of weights, gradients and optimizer.
     Activations: see ``activation_bytes``; ``batch_size`` counts the sequences on all devices; ``double_quant``: see
-    ``weight_bytes``; ``cache_heads``: see ``kv_bytes_per_token``.
+    ``weight_bytes``; ``cache_heads``: see ``kv_bytes_per_token`` (for activations too).
     Raises WorkbookError for an unknown precision or mode, or where the two do not go together.
     """
     _check_mode(precision, mode)
     work = {"batch_size": batch_size, "context_tokens": context_tokens, "checkpointing": checkpointing}
-    activations = activation_bytes(config, precision, mode=mode, **work)
+    activations = activation_bytes(config, precision, mode=mode, cache_heads=cache_heads, **work)
     weights = weight_bytes(config, precision, double_quant=double_quant)
     if mode == "inference":
         cache = batch_size * context_tokens * kv_bytes_per_token(config, precision, heads=cache_heads)
@@ -203,26 +207,32 @@ def activation_bytes(
     batch_size: int = 1,
     context_tokens: int = 2048,
     checkpointing: bool = True,
+    cache_heads: CacheHeads = "kv",
 ) -> int:
     """Bytes of activations at the peak.
 
     Inference: the prefill's, counted in transformers' code. Falcon's MLP runs while the embeddings, the layer's input,
     its norms and the result of the attention are alive: 13 hidden sizes a token for 180B, with the two tensors of the
-    MLP's width; Llama's: 4 hidden sizes and three times that width. Falcon adds an attention mask of one byte for each
-    pair of tokens of a sequence, and a Falcon of the old architecture (7B), whose one key head fused attention does not
-    take, attention scores in fp32, twice, and their test for -inf (9as²b for a heads). A quantized matrix is multiplied
-    as bitsandbytes does on a GPU: nf4 is unpacked to 16 bit; int8 adds the inputs in 8 bit, what finds their outliers,
-    and the products in 32 bit (counted in its code, not measured yet; on a CPU int8 takes twice as much).
+    MLP's width; Llama's: 4 hidden sizes and three times that width. Not counted: the mask that texts of different
+    lengths need, one byte for each pair of tokens of a sequence. With ``cache_heads="library"`` that mask is counted,
+    as transformers' own Falcon always makes it; and for the old architecture (7B), whose one key head fused attention
+    does not take as the library hands it over, attention scores in fp32, twice, and their test for -inf (9as²b for a
+    heads). A quantized matrix is multiplied as bitsandbytes does on a GPU: nf4 is unpacked to 16 bit; int8 adds the
+    inputs in 8 bit, what finds their outliers, and the products in 32 bit (counted in its code, not measured yet; on a
+    CPU int8 takes twice as much).
 
     Training: after Korthikanti et al. 2022 (arXiv:2205.05198, section 4). Their count of what a layer keeps for its
-    backward pass, s tokens, batch b, hidden size h, in 16 bit, with fused attention and no dropout, becomes 30sbh for
-    Falcon-180B's parallel block: input 2, two norms 4, queries, keys and values of all heads 6, attention's result 2,
-    MLP 8 + 8. With checkpointing a layer keeps its input alone (2sbh) and one layer at a time is computed anew, with
-    the gradients of its MLP beside it. The other peak of training is the loss: 12 bytes for each token and word of the
-    vocabulary (logits and their gradient in 16 bit, log-probabilities and their gradient in fp32). nf4 adds one matrix
-    of weights unpacked to 16 bit; a Falcon of the old architecture scores of 4as²b each.
+    backward pass, s tokens, batch b, hidden size h, in 16 bit, with fused attention and no dropout, becomes 28sbh for
+    Falcon-180B's parallel block: input 2, two norms 4, the product of the fused matrix 2 (values are read there),
+    rotated queries 2, attention's result 2, MLP 8 + 8, and 0.2 for the few keys and values. The library's own keeps
+    30sbh: for the product 4 of keys and values copied to all heads. With checkpointing a layer keeps its input alone
+    (2sbh) and one layer at a time is computed anew, with the gradients of its MLP beside it. The other peak of training
+    is the loss: 12 bytes for each token and word of the vocabulary (logits and their gradient in 16 bit,
+    log-probabilities and their gradient in fp32). nf4 adds one matrix of weights unpacked to 16 bit; the library's
+    Falcon of the old architecture scores of 4as²b each.
     """
-    shape, size, tokens = anatomy(config), _element_bytes(precision), batch_size * context_tokens
+    shape, size = anatomy(config, cache_heads), _element_bytes(precision)
+    tokens = batch_size * context_tokens
     if mode == "inference":
         return max(_prefill_bytes(shape, precision, batch_size, context_tokens), batch_size * shape.vocabulary * 6)
     scores = 4 * shape.scores * context_tokens
@@ -243,7 +253,7 @@ def place(
     context_tokens: int = 2048,
     batch_size: int = 1,
     double_quant: bool = False,
-    cache_heads: CacheHeads = "cached",
+    cache_heads: CacheHeads = "kv",
     cpu_bytes: float = 0.0,
     disk: bool = False,
 ) -> Placement:
@@ -266,7 +276,8 @@ def place(
     shape = anatomy(config)
     cache = batch_size * context_tokens * kv_bytes_per_token(config, precision, heads=cache_heads) // shape.layers
     pieces = _pieces(shape, precision, cache, double_quant)
-    work = activation_bytes(config, precision, batch_size=batch_size, context_tokens=context_tokens)
+    sequences = {"batch_size": batch_size, "context_tokens": context_tokens}
+    work = activation_bytes(config, precision, **sequences, cache_heads=cache_heads)
     room = _room(gpus, work)
     sizes = [piece.size for piece in pieces]
     if not (cpu_bytes or disk) or (gpus and _filled(sizes, room)):
@@ -293,7 +304,7 @@ def place_together(
     context_tokens: int | None = None,
     batch_size: int = 1,
     double_quant: bool = False,
-    cache_heads: CacheHeads = "cached",
+    cache_heads: CacheHeads = "kv",
     cpu_bytes: float = 0.0,
 ) -> list[Placement]:
     """Models that are in memory at the same time: each placed, in turn, into what those before it leave.
@@ -311,7 +322,7 @@ def place_together(
         left = [max(size - taken[device] / (1 - RESERVED), 1.0) for device, size in sizes.items()]
         room = {"gpus": left} if gpus else {"gpus": (), "cpu_bytes": left[0]}
         placed = place(config, precision, **room, **work, cache_heads=cache_heads)
-        for device, parts in parts_by_device(config, precision, placed, **work).items():
+        for device, parts in parts_by_device(config, precision, placed, **work, cache_heads=cache_heads).items():
             taken[device] += sum(parts.values())
         placements.append(placed)
     return placements
@@ -330,12 +341,14 @@ def parts_by_device(
     context_tokens: int = 2048,
     batch_size: int = 1,
     double_quant: bool = False,
+    cache_heads: CacheHeads = "kv",
 ) -> dict[Device, dict[str, int]]:
     """What each device of a placement holds, bytes by part: weights, kv_cache, activations.
 
     The arguments are those of ``place``. Activations are counted on each device on which modules run.
     """
-    work = activation_bytes(config, precision, batch_size=batch_size, context_tokens=context_tokens)
+    sequences = {"batch_size": batch_size, "context_tokens": context_tokens}
+    work = activation_bytes(config, precision, **sequences, cache_heads=cache_heads)
     weights = dict.fromkeys(placed.per_device_bytes, 0)
     for piece in _pieces(anatomy(config), precision, 0, double_quant):
         weights[placed.device_map[piece.names[0]]] += piece.weights
@@ -357,7 +370,7 @@ def largest_context(
     *,
     batch_size: int = 1,
     double_quant: bool = False,
-    cache_heads: CacheHeads = "cached",
+    cache_heads: CacheHeads = "kv",
 ) -> int:
     """The most tokens of context for which ``place`` finds room on these devices, 0 where it finds none for one token.
 
@@ -381,7 +394,7 @@ def least_gpus(
     context_tokens: int = 2048,
     batch_size: int = 1,
     double_quant: bool = False,
-    cache_heads: CacheHeads = "cached",
+    cache_heads: CacheHeads = "kv",
 ) -> int | None:
     """The least number of GPUs of that many bytes on which ``place`` finds room; None where no number will do."""
     how = {"batch_size": batch_size, "double_quant": double_quant, "cache_heads": cache_heads}
@@ -397,7 +410,7 @@ def least_gpus_together(
     context_tokens: int | None = None,
     batch_size: int = 1,
     double_quant: bool = False,
-    cache_heads: CacheHeads = "cached",
+    cache_heads: CacheHeads = "kv",
 ) -> int | None:
     """The least number of GPUs of that many bytes on which ``place_together`` finds room; None where none will do."""
     how = {"batch_size": batch_size, "double_quant": double_quant, "cache_heads": cache_heads}
@@ -496,15 +509,15 @@ _CLAIMS = (
 )
 
 
-def _falcon(config: PretrainedConfig) -> Anatomy:
+def _falcon(config: PretrainedConfig, cache_heads: CacheHeads) -> Anatomy:
     hidden, heads, width = config.hidden_size, config.num_attention_heads, config.ffn_hidden_size
     new, bias = config.new_decoder_architecture, config.bias
     kv_heads = 1 if config.multi_query and not new else config.num_kv_heads
     cached = heads if new else kv_heads
-    norms = _falcon_norms(config)
-    # PyTorch's fused attention does not take one key head for many queries: fp32 copies and scores are made instead.
-    fused = cached == heads
-    attention = 3 * hidden if fused else 6 * hidden
+    norms, library = _falcon_norms(config), cache_heads == "library"
+    # Fused attention does not take the library's one key head for many queries: fp32 copies and scores come instead.
+    fused = not library or cached == heads
+    attention = (3 if fused else 6) * hidden if library else 2 * hidden + 3 * kv_heads * config.head_dim
     sequential = not (new or config.parallel_attn)
     return Anatomy(
         layers=config.num_hidden_layers,
@@ -528,7 +541,7 @@ def _falcon(config: PretrainedConfig) -> Anatomy:
         prefill=(3 + sequential + norms) * hidden + 2 * width,
         wide_tensors=2,
         scores=0 if fused else heads,
-        masks=1,
+        masks=int(library),
         biases=heads * config.alibi,
         embeddings_name="transformer.word_embeddings",
         rotary_name="transformer.rotary_emb",
@@ -543,7 +556,7 @@ def _falcon_norms(config: PretrainedConfig) -> int:
     return config.num_ln_in_parallel_attn or (2 if config.new_decoder_architecture else 1)
 
 
-def _llama(config: PretrainedConfig) -> Anatomy:
+def _llama(config: PretrainedConfig, _: CacheHeads) -> Anatomy:
     hidden, width, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     return Anatomy(
@@ -701,7 +714,8 @@ def _fits(
 ) -> bool:
     shape = anatomy(config)
     cache = batch_size * context_tokens * kv_bytes_per_token(config, precision, heads=cache_heads) // shape.layers
-    work = activation_bytes(config, precision, batch_size=batch_size, context_tokens=context_tokens)
+    sequences = {"batch_size": batch_size, "context_tokens": context_tokens}
+    work = activation_bytes(config, precision, **sequences, cache_heads=cache_heads)
     sizes = [piece.size for piece in _pieces(shape, precision, cache, double_quant)]
     return bool(_filled(sizes, _room(gpus, work)))
 

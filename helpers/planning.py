@@ -73,7 +73,7 @@ class Work:
     context_tokens: int | None = None
     batch_size: int = 1
     double_quant: bool = False
-    cache_heads: CacheHeads = "cached"
+    cache_heads: CacheHeads = "kv"
 
     def how(self) -> dict[str, Any]:
         """What ``memory.place_together`` is to count."""
@@ -219,7 +219,7 @@ class Plan:
 class Suggestion:
     """A precision on a set of equal GPUs that runs a model, and the tokens of context for which there is room.
 
-    ``grouped_context_tokens``: with a cache of the key-value heads alone.
+    ``library_context_tokens``: with the cache that transformers itself keeps.
     """
 
     precision: str
@@ -228,7 +228,7 @@ class Suggestion:
     gigabytes: int
     total_gigabytes: int
     context_tokens: int
-    grouped_context_tokens: int
+    library_context_tokens: int
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------
@@ -391,11 +391,11 @@ def suggest(ref: ModelRef, work: Work | None = None, precision: str | None = Non
     for (name, double), count, size in itertools.product(choices, COUNTS, SIZES):
         how = {"batch_size": work.batch_size, "double_quant": double}
         gpus = [size * DECIMAL] * count
-        fitting, grouped = (
-            memory.largest_context(config, name, gpus, cache_heads=heads, **how) for heads in ("cached", "kv")
+        fitting, library = (
+            memory.largest_context(config, name, gpus, cache_heads=heads, **how) for heads in ("kv", "library")
         )
-        if (grouped if work.cache_heads == "kv" else fitting) >= tokens:
-            found.append(Suggestion(name, double, count, size, count * size, fitting, grouped))
+        if (library if work.cache_heads == "library" else fitting) >= tokens:
+            found.append(Suggestion(name, double, count, size, count * size, fitting, library))
     return sorted(found, key=lambda each: (each.total_gigabytes, each.gpus))
 
 
@@ -458,12 +458,10 @@ class _Room:
     def place(self, configs: Sequence[PretrainedConfig], precision: str, work: Work) -> list[_Placed]:
         """Models that are in memory at the same time, each with its parts on every device."""
         placements = memory.place_together(configs, precision, self.gpus, cpu_bytes=self.ram, **work.how())
-        found = []
-        for config, placed in zip(configs, placements, strict=True):
-            how = work.how_for(config)
-            del how["cache_heads"]
-            found.append(_Placed(placed, memory.parts_by_device(config, precision, placed, **how)))
-        return found
+        return [
+            _Placed(placed, memory.parts_by_device(config, precision, placed, **work.how_for(config)))
+            for config, placed in zip(configs, placements, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -648,12 +646,12 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
 
 def suggestion_table(suggestions: Sequence[Suggestion], work: Work, model: str | None = None) -> RenderableType:
     """What runs a model (Falcon-180B), the least memory first."""
-    numbers = ["GB in all", "tokens that fit", "grouped cache"]
+    numbers = ["GB in all", "tokens that fit", "library's cache"]
     table = _table(["precision", "GPUs"], numbers, ["such as"])
     for each in suggestions:
         precision = f"{each.precision}, double quant" if each.double_quant else each.precision
         cards = " or ".join(card.name for card in CARDS if card.gigabytes == each.gigabytes)
-        fitting = (f"{tokens:,}" for tokens in (each.context_tokens, each.grouped_context_tokens))
+        fitting = (f"{tokens:,}" for tokens in (each.context_tokens, each.library_context_tokens))
         table.add_row(precision, f"{each.gpus} x {each.gigabytes} GB", f"{each.total_gigabytes:,}", *fitting, cards)
     sequences = f"each of {work.batch_size} sequences" if work.batch_size > 1 else "one sequence"
     return _section(
@@ -663,8 +661,8 @@ def suggestion_table(suggestions: Sequence[Suggestion], work: Work, model: str |
         f"{_series(COUNTS)} GPUs of {_series(SIZES)} GB (1 GB = 1e9 bytes). fp16 needs what bf16 needs.",
         "Tokens that fit: what the memory allows. A model takes only as many as it was trained on (Falcon-180B: 2048); "
         "the rest is room for more sequences.",
-        "Grouped cache: tokens that fit where the key-value heads alone are kept, as vLLM and llama.cpp do; "
-        "transformers keeps all heads of Falcon.",
+        "The cache holds the key-value heads alone, as this workbook loads Falcon. Library's cache: the tokens that "
+        "fit with transformers' own, which copies them to all query heads.",
     )
 
 
@@ -674,7 +672,7 @@ def _heading(plan: Plan) -> RenderableType:
     work = plan.work
     tokens = " or ".join(map(str, plan.contexts))
     sequences = f"{work.batch_size} conversations" if work.batch_size > 1 else "one conversation"
-    kept = "; cache: key-value heads alone" if work.cache_heads == "kv" else ""
+    kept = "; cache: as transformers itself keeps it" if work.cache_heads == "library" else ""
     double = "; nf4 with double quantization" if work.double_quant else ""
     sold = " A card sold as 80 GB is counted as 80e9 bytes = 74.5 GiB." if plan.on_gpus else ""
     lines = [

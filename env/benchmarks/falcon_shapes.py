@@ -117,14 +117,18 @@ def measure(
 def build(config: PretrainedConfig, precision: str, device: str) -> PreTrainedModel:
     """A model of random weights on a device, quantized and verified; at no time is more than one matrix in 16 bit.
 
-    The matrices that bitsandbytes quantizes go through the code with which transformers quantizes a checkpoint.
+    The matrices that bitsandbytes quantizes go through the code with which transformers quantizes a checkpoint. The
+    cache holds the key-value heads alone, as ``helpers.loading.load`` has it.
     """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
+    from helpers.grouped_cache import grouped_cache
+
     dtype = torch.float32 if precision == "fp32" else torch.float16 if precision == "fp16" else torch.bfloat16
-    with falcon_repair() if precision in QUANTIZED else nullcontext(), torch.device("meta"):
+    repair = falcon_repair() if precision in QUANTIZED else nullcontext()
+    with repair, grouped_cache(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if precision in QUANTIZED:
             replace_with_bnb_linear(model, ["lm_head"], bnb_config(precision, dtype))

@@ -34,7 +34,7 @@ def test_the_tiny_shape_is_measured_in_every_precision(tmp_path):
         assert row["weights_bytes"] == row["planned_weights_bytes"]
         assert row["tokens_per_second"] > 0
         assert row["share_of_limit"] == pytest.approx(row["tokens_per_second"] / row["limit_tokens_per_second"])
-        moved = row["weights_bytes"] + 32 * 2 * 2 * 4 * 64 * 2  # context, layers, keys and values, heads of 64, bf16
+        moved = row["weights_bytes"] + 32 * 2 * 2 * 2 * 64 * 2  # context, layers, keys and values, heads of 64, bf16
         assert row["bytes_moved_per_token"] == moved
         assert row["limit_tokens_per_second"] == pytest.approx(row["bandwidth_bytes_per_second"] / moved)
     assert re.fullmatch(r"20\d\d-\d\d-\d\d", result["date"])

@@ -144,20 +144,20 @@ def test_plan_of_a_model_that_does_not_fit_answers_what_would(tmp_path, monkeypa
     result = workbook("plan", "--gpus", "4x80", "--precision", "bf16", "--figure", str(tmp_path / "plan.png"))
     assert result.exit_code == 0
     text = " ".join(result.stdout.split())
-    assert "falcon-180B in bf16 does not fit: it lacks 61.5 GiB over 4 devices of 74.5 GiB." in text
+    assert "falcon-180B in bf16 does not fit: it lacks 52.7 GiB over 4 devices of 74.5 GiB." in text
     assert "What would: int8 or nf4 on 4 GPUs of 80 GB; bf16 on 5 GPUs of 80 GB." in text
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
 
 def test_plan_of_another_model_as_json():
-    options = ["--context", "1024", "--batch", "2", "--grouped-cache", "--double-quant", "--json"]
+    options = ["--context", "1024", "--batch", "2", "--library-cache", "--double-quant", "--json"]
     result = workbook("plan", "--model", "tiiuae/falcon-40b", "--gpus", "1x24,1x40", "--precision", "nf4", *options)
     assert result.exit_code == 0
     plan = json.loads(result.stdout)
     assert plan["fits"] is True
-    assert plan["work"] == {"context_tokens": 1024, "batch_size": 2, "double_quant": True, "cache_heads": "kv"}
+    assert plan["work"] == {"context_tokens": 1024, "batch_size": 2, "double_quant": True, "cache_heads": "library"}
     (nf4,) = [need for need in plan["needs"] if need["precision"] == "nf4"]
-    assert nf4["parts"]["kv_cache"] == 2 * 1024 * 2 * 60 * 8 * 64 * 2
+    assert nf4["parts"]["kv_cache"] == 2 * 1024 * 2 * 60 * 128 * 64 * 2
     assert [device["limit"] for device in plan["groups"][0]["devices"]] == [24e9, 40e9]
 
 

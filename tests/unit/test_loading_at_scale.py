@@ -123,7 +123,7 @@ def test_what_does_not_fit_says_what_is_lacking_and_what_would_fit():
 
 def test_double_quantization_counts_in_the_placement():
     config = memory.published_config("tiiuae/falcon-180B")
-    tight = machine(*[52.5] * 2)
+    tight = machine(*[48.2] * 2)
     with pytest.raises(LoadError, match="lacks"):
         device_map_for(config, "nf4", tight, context_tokens=256)
     assert set(device_map_for(config, "nf4", tight, context_tokens=256, double_quant=True).values()) == {0, 1}
@@ -134,6 +134,18 @@ def test_double_quantization_counts_in_the_placement():
             device_map_for(config, "nf4", tight, **refused)
         with pytest.raises(LoadError, match="Choose a larger machine: no precision fits"):
             device_map_for(config, "int8", tight, **refused)
+
+
+def test_the_cache_that_is_asked_for_counts_in_the_placement(monkeypatch):
+    config, two = memory.published_config("tiiuae/falcon-180B"), machine(54.0, 54.0)
+    assert set(device_map_for(config, "nf4", two).values()) == {0, 1}
+    with pytest.raises(LoadError, match="lacks"):
+        device_map_for(config, "nf4", two, cache_heads="library")
+    asked = []
+    monkeypatch.setattr(loading, "device_map_for", lambda *a, **how: asked.append(how["cache_heads"]) or {"": "cpu"})
+    for grouped in (True, False):
+        load(at(MINI), grouped_cache=grouped)
+    assert asked == ["kv", "library"]
 
 
 def test_offload_fills_gpus_then_memory_then_the_disk_and_never_with_bitsandbytes():

@@ -18,7 +18,7 @@ from helpers.types import GIB, ROOT, WorkbookError
 HERE = planning.Here("/cache", 10**12, hardware.DiskSpeed(2e9, 2**28, "/cache", True))
 LAPTOP = replace(HERE, memory_bandwidth=20e9)
 LAYER, EMBEDDINGS, NORM = 4_439_789_568, 65024 * 14848 * 2, 2 * 14848 * 2  # bytes of Falcon-180B's in bf16
-CACHE = 4_751_360 // 80  # bytes a token and layer
+CACHE = 163_840 // 80  # bytes a token and layer
 PROFILES = profiles.available()
 GPU_PROFILES = [name for name in PROFILES if name != "laptop"]
 
@@ -131,7 +131,7 @@ def test_models_in_memory_together_share_the_devices(plans):
     _, both = plans["8x80gb"].groups
     assert both.models == ("falcon-180B-chat", "Llama-2-70b-chat-hf")
     assert sum(device.weights for device in both.devices) == 357_114_177_536 + 137_953_296_384
-    assert sum(device.kv_cache for device in both.devices) == 2048 * (4_751_360 + 327_680)
+    assert sum(device.kv_cache for device in both.devices) == 2048 * (163_840 + 327_680)
     chat, llama = (memory.published_config(name) for name in (planning.FALCON_180B, "meta-llama/Llama-2-70b-chat-hf"))
     work = memory.activation_bytes(chat, "bf16") + memory.activation_bytes(llama, "bf16")
     assert {device.activations for device in both.devices} == {work}
@@ -196,7 +196,7 @@ def test_what_the_notebooks_do_beyond_the_plan_is_said(plans):
         assert f"{asks}: the fullest device then has {free:.1f} GiB free." in text
         assert "Notebook 05 trains" in text
     both = plans["8x80gb"].questions[-1]
-    assert sum(device.kv_cache for device in both.devices) == 56 * 144 * (4_751_360 + 327_680)
+    assert sum(device.kv_cache for device in both.devices) == 56 * 144 * (163_840 + 327_680)
     assert plan_180b("8x80").questions == ()
     assert "Notebook" not in shown(planning.tables(plan_180b("8x80")), 100)
 
@@ -237,8 +237,8 @@ def test_four_cards_do_not_hold_bf16_by_how_much_and_what_would():
     plan = plan_180b("4x80")
     config = memory.published_config(planning.FALCON_180B)
     room = 4 * (0.95 * 80e9 - memory.activation_bytes(config, "bf16"))
-    lacking = (357_114_177_536 + 2048 * 4_751_360 - room) / GIB
-    assert lacking == pytest.approx(61.5, abs=0.1)
+    lacking = (357_114_177_536 + 2048 * 163_840 - room) / GIB
+    assert lacking == pytest.approx(52.7, abs=0.1)
     assert not plan.fits
     (remedy,) = plan.remedies
     assert f"lacks {lacking:.1f} GiB over 4 devices of 74.5 GiB" in remedy
@@ -256,18 +256,18 @@ def test_where_nothing_fits_the_remedy_is_more_cards():
     assert remedy.endswith("What would: a larger machine.")
 
 
-def test_double_quantization_and_the_grouped_cache_are_counted():
-    (plain,), (small,) = (
+def test_double_quantization_and_the_librarys_cache_are_counted():
+    (plain,), (other,) = (
         [need for need in plan_180b("2x80", "nf4", **work).needs if need.precision == "nf4"]
-        for work in ({}, {"double_quant": True, "cache_heads": "kv"})
+        for work in ({}, {"double_quant": True, "cache_heads": "library"})
     )
     assert plain.parts["weights"] / GIB == pytest.approx(94.84, abs=0.01)
-    assert small.parts["weights"] / GIB == pytest.approx(87.13, abs=0.01)
-    assert (plain.parts["kv_cache"], small.parts["kv_cache"]) == (2048 * 4_751_360, 2048 * 163_840)
+    assert other.parts["weights"] / GIB == pytest.approx(87.13, abs=0.01)
+    assert (plain.parts["kv_cache"], other.parts["kv_cache"]) == (2048 * 163_840, 2048 * 4_751_360)
 
 
 def test_context_and_batch_make_the_cache(plans):
-    assert plan_180b("8x80", context_tokens=1000, batch_size=3).needs[1].parts["kv_cache"] == 3000 * 4_751_360
+    assert plan_180b("8x80", context_tokens=1000, batch_size=3).needs[1].parts["kv_cache"] == 3000 * 163_840
     assert plans["laptop"].contexts == (512, 2048)  # falcon-mini takes no more
     profile = profiles.load_profile("8x80gb")
     other = planning.plan_profile(profile, HERE, planning.Work(100), "int8")
@@ -280,10 +280,10 @@ def test_context_and_batch_make_the_cache(plans):
 
 def test_the_speed_limit_by_hand():
     plan = plan_180b("8x80")
-    read = 357_114_177_536 + 2048 * 4_751_360  # the tied matrix is read as the head
+    read = 357_114_177_536 + 2048 * 163_840  # the tied matrix is read as the head
     a100, h100 = plan.speeds
     assert (a100.card, a100.bytes_read, h100.bytes_read) == ("A100 80GB", read, read)
-    assert a100.tokens_per_second == pytest.approx(2039e9 / read) == pytest.approx(5.56, abs=0.01)
+    assert a100.tokens_per_second == pytest.approx(2039e9 / read) == pytest.approx(5.70, abs=0.01)
     assert h100.tokens_per_second == pytest.approx(3350e9 / read)
 
 
@@ -296,7 +296,7 @@ def test_an_untied_models_embeddings_are_looked_up_and_not_read():
 
 def test_several_sequences_share_the_reading_of_the_weights():
     one, four = (plan_180b("8x80", batch_size=count).speeds[0] for count in (1, 4))
-    cache = 2048 * 4_751_360
+    cache = 2048 * 163_840
     assert four.bytes_read - one.bytes_read == 3 * cache
     assert four.tokens_per_second == pytest.approx(4 * 2039e9 / (357_114_177_536 + 4 * cache))
 
@@ -396,7 +396,7 @@ def test_suggested_tokens_fit_and_one_more_does_not(suggestions):
     config = memory.published_config(planning.FALCON_180B)
     for each in suggestions[::7]:
         gpus = [each.gigabytes * 1e9] * each.gpus
-        for heads, tokens in (("cached", each.context_tokens), ("kv", each.grouped_context_tokens)):
+        for heads, tokens in (("kv", each.context_tokens), ("library", each.library_context_tokens)):
             how = {"double_quant": each.double_quant, "cache_heads": heads}
             assert memory.place(config, each.precision, gpus, context_tokens=tokens, **how).fits
             assert not memory.place(config, each.precision, gpus, context_tokens=tokens + 1, **how).fits
@@ -409,8 +409,9 @@ def test_suggestions_for_one_precision_and_a_long_context(suggestions):
     assert [replace(each, precision="bf16") for each in half] == same
     long = planning.suggest(ref, planning.Work(8000), "nf4")
     assert {each.context_tokens >= 8000 for each in long} == {True}
-    grouped = planning.suggest(ref, planning.Work(8000, cache_heads="kv"), "nf4")
-    assert len(grouped) > len(long)
+    library = planning.suggest(ref, planning.Work(8000, cache_heads="library"), "nf4")
+    assert {each.library_context_tokens >= 8000 for each in library} == {True}
+    assert len(library) < len(long)
     with pytest.raises(WorkbookError, match="unknown precision 'int4'"):
         planning.suggest(ref, precision="int4")
 
@@ -445,7 +446,7 @@ def test_suggestions_are_not_cut_in_a_terminal(suggestions):
 def test_the_articles_machines_stand_beside_what_is_needed():
     text = shown(planning.tables(plan_180b("8x80")), 100)
     row = next(line.split() for line in text.splitlines() if line.startswith("bf16 inference"))
-    assert row == ["bf16", "inference", "8x", "A100", "80GB", "640", "368", "5", "11"]
+    assert row == ["bf16", "inference", "8x", "A100", "80GB", "640", "358", "5", "11"]
     other = planning.plan_model(planning.published_ref("tiiuae/falcon-40b"), [80e9] * 2, HERE)
     assert "article" not in shown(planning.tables(other), 100)
 

@@ -398,7 +398,7 @@ def test_the_table_shows_the_parts_in_gib():
     assert check_harmless(source).text.startswith("tiiuae/falcon-180B, inference in bf16, 1 sequence of 2048 tokens")
     rows = rows_of(source)
     assert rows["weights"] == pytest.approx(178_557_088_768 * 2 / 2**30, abs=0.05)
-    assert rows["KV cache"] == pytest.approx(4_751_360 * 2048 / 2**30, abs=0.05)
+    assert rows["KV cache"] == pytest.approx(163_840 * 2048 / 2**30, abs=0.05)
     assert rows["sum"] == pytest.approx(rows["weights"] + rows["KV cache"] + rows["activations"], abs=0.2)
     assert "gradients" not in rows
 
