@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.request import ProxyHandler, Request, build_opener
 
 from helpers.engines import convert
 from helpers.engines.catalogue import EngineError, Ids, Job
@@ -47,29 +49,42 @@ class LlamaCpp:
 
     def run(self, prompts: Ids, new_tokens: int) -> list[int]:
         """The server counts the tokens of one sequence, and says of each that it ended by its length."""
-        found = self._complete(prompts, new_tokens)
+        found = self.server.handle_completions(_greedy(prompts, new_tokens))
+        if "choices" not in found:
+            raise EngineError(f"llama.cpp: {found.get('error', found)}")
         ends = {choice["finish_reason"] for choice in found["choices"]}
         if ends != {"length"} or len(found["choices"]) != len(prompts):
             raise EngineError(f"ended {len(found['choices'])} of {len(prompts)} sequences by {', '.join(sorted(ends))}")
         return [found["usage"]["completion_tokens"]] * len(prompts)
 
     def tokens(self, prompts: Ids, new_tokens: int) -> Ids:
-        """Asked for with their probabilities, which name each token's id."""
-        found = self._complete(prompts, new_tokens, logprobs=1)
-        choices = sorted(found["choices"], key=lambda choice: choice["index"])
-        return [[token["id"] for token in choice["logprobs"]["content"]] for choice in choices]
+        """Through its own form of request, over HTTP on this machine: only that one answers with token ids."""
+        request = Request(
+            f"{self.server.listening_address}/completion",
+            json.dumps(_greedy(prompts, new_tokens) | {"return_tokens": True}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with build_opener(ProxyHandler({})).open(request) as answer:
+            found = json.load(answer)
+        found = found if isinstance(found, list) else [found]
+        return [each["tokens"] for each in sorted(found, key=lambda each: each["index"])]
 
     def cache_bytes(self) -> int | None:
         """What llama.cpp says it allocated."""
         return self._cache
 
-    def _complete(self, prompts: Ids, new_tokens: int, **options: Any) -> dict[str, Any]:
-        greedy = {"temperature": 0.0, "top_k": 1, "samplers": ["top_k"], "ignore_eos": True}
-        fixed = {"prompt": prompts, "n_predict": new_tokens, "cache_prompt": False, "stream": False}
-        found = self.server.handle_completions(greedy | fixed | options)
-        if "choices" not in found:
-            raise EngineError(f"llama.cpp: {found.get('error', found)}")
-        return found
+
+def _greedy(prompts: Ids, new_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt": prompts,
+        "n_predict": new_tokens,
+        "temperature": 0.0,
+        "top_k": 1,
+        "samplers": ["top_k"],
+        "ignore_eos": True,
+        "cache_prompt": False,
+        "stream": False,
+    }
 
 
 def _log_end() -> int:
