@@ -70,16 +70,14 @@ def load(
     not for int8 and nf4. ``verify`` hashes the files first, as far as hashes are recorded (``shards.verify``): unless
     given, where the checkpoint's index records them. The parts that int8 and nf4 do not quantize are in bfloat16.
     ``double_quant``: see ``bnb_config``; what is quantized already stays as it is. ``unpacked``: see ``keep_unpacked``.
-    ``grouped_cache``: Falcon's KV cache holds its key-value heads alone (``helpers.grouped_cache``); otherwise it is
-    transformers' own, with a copy for each query head.
+    ``grouped_cache``: Falcon's KV cache is that of ``helpers.grouped_cache``; otherwise it is transformers' own.
     Only safetensors are read, no code of a repository is run, and nothing is written but the download's cache.
 
     Memory of this process, beside the weights that stay on the CPU (those kept in the type they are stored in are read
     from their files as mapped, which counts as file cache): at most four of the checkpoint's largest tensors in the
     type they are loaded in, two of them where a part goes to disk; on a CPU quantization takes eight times the largest.
     Raises LoadError when the model cannot be had or does not fit, when a file is missing, cut off or damaged, when a
-    weight is missing, left over, or of another shape, type or device than asked for, and QuantizationError when a layer
-    was left unquantized.
+    weight is missing, left over, or of another shape, type or device; QuantizationError where a layer is unquantized.
     """
     if precision not in PRECISIONS:
         raise LoadError(f"There is no precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
@@ -92,14 +90,12 @@ def load(
     places = device_map or _default_device_map(found, precision, **room)
     repair = falcon_repair() if ref.family == "falcon" and precision in QUANTIZED else nullcontext(False)
     with repair as repaired, _grouping(ref, wanted=grouped_cache), _load_errors(ref, checkpoint):
-        before = getattr(found, "quantization_config", None) is not None
-        model = _verified_model(files, precision, places, double_quant, quantized_before=before)
+        model = _verified_model(files, found, precision, places, double_quant)
         tokenizer = _tokenizer(checkpoint)
     if unpacked:
         keep_unpacked(model)
-    commit = _commit(ref, checkpoint) if ref.source == "hub" else None
-    seconds = time.perf_counter() - started
-    report = _report(ref, precision, model, places, seconds=seconds, repaired=repaired, commit=commit)
+    known = {"seconds": time.perf_counter() - started, "repaired": repaired, "commit": _commit(ref, checkpoint)}
+    report = _report(ref, precision, model, places, **known)
     return Loaded(model, tokenizer, format_for(ref.format), report, ref)
 
 
@@ -453,8 +449,10 @@ def _hub_advice(ref: ModelRef, error: Exception) -> str:
     return next((text for kind, text in advice.items() if isinstance(error, kind)), str(error))
 
 
-def _commit(ref: ModelRef, folder: Path) -> str:
+def _commit(ref: ModelRef, folder: Path) -> str | None:
     """Which commit of a hub's repository is in the cache, and whether the profile pins it."""
+    if ref.source != "hub":
+        return None
     pinned = "as pinned" if ref.revision == folder.name else f"what {ref.revision} was: the profile pins no commit"
     return f"commit {folder.name} ({pinned})"
 
@@ -562,7 +560,7 @@ def _checked_files(checkpoint: Path, verify: bool | None) -> Shards:
 
 
 def _verified_model(
-    files: Shards, precision: str, device_map: DeviceMap, double_quant: bool, *, quantized_before: bool
+    files: Shards, found: PreTrainedConfig, precision: str, device_map: DeviceMap, double_quant: bool
 ) -> PreTrainedModel:
     """Load, check and prove; a checkpoint that is quantized already brings its own configuration."""
     import torch
@@ -570,7 +568,7 @@ def _verified_model(
 
     dtype = getattr(torch, DTYPES[precision])
     options: dict[str, Any] = {}
-    if not quantized_before:  # given as None, it would hide the checkpoint's own
+    if getattr(found, "quantization_config", None) is None:  # given as None, it would hide the checkpoint's own
         options = {"quantization_config": bnb_config(precision, dtype, double_quant=double_quant)}
     draw = weights_bar(files.files, files.sizes, lambda name: _device_name(_place(name, device_map)))
     with bars(draw):
