@@ -193,7 +193,8 @@ def finetune(
         trainer.add_callback(_watch(history, on_point))
         if trainer.is_world_process_zero():
             _write_json(out_dir / IDENTITY_FILE, identity)
-        seconds = _train(trainer, checkpoint, out_dir)
+        with _trained_positions_alone(trainer):
+            seconds = _train(trainer, checkpoint, out_dir)
     return Finetuned(
         loaded=replace(loaded, model=model),
         adapter_dir=out_dir,
@@ -301,6 +302,24 @@ def _trainer(model: PeftModel, loaded: Loaded, config: SFTConfig, data: Sequence
         if parameter.requires_grad:  # trl puts the adapters of a quantized model in bf16, too coarse for small steps
             parameter.data = parameter.data.float()
     return trainer
+
+
+@contextmanager
+def _trained_positions_alone(trainer: SFTTrainer) -> Iterator[None]:
+    """On a CPU too, trl gives the output layer only the positions that carry the loss.
+
+    Without triton it scores all positions and blanks the others, which spares compilers of graphs new shapes; a CPU
+    compiles nothing, and a short reply leaves nine positions of ten without loss. Loss and gradients are the same.
+    """
+    from trl.trainer import utils
+
+    before = utils._use_triton  # read there for this choice alone; the kernels ask their own module
+    if trainer.args.device.type == "cpu":
+        utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        utils._use_triton = before
 
 
 def _train(trainer: SFTTrainer, checkpoint: str | None, out_dir: Path) -> float:

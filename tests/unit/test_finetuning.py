@@ -5,6 +5,8 @@ import dataclasses
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
+from trl.trainer import utils as trl_utils
 
 from helpers import finetuning, loading
 from helpers.finetuning import FinetuneError, Recipe, examples, finetune
@@ -194,6 +197,31 @@ def test_inference_before_and_evaluation_during_training_change_nothing(tuned, n
     untouched = finetune(nf4, DATA, SHORT, tmp_path)
     with_evaluation = [p.loss for p in tuned.history if p.loss is not None]
     assert with_evaluation == [p.loss for p in untouched.history]
+
+
+def test_the_output_layer_is_given_the_trained_positions_alone_and_the_adapter_is_as_of_all(
+    tuned, nf4, tmp_path, monkeypatch
+):
+    kernel, rows = trl_utils._ChunkedLogProbFunction, []
+
+    class Counted:
+        @staticmethod
+        def apply(hidden, *rest):
+            rows.append(len(hidden))
+            return kernel.apply(hidden, *rest)
+
+    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", Counted)
+    whole = copy.deepcopy(nf4)
+    once = finetune(nf4, DATA, replace(SHORT, steps=2), tmp_path / "alone")
+    trained = sum(sum(example.trained) for example in examples(once.loaded, DATA))
+    assert sum(rows) == trained  # two steps of four: each of the eight examples once
+    monkeypatch.setattr(finetuning, "_trained_positions_alone", lambda trainer: nullcontext())
+    rows.clear()
+    other = finetune(whole, DATA, replace(SHORT, steps=2), tmp_path / "all")
+    assert sum(rows) > 3 * trained
+    torch.testing.assert_close([p.loss for p in once.history], [p.loss for p in other.history], rtol=1e-6, atol=0)
+    found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "all"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 @repacks
