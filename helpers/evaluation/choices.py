@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH_SIZE = 16
-Scored = tuple[list[int], list[int]]  # the tokens before an option, and the option's own, which are scored
+Scored = tuple[tuple[int, ...], tuple[int, ...]]  # the tokens before an option, and the option's own, which are scored
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ def multiple_choice(loaded: Loaded, questions: Sequence[Question], *, batch_size
     if batch_size < 1:
         raise WorkbookError(f"batch_size must be at least 1, but is {batch_size}.")
     scored = [row for number, question in enumerate(questions) for row in _options(loaded, question, number)]
-    order = sorted(range(len(scored)), key=lambda row: -len(scored[row][0]) - len(scored[row][1]))
+    order = sorted(dict.fromkeys(scored), key=lambda row: -len(row[0]) - len(row[1]))  # equal rows are scored once
     batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
-    values: dict[int, float] = {}
+    values: dict[Scored, float] = {}
     for batch in tqdm(batches, desc="multiple choice", unit="batch", delay=2, leave=False):
-        values |= zip(batch, _log_likelihoods(loaded.model, [scored[row] for row in batch]), strict=True)
-    in_order = (values[row] for row in range(len(scored)))
+        values |= zip(batch, _log_likelihoods(loaded.model, batch), strict=True)
+    in_order = (values[row] for row in scored)
     found = tuple(tuple(next(in_order) for _ in question.options) for question in questions)
     return MultipleChoice(found, tuple(question.answer for question in questions), tuple(map(_key, questions)))
 
@@ -118,7 +118,7 @@ def _options(loaded: Loaded, question: Question, number: int) -> list[Scored]:
     if any(len(ids) <= length for ids in whole):
         raise WorkbookError(f"Question {number} has an option that is no token of its own after the prompt.")
     check_room(max(map(len, whole)), context_tokens(loaded))
-    return [(ids[:length], ids[length:]) for ids in whole]
+    return [(tuple(ids[:length]), tuple(ids[length:])) for ids in whole]
 
 
 def _log_likelihoods(model: PreTrainedModel, scored: Sequence[Scored]) -> list[float]:
@@ -139,7 +139,7 @@ def _log_likelihoods(model: PreTrainedModel, scored: Sequence[Scored]) -> list[f
         ]
 
 
-def _option_sum(logits: torch.Tensor, option: list[int]) -> float:
+def _option_sum(logits: torch.Tensor, option: Sequence[int]) -> float:
     """The sum over the option's tokens, of which ``logits`` (positions, vocabulary) predict one after the other."""
     import torch
     from torch.nn.functional import cross_entropy

@@ -244,9 +244,11 @@ questions = [question_of(item) for item in items if item.kind == "choice"]
 print(questions[0])
 
 # %%
+by_likelihood = {}
 for side, model in models.items():
     with comparison.opened(model, settings.precision) as loaded:
-        share = evaluation.multiple_choice(loaded, questions).accuracy
+        by_likelihood[side] = evaluation.multiple_choice(loaded, questions)
+    share = by_likelihood[side].accuracy
     replied = test.score(side, kind="choice").estimate
     print(f"{side}: {share.estimate:.3f} by likelihood, {replied:.3f} by reply")
     label = test.labels[side]
@@ -263,9 +265,10 @@ hello = [{"role": "user", "content": "Hello."}]
 control = [replace(question, prompt=hello) for question in questions]
 for side, model in models.items():
     with comparison.opened(model, settings.precision) as loaded:
-        for name, asked_so in (("the question", questions), ("only a greeting", control)):
-            share = evaluation.multiple_choice(loaded, asked_so).accuracy
-            print(f"{side}, {name}: {share.estimate:.3f} ({share.low:.3f} to {share.high:.3f})")
+        greeted = evaluation.multiple_choice(loaded, control)
+    for name, found in (("the question", by_likelihood[side]), ("only a greeting", greeted)):
+        share = found.accuracy
+        print(f"{side}, {name}: {share.estimate:.3f} ({share.low:.3f} to {share.high:.3f})")
 
 # %% [markdown]
 # Where the greeting alone scores as well as the question, the score is a taste for words, not an answer. A published score means little without

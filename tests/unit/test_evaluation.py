@@ -269,6 +269,17 @@ def test_multiple_choice_equals_log_softmax_over_single_sequences(tiny_loaded, b
     assert measured.answers == (1, 0, 2, 1)
 
 
+def test_options_that_are_equal_after_equal_prompts_are_scored_once(tiny_loaded):
+    once, rows = multiple_choice(tiny_loaded, QUESTIONS), []
+    hook = tiny_loaded.model.register_forward_pre_hook(
+        lambda model, args, given: rows.append(len(given["input_ids"])), with_kwargs=True
+    )
+    twice = multiple_choice(tiny_loaded, [*QUESTIONS, *QUESTIONS])
+    hook.remove()
+    assert sum(rows) == sum(len(question.options) for question in QUESTIONS)
+    assert twice.log_likelihoods == once.log_likelihoods * 2
+
+
 def test_multiple_choice_chooses_the_likeliest_and_counts():
     measured = MultipleChoice(((-3.0, -1.0), (-1.0, -2.0), (-5.0, -7.0), (-4.0, -4.0), (-9.0, -8.0)), (1, 0, 1, 0, 0))
     assert measured.chosen == (1, 0, 0, 0, 1)
