@@ -206,7 +206,8 @@ def _tiles(
     """The summary: a few figures, each with the section that tells more and a mark."""
     passed, verdicts = sum(notebook["status"] == "passed" for notebook in notebooks), _verdicts(notebooks)
     whole = passed == len(notebooks) and status["state"] == "finished"
-    peak = max((notebook["peak_bytes"] for notebook in notebooks), default=0)
+    apart = max((notebook["peak_bytes"] for notebook in notebooks), default=0)
+    peak = status.get("peak_bytes", apart)  # of the whole run, which earlier runs did not record
     judged = sum(claim["mark"] in JUDGED for claim in claims)
     rows = (
         ("notebooks passed", f"{passed} of {len(notebooks)}", "notebooks", "passed" if whole else "failed"),

@@ -120,7 +120,7 @@ class Session:
         self.folder, self.profile, self.plans, self.secrets = folder, profile, plans, secrets
         self.rehearsal = rehearsal
         self.resumed = (folder / "status.json").exists()
-        self.status = {"state": "running", "notebooks": self._entries()}
+        self.status = {"state": "running", "peak_bytes": self._earlier_peak(), "notebooks": self._entries()}
         self.manifest: dict[str, Any] = {}
         self.commits: dict[str, str] = read_manifest(folder).get("commits", {}) if self.resumed else {}
 
@@ -150,6 +150,9 @@ class Session:
             entry = earlier.get(plan.name)
             entries[plan.name] = entry if entry and self._still_holds(plan, entry) else _pending(plan)
         return dict(sorted(entries.items()))
+
+    def _earlier_peak(self) -> int:
+        return read_status(self.folder).get("peak_bytes", 0) if self.resumed else 0
 
     def _still_holds(self, plan: Plan, entry: Mapping[str, Any]) -> bool:
         executed = executed_notebook(self.folder, plan.name).exists()
@@ -199,7 +202,8 @@ class Session:
         try:
             log = self.folder / "logs" / f"{plan.name}.log"
             progress = supervise(self._job(plan), self._environment(plan), log, partial(self._follow, entry, show))
-            entry |= redact(_described(progress), self.secrets) | {"status": "failed" if progress.reason else "passed"}
+            self._take(entry, progress)
+            entry["status"] = "failed" if progress.reason else "passed"
         except BaseException:
             entry |= {"status": "failed", "reason": f"interrupted at cell {entry['cell']}"}
             raise
@@ -209,10 +213,14 @@ class Session:
 
     def _follow(self, entry: dict[str, Any], show: Show, progress: Progress) -> None:
         moved = progress.cell != entry["cell"]
-        entry |= redact(_described(progress), self.secrets)
+        self._take(entry, progress)
         if moved:
             self._save_status()
         show(self.status)
+
+    def _take(self, entry: dict[str, Any], progress: Progress) -> None:
+        entry |= redact(_described(progress), self.secrets)
+        self.status["peak_bytes"] = max(self.status["peak_bytes"], progress.tree_bytes)
 
     def _job(self, plan: Plan) -> Job:
         return Job(

@@ -2,11 +2,14 @@
 
 ``status.json``::
 
-    {"state": "running" | "finished" | "interrupted",
+    {"state": "running" | "finished" | "interrupted", "peak_bytes": ..,
      "notebooks": {"<notebook>": {"status": "pending" | "running" | "passed" | "failed", "reason": "..",
                                   "cell": 3, "cells": 12, "line": "first line of the cell", "seconds": 4.2,
                                   "started": "2026-01-31T12:00:00Z", "budget_seconds": .., "expected_seconds": ..,
                                   "peak_bytes": .., "inputs": "hash of source, parameters and profile"}}}
+
+A notebook's ``peak_bytes`` is the most resident memory of its processes together, looked at each second; the run's is
+the most of all its processes, the runner's own too. Pages that processes share count in each.
 
 ``cell`` counts the code cells of the executed notebook from 1, the injected parameters included, as ``In [n]`` does.
 """

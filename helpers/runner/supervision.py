@@ -41,7 +41,10 @@ class Job:
 
 @dataclass
 class Progress:
-    """How far a notebook is. ``reason`` says why it failed; ``ended`` is True once the child said how it ended."""
+    """How far a notebook is. ``reason`` says why it failed; ``ended`` is True once the child said how it ended.
+
+    peak_bytes: the most resident memory of the notebook's processes together; tree_bytes: the same with the runner's.
+    """
 
     began: float
     cell_began: float | None = None
@@ -51,11 +54,17 @@ class Progress:
     ended: bool = False
     reason: str | None = None
     peak_bytes: int = 0
+    tree_bytes: int = 0
 
     @property
     def seconds(self) -> float:
         """Seconds since the child was started."""
         return monotonic() - self.began
+
+    def weigh(self, family_bytes: int, own_bytes: int) -> None:
+        """Take in one sample of resident memory: of the notebook's processes, and of the runner's own."""
+        self.peak_bytes = max(self.peak_bytes, family_bytes)
+        self.tree_bytes = max(self.tree_bytes, family_bytes + own_bytes)
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Bring the progress up to date with one event of the child."""
@@ -81,7 +90,7 @@ def supervise(job: Job, environ: Mapping[str, str], log: Path, show: Callable[[P
 
     Whatever happens, an exception in ``show`` or Ctrl-C included, no process of the notebook outlives this call.
     """
-    progress = Progress(monotonic())
+    progress, own = Progress(monotonic()), psutil.Process()
     with _child(job, environ, log) as (child, events, family):
         sampled = 0.0
         while (event := _next(events)) is not None:
@@ -91,7 +100,7 @@ def supervise(job: Job, environ: Mapping[str, str], log: Path, show: Callable[[P
                 break
             if event or monotonic() - sampled > MEMORY_SECONDS:
                 sampled = monotonic()
-                progress.peak_bytes = max(progress.peak_bytes, family.look())
+                progress.weigh(family.look(), own.memory_info().rss)
             progress.reason = progress.overdue(job)
             if progress.reason:
                 break

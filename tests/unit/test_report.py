@@ -91,6 +91,13 @@ def executed(run, name, *cells):
     return path
 
 
+@pytest.mark.parametrize(("recorded", "shown"), [({"peak_bytes": 5 * 2**30}, "5.0 GiB"), ({}, "3.0 GiB")])
+def test_the_peak_memory_is_the_run_s_where_it_was_recorded(run, recorded, shown):
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps(status | recorded))
+    assert f"<b>{shown}</b><span>peak memory</span>" in write_report(run).read_text()
+
+
 @pytest.fixture
 def notebook(run):
     """An executed notebook with every kind of output, and one that would load much if it could."""

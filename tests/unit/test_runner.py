@@ -187,6 +187,28 @@ def test_cells_are_counted_as_the_executed_notebook_counts_them(mixed_run):
     assert entry["peak_bytes"] > 20 * 2**20
 
 
+def test_the_run_s_peak_is_that_of_all_processes_at_one_moment():
+    progress = supervision.Progress(began=0)
+    for family, own in ((100, 7), (90, 20), (95, 7)):
+        progress.weigh(family, own)
+    assert (progress.peak_bytes, progress.tree_bytes) == (100, 110)
+
+
+@pytest.mark.slow
+def test_the_run_s_peak_holds_a_cell_s_memory_and_the_runner_s_and_outlives_a_resume(tmp_path):
+    hold = "import time\nheld = bytearray(300 * 2**20)\ntime.sleep(2.5)\ndel held"
+    make_notebook(tmp_path / "notebooks", "00_large", hold)
+    make_notebook(tmp_path / "notebooks", "01_small", "1 / 0")
+    profile, run_dir = make_profile("00_large", "01_small"), tmp_path / "run"
+    runner.run(profile, notebooks=tmp_path / "notebooks", folder=run_dir, console=quiet())
+    first = status_of(run_dir)
+    large, small = (entry["peak_bytes"] for entry in first["notebooks"].values())
+    assert large - small > 200 * 2**20
+    assert first["peak_bytes"] - large > 20 * 2**20  # this process
+    runner.run(profile, notebooks=tmp_path / "notebooks", resume=run_dir, console=quiet())
+    assert status_of(run_dir)["peak_bytes"] >= first["peak_bytes"]
+
+
 @pytest.mark.slow
 def test_no_papermill_records_in_executed_notebooks(mixed_run):
     _, run_dir, _, _ = mixed_run
