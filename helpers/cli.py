@@ -282,7 +282,7 @@ def bench(
     limit: Annotated[float, typer.Option(help="Seconds after which a run is given up.")] = 300,
     peers: Annotated[Path | None, typer.Option(help="Where the peers are installed; .cache/peers.")] = None,
     vllm_python: Annotated[
-        Path | None, typer.Option(envvar="WORKBOOK_VLLM_PYTHON", help="The Python of an environment with vLLM.")
+        Path | None, typer.Option(envvar="WORKBOOK_VLLM_PYTHON", help="The Python with vLLM; .cache/vllm/bin/python.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The folder for the results; runs/bench-<UTC time>.")] = None,
 ) -> None:

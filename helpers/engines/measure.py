@@ -138,7 +138,7 @@ def missing(kind: Kind, setup: Setup) -> str:
         return f"takes no {setup.precision} weights"
     if kind.name == "vllm":
         there = setup.vllm_python and setup.vllm_python.is_file()
-        return "" if there else "not installed: --vllm-python names the Python of an environment with vLLM"
+        return "" if there else "not installed: see env/benchmarks/README.md, and --vllm-python"
     if not kind.package:
         return ""
     if setup.machine.gpus and not kind.on_gpu:

@@ -15,14 +15,15 @@ from typing import Any
 from helpers import hardware
 from helpers.engines import cases, measure, output
 from helpers.engines.cases import Case, Subject
-from helpers.engines.catalogue import Kind, chosen
+from helpers.engines.catalogue import OWN, Kind, chosen
 from helpers.engines.measure import Setup
 from helpers.progress import bar_class
 from helpers.types import PRECISIONS, ROOT, Machine, Profile, WorkbookError
 
 PEERS = ROOT / ".cache" / "peers"
+VLLM_PYTHON = ROOT / ".cache" / "vllm" / "bin" / "python"
 QUICK_REPEATS = 2
-QUICK_LEAVES_OUT = {"vllm": "starts for half a minute a model", "fastest": "compiles for minutes"}
+QUICK_LEAVES_OUT = ("fastest", "vllm")  # compiling takes a minute for each size, starting vLLM half a minute
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def run(profile: Profile, wish: Wish) -> Outcome:
 
     Raises WorkbookError for a wish that makes no sense, LoadError where a model cannot be had.
     """
-    kinds, plan = _kinds(wish), _plan(profile, wish)
+    plan = _plan(profile, wish)
     precision = wish.precision or profile.precision
     if precision not in PRECISIONS:
         raise WorkbookError(f"There is no precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
@@ -66,12 +67,12 @@ def run(profile: Profile, wish: Wish) -> Outcome:
     machine = hardware.detect_apart()
     record = _record(profile, wish, machine, precision)
     repeats = record["repeats"]
-    total = sum(len(kinds) * len(sizes) * (repeats + 1) for _, sizes in plan)
+    total = sum(len(kinds) * len(sizes) * (repeats + 1) for _, sizes, kinds in plan)
     found: list[measure.Row] = []
     interrupted = False
     with bar_class()(total=total, desc="bench", unit="run") as bar:
         try:
-            for subject, sizes in plan:
+            for subject, sizes, kinds in plan:
                 setup = _setup(wish, record, machine, folder, bar)
                 with closing(measure.rows(subject, sizes, kinds, setup, record["versions"])) as measured:
                     for rows in measured:
@@ -84,18 +85,23 @@ def run(profile: Profile, wish: Wish) -> Outcome:
     return Outcome(folder, found, interrupted)
 
 
-def _kinds(wish: Wish) -> list[Kind]:
+def _kinds(wish: Wish, name: str) -> list[Kind]:
+    """The engines for a model; a quick run leaves out what starts slowly, and peers that read a long prompt slowly."""
     kinds = chosen(wish.engines)
     if wish.quick and not wish.engines:
         kinds = [kind for kind in kinds if kind.name not in QUICK_LEAVES_OUT]
+        kinds = [kind for kind in kinds if kind.name in OWN or name != "shape"]
     return kinds
 
 
-def _plan(profile: Profile, wish: Wish) -> list[tuple[Subject, list[Case]]]:
+def _plan(profile: Profile, wish: Wish) -> list[tuple[Subject, list[Case], list[Kind]]]:
+    chosen(wish.engines)
     sizes = cases.grid(wish.contexts or cases.CONTEXTS, wish.batch_sizes or cases.BATCHES, wish.new_tokens)
-    plain_quick = wish.quick and not (wish.contexts or wish.batch_sizes)
-    found = cases.subjects(profile, wish.models)
-    return [(subject, cases.quick(subject) if plain_quick else sizes) for subject in found]
+    short = wish.quick and not (wish.contexts or wish.batch_sizes)
+    return [
+        (subject, cases.quick(subject) if short else sizes, _kinds(wish, subject.name))
+        for subject in cases.subjects(profile, wish.models)
+    ]
 
 
 def _setup(wish: Wish, record: dict[str, Any], machine: Machine, folder: Path, bar: Any) -> Setup:
@@ -117,8 +123,8 @@ def _setup(wish: Wish, record: dict[str, Any], machine: Machine, folder: Path, b
         machine=machine,
         cache=ROOT / ".cache" / "bench",
         logs=folder / "logs",
-        peers=wish.peers,
-        vllm_python=wish.vllm_python,
+        peers=wish.peers.absolute(),
+        vllm_python=(wish.vllm_python or VLLM_PYTHON).absolute(),
         limit_seconds=wish.limit_seconds,
         done=done,
     )
