@@ -667,4 +667,4 @@ def _engine_points(axis: Axes, rows: Sequence[Any], engines: Sequence[str], titl
     if rows:
         _logarithmic(axis)
     else:
-        axis.text(0.5, 0.5, "no figures", ha="center", transform=axis.transAxes)
+        axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
