@@ -305,7 +305,7 @@ narrow = FalconConfig(
     vocab_size=4096, hidden_size=1024, num_hidden_layers=4, num_attention_heads=64, num_kv_heads=4,
     new_decoder_architecture=True,
 )  # fmt: skip
-rows = bench.compare_caches(narrow, contexts=(128, 512, 1900), batch_sizes=(1, 4), repeats=5)
+rows = bench.compare_caches(narrow, contexts=(128, 512, 1900), batch_sizes=(1, 4), repeats=3)
 subject = "a Falcon of random weights, 4 layers, 64 query and 4 key-value heads, bf16, CPU"
 results.record_figure("cache_speed", plots.cache_speed(rows, subject))
 

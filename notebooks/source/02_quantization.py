@@ -404,10 +404,11 @@ def first_logits(loaded) -> torch.Tensor:
 
 
 # %%
-def measure(ref, texts: list[str], items: int, prompt: int, new: int) -> tuple:
+def measure(ref, texts: list[str], items: int, prompt: int, new: int, bandwidth=None) -> tuple:
     found, speeds = {}, []
     for group in bench.residents(ref, settings.precisions):
         sizes = {"prompt_tokens": prompt, "new_tokens": new, "repeats": repeats}
+        sizes["bandwidth"] = bandwidth
         speeds.append(bench.measure(list(group.values()), **sizes))
         for precision, loaded in group.items():
             row = {"report": loaded.report, "logits": first_logits(loaded)}
@@ -575,9 +576,9 @@ changes(falcon)
 # fewer texts and items, and its intervals are wider. Its vocabulary is another one: compare bits per byte, not perplexity.
 
 # %%
-llama, llama_speeds = measure(
-    settings.llama_chat, texts[:texts_llama], items_llama, prompt_tokens_llama, new_tokens_llama
-)
+work = (items_llama, prompt_tokens_llama, new_tokens_llama)
+bandwidth = next((row.bandwidth for row in falcon_speeds.rows), None)  # the same machine's
+llama, llama_speeds = measure(settings.llama_chat, texts[:texts_llama], *work, bandwidth)
 overview(settings.llama_chat, llama)
 
 # %%
