@@ -404,11 +404,11 @@ def first_logits(loaded) -> torch.Tensor:
 
 
 # %%
-def measure(ref, texts: list[str], items: int, prompt: int, new: int, bandwidth=None) -> tuple:
+def measure(ref, texts: list[str], items: int, tokens: tuple[int, int], bandwidth=None) -> tuple:
     found, speeds = {}, []
     for group in bench.residents(ref, settings.precisions):
-        sizes = {"prompt_tokens": prompt, "new_tokens": new, "repeats": repeats}
-        sizes["bandwidth"] = bandwidth
+        sizes = dict(zip(("prompt_tokens", "new_tokens"), tokens, strict=True))
+        sizes |= {"repeats": repeats, "bandwidth": bandwidth}
         speeds.append(bench.measure(list(group.values()), **sizes))
         for precision, loaded in group.items():
             row = {"report": loaded.report, "logits": first_logits(loaded)}
@@ -420,7 +420,7 @@ def measure(ref, texts: list[str], items: int, prompt: int, new: int, bandwidth=
 
 # %%
 falcon, falcon_speeds = measure(
-    settings.falcon, texts[:texts_falcon], items_falcon, prompt_tokens, new_tokens
+    settings.falcon, texts[:texts_falcon], items_falcon, (prompt_tokens, new_tokens)
 )
 
 
@@ -576,9 +576,11 @@ changes(falcon)
 # fewer texts and items, and its intervals are wider. Its vocabulary is another one: compare bits per byte, not perplexity.
 
 # %%
-work = (items_llama, prompt_tokens_llama, new_tokens_llama)
+tokens = (prompt_tokens_llama, new_tokens_llama)
 bandwidth = next((row.bandwidth for row in falcon_speeds.rows), None)  # the same machine's
-llama, llama_speeds = measure(settings.llama_chat, texts[:texts_llama], *work, bandwidth)
+llama, llama_speeds = measure(
+    settings.llama_chat, texts[:texts_llama], items_llama, tokens, bandwidth
+)
 overview(settings.llama_chat, llama)
 
 # %%
