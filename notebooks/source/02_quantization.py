@@ -633,7 +633,8 @@ for count in (1, 1 + new_tokens):
 # are in memory at once it goes round them, so that a slow spell of the machine meets each. Medians, with the least and the
 # largest of the runs in brackets. *Peak* is the weights and the most that a run allocates beside them (counted by torch's
 # allocator). *Limit* is what the memory's bandwidth allows, measured by large copies: every step reads all the weights once,
-# and the cache of each reply.
+# and the cache of each reply. Precision shrinks the weights alone: the cache stays in the type of the other layers (16 bit for
+# int8 and nf4), which is one more reason to keep only the key-value heads in it (notebook 01, section 7).
 
 # %%
 falcon_speeds.table()
