@@ -122,6 +122,7 @@ def generate_batch(
     """
     if seeds is not None and len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+    ways.check(loaded, decoding)
     answers = [_begin(loaded, prompt, sampling) for prompt in prompts]
     if answers:
         _run(loaded, _Watch(answers), sampling, seeds, decoding)
@@ -136,6 +137,7 @@ def stream(
     Generation runs in a thread. What it raises is raised here; closing this generator, or an interrupt in it, ends
     the thread after the token at hand. Raises at once, before the first piece, as ``generate`` does.
     """
+    ways.check(loaded, decoding)
     return _pieces(loaded, _begin(loaded, prompt, sampling), sampling, decoding)
 
 
@@ -379,7 +381,6 @@ def _run(
     """Generates until every answer is finished."""
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-    ways.check(loaded, decoding)
     ends = end_token_ids(loaded)
     padding = next((i for i in (loaded.tokenizer.pad_token_id, *ends) if i is not None), 0)
     ids, mask = (part.to(input_device(loaded.model)) for part in _left_padded(_prompts(watch.answers), padding))

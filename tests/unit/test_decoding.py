@@ -169,8 +169,9 @@ def peak_of(loaded: Loaded, prompt: str):
     ],
 )
 def test_impossible_ways_are_refused(tiny_loaded, way, complaint):
-    with pytest.raises(WorkbookError, match=complaint):
-        generation.generate(tiny_loaded, "A dog", GREEDY, decoding=way)
+    for call in (generation.generate, generation.stream):  # a stream before its first piece
+        with pytest.raises(WorkbookError, match=complaint):
+            call(tiny_loaded, "A dog", GREEDY, decoding=way)
 
 
 def test_a_draft_with_another_vocabulary_is_refused(mini):
