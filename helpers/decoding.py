@@ -171,7 +171,7 @@ def warm_up(loaded: Loaded, path: DecodingPath, rows: int, tokens: int) -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "compiled"))
     ids = torch.zeros((rows, 2), dtype=torch.long, device=loaded.model.device)
     text = f"Compiling {loaded.ref.name} for {rows} x {size[1]} tokens (once a size, about a minute)"
-    with waiting(text), compiling(path):
+    with waiting(text), compiling(loaded, path):
         options = _compiled_settings(loaded, rows, tokens)
         config = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0, **options.config)
         mask = torch.ones_like(ids)
@@ -180,9 +180,9 @@ def warm_up(loaded: Loaded, path: DecodingPath, rows: int, tokens: int) -> None:
 
 
 @contextmanager
-def compiling(path: DecodingPath) -> Iterator[None]:
+def compiling(loaded: Loaded, path: DecodingPath) -> Iterator[None]:
     """Around a call of ``generate``: on a CPU, compiled passes read weights that are laid out anew ("frozen")."""
-    if path != "compiled":
+    if path != "compiled" or loaded.model.device.type != "cpu":
         yield
         return
     import torch._inductor.config as inductor
@@ -200,10 +200,11 @@ def cache_tokens(loaded: Loaded, tokens: int) -> int:
 
 
 def _compiled_settings(loaded: Loaded, rows: int, tokens: int) -> Options:
-    from transformers import CompileConfig
+    from transformers import CompileConfig, StaticCache
 
-    if loaded.model.device.type == "cuda":  # compiled by generate itself
-        return Options({"cache_implementation": "static"})
+    if loaded.model.device.type == "cuda":  # compiled by generate itself, which sees the cache's kind
+        size = cache_tokens(loaded, tokens)
+        return Options(call={"past_key_values": StaticCache(config=loaded.model.config, max_cache_len=size)})
     compiled = CompileConfig(fullgraph=True, dynamic=False, mode="default")
     compiled._compile_all_devices = True
     cache = _static_cache(loaded, rows, cache_tokens(loaded, tokens))

@@ -135,7 +135,8 @@ def stream(
     """The text of ``generate``'s reply, in pieces, while it is generated; the generator's value is the Reply.
 
     Generation runs in a thread. What it raises is raised here; closing this generator, or an interrupt in it, ends
-    the thread after the token at hand. Raises at once, before the first piece, as ``generate`` does.
+    the thread after the token at hand, or after what had to be compiled.
+    Raises at once, before the first piece, as ``generate`` does.
     """
     ways.check(loaded, decoding)
     return _pieces(loaded, _begin(loaded, prompt, sampling), sampling, decoding)
@@ -393,7 +394,7 @@ def _run(
         ways.warm_up(loaded, path, len(ids), ids.shape[1] + limit)
         options = ways.settings(loaded, decoding, path, len(ids), **sizes)
         watch.start(streams=streams)
-        with ways.compiling(path):
+        with ways.compiling(loaded, path):
             ways.without_settings(loaded).generate(
                 input_ids=ids,
                 attention_mask=mask,

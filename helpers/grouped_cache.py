@@ -119,7 +119,7 @@ class GroupedFalconAttention(FalconAttention):
         folded = query.unflatten(1, (self.num_kv_heads, -1)).flatten(2, 3)
         mask = None if mask is None else self._by_group(mask).flatten(2, 3)
         output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, dropout_p=self._dropout())
-        return output.view(*query.shape)
+        return output.reshape(query.shape)
 
     def _explicit(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor

@@ -214,7 +214,8 @@ def activation_bytes(
     Inference: the prefill's, counted in transformers' code. Falcon's MLP runs while the embeddings, the layer's input,
     its norms and the result of the attention are alive: 13 hidden sizes a token for 180B, with the two tensors of the
     MLP's width; Llama's: 4 hidden sizes and three times that width. Not counted: the mask that texts of different
-    lengths need, one byte for each pair of tokens of a sequence. With ``cache_heads="library"`` that mask is counted,
+    lengths need, one byte for each pair of tokens of a sequence, and what a GPU may need in fp32, for which its fused
+    kernels may not take grouped heads (never tried). With ``cache_heads="library"`` that mask is counted,
     as transformers' own Falcon always makes it; and for the old architecture (7B), whose one key head fused attention
     does not take as the library hands it over, attention scores in fp32, twice, and their test for -inf (9as²b for a
     heads). A quantized matrix is multiplied as bitsandbytes does on a GPU: nf4 is unpacked to 16 bit; int8 adds the

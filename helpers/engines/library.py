@@ -111,7 +111,7 @@ class Default(Plain):
         way = decoding.Decoding(self.path)
         sizes = {"prompt_tokens": len(prompts[0]), "tokens": self._tokens}
         chosen = decoding.settings(self.loaded, way, self.path, len(prompts), **sizes)
-        with inference(self.model), decoding.compiling(self.path):
+        with inference(self.model), decoding.compiling(self.loaded, self.path):
             return self.model.generate(
                 **self._inputs(prompts), **self._config(new_tokens, chosen.config | options), **chosen.call
             )

@@ -274,14 +274,18 @@ def _job(subject: Subject, cases: Sequence[Case], setup: Setup) -> Job:
 
 
 def _groups(subject: Subject, cases: Sequence[Case], kinds: Sequence[Kind], setup: Setup) -> list[list[Kind]]:
-    """All engines at once where they fit into half of what is free, each with the largest case; else one by one."""
+    """All engines at once where they fit into half of what is free, each with the largest case; else one by one.
+
+    So too on GPUs where vLLM is among them: its pool takes most of a GPU.
+    """
     largest = max(cases, key=lambda case: case.context * case.batch_size)
     sizes = {"batch_size": largest.batch_size, "context_tokens": largest.context}
     one = memory.estimate(subject.config, setup.precision, **sizes).total
     gpus, ram = setup.machine.gpus, setup.machine.ram_available_bytes
     free = sum(gpu.free_bytes for gpu in gpus) if gpus else ram
     present = [kind for kind in kinds if not missing(kind, setup)]
-    return [list(kinds)] if one * len(present) <= free / 2 else [[kind] for kind in kinds]
+    alone = bool(gpus) and any(kind.name == "vllm" for kind in present)
+    return [[kind] for kind in kinds] if alone or one * len(present) > free / 2 else [list(kinds)]
 
 
 def _command(kind: Kind, setup: Setup) -> list[str]:

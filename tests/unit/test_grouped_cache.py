@@ -168,6 +168,26 @@ def test_pieces_of_any_size_over_a_cache(kind, sizes):
         assert_same(found[seen], expected[seen])
 
 
+def test_a_kernel_that_lays_out_its_result_otherwise_gives_the_same(monkeypatch):
+    """CUDA's memory-efficient kernel returns (batch, queries, heads, size) transposed: no view of it has all heads."""
+    from torch.nn import functional
+
+    from helpers import grouped_cache as module
+
+    plain, grouped = pair()
+    ids, mask, positions = left_padded()
+    sizes = [29, 1]
+    expected = in_steps(plain, ids, sizes, DynamicCache(), mask=mask, positions=positions)
+    kernel = functional.scaled_dot_product_attention
+
+    def otherwise(*args, **options):
+        return kernel(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", otherwise)
+    found = in_steps(grouped, ids, sizes, DynamicCache(), mask=mask, positions=positions)
+    assert_same(found[mask.bool()], expected[mask.bool()])
+
+
 @pytest.mark.parametrize("sizes", [[40], [20, 20], [FEW_QUERIES] * 5, [1] * 40])
 @pytest.mark.parametrize("kind", KINDS)
 def test_pieces_in_bfloat16_differ_by_rounding_alone(kind, sizes):
