@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.memory import anatomy
 from helpers.progress import waiting
-from helpers.types import ROOT, DecodingPath, Loaded, Profile, WorkbookError
+from helpers.types import DecodingPath, Loaded, Profile, WorkbookError
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +86,8 @@ def check(loaded: Loaded, decoding: Decoding) -> None:
 
 def cannot_compile(loaded: Loaded) -> str:
     """Why the model's pass cannot be compiled here; empty where it can."""
+    import torch
+
     devices = {parameter.device for parameter in loaded.model.parameters()}
     if len(devices) > 1:
         return "its layers lie on several devices"
@@ -97,6 +99,8 @@ def cannot_compile(loaded: Loaded) -> str:
         return f"its {loaded.report.precision} layers are no operations of torch.compile here"
     if loaded.model.device.type == "cpu" and not _compiler():
         return "there is no C++ compiler (g++) here"
+    if loaded.model.device.type == "cpu" and " " in torch.__file__:
+        return "torch's call of the linker takes no space in the path of the Python environment"
     return ""
 
 
@@ -159,8 +163,7 @@ def _decoder(loaded: Loaded) -> _Decoder:
 def warm_up(loaded: Loaded, path: DecodingPath, rows: int, tokens: int) -> None:
     """Compile what decoding ``rows`` sequences of so many tokens will run, once for each size, saying so.
 
-    What torch can keep of the compiled code goes to .cache/compiled (or ``$TORCHINDUCTOR_CACHE_DIR``), where the next
-    notebook finds it.
+    What torch can keep of the compiled code lies in its own cache (``$TORCHINDUCTOR_CACHE_DIR``), for later processes.
     """
     import torch
     from transformers import GenerationConfig
@@ -168,7 +171,6 @@ def warm_up(loaded: Loaded, path: DecodingPath, rows: int, tokens: int) -> None:
     done, size = _decoder(loaded).sizes, (rows, cache_tokens(loaded, tokens))
     if path != "compiled" or size in done:
         return
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "compiled"))
     ids = torch.zeros((rows, 2), dtype=torch.long, device=loaded.model.device)
     text = f"Compiling {loaded.ref.name} for {rows} x {size[1]} tokens (once a size, about a minute)"
     with waiting(text), compiling(loaded, path):

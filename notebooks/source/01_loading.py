@@ -356,6 +356,8 @@ ways = {
     "prompt lookup": Decoding("lookup"),
     "speculative": Decoding("speculative", draft, 3),
 }
+
+# %%
 greedy_sampling = Sampling(temperature=0, max_new_tokens=60)
 expected = generation.generate(both[1], story, greedy_sampling)
 table = {}

@@ -18,7 +18,8 @@ from helpers.types import Loaded, Sampling, WorkbookError
 pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY = Sampling(temperature=0, max_new_tokens=40)
 PROMPTS = ["Once upon a time there was a dog.", "The cat said", "The cat sat. The cat sat. The cat sat."]
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+CAN_COMPILE = shutil.which("g++") and " " not in torch.__file__
+needs_compiler = pytest.mark.skipif(not CAN_COMPILE, reason="torch.compile needs g++, and a path without spaces")
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +188,8 @@ def test_what_cannot_be_compiled_says_why_and_a_profile_falls_back(tiny_loaded, 
     with pytest.raises(WorkbookError, match="cannot be decoded compiled: its nf4 layers"):
         generation.generate(nf4, "A dog", GREEDY, decoding=Decoding("compiled"))
     assert decoding.for_profile(profile, nf4) == PLAIN
+    monkeypatch.setattr(torch, "__file__", "/home/a folder/torch/__init__.py")
+    assert "no space" in decoding.cannot_compile(tiny_loaded)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     assert "no C++ compiler" in decoding.cannot_compile(tiny_loaded)
