@@ -193,7 +193,7 @@ def _compared(models: dict[str, PreTrainedModel], batch: int, tokens: int, repea
                 model(input_ids=ids, past_key_values=caches[name])
                 taken[name].append(perf_counter() - start)
     return [
-        CacheRow(name, batch, tokens, _cache_bytes(caches[name]), Spread.of(seconds[1:]))
+        CacheRow(name, batch, tokens, cache_bytes(caches[name]), Spread.of(seconds[1:]))
         for name, seconds in taken.items()
     ]
 
@@ -209,7 +209,8 @@ def _filled_cache(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> Cac
     return cache
 
 
-def _cache_bytes(cache: Cache) -> int:
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of a cache's tensors, keys and values of all layers."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
+from helpers import bench
 from helpers.engines.catalogue import EngineError, Ids, Job
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Cache, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from helpers.types import Loaded
 
@@ -17,11 +18,6 @@ if TYPE_CHECKING:
 def versions(*packages: str) -> dict[str, str]:
     """The installed versions of packages."""
     return {name: importlib.metadata.version(name) for name in packages}
-
-
-def held_bytes(cache: Cache) -> int:
-    """Bytes of a cache's tensors, keys and values of all layers."""
-    return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
 class Plain:
@@ -53,7 +49,7 @@ class Plain:
     def tokens(self, prompts: Ids, new_tokens: int) -> Ids:
         """The replies; the cache is weighed."""
         found = self._generate(prompts, new_tokens, return_dict_in_generate=True)
-        self._cache = held_bytes(found.past_key_values)
+        self._cache = bench.cache_bytes(found.past_key_values)
         return found.sequences[:, len(prompts[0]) :].tolist()
 
     def cache_bytes(self) -> int | None:
