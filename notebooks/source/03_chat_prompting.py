@@ -22,7 +22,8 @@ question = "What do you like to do on the weekend?"
 max_new_tokens = 60
 
 # %%
-from helpers import chat, exercises, generation, loading, profiles, prompts, results, widgets
+from helpers import chat, decoding, exercises, generation, loading, profiles, prompts, results
+from helpers import widgets
 from helpers.types import Sampling
 
 loading.tidy_output()
@@ -222,7 +223,10 @@ for question_text in ("Hello!", "What is your favorite movie?"):
 # `Chat` keeps the list, the system prompt and the seeds, and counts the tokens left. It saves to a JSON file.
 
 # %%
-conversation = chat.Chat(talker, system="You are a friendly falcon.", sampling=sampling)
+way = decoding.for_profile(settings, talker)  # as the profile says; see notebook 01, section 8
+conversation = chat.Chat(
+    talker, system="You are a friendly falcon.", sampling=sampling, decoding=way
+)
 for question_text in ("Hello!", "Do you like music?", "What kind of music?"):
     print("User:", question_text)
     print("Falcon:", conversation.ask(question_text).text)
@@ -264,7 +268,7 @@ results.record("fit_keeps_system", kept[0] == messages[0])
 
 # %%
 script = ["Hello! How are you?", "What did you do today?", "Tell me a story about a little bird."]
-panel_chat = chat.Chat(talker, sampling=sampling)
+panel_chat = chat.Chat(talker, sampling=sampling, decoding=way)
 widgets.chat_panel(panel_chat, script=script)
 
 # %% [markdown]
