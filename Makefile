@@ -1,5 +1,5 @@
 # PYTHON=/path/to/python3.11 chooses the Python, LOCK=gpu the CUDA build of torch; .venv keeps both choices.
-.PHONY: setup run test lab render lock
+.PHONY: setup run test lint lab render lock
 
 setup:
 	@PYTHON="$(PYTHON)" sh env/setup.sh $(LOCK)
@@ -7,6 +7,8 @@ run: setup
 	.venv/bin/workbook run --profile laptop
 test: setup
 	.venv/bin/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=85
+lint: setup
+	sh env/lint/lint.sh
 lab: setup
 	.venv/bin/workbook lab
 render: setup
