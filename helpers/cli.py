@@ -78,15 +78,15 @@ def run(
     from helpers import runner
     from helpers.report import write_report
 
-    result = runner.run(
+    request = runner.Request(
         profile,
         only=_split(only),
         parameters=parameter or (),
         resume=resume,
         folder=folder,
         rehearse=rehearse,
-        command=["workbook", *sys.argv[1:]],
     )
+    result = runner.run(request, command=["workbook", *sys.argv[1:]])
     _print_result(result, write_report(result.folder))
     raise typer.Exit(0 if result.ok else 1)
 
@@ -125,14 +125,14 @@ def doctor(
 @reports_errors
 def check(run: RunFolder) -> None:
     """Judge a run by its profile's expected values. Exit code 0: none differs or is missing, 1: some do, 2: usage."""
-    from helpers import results, runner
+    from helpers import expected, runner, store
 
-    path = runner.NOTEBOOKS / "expected" / f"{runner.read_manifest(run)['profile']}.json"
-    judged = results.judge(run, results.read_json(path))
+    path = runner.NOTEBOOKS / "expected" / f"{store.read_manifest(run).profile}.json"
+    judged = expected.judge(run, store.read_expected(path, required=True))
     for line in (*judged.differing, *judged.missing):
         typer.echo(line)
     typer.echo(f"{path.name}: {judged}")
-    raise typer.Exit(1 if judged.differing or judged.missing else 0)
+    raise typer.Exit(0 if judged.passed else 1)
 
 
 @app.command()
@@ -155,14 +155,14 @@ def diff(
     ] = False,
 ) -> None:
     """Compare two runs, as text and as a page. Exit code 0: no difference beyond tolerance, 1: some, 2: usage."""
-    from helpers import difference
+    from helpers import difference, difference_views
 
-    found = difference.compare(run_a, run_b, strict_times=strict_times)
+    compared = difference.compare_runs(run_a, run_b, strict_times=strict_times)
     console = Console(highlight=False)
-    for part in difference.tables(found):
+    for part in difference_views.tables(compared):
         console.print(part)
-    typer.echo(f"Page: {difference.write_page(found, html)}")
-    raise typer.Exit(1 if found.differing else 0)
+    typer.echo(f"Page: {difference_views.write_page(compared, html)}")
+    raise typer.Exit(1 if compared.differing else 0)
 
 
 @app.command()
@@ -180,15 +180,15 @@ def render() -> None:
 @app.command()
 @reports_errors
 def expect(runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs of one profile.")]) -> None:
-    """Keep what finished runs agree on as the values to expect; cited values stay as they are."""
-    from helpers import results, runner
+    """Update the expected values from finished runs that agree. Values with a cited source are kept."""
+    from helpers import expected, runner, store
 
-    measured = results.expected_from_runs(runs)
-    path = runner.NOTEBOOKS / "expected" / f"{runner.read_manifest(runs[0])['profile']}.json"
-    earlier = results.read_json(path) if path.exists() else {}
-    cited = {key: entry for key, entry in earlier.items() if entry["source"].startswith("citation")}
+    measured = expected.expected_from_runs(runs)
+    path = runner.NOTEBOOKS / "expected" / f"{store.read_manifest(runs[0]).profile}.json"
+    earlier = store.read_expected(path)
+    cited = {key: entry for key, entry in earlier.items() if entry.cited}
     path.parent.mkdir(exist_ok=True)
-    results.write_json(path, dict(sorted({**measured, **cited}.items())))
+    store.write_expected(path, measured | cited)
     typer.echo(f"{path}: {len(measured)} values from {len(runs)} runs, {len(cited)} from citations")
 
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from helpers import settings
 from helpers.types import ROOT, Gpu, Machine, WorkbookError
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -41,8 +42,8 @@ def detect(gpus: Sequence[int] | None = None) -> Machine:
     import psutil
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    if rehearsal := os.environ.get("WORKBOOK_REHEARSAL"):
-        return _read_machine(Path(rehearsal, "machine.json").read_text(encoding="utf-8"))
+    if rehearsal := settings.rehearsal_folder():
+        return _read_machine((rehearsal / "machine.json").read_text(encoding="utf-8"))
     memory = psutil.virtual_memory()
     limit, room = memory_limit()
     return Machine(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import gc
 import importlib.util
-import json
 import os
 import shutil
 import time
@@ -16,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import hardware, shards
+from helpers import hardware, settings, shards
 from helpers.memory import CacheHeads, kv_bytes_per_token, place, published_config, published_models
 from helpers.progress import bar_class, bars, human, waiting, weights_bar
 from helpers.prompts import format_for
@@ -265,7 +264,7 @@ def packaged_file(ref: ModelRef) -> Path:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("WORKBOOK_CACHE") or ROOT / ".cache") / "models"
+    return settings.cache_folder() / "models"
 
 
 def _build_once(gguf: Path, folder: Path) -> None:
@@ -340,7 +339,7 @@ def _from_hub(ref: ModelRef) -> Path:
 
 def _revision(ref: ModelRef) -> str | None:
     """What to ask the hub for: the commit that a run keeps to, else the profile's revision."""
-    return json.loads(os.environ.get("WORKBOOK_REVISIONS") or "{}").get(ref.id, ref.revision)
+    return settings.kept_commits().get(ref.id, ref.revision)
 
 
 def _verify_once(repo: Path, folder: Path) -> list[str]:
@@ -515,7 +514,7 @@ def _default_device_map(config: PreTrainedConfig, precision: str, **options: Any
     import torch
 
     several = int(os.environ.get("WORLD_SIZE") or "1") > 1
-    if several and not os.environ.get("WORKBOOK_REHEARSAL") and torch.cuda.is_available():
+    if several and settings.rehearsal_folder() is None and torch.cuda.is_available():
         return _on_own_gpu(config, precision, **options)
     machine = hardware.detect()
     device_map = device_map_for(config, precision, machine, **options)

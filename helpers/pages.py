@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.results import write_text
+from helpers.files import write_text
 from helpers.runner import NOTEBOOKS
 from helpers.runner.folder import executed_notebook
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers import hardware
+from helpers import hardware, settings
 from helpers.types import ROOT, Machine, ModelRef, Profile, WorkbookError, gib
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def load_profile(name: str = SMALLEST) -> Profile:
     if name not in known:
         raise ProfileError(f"There is no profile {name!r}; choose auto or one of {', '.join(known)}.")
     profile = read(FOLDER / f"{name}.yaml")
-    return rehearsed(profile) if os.environ.get("WORKBOOK_REHEARSAL") else profile
+    return rehearsed(profile) if settings.rehearsal_folder() else profile
 
 
 def rehearsed(profile: Profile) -> Profile:

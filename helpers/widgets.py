@@ -1,7 +1,7 @@
 """What a person plays with: the chat panel, the comparison panel, the memory planner; and HTML of texts and tokens.
 
 Each panel is a small class over plain functions: its controls are attributes (``panel.send.click()``), so code drives
-it as a person does. Where nobody is there to play (``results.unattended``) the same call gives a static view.
+it as a person does. Where nobody is there to play (``settings.unattended``) the same call gives a static view.
 All text of models and users is escaped; styles are inline, set both colours, and need nothing from outside.
 """
 
@@ -91,7 +91,7 @@ class Views(tuple[Any, ...]):
 
 def show(live: Callable[[], T], static: Callable[[], T]) -> T:
     """The live widget where a person is there to use it, the static view in an unattended run."""
-    from helpers.results import unattended
+    from helpers.settings import unattended
 
     return static() if unattended() else live()
 

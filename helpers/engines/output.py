@@ -10,8 +10,8 @@ from typing import Any
 from helpers import plots
 from helpers.engines.catalogue import KINDS
 from helpers.engines.measure import Row
+from helpers.files import write_json, write_text
 from helpers.progress import human
-from helpers.results import write_json, write_text
 
 COLUMNS = (
     "context", "batch", "engine", "first token, ms", "read, tokens/s", "write, tokens/s", "limit, tokens/s",

@@ -5,14 +5,15 @@ one notebook in ``child``, a process of its own; ``processes`` ends what is left
 ``redaction`` keep the run folder; ``rendering`` makes the committed notebooks from their sources.
 """
 
-from helpers.runner.execution import NOTEBOOKS, RunError, RunResult, run
+from helpers.runner.execution import NOTEBOOKS, Request, RunError, RunResult, run
 from helpers.runner.fetching import fetch
-from helpers.runner.folder import RunFolderError, read_manifest, read_status
 from helpers.runner.parameters import UsageError, cells_hash
 from helpers.runner.rendering import render, sync
+from helpers.store import RunFolderError, read_manifest, read_status
 
 __all__ = [
     "NOTEBOOKS",
+    "Request",
     "RunError",
     "RunFolderError",
     "RunResult",

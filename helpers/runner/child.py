@@ -25,7 +25,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from helpers.results import write_text
+from helpers.files import write_text
 from helpers.runner.portable import make_portable
 from helpers.runner.processes import adopt_orphans, kill_marked
 from helpers.runner.redaction import redact

@@ -1,9 +1,8 @@
-"""What a run needs to be told apart from, and compared with, another: ``manifest.json``."""
+"""Everything that is known about a run at its start and end: the content of ``manifest.json``."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import subprocess
 import sys
@@ -11,68 +10,85 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from helpers.hardware import DETECT
-from helpers.loading import LoadError, file_hash, packaged_file
+from helpers.loading import packaged_file
 from helpers.runner.folder import utc_now
 from helpers.runner.parameters import Plan
+from helpers.schema import GitState, Hardware, Manifest, ModelFacts, NotebookFacts, UnknownHardware
+from helpers.shards import LoadError, file_hash
 from helpers.types import ROOT, ModelRef, Profile
 
 
-def build_manifest(
-    profile: Profile, plans: Sequence[Plan], raw: Mapping[str, str], command: Sequence[str]
-) -> dict[str, Any]:
-    """Everything known at the start of a run; ``finished`` is filled in at its end.
+def build_manifest(profile: Profile, plans: Sequence[Plan], raw: Mapping[str, str], command: Sequence[str]) -> Manifest:
+    """Collect everything known at the start of a run; ``finished`` is filled in at its end.
 
-    ``parameters`` are what the command line gave, ``notebooks`` hold the effective ones. Hashes are SHA-256.
+    ``raw`` are the parameters that the command line gave. Hashes are SHA-256.
     """
+    # torch takes seconds to look at a machine with GPUs, so this waits while the files are hashed; and in a process of
+    # its own, because the runner must not hold a CUDA context while notebooks run.
     with subprocess.Popen([sys.executable, "-c", DETECT], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as detection:
-        manifest = {
-            "profile": profile.name,
-            "description": profile.description,
-            "command": list(command),
-            "started": utc_now(),
-            "finished": None,
-            "parameters": dict(raw),
-            "seeds": {plan.name: plan.effective["seed"] for plan in plans if "seed" in plan.effective},
-            "notebooks": {plan.name: _notebook(plan) for plan in plans},
-            "models": {role: _model(ref) for role, ref in profile.models.items()},
-            "git": git_state(ROOT),
-            "python": platform.python_version(),
-            "packages": packages(),
-        }
-        output, errors = detection.communicate()
-    hardware = json.loads(output) if detection.returncode == 0 else {"error": errors.decode().strip()[-500:]}
-    return manifest | {"hardware": hardware}
+        notebooks = {plan.name: _notebook(plan) for plan in plans}
+        models = {role: _model(ref) for role, ref in profile.models.items()}
+        return Manifest(
+            profile=profile.name,
+            description=profile.description,
+            command=list(command),
+            started=utc_now(),
+            parameters=dict(raw),
+            seeds={plan.name: plan.effective["seed"] for plan in plans if "seed" in plan.effective},
+            notebooks=notebooks,
+            models=models,
+            git=git_state(ROOT),
+            python=platform.python_version(),
+            packages=packages(),
+            hardware=_detected(detection),
+        )
 
 
-def merge_manifests(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+def merge_manifests(earlier: Manifest, later: Manifest) -> Manifest:
     """The manifest of a resumed run: as it is now, with the first start, and the notebooks that only then were run."""
-    merged = {**later, "started": earlier["started"], "resumed": [*earlier.get("resumed", []), later["started"]]}
-    for key in ("notebooks", "seeds"):
-        merged[key] = dict(sorted({**earlier[key], **later[key]}.items()))
-    return merged
+    notebooks = earlier.notebooks | later.notebooks
+    seeds = earlier.seeds | later.seeds
+    return later.model_copy(
+        update={
+            "started": earlier.started,
+            "resumed": [*earlier.resumed, later.started],
+            "notebooks": dict(sorted(notebooks.items())),
+            "seeds": dict(sorted(seeds.items())),
+        }
+    )
 
 
-def git_state(folder: Path) -> dict[str, Any]:
+def git_state(folder: Path) -> GitState:
     """The commit of a checkout and whether it holds changes; both None outside of git."""
     commit, changes = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain")
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+    return GitState(commit=commit, dirty=None if changes is None else bool(changes))
 
 
 def packages() -> dict[str, str]:
     """The installed packages and their versions."""
-    found = {one.metadata["Name"].lower(): one.version for one in importlib.metadata.distributions()}
-    return dict(sorted(found.items()))
+    versions = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
+    return dict(sorted(versions.items()))
 
 
 def hub_commit(ref: ModelRef) -> str | None:
-    """The commit that a hub's model is at in the Hugging Face cache; None where it is not there, or no hub's."""
+    """The commit of a hub's model in the Hugging Face cache; None if it is not there or comes from elsewhere."""
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(ref.id, "config.json", revision=ref.revision) if ref.source == "hub" else None
+    if ref.source != "hub":
+        return None
+    config = try_to_load_from_cache(ref.id, "config.json", revision=ref.revision)
+    # The cache keeps each snapshot in a folder named after its commit.
     return Path(config).parent.name if isinstance(config, str) else None
+
+
+def _detected(detection: subprocess.Popen[bytes]) -> Hardware | UnknownHardware:
+    """What the process found; a run goes on without it."""
+    output, errors = detection.communicate()
+    if detection.returncode != 0:
+        return UnknownHardware(error=errors.decode().strip()[-500:])
+    return Hardware.model_validate_json(output)
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
@@ -83,17 +99,18 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _notebook(plan: Plan) -> dict[str, Any]:
-    return {"sha256": file_hash(plan.path), "parameters": plan.effective}
+def _notebook(plan: Plan) -> NotebookFacts:
+    return NotebookFacts(sha256=file_hash(plan.path), parameters=plan.effective)
 
 
-def _model(ref: ModelRef) -> dict[str, Any]:
+def _model(ref: ModelRef) -> ModelFacts:
     hashes = {path.name: file_hash(path) for path in _model_files(ref)}
-    return asdict(ref) | {"label": ref.label, "sha256": hashes, "commit": hub_commit(ref)}
+    facts = asdict(ref) | {"label": ref.label, "sha256": hashes, "commit": hub_commit(ref)}
+    return ModelFacts.model_validate(facts)
 
 
 def _model_files(ref: ModelRef) -> list[Path]:
-    """The files of a model that came with this repository or a package; for a hub's, see ``hub_commit``."""
+    """The files of a model that came with this repository or a package; a hub's are known by their commit."""
     if ref.source == "embedded":
         return sorted(path for path in (ROOT / ref.id).glob("*") if path.is_file())
     if ref.source == "package":

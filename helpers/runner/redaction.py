@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from helpers.results import write_json
+from helpers.files import write_json
+from helpers.schema import REDACTED
 
-REDACTED = "[redacted]"
 SHORTEST = 6
 _SECRET_NAME = re.compile(
     r"(TOKEN|SECRET|KEY|PASSWORD|PASSWD|(?<!^)(?<!^OLD)PWD|PASS|PASSPHRASE|CREDENTIAL|AUTH|PAT)S?\d*(_|$)", re.I

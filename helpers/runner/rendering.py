@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from helpers.results import write_text
-from helpers.runner.execution import DEFAULT_PROFILE, NOTEBOOKS, RunResult, run
+from helpers.files import write_text
+from helpers.runner.execution import NOTEBOOKS, Request, RunResult, run
 from helpers.runner.folder import executed_notebook
 from helpers.runner.portable import make_portable
+from helpers.settings import DEFAULT_PROFILE
 from helpers.types import ROOT, Profile
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def render(
 ) -> RunResult:
     """Write the notebooks again from their sources, run them, and keep the outputs of those that passed."""
     sync(notebooks)
-    result = run(profile, notebooks=notebooks, folder=folder, command=("workbook", "render"), console=Console())
+    request = Request(profile, notebooks=notebooks, folder=folder)
+    result = run(request, command=("workbook", "render"), console=Console())
     for name in result.passed:
         notebook = source_notebook(notebooks / "source" / f"{name}.py")
         _copy_outputs(clean(_read(executed_notebook(result.folder, name))), notebook)

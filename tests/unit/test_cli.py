@@ -104,6 +104,7 @@ def test_a_run_from_start_to_expected_values(project):
     kept = workbook("expect", str(run))
     assert kept.exit_code == 0
     assert json.loads(path.read_text()) == {
+        "version": 2,
         "00_start_here/cited": cited,
         "00_start_here/seed": {"value": 5, "tolerance": 0, "source": f"run {run.name}"},
     }

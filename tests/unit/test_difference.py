@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from helpers import cli, difference, runner
+from helpers import cli, difference, difference_views, runner
 from helpers.difference import BEYOND, NOISE, ONLY_A, ONLY_B, SAME, SLOW, WITHIN, DifferenceError
 from helpers.runner import RunFolderError, execution, folder
+from helpers.values import relative_change
 
 LABEL = "falcon-mini (stand-in for tiiuae/falcon-180B)"
 
@@ -87,7 +88,7 @@ def line(found, name):
 
 
 def test_a_run_does_not_differ_from_its_copy(runs):
-    found = difference.compare(*runs)
+    found = difference.compare_runs(*runs)
     assert found.differing == 0
     assert [each.verdict for each in found.lines] == [SAME] * 5
     assert (found.warnings, found.changes, found.claims) == ((), {}, ())
@@ -108,7 +109,7 @@ def test_a_run_does_not_differ_from_its_copy(runs):
 )
 def test_numbers_are_judged_by_their_tolerance(runs, name, number, verdict):
     set_value(runs[1], "00_a", name, value=number)
-    found = difference.compare(*runs)
+    found = difference.compare_runs(*runs)
     assert line(found, name).verdict == verdict
     assert found.differing == (verdict == BEYOND)
 
@@ -116,29 +117,29 @@ def test_numbers_are_judged_by_their_tolerance(runs, name, number, verdict):
 @pytest.mark.parametrize(("name", "changed"), [("reply", "a Saddle"), ("quantized", True), ("quantized", 0)])
 def test_texts_and_answers_have_no_tolerance(runs, name, changed):
     set_value(runs[1], "01_b", name, value=changed)
-    found = difference.compare(*runs)
+    found = difference.compare_runs(*runs)
     assert (line(found, name).verdict, found.differing) == (BEYOND, 1)
 
 
 def test_the_larger_tolerance_of_both_runs_counts(runs):
     set_value(runs[1], "00_a", "size", value=2.68, tolerance=0.2)
-    assert line(difference.compare(*runs), "size").verdict == WITHIN
+    assert line(difference.compare_runs(*runs), "size").verdict == WITHIN
     set_value(runs[0], "00_a", "size", tolerance=0.01)
     set_value(runs[1], "00_a", "size", tolerance=0.01, floor=0.15)
-    assert line(difference.compare(*runs), "size").noise == 0.15
-    assert line(difference.compare(*runs), "size").verdict == BEYOND
+    assert line(difference.compare_runs(*runs), "size").noise == 0.15
+    assert line(difference.compare_runs(*runs), "size").verdict == BEYOND
 
 
 def test_a_value_without_a_tolerance_takes_its_profiles_and_then_one_percent(runs, tmp_path):
     for run, number in zip(runs, (100.0, 100.9), strict=True):
         set_value(run, "00_a", "loss", value=number)
-    assert line(difference.compare(*runs), "loss").verdict == WITHIN
+    assert line(difference.compare_runs(*runs), "loss").verdict == WITHIN
     set_value(runs[1], "00_a", "loss", value=101.1)
-    assert line(difference.compare(*runs), "loss").verdict == BEYOND
+    assert line(difference.compare_runs(*runs), "loss").verdict == BEYOND
     (tmp_path / "notebooks" / "expected").mkdir(parents=True)
     expected = {"00_a/loss": {"value": 100, "tolerance": 1.5, "source": "run x"}}
     (tmp_path / "notebooks" / "expected" / "laptop.json").write_text(json.dumps(expected))
-    assert line(difference.compare(*runs), "loss").verdict == WITHIN
+    assert line(difference.compare_runs(*runs), "loss").verdict == WITHIN
 
 
 @pytest.mark.parametrize(
@@ -146,16 +147,16 @@ def test_a_value_without_a_tolerance_takes_its_profiles_and_then_one_percent(run
 )
 def test_times_are_the_machines(runs, number, verdict):
     set_value(runs[1], "01_b", "speed", value=number, tolerance=0.001)
-    found = difference.compare(*runs)
+    found = difference.compare_runs(*runs)
     assert (line(found, "speed").verdict, found.differing) == (verdict, 0)
-    assert difference.compare(*runs, strict_times=True).differing == (verdict == SLOW)
+    assert difference.compare_runs(*runs, strict_times=True).differing == (verdict == SLOW)
 
 
 def test_what_only_one_run_recorded_is_a_difference(runs):
     change(runs[1], "results", lambda results: results["values"]["01_b"].pop("reply"))
     change(runs[0], "results", lambda results: results["values"]["01_b"].pop("speed"))  # a time: it does not count
     set_value(runs[1], "00_a", "new", value=1)
-    found = difference.compare(*runs)
+    found = difference.compare_runs(*runs)
     shown = {each.name: (each.verdict, each.counts) for each in found.lines if each.verdict != SAME}
     assert shown == {"reply": (ONLY_A, True), "speed": (ONLY_B, False), "new": (ONLY_B, True)}
     assert found.differing == 2
@@ -163,7 +164,7 @@ def test_what_only_one_run_recorded_is_a_difference(runs):
 
 def test_a_notebook_that_failed_in_one_run_is_a_difference(runs):
     change(runs[1], "status", lambda status: status["notebooks"]["01_b"].update(status="failed"))
-    found = difference.compare(*runs)
+    found = difference.compare_runs(*runs)
     assert found.differing == 1
     assert found.outcome == "1 difference beyond tolerance"
     assert [pair.what for pair in found.statuses if pair.differs] == ["01_b"]
@@ -172,7 +173,7 @@ def test_a_notebook_that_failed_in_one_run_is_a_difference(runs):
 def test_a_notebook_of_one_run_alone_is_named_and_left_out(runs):
     change(runs[1], "status", lambda status: status["notebooks"].pop("01_b"))
     change(runs[1], "results", lambda results: results["values"].pop("01_b"))
-    found = difference.compare(*runs)
+    found = difference.compare_runs(*runs)
     assert found.differing == 0
     assert found.warnings == ("only A is made of 01_b: left out of the comparison",)
     assert {each.notebook for each in found.lines} == {"00_a"}
@@ -181,7 +182,7 @@ def test_a_notebook_of_one_run_alone_is_named_and_left_out(runs):
 def test_another_unit_or_model_or_judgement_is_named(runs):
     set_value(runs[1], "00_a", "size", unit="times", agrees=False)
     set_value(runs[1], "01_b", "reply", model="falcon-180B")
-    found = difference.compare(*runs)
+    found = difference.compare_runs(*runs)
     assert line(found, "size").verdict == BEYOND
     assert line(found, "size").notes == ("unit: x → times", "agrees with A5: yes → no")
     assert line(found, "reply").notes == (f"model: {LABEL} → falcon-180B",)
@@ -201,7 +202,7 @@ def test_what_explains_a_difference(runs):
 
     change(runs[1], "manifest", update)
     change(runs[1], "status", lambda status: status["notebooks"]["00_a"].update(inputs="other"))
-    found = difference.compare(*runs)
+    found = difference.compare_runs(*runs)
     assert found.differing == 0
     changes = {group: {p.what: (p.first, p.second) for p in pairs} for group, pairs in found.changes.items()}
     assert changes == {
@@ -219,33 +220,33 @@ def test_what_explains_a_difference(runs):
 
 def test_another_model_is_named_by_its_role_and_not_by_its_files(runs):
     change(runs[1], "manifest", lambda manifest: manifest["models"].update(falcon=model("other")))
-    (pair,) = difference.compare(*runs).changes["Models"]
+    (pair,) = difference.compare_runs(*runs).changes["Models"]
     assert (pair.what, pair.first, pair.second) == ("Falcon, base", LABEL, "other (stand-in for tiiuae/falcon-180B)")
 
 
 def test_what_a_reader_has_to_know_first(runs):
     change(runs[1], "manifest", lambda manifest: manifest.update(profile="8x80gb", git={"commit": None, "dirty": None}))
     change(runs[1], "status", lambda status: status.update(state="interrupted"))
-    first, second = difference.compare(*runs).warnings
+    first, second = difference.compare_runs(*runs).warnings
     assert first.startswith("the profiles are not the same, laptop and 8x80gb")
     assert second == "B did not finish: it is interrupted"
     for run in runs:
         change(run, "manifest", lambda manifest: manifest.update(git={"commit": "f" * 40, "dirty": True}))
-    assert any("uncommitted changes" in warning for warning in difference.compare(*runs).warnings)
+    assert any("uncommitted changes" in warning for warning in difference.compare_runs(*runs).warnings)
 
 
 def test_what_cannot_be_compared(runs, tmp_path):
     with pytest.raises(RunFolderError, match="not a run folder"):
-        difference.compare(runs[0], tmp_path)
+        difference.compare_runs(runs[0], tmp_path)
     change(runs[1], "manifest", lambda manifest: manifest.update(rehearsal={}))
     for pair in (runs, runs[::-1]):
         with pytest.raises(DifferenceError, match="B is a rehearsal and the other run is not"):
-            difference.compare(*pair)
+            difference.compare_runs(*pair)
     change(runs[0], "manifest", lambda manifest: manifest.update(rehearsal={}))
-    assert "both runs are rehearsals" in difference.compare(*runs).warnings[0]
+    assert "both runs are rehearsals" in difference.compare_runs(*runs).warnings[0]
     change(runs[1], "status", lambda status: status.update(notebooks={"05_x": entry()}))
     with pytest.raises(DifferenceError, match="share no notebook: A has 00_a, 01_b; B has 05_x"):
-        difference.compare(*runs)
+        difference.compare_runs(*runs)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +257,7 @@ def test_what_cannot_be_compared(runs, tmp_path):
     ],
 )  # fmt: skip
 def test_relative_changes(first, second, text):
-    assert difference.relative_change(first, second) == text
+    assert relative_change(first, second) == text
 
 
 class Page(HTMLParser):
@@ -285,11 +286,11 @@ def differing(runs):
     set_value(runs[1], "01_b", "speed", value=1.0)
     change(runs[1], "manifest", lambda manifest: manifest["packages"].update(torch="2.14.0"))
     change(runs[1], "status", lambda status: status["notebooks"]["01_b"].update(status="failed"))
-    return difference.compare(*runs)
+    return difference.compare_runs(*runs)
 
 
 def test_the_page_says_all_and_loads_nothing(runs):
-    path = difference.write_page(differing(runs))
+    path = difference_views.write_page(differing(runs))
     assert path == runs[1] / "diff-A.html"
     text = path.read_text(encoding="utf-8")
     page = Page(text)
@@ -306,7 +307,7 @@ def test_the_page_says_all_and_loads_nothing(runs):
 
 
 def test_the_page_of_two_equal_runs(runs):
-    page = Page(difference.write_page(difference.compare(*runs)).read_text(encoding="utf-8"))
+    page = Page(difference_views.write_page(difference.compare_runs(*runs)).read_text(encoding="utf-8"))
     assert "no difference beyond tolerance" in page.text
     assert "Parameters, notebooks, models and packages are the same." in page.text
     assert "#claims" not in page.links
@@ -314,14 +315,14 @@ def test_the_page_of_two_equal_runs(runs):
 
 def test_a_page_that_cannot_be_written_names_the_way_out(runs, tmp_path):
     with pytest.raises(DifferenceError, match="--html"):
-        difference.write_page(difference.compare(*runs), tmp_path / "nowhere" / "x.html")
+        difference_views.write_page(difference.compare_runs(*runs), tmp_path / "nowhere" / "x.html")
 
 
 @pytest.mark.parametrize("width", [80, 160])
 def test_the_text_fits_the_terminal_and_loses_nothing(runs, width):
     set_value(runs[0], "01_b", "reply", value="a long reply without end " * 8)
     console = Console(width=width, record=True, file=io.StringIO())
-    for part in difference.tables(differing(runs)):
+    for part in difference_views.tables(differing(runs)):
         console.print(part)
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= width
@@ -382,11 +383,11 @@ def test_two_real_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setattr(folder, "ROOT", tmp_path)
     run = [tmp_path / name for name in "abc"]
-    runner.run(parameters=["seed=1"], folder=run[0])
-    runner.run(parameters=["seed=2"], folder=run[1])
+    runner.run(runner.Request(parameters=["seed=1"], folder=run[0]))
+    runner.run(runner.Request(parameters=["seed=2"], folder=run[1]))
     shutil.copytree(run[0], run[2])
-    assert difference.compare(run[0], run[2]).differing == 0
-    found = difference.compare(*run[:2])
+    assert difference.compare_runs(run[0], run[2]).differing == 0
+    found = difference.compare_runs(*run[:2])
     assert [(each.name, each.change) for each in found.lines if each.counts] == [("drawn", "+100%")]
     assert {pair.what for pair in found.changes["Parameters"]} == {"00_start_here: seed"}
     assert list(found.changes) == ["Parameters"]

@@ -166,24 +166,26 @@ def test_a_run_of_it_says_what_stood_in_for_what(tmp_path):
     document.cells[0].metadata.tags = ["parameters"]
     (tmp_path / "notebooks").mkdir()
     nbformat.write(document, tmp_path / "notebooks" / "00_start_here.ipynb")
-    options = {"notebooks": tmp_path / "notebooks", "console": quiet()}
-    done = runner.run("8x80gb", rehearse=True, folder=tmp_path / "run", **options)
+    notebooks = tmp_path / "notebooks"
+    request = runner.Request("8x80gb", rehearse=True, folder=tmp_path / "run", notebooks=notebooks)
+    done = runner.run(request, console=quiet())
     assert done.ok
     recorded = json.loads((done.folder / "results.json").read_text())["values"]["00_start_here"]["gpus"]
     assert (recorded["value"], recorded["verdict"]) == (8, "unmeasured")
     manifest = runner.read_manifest(done.folder)
-    assert len(manifest["rehearsal"]["machine"]["gpus"]) == 8
-    assert {each["what"] for each in manifest["rehearsal"]["substitutions"]} >= {
+    assert len(manifest.rehearsal.machine.gpus) == 8
+    assert {each.what for each in manifest.rehearsal.substitutions} >= {
         "devices",
         "weights",
         "expected values",
     }
-    assert runner.run(resume=done.folder, **options).ok  # and goes on as a rehearsal, on a machine without a GPU
+    resumed = runner.Request(resume=done.folder, notebooks=notebooks)
+    assert runner.run(resumed, console=quiet()).ok  # and goes on as a rehearsal, on a machine without a GPU
 
 
 def test_what_cannot_be_rehearsed_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="run it without --rehearse"):
-        runner.run("laptop", rehearse=True, folder=tmp_path / "run", console=quiet())
+    with pytest.raises(UsageError, match="Run it without --rehearse"):
+        runner.run(runner.Request("laptop", rehearse=True, folder=tmp_path / "run"), console=quiet())
 
 
 @pytest.mark.slow

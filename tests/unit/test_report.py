@@ -11,9 +11,12 @@ import nbformat
 import pytest
 from nbformat import v4
 
+from helpers.claims import claim_verdict, ledger, read_claims
+from helpers.page import duration
 from helpers.pages import link_to_pages
-from helpers.report import claim_verdict, duration, ledger, read_claims, write_report
+from helpers.report import write_report
 from helpers.runner import RunFolderError
+from helpers.schema import RecordedValue
 from helpers.types import ROOT
 
 PNG = base64.b64decode(
@@ -271,7 +274,7 @@ def test_the_claims_section(run):
 
 
 def verdicts(run):
-    return {claim["number"]: (claim["verdict"], claim["basis"]) for claim in ledger(run)}
+    return {claim.number: (claim.text, claim.verdict.basis) for claim in ledger(run)}
 
 
 def test_the_ledger_says_why_a_claim_has_no_verdict(run):
@@ -348,7 +351,7 @@ MINI, CHAT = STAND_INS
     ],
 )
 def test_what_values_say_of_a_claim(values, verdict):
-    entries = [{"agrees": agrees, "model": model} for agrees, model in values]
+    entries = [RecordedValue(value=1, unit="", agrees=agrees, model=model) for agrees, model in values]
     assert claim_verdict(entries, STAND_INS).text == verdict
 
 
@@ -362,7 +365,7 @@ def test_what_values_say_of_a_claim(values, verdict):
     ],
 )
 def test_what_a_verdict_rests_on(values, basis):
-    entries = [{"agrees": agrees, "model": model} for agrees, model in values]
+    entries = [RecordedValue(value=1, unit="", agrees=agrees, model=model) for agrees, model in values]
     assert claim_verdict(entries, STAND_INS).basis == basis
 
 
@@ -370,13 +373,12 @@ def test_the_list_of_claims_is_whole():
     claims = read_claims()
     assert list(claims) == [f"A{number}" for number in range(1, 30)]
     for claim in claims.values():
-        assert {"statement", "published", "source", "test", "how"} <= set(claim)
-        assert claim["statement"]
-        assert claim["source"]
-        assert claim["how"]
-        assert claim["test"] in {"arithmetic", "model", "real model", "citation"}
-        assert bool(claim.get("why")) == (claim["test"] in {"real model", "citation"})
-        assert bool(claim.get("notebooks")) == (claim["test"] in {"arithmetic", "model"})
+        assert claim.statement
+        assert claim.source
+        assert claim.how
+        assert claim.test in {"arithmetic", "model", "real model", "citation"}
+        assert bool(claim.why) == (claim.test in {"real model", "citation"})
+        assert bool(claim.notebooks) == (claim.test in {"arithmetic", "model"})
 
 
 def test_the_list_of_claims_names_the_notebooks_that_record_them():
@@ -388,7 +390,7 @@ def test_the_list_of_claims_names_the_notebooks_that_record_them():
     }
     assert len(recorded) > 10
     for number, notebook in recorded:
-        assert notebook in claims[number]["notebooks"]
+        assert notebook in claims[number].notebooks
 
 
 def test_values_that_differ_come_first(page):

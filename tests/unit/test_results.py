@@ -7,7 +7,10 @@ import os
 import numpy as np
 import pytest
 
-from helpers import results
+from helpers import files, results
+from helpers.expected import expected_from_runs, judge
+from helpers.schema import ExpectedValue
+from helpers.values import is_timing
 
 
 @pytest.fixture
@@ -106,6 +109,67 @@ def test_empty_name_is_refused(run):
         results.record("  ", 1)
 
 
+def test_a_section_is_recorded_with_one_call(run):
+    shown = results.record_all(
+        {
+            "loss": results.Measured(np.float32(2.5), "nats", agrees=np.bool_(True)),
+            "layers": 80,
+            "reply": "a saddle",
+            "share": results.Measured(0.5, "of all", "A2", tolerance=0.2, model="falcon-180B"),
+            "same": results.Measured(True),
+        },
+        claim="A1", model="falcon-mini", tolerance=0.01, unit="x",
+    )  # fmt: skip
+    entries = stored(run)["values"]["01_x"]
+    kept = {
+        name: (e["value"], e["unit"], e["claim"], e["floor"], e["agrees"], e["model"]) for name, e in entries.items()
+    }
+    assert kept == {
+        "loss": (2.5, "nats", "A1", 0.01, True, "falcon-mini"),
+        "layers": (80, "x", "A1", 0.01, None, "falcon-mini"),
+        "reply": ("a saddle", "x", "A1", None, None, "falcon-mini"),
+        "share": (0.5, "of all", "A2", 0.2, None, "falcon-180B"),
+        "same": (True, "x", "A1", None, None, "falcon-mini"),
+    }
+    assert [(entry.name, entry.verdict) for entry in shown] == [
+        ("loss", "differs"), ("layers", "as expected"), ("reply", "as expected"), ("share", "unmeasured"),
+        ("same", "unmeasured"),
+    ]  # fmt: skip
+    assert str(shown[1]) in repr(shown).splitlines()
+    assert shown._repr_html_() == "".join(entry._repr_html_() for entry in shown)
+
+
+def test_one_call_keeps_what_single_calls_keep(run):
+    results.record("a", 1.5, "GiB", "A1", tolerance=0.5, agrees=True, model="m")
+    results.record("b", "text", model="m")
+    single = stored(run)["values"]["01_x"]
+    results.forget(run, "01_x")
+    measured = results.Measured(1.5, "GiB", "A1", tolerance=0.5, agrees=True)
+    results.record_all({"a": measured, "b": "text"}, model="m")
+    assert stored(run)["values"]["01_x"] == single
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"bad": [1, 2]},
+        {"bad": float("nan")},
+        {"bad": results.Measured(1, agrees=True)},
+        {"bad": results.Measured(1, tolerance=-1)},
+        {"bad": results.Measured("text", tolerance=1)},
+    ],
+)
+def test_of_a_section_with_a_wrong_value_nothing_is_kept(run, wrong):
+    with pytest.raises(results.ResultError, match="bad"):
+        results.record_all({"good": 1, **wrong})
+    assert not (run / "results.json").exists()
+
+
+def test_an_empty_section_records_nothing(run):
+    assert results.record_all({}) == ()
+    assert list(results.recorded().index) == []
+
+
 def test_a_repeated_name_replaces_and_order_is_kept(run):
     results.record("a", 1)
     results.record("b", 2)
@@ -196,21 +260,28 @@ def test_damaged_results_are_named(run):
 
 def test_an_interrupted_write_leaves_the_old_content(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
-    results.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     with pytest.raises(ValueError):
-        results.write_json(path, {"a": float("nan")})
+        files.write_json(path, {"a": float("nan")})
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
-        results.write_json(path, {"a": 2})
+        files.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
 
 
 def finished_run(folder, values, profile="laptop", status="passed"):
+    """A run folder with one notebook, as files without a version number describe it."""
     folder.mkdir()
     entries = {name: {"value": value, "unit": unit, "claim": None} for name, (value, unit) in values.items()}
-    (folder / "manifest.json").write_text(json.dumps({"profile": profile}))
-    (folder / "status.json").write_text(json.dumps({"notebooks": {"01_x": {"status": status}}}))
+    manifest = {
+        "profile": profile, "description": "", "command": [], "started": "2026-01-31T12:00:00Z", "finished": None,
+        "parameters": {}, "seeds": {}, "notebooks": {}, "models": {}, "git": {"commit": None, "dirty": None},
+        "python": "3.11.7", "packages": {}, "hardware": {"error": "not looked at"},
+    }  # fmt: skip
+    notebook = {"status": status, "budget_seconds": 60, "inputs": ""}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "status.json").write_text(json.dumps({"state": "finished", "notebooks": {"01_x": notebook}}))
     (folder / "results.json").write_text(json.dumps({"values": {"01_x": entries}, "figures": {}}))
     return folder
 
@@ -222,17 +293,17 @@ def test_expected_values_from_runs(tmp_path):
         {"loss": (2.3, ""), "layers": (80, ""), "speed": (7.0, "tokens/s"), "time": (2.0, "s"), "reply": ("a", "")},
     ]
     runs = [finished_run(tmp_path / f"r{index}", values) for index, values in enumerate(observed)]
-    found = results.expected_from_runs(runs)
+    found = expected_from_runs(runs)
     assert set(found) == {"01_x/loss", "01_x/layers"}
-    assert found["01_x/layers"] == {"value": 80, "tolerance": 0, "source": "run r0, r1, r2"}
-    assert found["01_x/loss"]["value"] == 2.2
-    assert found["01_x/loss"]["tolerance"] == pytest.approx(0.6)
+    assert found["01_x/layers"] == ExpectedValue(value=80, tolerance=0, source="run r0, r1, r2")
+    assert found["01_x/loss"].value == 2.2
+    assert found["01_x/loss"].tolerance == pytest.approx(0.6)
 
 
 def test_one_run_gives_floats_one_percent(tmp_path):
-    found = results.expected_from_runs([finished_run(tmp_path / "r", {"loss": (-5.0, ""), "same": (True, "")})])
-    assert found["01_x/loss"]["tolerance"] == pytest.approx(0.05)
-    assert found["01_x/same"] == {"value": True, "tolerance": 0, "source": "run r"}
+    found = expected_from_runs([finished_run(tmp_path / "r", {"loss": (-5.0, ""), "same": (True, "")})])
+    assert found["01_x/loss"].tolerance == pytest.approx(0.05)
+    assert found["01_x/same"] == ExpectedValue(value=True, tolerance=0, source="run r")
 
 
 @pytest.mark.parametrize(
@@ -246,7 +317,7 @@ def test_a_recorded_tolerance_is_a_floor(run, monkeypatch, values, tolerance):
         results.record("change", value, tolerance=0.002)
         assert stored(folder)["values"]["01_x"]["change"]["floor"] == 0.002
         assert list(results.recorded().index) == ["change"]
-    assert results.expected_from_runs(folders)["01_x/change"]["tolerance"] == pytest.approx(tolerance)
+    assert expected_from_runs(folders)["01_x/change"].tolerance == pytest.approx(tolerance)
 
 
 @pytest.mark.parametrize(("value", "tolerance"), [(1.0, -0.1), (1.0, float("nan")), ("text", 0.1), (True, 0.1)])
@@ -261,27 +332,27 @@ def test_a_tolerance_that_is_no_distance_is_refused(run, value, tolerance):
      ("", False), ("bytes/token", False), ("nats/token", False), ("GPUs", False), ("days", False)],
 )  # fmt: skip
 def test_units_of_times_and_speeds(unit, timing):
-    assert results.is_timing(unit) is timing
+    assert is_timing(unit) is timing
 
 
 def test_failed_notebooks_and_mixed_profiles_give_no_expected_values(tmp_path):
     failed = finished_run(tmp_path / "failed", {"loss": (2.0, "")}, status="failed")
-    with pytest.raises(results.ResultError, match="no value"):
-        results.expected_from_runs([failed])
+    with pytest.raises(results.ResultError, match="no reproducible value"):
+        expected_from_runs([failed])
     with pytest.raises(results.ResultError, match="one profile"):
-        results.expected_from_runs([failed, finished_run(tmp_path / "other", {}, profile="8x80gb")])
+        expected_from_runs([failed, finished_run(tmp_path / "other", {}, profile="8x80gb")])
 
 
 def test_a_run_is_judged_by_what_its_own_notebooks_should_give(tmp_path):
     run = finished_run(tmp_path / "r", {"loss": (2.05, "nats"), "layers": (81, ""), "reply": ("a", ""), "new": (1, "")})
     expected = {
-        "01_x/loss": {"value": 2.0, "tolerance": 0.1, "source": "run a"},
-        "01_x/layers": {"value": 80, "tolerance": 0, "source": "citation: b"},
-        "01_x/reply": {"value": "a", "tolerance": 0, "source": "run a"},
-        "01_x/gone": {"value": True, "tolerance": 0, "source": "run a"},
-        "02_y/other": {"value": 1, "tolerance": 0, "source": "run a"},  # a notebook that this run left out
+        "01_x/loss": ExpectedValue(value=2.0, tolerance=0.1, source="run a"),
+        "01_x/layers": ExpectedValue(value=80, tolerance=0, source="citation: b"),
+        "01_x/reply": ExpectedValue(value="a", tolerance=0, source="run a"),
+        "01_x/gone": ExpectedValue(value=True, tolerance=0, source="run a"),
+        "02_y/other": ExpectedValue(value=1, tolerance=0, source="run a"),  # a notebook that this run left out
     }
-    judged = results.judge(run, expected)
+    judged = judge(run, expected)
     assert (judged.within, judged.unmeasured) == (2, 1)
     assert judged.differing == ("differs: 01_x/layers is 81, expected 80 (citation: b)",)
     assert judged.missing == ("missing: 01_x/gone, expected yes",)
@@ -292,13 +363,6 @@ def test_a_rehearsal_is_neither_judged_nor_a_source_of_expected_values(tmp_path)
     run = finished_run(tmp_path / "r", {"loss": (2.0, "")})
     manifest = json.loads((run / "manifest.json").read_text())
     (run / "manifest.json").write_text(json.dumps(manifest | {"rehearsal": {}}))
-    for use in (lambda: results.judge(run, {}), lambda: results.expected_from_runs([run])):
+    for use in (lambda: judge(run, {}), lambda: expected_from_runs([run])):
         with pytest.raises(results.ResultError, match="is a rehearsal"):
             use()
-
-
-def test_work_goes_to_the_runs_folder_or_beside_the_runs(monkeypatch, tmp_path):
-    monkeypatch.delenv("WORKBOOK_RUN_DIR", raising=False)
-    assert results.work_folder("a") == results.ROOT / "runs" / "work" / "a"
-    monkeypatch.setenv("WORKBOOK_RUN_DIR", str(tmp_path))
-    assert results.work_folder("a") == tmp_path / "work" / "a"

@@ -27,6 +27,7 @@ from helpers.runner.parameters import cells_hash, declared_parameters, parse_par
 from helpers.runner.processes import Family, kill_marked, marked, new_mark
 from helpers.runner.redaction import find_secrets, redact, sweep
 from helpers.runner.rendering import clean, source_notebook
+from helpers.schema import NotebookStatus, Status
 from helpers.types import Budget, ModelRef, Profile, Requirement
 from tests.unit.test_loading_at_scale import Hub
 
@@ -73,6 +74,10 @@ def make_profile(*names, parameters=None, model="env/models/none", source="embed
 
 def quiet():
     return Console(file=io.StringIO())
+
+
+def run_notebooks(profile=None, *, command=(), console=None, **request):
+    return runner.run(runner.Request(profile, **request), command=command, console=console)
 
 
 def status_of(run_dir):
@@ -152,7 +157,9 @@ def mixed_run(tmp_path_factory):
             "folder": Path("run {x}"),
             "parameters": ["seed=7", f"name={TOKEN}"],
         }
-        result = runner.run(profile, **arguments, command=["workbook", "run", "-p", f"name={TOKEN}"], console=quiet())
+        result = run_notebooks(
+            profile, **arguments, command=["workbook", "run", "-p", f"name={TOKEN}"], console=quiet()
+        )
     return notebooks, run_dir, profile, result
 
 
@@ -200,12 +207,12 @@ def test_the_run_s_peak_holds_a_cell_s_memory_and_the_runner_s_and_outlives_a_re
     make_notebook(tmp_path / "notebooks", "00_large", hold)
     make_notebook(tmp_path / "notebooks", "01_small", "1 / 0")
     profile, run_dir = make_profile("00_large", "01_small"), tmp_path / "run"
-    runner.run(profile, notebooks=tmp_path / "notebooks", folder=run_dir, console=quiet())
+    run_notebooks(profile, notebooks=tmp_path / "notebooks", folder=run_dir, console=quiet())
     first = status_of(run_dir)
     large, small = (entry["peak_bytes"] for entry in first["notebooks"].values())
     assert large - small > 200 * 2**20
     assert first["peak_bytes"] - large > 20 * 2**20  # this process
-    runner.run(profile, notebooks=tmp_path / "notebooks", resume=run_dir, console=quiet())
+    run_notebooks(profile, notebooks=tmp_path / "notebooks", resume=run_dir, console=quiet())
     assert status_of(run_dir)["peak_bytes"] >= first["peak_bytes"]
 
 
@@ -273,7 +280,7 @@ def test_manifest_says_what_ran(mixed_run):
 def test_a_run_in_a_used_folder_is_refused(mixed_run):
     notebooks, run_dir, profile, _ = mixed_run
     with pytest.raises(runner.UsageError, match="resume"):
-        runner.run(profile, notebooks=notebooks, folder=run_dir, console=quiet())
+        run_notebooks(profile, notebooks=notebooks, folder=run_dir, console=quiet())
 
 
 @pytest.mark.slow
@@ -284,10 +291,10 @@ def test_resume_runs_only_what_did_not_pass_or_changed(mixed_run, monkeypatch):
     again = {"notebooks": notebooks, "resume": run_dir, "console": quiet()}
     before = status_of(run_dir)["notebooks"]["00_good"]
     with pytest.raises(runner.UsageError, match="-p name"):
-        runner.run(profile, **again)
+        run_notebooks(profile, **again)
     # A mended notebook and one that passed: only the mended one runs.
     make_notebook(notebooks, "02_killed", "print('mended')")
-    result = runner.run(profile, only=["00", "02"], parameters=[f"name={TOKEN}"], **again)
+    result = run_notebooks(profile, only=["00", "02"], parameters=[f"name={TOKEN}"], **again)
     assert result.ok
     assert result.passed == ("00_good", "02_killed")
     after = status_of(run_dir)["notebooks"]
@@ -297,15 +304,15 @@ def test_resume_runs_only_what_did_not_pass_or_changed(mixed_run, monkeypatch):
     assert json.loads((run_dir / "manifest.json").read_text())["notebooks"].keys() == after.keys()
     # Another parameter makes what passed before out of date.
     session = execution.Session(run_dir, profile, plan_run(profile, notebooks, ["02"], {"seed": "8"}, {}), ())
-    assert session.status["notebooks"]["02_killed"]["status"] == "pending"
+    assert session.status.notebooks["02_killed"].status == "pending"
     with pytest.raises(runner.UsageError, match="profile laptop"):
-        runner.run("8x80gb", **again)
+        run_notebooks("8x80gb", **again)
 
 
 RUN = (
     "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]);"
-    "from test_runner import make_profile; from helpers import runner;"
-    "runner.run(make_profile('00_long'), notebooks=Path(sys.argv[2]), folder=Path(sys.argv[3]))"
+    "from test_runner import make_profile, run_notebooks;"
+    "run_notebooks(make_profile('00_long'), notebooks=Path(sys.argv[2]), folder=Path(sys.argv[3]))"
 )
 
 
@@ -321,8 +328,8 @@ def test_nothing_survives_the_runner(tmp_path, number):
         wait_for(lambda: processes_with(seconds))
         wait_for(lambda: status_of(tmp_path / "run")["notebooks"]["00_long"]["cell"] == 3)
         if number == signal.SIGTERM:
-            with pytest.raises(runner.RunFolderError, match="another run"):
-                runner.run(make_profile("00_long"), notebooks=tmp_path / "notebooks", resume=tmp_path / "run")
+            with pytest.raises(runner.RunFolderError, match="Another run"):
+                run_notebooks(make_profile("00_long"), notebooks=tmp_path / "notebooks", resume=tmp_path / "run")
         process.send_signal(number)
         process.wait(timeout=30)
         wait_for(lambda: not processes_with(seconds), 15)
@@ -342,7 +349,7 @@ def test_no_unmarked_process_survives_its_kernel(tmp_path, monkeypatch, last):
     seconds = f"81235{len(last)}"
     code = f"import os, subprocess\nsubprocess.Popen(['sleep', '{seconds}'], env={{}}, start_new_session=True)\n{last}"
     make_notebook(tmp_path, "00_a", code)
-    result = runner.run(make_profile("00_a"), notebooks=tmp_path, folder=tmp_path / "run", console=quiet())
+    result = run_notebooks(make_profile("00_a"), notebooks=tmp_path, folder=tmp_path / "run", console=quiet())
     assert result.ok is (last == "1")
     try:
         assert processes_with(seconds) == []
@@ -358,7 +365,7 @@ def test_a_cell_deaf_to_interrupts_is_killed(tmp_path, monkeypatch):
     deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(100)"
     make_notebook(tmp_path, "00_deaf", deaf)
     profile = make_profile("00_deaf", budget=Budget(60, 1))
-    result = runner.run(profile, notebooks=tmp_path, folder=tmp_path / "run", console=quiet())
+    result = run_notebooks(profile, notebooks=tmp_path, folder=tmp_path / "run", console=quiet())
     assert result.failed == {"00_deaf": "cell 3 ran past its 1 s budget"}
     assert status_of(tmp_path / "run")["notebooks"]["00_deaf"]["seconds"] < 30
 
@@ -371,14 +378,14 @@ def test_a_full_disk_ends_the_run_with_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "DETECT", "raise SystemExit(1)")
     monkeypatch.setattr(execution, "supervise", full)
     with pytest.raises(runner.RunError, match=r"No space left on device.*--resume") as caught:
-        runner.run(make_profile("00_a"), notebooks=tmp_path, folder=tmp_path / "run", console=quiet())
+        run_notebooks(make_profile("00_a"), notebooks=tmp_path, folder=tmp_path / "run", console=quiet())
     assert caught.value.exit_code == 1
     assert status_of(tmp_path / "run")["state"] == "interrupted"
 
 
 def test_a_nearly_full_disk_and_an_unwritable_folder_are_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(runner.RunFolderError, match=r"cannot write.*file"), folder.held(tmp_path / "file" / "run"):
+    with pytest.raises(runner.RunFolderError, match=r"Cannot write.*file"), folder.held(tmp_path / "file" / "run"):
         pass
     monkeypatch.setattr(folder, "LEAST_FREE_BYTES", 2**70)
     with pytest.raises(runner.RunFolderError, match="MiB are free"), folder.held(tmp_path / "run"):
@@ -639,7 +646,7 @@ def test_the_whole_run_is_interruptible_to_its_last_file(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "DETECT", "raise SystemExit(1)")
     monkeypatch.setattr(execution, "supervise", interrupted)
     monkeypatch.setattr(execution.Session, "_finish", impatient)
-    result = runner.run(make_profile("00_a"), notebooks=tmp_path, folder=tmp_path / "run", console=quiet())
+    result = run_notebooks(make_profile("00_a"), notebooks=tmp_path, folder=tmp_path / "run", console=quiet())
     assert result.interrupted
     assert status_of(tmp_path / "run")["state"] == "interrupted"
 
@@ -700,7 +707,7 @@ def test_the_manifest_names_the_commit_of_a_hub_model_that_the_run_downloaded(tm
     monkeypatch.setattr(manifest, "DETECT", "raise SystemExit(1)")
     monkeypatch.setattr(execution, "supervise", download)
     profile = make_profile("00_a", model="tiiuae/falcon-180B", source="hub")
-    runner.run(profile, notebooks=tmp_path, folder=tmp_path / "run", console=quiet())
+    run_notebooks(profile, notebooks=tmp_path, folder=tmp_path / "run", console=quiet())
     models = json.loads((tmp_path / "run" / "manifest.json").read_text())["models"]
     assert seen == [None]
     assert {model["commit"] for model in models.values()} == {commit}
@@ -761,7 +768,7 @@ def test_models_are_fetched_before_the_first_notebook_and_kept_at_their_commit(h
     hub.before_sending = staticmethod(note)
     profile, again = hub_profile("00_a", "01_b"), {"notebooks": tmp_path / "notebooks", "console": quiet()}
     monkeypatch.setenv("EXPECTED_COMMIT", hub.SHA)
-    first = runner.run(profile, folder=tmp_path / "run", **again)
+    first = run_notebooks(profile, folder=tmp_path / "run", **again)
     assert first.passed == ("00_a",)
     assert set(during) == {"pending"}
     assert "tiny: ready, 0.2 MiB, " in (said := capfd.readouterr().out)
@@ -773,14 +780,14 @@ def test_models_are_fetched_before_the_first_notebook_and_kept_at_their_commit(h
     # The branch moves on; what is resumed stays where the run was.
     earlier, hub.SHA = hub.SHA, "b" * 40
     (tmp_path / "notebooks" / "mended").touch()
-    assert runner.run(profile, resume=tmp_path / "run", **again).ok
+    assert run_notebooks(profile, resume=tmp_path / "run", **again).ok
     written = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert written["commits"] == {"org/tiny": earlier}
     assert {model["commit"] for model in written["models"].values()} == {earlier}
     assert [path.name for path in (hub.cache / "snapshots").iterdir()] == [earlier]
     # A new run takes what the branch is now.
     monkeypatch.setenv("EXPECTED_COMMIT", hub.SHA)
-    assert runner.run(profile, folder=tmp_path / "new", **again).ok
+    assert run_notebooks(profile, folder=tmp_path / "new", **again).ok
 
 
 def test_a_model_that_cannot_be_had_stops_the_run_before_the_first_notebook(hub, tmp_path):
@@ -788,9 +795,9 @@ def test_a_model_that_cannot_be_had_stops_the_run_before_the_first_notebook(hub,
     make_notebook(tmp_path / "notebooks", "00_a", LOADS)
     arguments = {"notebooks": tmp_path / "notebooks", "folder": tmp_path / "run", "console": quiet()}
     with pytest.raises(
-        runner.RunError, match=r"licence must be accepted.*Then go on with: workbook run --resume"
+        runner.RunError, match=r"licence must be accepted.*Then resume with: workbook run --resume"
     ) as at:
-        runner.run(hub_profile("00_a"), **arguments)
+        run_notebooks(hub_profile("00_a"), **arguments)
     assert at.value.exit_code == 1
     status = status_of(tmp_path / "run")
     assert (status["state"], status["notebooks"]["00_a"]["status"]) == ("interrupted", "pending")
@@ -830,7 +837,7 @@ def test_an_interruption_ends_a_download_at_once_and_leaves_a_run_to_resume(hub,
     start = time.monotonic()
     try:
         arguments = {"notebooks": tmp_path / "notebooks", "folder": tmp_path / "run", "console": quiet()}
-        result = runner.run(hub_profile("00_a"), **arguments)
+        result = run_notebooks(hub_profile("00_a"), **arguments)
     finally:
         silent.set()
     assert result.interrupted
@@ -853,7 +860,7 @@ def test_nothing_is_fetched_for_a_notebook_that_names_no_model_nor_for_models_th
     monkeypatch.setattr(manifest, "DETECT", "raise SystemExit(1)")
     make_notebook(tmp_path, "00_a", "settings.falcon" if offline else "falcon = 1")
     profile = make_profile("00_a") if offline else hub_profile("00_a")
-    assert runner.run(profile, notebooks=tmp_path, folder=tmp_path / "run", console=quiet()).ok
+    assert run_notebooks(profile, notebooks=tmp_path, folder=tmp_path / "run", console=quiet()).ok
 
 
 def test_the_models_that_the_notebooks_name_are_known():
@@ -895,26 +902,26 @@ def test_marked_processes_are_found_with_their_children_and_killed():
 
 
 def test_plain_lines_when_the_output_is_no_terminal(tmp_path):
-    entry = {
-        "status": "pending", "cell": 0, "cells": 0, "seconds": 0.0, "budget_seconds": 90, "reason": None, "line": "",
-    }  # fmt: skip
-    status = {"notebooks": {"00_a": dict(entry), "01_b": dict(entry)}}
+    entry = NotebookStatus(status="pending", budget_seconds=90, inputs="")
+    status = Status(state="running", notebooks={"00_a": entry.model_copy(), "01_b": entry.model_copy()})
     with (tmp_path / "out").open("w") as file:
         show = PlainLines(Console(file=file, width=20))
         show(status)
-        status["notebooks"]["00_a"] |= {"status": "running"}
+        status.notebooks["00_a"].status = "running"
         show(status)
         show(status)
-        status["notebooks"]["00_a"] |= {"status": "failed", "seconds": 12.4, "reason": "kernel died at cell 3"}
+        failed = {"status": "failed", "seconds": 12.4, "reason": "kernel died at cell 3"}
+        status.notebooks["00_a"] = status.notebooks["00_a"].model_copy(update=failed)
         show(status)
     assert (tmp_path / "out").read_text().splitlines() == [
         "00_a: running, 0 s of 90 s",
         "00_a: failed, 12 s of 90 s, kernel died at cell 3",
     ]
-    running = entry | {"status": "running", "cell": 3, "cells": 12, "seconds": 4.2, "line": "load [red]it[/red]"}
+    changes = {"status": "running", "cell": 3, "cells": 12, "seconds": 4.2, "line": "load [red]it[/red]"}
+    running = entry.model_copy(update=changes)
     assert describe(running) == "running, cell 3 of 12, 4 s of 90 s"
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(table({"notebooks": {"00_a": running}}))
+    console.print(table(Status(state="running", notebooks={"00_a": running})))
     shown = console.export_text()
     assert all(text in shown for text in ("00_a", "running", "3/12", "4 s", "90 s", "load [red]it[/red]"))
 
@@ -1028,7 +1035,7 @@ def test_a_profile_that_this_machine_cannot_run_is_refused_before_anything_runs(
     make_notebook(tmp_path / "notebooks", "00_quick", "print(1)")
     greedy = replace(make_profile("00_quick"), requires=Requirement(gpus=999, gpu_bytes=80_000_000_000))
     with pytest.raises(runner.UsageError, match="needs 999 GPUs of 80 GB"):
-        runner.run(greedy, notebooks=tmp_path / "notebooks", folder=tmp_path / "run")
+        run_notebooks(greedy, notebooks=tmp_path / "notebooks", folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
