@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from helpers.types import ROOT, WorkbookError
+from helpers.types import ROOT, WorkbookError, choose
 
 if TYPE_CHECKING:
     from helpers.doctor import Finding
@@ -255,8 +255,7 @@ def leaderboard(
     from helpers.profiles import load_profile
 
     chosen = load_profile(profile)
-    if model not in chosen.models:
-        raise WorkbookError(f"The profile has no model {model!r}; choose one of {', '.join(chosen.models)}.")
+    choose(model, chosen.models, "model")
     load = functools.partial(loading.load, chosen.models[model], precision or chosen.precision)
     found = evaluation.leaderboard_average(load, limit=limit, folder=tasks or evaluation.TASKS)
     Console(highlight=False).print(_leaderboard(found), "\n".join(found.notes), sep="\n")

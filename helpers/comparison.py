@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from helpers import stats
 from helpers.generation import generate_batch
-from helpers.types import Interval, Loaded, ModelRef, Profile, Reply, Sampling, WorkbookError
+from helpers.types import Interval, Loaded, ModelRef, Profile, Reply, Sampling, WorkbookError, choose
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -120,8 +120,8 @@ class Comparison:
 
         Raises WorkbookError for an unknown side or rule, or where no item has a key.
         """
-        if side not in self.replies or rule not in RULES:
-            raise WorkbookError(f"The sides are {', '.join(self.sides)}, the rules {', '.join(RULES)}.")
+        choose(side, self.replies, "side")
+        choose(rule, RULES, "rule")
         pairs = zip(self.items, self.replies[side], strict=True)
         scored = [(i, reply) for i, reply in pairs if i.answer and kind in (None, i.kind)]
         if not scored:

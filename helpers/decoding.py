@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from helpers.memory import anatomy
 from helpers.progress import waiting
 from helpers.types import DecodingPath, Loaded, Profile, WorkbookError
+from helpers.workarounds.compiled_cpu import compile_config, unmark_cache
+from helpers.workarounds.draft_limits import merge_limits
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import GenerationConfig, PreTrainedModel, StaticCache
+    from transformers import PreTrainedModel, StaticCache
 
 PREFILL_TOKENS = 8192  # longer prompts, all rows counted, are read in chunks of at most so many tokens
 SHORTEST_CACHE = 256  # tokens of the smallest static cache; each further size is twice the last
@@ -202,15 +203,13 @@ def cache_tokens(loaded: Loaded, tokens: int) -> int:
 
 
 def _compiled_settings(loaded: Loaded, rows: int, tokens: int) -> Options:
-    from transformers import CompileConfig, StaticCache
+    from transformers import StaticCache
 
     if loaded.model.device.type == "cuda":  # compiled by generate itself, which sees the cache's kind
         size = cache_tokens(loaded, tokens)
         return Options(call={"past_key_values": StaticCache(config=loaded.model.config, max_cache_len=size)})
-    compiled = CompileConfig(fullgraph=True, dynamic=False, mode="default")
-    compiled._compile_all_devices = True
     cache = _static_cache(loaded, rows, cache_tokens(loaded, tokens))
-    return Options({"compile_config": compiled}, {"past_key_values": cache})
+    return Options({"compile_config": compile_config()}, {"past_key_values": cache})
 
 
 def _static_cache(loaded: Loaded, rows: int, tokens: int) -> StaticCache:
@@ -221,9 +220,7 @@ def _static_cache(loaded: Loaded, rows: int, tokens: int) -> StaticCache:
     cache = StaticCache(config=model.config, max_cache_len=tokens)
     heads = shape.kv_heads if loaded.report.grouped_cache else shape.cached_heads
     cache.early_initialization(rows, heads, shape.head_dim, model.dtype, model.device)
-    for layer in cache.layers:
-        for tensor in (layer.keys, layer.values, layer.cumulative_length):
-            tensor.__dict__.pop("_dynamo_static_input_type", None)
+    unmark_cache(cache)
     return cache
 
 
@@ -237,17 +234,7 @@ def _assistant(decoding: Decoding, on_proposed: Callable[[int], None]) -> PreTra
         num_assistant_tokens_schedule="constant",
         assistant_confidence_threshold=0.0,
     )
-    propose = model.generate
-
-    def counted(input_ids: torch.Tensor, generation_config: GenerationConfig, **options: Any) -> Any:
-        limits = {name: options.pop(name) for name in ("min_new_tokens", "max_new_tokens", "use_cache")}
-        config = copy.copy(generation_config)
-        config.update(**limits)
-        found = propose(input_ids=input_ids, generation_config=config, **options)
-        on_proposed(found.sequences.shape[1] - input_ids.shape[1])
-        return found
-
-    model.generate = counted
+    merge_limits(model, on_proposed)
     return model
 
 

@@ -14,8 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from helpers import hardware, loading, memory, profiles, quantization
+from helpers import hardware, loading, memory, profiles
 from helpers.types import QUANTIZED, ROOT, Machine, ModelRef, Profile, Requirement, WorkbookError, gib
+from helpers.workarounds.bitsandbytes_messages import quiet_bitsandbytes
+from helpers.workarounds.falcon_linear import needs_repair
+from helpers.workarounds.rebinding import rebound
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -302,13 +305,12 @@ def _whole(profile: Profile) -> int:
 
 def check_disk(profile: Profile, machine: Machine, left: int) -> Iterator[Finding]:
     """The disk of the Hugging Face cache against what is left to download, and what the runner asks for."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
     part = replace(profile, requires=Requirement(disk_bytes=profile.requires.disk_bytes, cpus=0))
     lacking = "; ".join(profiles.lacks(part, machine, profiles.downloaded_bytes(profile)))
-    free = hardware.disk_free(Path(HF_HUB_CACHE))
+    cache = hardware.download_folder()
+    free = hardware.disk_free(cache)
     if left > free:
-        found = f"{gib(left)} to download, {gib(free)} free at {HF_HUB_CACHE}"
+        found = f"{gib(left)} to download, {gib(free)} free at {cache}"
         yield Finding("disk", "fail", found, "Free some space, or set HF_HOME to a folder on a larger disk.")
     elif lacking:
         larger = f"move {ROOT}" if profile.offline else "set HF_HOME to a folder"
@@ -316,7 +318,7 @@ def check_disk(profile: Profile, machine: Machine, left: int) -> Iterator[Findin
     elif profile.offline:
         yield Finding("disk", "ok", f"{gib(machine.disk_free_bytes)} free, nothing to download")
     else:
-        yield Finding("disk", "ok", f"{gib(free)} free at {HF_HUB_CACHE}, {gib(left)} to download")
+        yield Finding("disk", "ok", f"{gib(free)} free at {cache}, {gib(left)} to download")
 
 
 def check_models(profile: Profile, left: int) -> Iterator[Finding]:
@@ -361,7 +363,7 @@ def check_hub(profile: Profile, left: int) -> Iterator[Finding]:
     if not repositories:
         yield Finding("login", "skipped", "no model of this profile comes from the hub")
         return
-    with quantization.rebound(get_session(), "timeout", HUB_SECONDS):
+    with rebound(get_session(), "timeout", HUB_SECONDS):
         login = _login(get_token(), left)
         yield login
         if login.status in ("ok", "warn"):
@@ -467,7 +469,7 @@ def check_quantization(profile: Profile, devices: Sequence[str]) -> Iterator[Fin
     yield Finding("bitsandbytes", "fail", found, advice) if wrong else Finding("bitsandbytes", "ok", found)
     version = f"transformers {importlib.metadata.version('transformers')}"
     repair = f"{version} quantizes no layer of Falcon by itself: load with helpers.loading.load, which repairs it"
-    yield Finding("Falcon repair", "ok", repair if quantization.needs_repair() else f"{version} needs none")
+    yield Finding("Falcon repair", "ok", repair if needs_repair() else f"{version} needs none")
 
 
 def product_error(precision: str, device: str = "cpu", width: int = 256) -> float:
@@ -490,7 +492,7 @@ def _quantized_linear(precision: str, weight: torch.Tensor) -> nn.Module:
     """A layer of bitsandbytes that quantizes ``weight`` (outputs, inputs) once it is moved to a device."""
     import torch
 
-    quantization.quiet_bitsandbytes()
+    quiet_bitsandbytes()
     import bitsandbytes as bnb
 
     rows, columns = weight.shape

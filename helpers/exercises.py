@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from helpers.types import Message, WorkbookError
+from helpers.types import Message, choose
 
 if TYPE_CHECKING:
     from transformers import FalconForCausalLM
@@ -42,8 +42,7 @@ def check(name: str, answer: Any) -> Verdict:
 
     A function that raises is not right yet, and the hint says what it raised. Raises WorkbookError for an unknown name.
     """
-    if name not in _CHECKS:
-        raise WorkbookError(f"there is no exercise {name!r}; the exercises are {', '.join(_CHECKS)}")
+    choose(name, _CHECKS, "exercise")
     try:
         hint = _CHECKS[name](answer)
     except Exception as error:

@@ -16,6 +16,8 @@ from helpers import loading
 from helpers.generation import context_tokens
 from helpers.prompts import encode
 from helpers.types import Loaded, Message, ModelRef, WorkbookError
+from helpers.workarounds.nf4_repacking import may_repack
+from helpers.workarounds.trl_training import float_adapters, trained_positions_alone
 
 if TYPE_CHECKING:
     import torch
@@ -193,7 +195,7 @@ def finetune(
         trainer.add_callback(_watch(history, on_point))
         if trainer.is_world_process_zero():
             _write_json(out_dir / IDENTITY_FILE, identity)
-        with _trained_positions_alone(trainer):
+        with trained_positions_alone(trainer.args.device):
             seconds = _train(trainer, checkpoint, out_dir)
     return Finetuned(
         loaded=replace(loaded, model=model),
@@ -298,28 +300,8 @@ def _trainer(model: PeftModel, loaded: Loaded, config: SFTConfig, data: Sequence
     train, held_out = (Dataset.from_list(_rows(found)) if found else None for found in data)
     trainer = SFTTrainer(model, config, train_dataset=train, eval_dataset=held_out, processing_class=loaded.tokenizer)
     trainer.remove_callback(PrinterCallback)
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # trl puts the adapters of a quantized model in bf16, too coarse for small steps
-            parameter.data = parameter.data.float()
+    float_adapters(model)
     return trainer
-
-
-@contextmanager
-def _trained_positions_alone(trainer: SFTTrainer) -> Iterator[None]:
-    """On a CPU too, trl gives the output layer only the positions that carry the loss.
-
-    Without triton it scores all positions and blanks the others, which spares compilers of graphs new shapes; a CPU
-    compiles nothing, and a short reply leaves nine positions of ten without loss. Loss and gradients are the same.
-    """
-    from trl.trainer import utils
-
-    before = utils._use_triton  # read there for this choice alone; the kernels ask their own module
-    if trainer.args.device.type == "cpu":
-        utils._use_triton = lambda device: True
-    try:
-        yield
-    finally:
-        utils._use_triton = before
 
 
 def _train(trainer: SFTTrainer, checkpoint: str | None, out_dir: Path) -> float:
@@ -432,8 +414,6 @@ def _quiet() -> Iterator[None]:
 
 def _check_base(model: PreTrainedModel) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
-
-    from helpers.quantization import may_repack
 
     if may_repack(model):
         raise FinetuneError(

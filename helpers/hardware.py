@@ -40,7 +40,6 @@ def detect(gpus: Sequence[int] | None = None) -> Machine:
     indices as torch counts, only those are asked and listed; all, unless given.
     """
     import psutil
-    from huggingface_hub.constants import HF_HUB_CACHE
 
     if rehearsal := settings.rehearsal_folder():
         return _read_machine((rehearsal / "machine.json").read_text(encoding="utf-8"))
@@ -55,8 +54,15 @@ def detect(gpus: Sequence[int] | None = None) -> Machine:
         cpu_name=_cpu_name(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
-        cache_free_bytes=disk_free(Path(HF_HUB_CACHE)),
+        cache_free_bytes=disk_free(download_folder()),
     )
+
+
+def download_folder() -> Path:
+    """The folder of the Hugging Face cache, which need not exist yet."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
 
 
 def disk_free(folder: Path) -> int:

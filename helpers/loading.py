@@ -1,4 +1,4 @@
-"""A profile's model in a precision: found, loaded, verified, and reported."""
+"""Load a profile's model in a precision: find it, load it, verify it and report on it."""
 
 from __future__ import annotations
 
@@ -9,33 +9,38 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from helpers import hardware, settings, shards
+from helpers.hub_cache import VERIFIED, CachedRepository, recorded_hashes, repository
+from helpers.layers import quantizable_layers, quantized_layers, stored_bytes, weights_in
 from helpers.memory import CacheHeads, kv_bytes_per_token, place, published_config, published_models
 from helpers.progress import bar_class, bars, human, waiting, weights_bar
 from helpers.prompts import format_for
-from helpers.quantization import (
-    QuantizationError,
-    bnb_config,
-    falcon_repair,
-    keep_unpacked,
-    quantizable_layers,
-    quantized_layers,
-    quiet_bitsandbytes,
-    rebound,
-    stored_bytes,
-    verify_against_checkpoint,
-    verify_quantized,
-    was_repacked,
-    weights_in,
-)
+from helpers.quantization import QuantizationError, bnb_config, verify_against_checkpoint, verify_quantized
 from helpers.shards import LoadError, Shards, file_hash
-from helpers.types import PRECISIONS, QUANTIZED, ROOT, Loaded, LoadReport, Machine, ModelRef, Profile
+from helpers.types import (
+    PRECISIONS,
+    QUANTIZED,
+    ROOT,
+    Loaded,
+    LoadReport,
+    Machine,
+    ModelRef,
+    Profile,
+    choose,
+    first_names,
+)
+from helpers.workarounds.bitsandbytes_messages import quiet_bitsandbytes
+from helpers.workarounds.falcon_linear import falcon_repair
+from helpers.workarounds.gguf import no_conversion_bar, restore_pre_tokenizer
+from helpers.workarounds.nf4_repacking import keep_unpacked, was_repacked
+from helpers.workarounds.renamed_names import ignore_renamed_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,11 +49,23 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "bfloat16", "nf4": "bfloat16"}
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 DeviceMap = str | dict[str, int | str]
-TOKENS = "https://huggingface.co/settings/tokens"
-VERIFIED = "workbook-verified.txt"  # in a model's folder of the Hugging Face cache: the blobs that were hashed here
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "bfloat16", "nf4": "bfloat16"}
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_TOKEN_PAGE = "https://huggingface.co/settings/tokens"
+_DEVICE_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate chooses the devices
+
+
+class LoadingInfo(TypedDict):
+    """What transformers reports about the weights of a load (``output_loading_info``)."""
+
+    missing_keys: Collection[str]
+    unexpected_keys: Collection[str]
+    mismatched_keys: Collection[tuple[str, tuple[int, ...], tuple[int, ...]]]
+    error_msgs: Collection[str]
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def load(
@@ -62,114 +79,51 @@ def load(
     unpacked: bool = False,
     grouped_cache: bool = True,
 ) -> Loaded:
-    """A model in a precision (fp32, bf16, fp16, int8, nf4), verified, with its tokenizer and chat format.
+    """Load a model in a precision (fp32, bf16, fp16, int8, nf4) and verify it; with its tokenizer and chat format.
 
-    ``device_map``: unless given, ``device_map_for`` this machine; each of several processes started by torchrun takes
-    the GPU of its local rank. ``offload`` lets what the GPUs do not hold lie in memory and on disk, which is slow and
-    not for int8 and nf4. ``verify`` hashes the files first, as far as hashes are recorded (``shards.verify``): unless
-    given, where the checkpoint's index records them. The parts that int8 and nf4 do not quantize are in bfloat16.
-    ``double_quant``: see ``bnb_config``; what is quantized already stays as it is. ``unpacked``: see ``keep_unpacked``.
-    ``grouped_cache``: Falcon's KV cache is that of ``helpers.grouped_cache``; otherwise it is transformers' own.
-    Only safetensors are read, no code of a repository is run, and nothing is written but the download's cache.
+    ``device_map``: default, that of ``device_map_for`` this machine; each of several processes started by torchrun
+    takes the GPU of its local rank. ``offload`` keeps in memory and on disk what the GPUs cannot hold; this is slow and
+    impossible for int8 and nf4. ``verify`` hashes the files first, as far as hashes are recorded
+    (``shards.damaged_files``); default: if the checkpoint's index records them. ``double_quant``: see ``bnb_config``; a
+    checkpoint that is quantized already stays as it is. The layers that int8 and nf4 do not quantize are in bfloat16.
+    ``unpacked``: see ``keep_unpacked``. ``grouped_cache``: Falcon gets the KV cache of ``helpers.grouped_cache``; if
+    False, that of transformers. Only safetensors are read, code of a repository never runs, and only the cache of
+    downloads is written.
 
-    Memory of this process, beside the weights that stay on the CPU (those kept in the type they are stored in are read
-    from their files as mapped, which counts as file cache): at most four of the checkpoint's largest tensors in the
-    type they are loaded in, two of them where a part goes to disk; on a CPU quantization takes eight times the largest.
-    Raises LoadError when the model cannot be had or does not fit, when a file is missing, cut off or damaged, when a
-    weight is missing, left over, or of another shape, type or device; QuantizationError where a layer is unquantized.
+    Memory of this process, besides the weights that stay on the CPU (weights kept in their stored type are mapped from
+    their files, which counts as file cache): at most four of the checkpoint's largest tensors in the type they are
+    loaded in, two of them if a part goes to disk. Quantization on a CPU takes eight times the largest tensor.
+    Raises LoadError if the model cannot be downloaded or does not fit, if a file is missing, cut off or damaged, or if
+    a weight is missing, left over, or of another shape, type or device; QuantizationError if a layer is unquantized.
     """
-    if precision not in PRECISIONS:
-        raise LoadError(f"There is no precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
+    choose(precision, PRECISIONS, "precision", LoadError)
     started = time.perf_counter()
     checkpoint = resolve(ref)
-    found = _read_config(ref, checkpoint)
-    _check_config(ref, found, precision)
-    files = _checked_files(checkpoint, verify)
+    config = read_config(ref, checkpoint)
+    _check_config(ref, config, precision)
+    files = shards.checked(checkpoint, verify)
     room = {"offload": offload, "double_quant": double_quant, "cache_heads": "kv" if grouped_cache else "library"}
-    places = device_map or _default_device_map(found, precision, **room)
-    repair = falcon_repair() if ref.family == "falcon" and precision in QUANTIZED else nullcontext(False)
-    with repair as repaired, _grouping(ref, wanted=grouped_cache), _load_errors(ref, checkpoint):
-        model = _verified_model(files, found, precision, places, double_quant)
-        tokenizer = _tokenizer(checkpoint)
+    places = device_map or _default_device_map(config, precision, **room)
+    with _repair(ref, precision) as repaired, _grouping(ref, wanted=grouped_cache), load_errors(ref, checkpoint):
+        model = _verified_model(files, config, precision, places, double_quant)
+        tokenizer = read_tokenizer(checkpoint)
     if unpacked:
         keep_unpacked(model)
-    known = {"seconds": time.perf_counter() - started, "repaired": repaired, "commit": _commit(ref, checkpoint)}
-    report = _report(ref, precision, model, places, **known)
+    seconds = time.perf_counter() - started
+    report = replace(
+        build_report(ref, precision, model, places),
+        seconds=seconds,
+        repaired=repaired,
+        commit=describe_commit(ref, checkpoint),
+    )
     return Loaded(model, tokenizer, format_for(ref.format), report, ref)
 
 
-def resolve(ref: ModelRef) -> Path:
-    """The folder that holds a model's safetensors, configuration and tokenizer.
-
-    "embedded": a folder of this project. "package": made once from the GGUF file of an installed package, then kept
-    in ``.cache/models`` (or ``$WORKBOOK_CACHE/models``). "hub": downloaded at the pinned revision into the Hugging
-    Face cache; what ``$WORKBOOK_REVISIONS`` names (JSON, id: commit), at that commit instead. Each file is checked once
-    against the hash the hub names, whoever downloaded it; after an interruption, files that are whole are kept. Only
-    "hub" uses the network. Raises LoadError, which says what to do.
-    """
-    if ref.source == "hub":
-        return _from_hub(ref)
-    return _from_package(ref) if ref.source == "package" else _from_project(ref)
-
-
-def config(ref: ModelRef) -> PreTrainedConfig:
-    """A model's configuration at its true size, without its weights. Raises LoadError as ``resolve`` does.
-
-    Of a hub's model the published one that this project keeps (a chat model has its base's shape); only what is not
-    kept is asked of the hub.
-    """
-    if ref.source != "hub":
-        return _read_config(ref, resolve(ref))
-    for name in (ref.id, ref.id.removesuffix("-chat"), ref.id.removesuffix("-instruct")):
-        if name in published_models():
-            return published_config(name)
-    from huggingface_hub import hf_hub_download
-
-    with _hub_errors(ref):
-        file = hf_hub_download(ref.id, "config.json", revision=_revision(ref))
-    return _read_config(ref, Path(file).parent)
-
-
-def prepare(profile: Profile, *, roles: Collection[str] | None = None, verify: bool | None = None) -> dict[str, str]:
-    """Fetch or make all that loading a profile's models (of ``roles``, if given) needs, saying how far it is.
-
-    No file may be missing or cut off; ``verify`` hashes those of the hub, as in ``load``. Returns the commit of each
-    model of a hub, by its id. Raises LoadError.
-    """
-    from rich.console import Console
-
-    console, commits = Console(), {}
-    for ref in dict.fromkeys(ref for role, ref in profile.models.items() if roles is None or role in roles):
-        started = time.perf_counter()
-        console.print(f"{ref.label}: getting it ready ...", highlight=False, soft_wrap=True)
-        folder = resolve(ref)
-        _checked_files(folder, verify if ref.source == "hub" else None)
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        seconds = time.perf_counter() - started
-        commit = f", {_commit(ref, folder)}" if ref.source == "hub" else ""
-        console.print(f"{ref.label}: ready, {human(size)}, {seconds:.1f} s{commit}", highlight=False, soft_wrap=True)
-        commits |= {ref.id: folder.name} if ref.source == "hub" else {}
-    return commits
-
-
-def is_here(ref: ModelRef) -> bool:
-    """Whether all of a hub's model lies in the Hugging Face cache, by names and lengths; no hub is asked."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        folder = snapshot_download(ref.id, revision=_revision(ref), allow_patterns=HUB_FILES, local_files_only=True)
-        shards.inspect(Path(folder))
-    except (LocalEntryNotFoundError, LoadError):
-        return False
-    return (Path(folder) / "config.json").exists()
-
-
 def save(loaded: Loaded, folder: Path) -> ModelRef:
-    """Write a model, quantized or not, with its tokenizer, and return where ``load`` finds it, in its precision only.
+    """Write a model, quantized or not, with its tokenizer; returns the entry to ``load`` it with, in its precision.
 
-    Raises QuantizationError for nf4 weights that a forward pass on this processor repacked: their scales are rounded to
-    bfloat16 by then, and so what is saved would not be what was loaded.
+    Raises QuantizationError for nf4 weights that a forward pass on this CPU has repacked: their scales are rounded to
+    bfloat16, so the saved model would not be the loaded one.
     """
     if was_repacked(loaded.model):
         raise QuantizationError(
@@ -182,31 +136,8 @@ def save(loaded: Loaded, folder: Path) -> ModelRef:
     return replace(loaded.ref, id=str(Path(folder).absolute()), source="embedded", file=None, revision=None)
 
 
-def report_table(loaded: Loaded) -> pd.DataFrame:
-    """The load report for a notebook: property and value."""
-    import pandas as pd
-
-    report = loaded.report
-    rows = {
-        "model": report.model,
-        "stands in for": report.stand_in_for or "nothing: it is the model itself",
-        "precision": report.precision,
-        "parameters": f"{report.parameters:,}",
-        "weights in memory": human(report.stored_bytes),
-        "linear layers": f"{report.linear_layers}, of them quantized: {report.quantized_layers}",
-        "types": _shares(report.dtypes),
-        "devices": _shares(report.devices),
-        "loaded in": f"{report.seconds:.1f} s",
-        "Falcon repair": "applied while loading" if report.repaired else "not needed",
-        "KV cache": f"{report.cache_bytes_per_token:,} bytes a token" + (", grouped" if report.grouped_cache else ""),
-    }
-    if report.commit:
-        rows["commit"] = report.commit
-    return pd.DataFrame(list(rows.items()), columns=["property", "value"])
-
-
 def unload(loaded: Loaded) -> None:
-    """Drop the model and give its memory back; of ``loaded``, all but ``.model`` stays usable."""
+    """Drop the model and free its memory. All of ``loaded`` except ``.model`` stays usable."""
     import torch
 
     loaded.__dict__.pop("model", None)
@@ -219,22 +150,168 @@ def unload(loaded: Loaded) -> None:
 def tidy_output() -> None:
     """For notebooks: bars that leave one line of text, no harmless warnings, tables that show long texts whole.
 
-    A bar shows after two seconds. In a notebook it is plain text that updates in place, so that a saved notebook
-    shows how it ended; in a terminal it goes when it is done; written to a file, there is none.
+    A bar appears after two seconds. In a notebook it is plain text that updates in place, so that a saved notebook
+    shows how it ended; in a terminal it disappears when done; output to a file has no bars.
     """
-    import warnings
-
     import pandas as pd
     from transformers.utils import logging
 
     pd.set_option("display.max_colwidth", None)
     quiet_bitsandbytes()
-    # peft and trl still use names that transformers renamed; nothing a reader could change
-    warnings.filterwarnings("ignore", r".* is deprecated and will be removed in v6", FutureWarning, "transformers")
+    ignore_renamed_names()
     logging.set_tqdm_hook(lambda factory, args, options: bar_class()(*args, **options))
 
 
+def read_config(ref: ModelRef, folder: Path) -> PreTrainedConfig:
+    """The configuration in a checkpoint's folder. Raises LoadError."""
+    from transformers import AutoConfig
+
+    with load_errors(ref, folder):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return config
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint's folder."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
+    return tokenizer
+
+
+@contextmanager
+def load_errors(ref: ModelRef, checkpoint: Path) -> Iterator[None]:
+    """Turn the libraries' errors into LoadErrors."""
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise LoadError(f"{ref.label} does not fit into the GPUs' memory. Choose a smaller precision.") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise LoadError(f"{ref.label} cannot be loaded from {checkpoint}: {error}") from error
+
+
+def _verified_model(
+    files: Shards, config: PreTrainedConfig, precision: str, device_map: DeviceMap, double_quant: bool
+) -> PreTrainedModel:
+    """Load, check and prove."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, DTYPES[precision])
+    from_pretrained: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
+    # A checkpoint that is quantized already brings its own configuration, which this argument would hide, even as None.
+    if getattr(config, "quantization_config", None) is None:
+        quantization = bnb_config(precision, dtype, double_quant=double_quant)
+        from_pretrained = partial(from_pretrained, quantization_config=quantization)
+    model: PreTrainedModel
+    info: LoadingInfo
+    with bars(weights_bar(files.files, files.sizes, lambda name: device_name(device_of(name, device_map)))):
+        model, info = from_pretrained(
+            files.folder,
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            # transformers would raise for the first shape; ``problems`` names all of them.
+            ignore_mismatched_sizes=True,
+        )
+    found = problems(model, info, files.shapes, precision, device_map)
+    if found:
+        raise LoadError(f"{files.folder} did not load as asked:\n  " + "\n  ".join(found))
+    if precision in QUANTIZED:
+        verify_quantized(model, precision)
+        verify_against_checkpoint(model, files.folder)
+    return model
+
+
+def _check_config(ref: ModelRef, config: PreTrainedConfig, precision: str) -> None:
+    """Refuse another family, and files that hold quantized weights of another precision."""
+    if config.model_type != ref.family:
+        raise LoadError(f"{ref.label} should be of the family {ref.family}, but its files say {config.model_type}.")
+    stored = getattr(config, "quantization_config", None)
+    flag = {"int8": "load_in_8bit", "nf4": "load_in_4bit"}.get(precision)
+    if stored and not (flag and stored.get(flag)):
+        raise LoadError(f"{ref.label} is already quantized, and not to {precision}: {stored}.")
+
+
+def _repair(ref: ModelRef, precision: str) -> AbstractContextManager[bool]:
+    if ref.family == "falcon" and precision in QUANTIZED:
+        return falcon_repair()
+    return nullcontext(False)
+
+
+def _grouping(ref: ModelRef, *, wanted: bool) -> AbstractContextManager[None]:
+    if ref.family != "falcon" or not wanted:
+        return nullcontext()
+    from helpers.grouped_cache import grouped_cache
+
+    return grouped_cache()
+
+
 # --- finding the checkpoint -------------------------------------------------------------------------------------------
+
+
+def resolve(ref: ModelRef) -> Path:
+    """The folder that holds a model's safetensors, configuration and tokenizer.
+
+    "embedded": a folder of this project. "package": made once from the GGUF file of an installed package, then kept
+    in ``.cache/models`` (or ``$WORKBOOK_CACHE/models``). "hub": downloaded at the pinned revision into the Hugging
+    Face cache, or at the commit that ``$WORKBOOK_REVISIONS`` names (JSON, id: commit). Each file is checked once
+    against the hash that the hub names, whoever downloaded it; after an interruption, complete files are kept. Only
+    "hub" uses the network. Raises LoadError, which says what to do.
+    """
+    if ref.source == "hub":
+        return download(ref)
+    if ref.source == "package":
+        return _from_package(ref)
+    return _from_project(ref)
+
+
+def config(ref: ModelRef) -> PreTrainedConfig:
+    """A model's configuration at full size, without its weights. Raises LoadError as ``resolve`` does.
+
+    For a hub's model it is the published one that this project keeps (a chat model has the shape of its base); the hub
+    is asked only for models that are not kept.
+    """
+    if ref.source != "hub":
+        return read_config(ref, resolve(ref))
+    for name in (ref.id, ref.id.removesuffix("-chat"), ref.id.removesuffix("-instruct")):
+        if name in published_models():
+            return published_config(name)
+    return read_config(ref, download_config(ref))
+
+
+def prepare(profile: Profile, *, roles: Collection[str] | None = None, verify: bool | None = None) -> dict[str, str]:
+    """Download or make all that loading a profile's models needs (default: of all ``roles``), and report progress.
+
+    No file may be missing or cut off; ``verify`` hashes the files of the hub, as in ``load``. Returns the commit of
+    each model of a hub, by its id. Raises LoadError.
+    """
+    from rich.console import Console
+
+    wanted = [ref for role, ref in profile.models.items() if roles is None or role in roles]
+    console = Console()
+    commits = {}
+    for ref in dict.fromkeys(wanted):  # one model may play several roles
+        started = time.perf_counter()
+        console.print(f"{ref.label}: getting it ready ...", highlight=False, soft_wrap=True)
+        folder = resolve(ref)
+        shards.checked(folder, verify if ref.source == "hub" else None)
+        size = human(sum(file.stat().st_size for file in folder.iterdir()))
+        seconds = time.perf_counter() - started
+        line = f"{ref.label}: ready, {size}, {seconds:.1f} s"
+        if ref.source == "hub":
+            line += f", {describe_commit(ref, folder)}"
+            commits[ref.id] = folder.name
+        console.print(line, highlight=False, soft_wrap=True)
+    return commits
 
 
 def _from_project(ref: ModelRef) -> Path:
@@ -248,7 +325,7 @@ def _from_package(ref: ModelRef) -> Path:
     gguf = packaged_file(ref)
     folder = _cache() / f"{ref.name}-{file_hash(gguf)[:12]}"
     if not folder.is_dir():
-        with waiting(f"Unpacking {ref.name} (once, under a minute)"), _full_disk(ref, "WORKBOOK_CACHE", folder):
+        with waiting(f"Unpacking {ref.name} (once, under a minute)"), full_disk(ref, "WORKBOOK_CACHE", folder):
             _build_once(gguf, folder)
     return folder
 
@@ -257,10 +334,11 @@ def packaged_file(ref: ModelRef) -> Path:
     """The file ``package/file`` of an installed package, found without importing it. Raises LoadError."""
     package, _, name = (ref.file or "").partition("/")
     spec = importlib.util.find_spec(package) if package else None
-    for folder in (spec and spec.submodule_search_locations) or []:
-        if (Path(folder) / name).is_file():
-            return Path(folder) / name
-    raise LoadError(f"{ref.label} comes in {ref.file} of an installed package, which is not here. Run `make setup`.")
+    if spec:
+        for folder in spec.submodule_search_locations or []:
+            if (Path(folder) / name).is_file():
+                return Path(folder) / name
+    raise LoadError(f"{ref.label} comes in {ref.file} of an installed package, which is missing. Run `make setup`.")
 
 
 def _cache() -> Path:
@@ -283,58 +361,101 @@ def _build_once(gguf: Path, folder: Path) -> None:
 
 
 def _unpack_gguf(gguf: Path, folder: Path) -> None:
-    """Write the model of a GGUF file as bfloat16 safetensors with its tokenizer.
-
-    bfloat16 because the weights were published in it: rounding to it is over thirty times finer than the steps of a
-    4-bit file, and nothing is lost to those who load bf16, while float32 would double the file and slow each load.
-    """
+    """Write the model of a GGUF file as bfloat16 safetensors with its tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import EmptyTqdm
     from transformers.utils.quantization_config import GgufConfig
 
-    source = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
-    with bars(EmptyTqdm), rebound(modeling_gguf_pytorch_utils, "tqdm", EmptyTqdm):
+    with bars(EmptyTqdm), no_conversion_bar():
         model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, **source
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            # The weights were published in bfloat16: rounding to it is over thirty times finer than the steps of a
+            # 4-bit file, while float32 would double the file and slow each load.
+            dtype=torch.bfloat16,
+            local_files_only=True,
+            trust_remote_code=False,
         )
-        tokenizer = _tokenizer(gguf.parent, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
+        )
         tokenizer.model_max_length = model.config.max_position_embeddings
-        _restore_pre_tokenizer(tokenizer, gguf)
+        restore_pre_tokenizer(tokenizer, gguf)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
-def _restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
-    """Split digits before byte-level BPE where the file asks for it ("smollm"), as in training.
+@contextmanager
+def full_disk(ref: ModelRef, variable: str, folder: Path) -> Iterator[None]:
+    """Turn the errors of a disk that fills up into LoadErrors; ``variable`` names the folder in the environment."""
+    from safetensors import SafetensorError
 
-    transformers ignores that entry and would read the blank lines and spaces before a digit as other tokens.
-    """
-    from gguf import GGUFReader
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # Libraries written in Rust give only the system's text, no error number.
+        if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+            raise
+        raise LoadError(
+            f"{ref.label}: the disk of {folder} is full. Free some space, or set {variable} to a folder on a larger "
+            "disk, and try again: complete files are kept."
+        ) from error
 
-    field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
-    if field and field.contents() == "smollm":
-        steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
 
 
-def _from_hub(ref: ModelRef) -> Path:
+def download(ref: ModelRef) -> Path:
+    """The folder of a hub's model in the Hugging Face cache, downloaded if necessary. Raises LoadError."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import DryRunError
-    from huggingface_hub.file_download import repo_folder_name
 
-    repo = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=ref.id, repo_type="model")
-    wanted = {"revision": _revision(ref), "allow_patterns": HUB_FILES, "tqdm_class": bar_class()}
-    _forget_absent(repo)
-    with _hub_errors(ref), _full_disk(ref, "HF_HOME", Path(HF_HUB_CACHE)):
-        with suppress(DryRunError):  # Out of reach: what was downloaded before may do; if not, the next line says so.
-            _check_disk(ref, snapshot_download(ref.id, **wanted, dry_run=True))
-        folder = Path(snapshot_download(ref.id, **wanted))
-    if wrong := _verify_once(repo, folder):
-        raise LoadError(f"{ref.label}: damaged on the way, and removed: {', '.join(wrong)}. Load it again.")
+    cached = repository(ref.id)
+    cached.forget_missing()
+    fetch: Callable[..., Any] = partial(  # with dry_run it returns a list of files, else the folder
+        snapshot_download, ref.id, revision=_revision(ref), allow_patterns=_HUB_FILES, tqdm_class=bar_class()
+    )
+    with _hub_errors(ref), full_disk(ref, "HF_HOME", hardware.download_folder()):
+        # If the hub is out of reach, an earlier download may do: if not, the next line says so.
+        with suppress(DryRunError):
+            _check_disk(ref, fetch(dry_run=True))
+        folder = Path(fetch())
+    if damaged := _verify_once(cached, folder):
+        raise LoadError(f"{ref.label}: damaged during the download, and removed: {', '.join(damaged)}. Load it again.")
     return folder
+
+
+def download_config(ref: ModelRef) -> Path:
+    """The folder of a hub's model with its configuration alone. Raises LoadError."""
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(ref):
+        file = hf_hub_download(ref.id, "config.json", revision=_revision(ref))
+    return Path(file).parent
+
+
+def is_here(ref: ModelRef) -> bool:
+    """Whether a hub's model is complete in the Hugging Face cache, by names and lengths; the hub is not asked."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(ref.id, revision=_revision(ref), allow_patterns=_HUB_FILES, local_files_only=True)
+        shards.inspect(Path(folder))
+    except (LocalEntryNotFoundError, LoadError):
+        return False
+    return (Path(folder) / "config.json").exists()
+
+
+def describe_commit(ref: ModelRef, folder: Path) -> str | None:
+    """Which commit of a hub's repository a folder holds, and whether the profile pins it; None for other sources."""
+    if ref.source != "hub":
+        return None
+    if ref.revision == folder.name:
+        return f"commit {folder.name} (as pinned)"
+    return f"commit {folder.name} (what {ref.revision} was: the profile pins no commit)"
 
 
 def _revision(ref: ModelRef) -> str | None:
@@ -342,121 +463,92 @@ def _revision(ref: ModelRef) -> str | None:
     return settings.kept_commits().get(ref.id, ref.revision)
 
 
-def _verify_once(repo: Path, folder: Path) -> list[str]:
-    """Hash the files of a snapshot that were not yet; those that are damaged are removed and named.
-
-    Of several processes one does it. In a cache that cannot be written to nothing could be kept, or mended: there
-    nothing is hashed, unless ``verify`` asks for it.
-    """
+def _verify_once(cached: CachedRepository, snapshot: Path) -> list[str]:
+    """Hash the files of a snapshot that were not hashed yet; returns those that are damaged, which are removed."""
     from filelock import FileLock
 
-    if not os.access(repo, os.W_OK):
+    # In a cache that is read-only nothing could be recorded or repaired: there only ``verify=True`` hashes.
+    if not os.access(cached.folder, os.W_OK):
         return []
-    with FileLock(repo / f"{VERIFIED}.lock"):
-        known = _verified(repo)
-        unknown = {name: blob for name, blob in shards.cached_hashes(folder).items() if blob not in known}
-        wrong = shards.verify(folder, unknown) if unknown else []
-        for name in wrong:
-            for path in ((folder / name).resolve(), repo / "blobs" / unknown[name], folder / name):
-                path.unlink(missing_ok=True)
-        if fine := {blob for name, blob in unknown.items() if name not in wrong}:
-            _keep_verified(repo, known | fine)
-    return wrong
-
-
-def _forget_absent(repo: Path) -> None:
-    """Before a download: what was verified and is not here any more is to be verified anew once it is."""
-    known = _verified(repo)
-    if absent := {blob for blob in known if not (repo / "blobs" / blob).exists()}:
-        _keep_verified(repo, known - absent)
-
-
-def _verified(repo: Path) -> set[str]:
-    file = repo / VERIFIED
-    return set(file.read_text(encoding="ascii").split()) if file.is_file() else set()
-
-
-def _keep_verified(repo: Path, blobs: Iterable[str]) -> None:
-    partial = repo / f"{VERIFIED}.partial"
-    partial.write_text("".join(f"{blob}\n" for blob in sorted(blobs)), encoding="ascii")
-    partial.replace(repo / VERIFIED)
+    # Of several processes one hashes, and the others read its record.
+    with FileLock(cached.folder / f"{VERIFIED}.lock"):
+        verified = cached.verified()
+        new = {name: blob for name, blob in recorded_hashes(snapshot).items() if blob not in verified}
+        damaged = shards.damaged_files(snapshot, new) if new else []
+        for name in damaged:
+            cached.remove(snapshot / name, new[name])
+        intact = {blob for name, blob in new.items() if name not in damaged}
+        if intact:
+            cached.keep_verified(verified | intact)
+    return damaged
 
 
 def _check_disk(ref: ModelRef, files: Iterable[DryRunFileInfo]) -> None:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
+    cache = hardware.download_folder()
     needed = sum(file.file_size or 0 for file in files if file.will_download)
-    free = hardware.disk_free(Path(HF_HUB_CACHE))
+    free = hardware.disk_free(cache)
     if needed > free:
         raise LoadError(
-            f"{ref.label} needs {human(needed)} more on disk, and {HF_HUB_CACHE} has {human(free)}. "
+            f"{ref.label} needs {human(needed)} more on disk, and {cache} has {human(free)}. "
             "Free some space, or set HF_HOME to a folder on a larger disk."
         )
 
 
 @contextmanager
-def _full_disk(ref: ModelRef, variable: str, folder: Path) -> Iterator[None]:
-    """Turn the errors of a disk that fills up into LoadErrors; ``variable`` names the folder in the environment."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # Rust libraries give the system's text alone
-        if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
-            raise
-        raise LoadError(
-            f"{ref.label}: the disk of {folder} is full. Free some space, or set {variable} to a folder on a larger "
-            "disk, and try again: what is complete is kept."
-        ) from error
-
-
-@contextmanager
 def _hub_errors(ref: ModelRef) -> Iterator[None]:
     """Turn the hub's errors into LoadErrors that say what to do."""
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # the base of all of them
 
     try:
         yield
     except (OSError, RuntimeError, HTTPError) as error:
-        raise LoadError(f"{ref.label} cannot be had: {_hub_advice(ref, error)} ({type(error).__name__})") from error
+        advice = _refused_token(error) or _hub_advice(ref, error)
+        raise LoadError(f"Could not download {ref.label}: {advice} ({type(error).__name__})") from error
+
+
+def _refused_token(error: Exception) -> str | None:
+    """What to do about a token that the hub refuses; None for other errors."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for cause in (error, error.__cause__):
+        # The exact class: its subclasses, such as a licence to accept, come with the same status and other advice.
+        if type(cause) is HfHubHTTPError and cause.response.status_code == 401:
+            return (
+                f"the hub does not know this token. Make a new one on {_TOKEN_PAGE}, then run `hf auth login`, or "
+                "correct HF_TOKEN."
+            )
+        if type(cause) is HfHubHTTPError and cause.response.status_code == 403:
+            return f"this token may not read it. Give it read access to gated repositories on {_TOKEN_PAGE}."
+    return None
 
 
 def _hub_advice(ref: ModelRef, error: Exception) -> str:
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{ref.id}"
-    advice = {
+    # The first class that fits counts, so a subclass must come before its base.
+    advice: dict[type[Exception], str] = {
         errors.GatedRepoError: f"its licence must be accepted. Do so on {page}, then run `hf auth login` with a token "
         "of the same account.",
-        errors.RepositoryNotFoundError: f"{page} does not exist, or is private. Check the profile, or `hf auth login`.",
+        errors.RepositoryNotFoundError: f"{page} does not exist or is private. Check the profile, or run "
+        "`hf auth login`.",
         errors.RevisionNotFoundError: f"{page} has no revision {ref.revision}. Correct the profile.",
         errors.IncompleteSnapshotError: "its download is not complete and the hub cannot be reached. Connect to it "
-        "(and unset HF_HUB_OFFLINE); what is complete is kept.",
+        "(and unset HF_HUB_OFFLINE): complete files are kept.",
         errors.LocalEntryNotFoundError: "it was not downloaded yet and the hub cannot be reached. Connect to it "
         "(and unset HF_HUB_OFFLINE), or use the profile laptop, which needs no network.",
         errors.HfHubHTTPError: str(error),
-        errors.HTTPError: f"the connection to the hub broke. Load it again: what is complete is kept. {error}",
+        errors.HTTPError: (  # type: ignore[attr-defined]
+            f"the connection to the hub broke. Load it again: complete files are kept. {error}"
+        ),
     }
-    refused = {
-        401: f"the hub does not know this token. Make a new one on {TOKENS}, then run `hf auth login`, or correct "
-        "HF_TOKEN.",
-        403: f"this token may not read it. Give it read access to gated repositories on {TOKENS}.",
-    }
-    for each in (error, error.__cause__):
-        if type(each) is errors.HfHubHTTPError and each.response.status_code in refused:
-            return refused[each.response.status_code]
-    return next((text for kind, text in advice.items() if isinstance(error, kind)), str(error))
+    for kind, text in advice.items():
+        if isinstance(error, kind):
+            return text
+    return str(error)
 
 
-def _commit(ref: ModelRef, folder: Path) -> str | None:
-    """Which commit of a hub's repository is in the cache, and whether the profile pins it."""
-    if ref.source != "hub":
-        return None
-    pinned = "as pinned" if ref.revision == folder.name else f"what {ref.revision} was: the profile pins no commit"
-    return f"commit {folder.name} ({pinned})"
-
-
-# --- loading and checking ---------------------------------------------------------------------------------------------
+# --- devices ----------------------------------------------------------------------------------------------------------
 
 
 def device_map_for(
@@ -536,212 +628,172 @@ def _on_own_gpu(config: PreTrainedConfig, precision: str, **options: Any) -> dic
     return {"": own} if set(found.values()) == {0} else {name: own if at == 0 else at for name, at in found.items()}
 
 
-def _grouping(ref: ModelRef, *, wanted: bool) -> AbstractContextManager[None]:
-    if ref.family != "falcon" or not wanted:
-        return nullcontext()
-    from helpers.grouped_cache import grouped_cache
-
-    return grouped_cache()
-
-
-def _is_grouped(model: PreTrainedModel) -> bool:
-    from helpers.grouped_cache import has_grouped_cache
-
-    return has_grouped_cache(model)
+def device_of(name: str, device_map: DeviceMap) -> int | str | None:
+    """What the map says of a parameter: the entry with the longest prefix of its name."""
+    if isinstance(device_map, str):
+        return device_map
+    prefixes = [prefix for prefix in device_map if not prefix or f"{name}.".startswith(f"{prefix}.")]
+    return device_map[max(prefixes, key=len)] if prefixes else None
 
 
-def _checked_files(checkpoint: Path, verify: bool | None) -> Shards:
-    """The checkpoint's files, all whole; hashed where asked to, or where the index records hashes."""
-    files = shards.inspect(checkpoint)
-    if (verify or (verify is None and files.hashes)) and (wrong := shards.verify(checkpoint)):
-        raise LoadError(shards.damaged(checkpoint, wrong))
-    return files
+def device_name(device: int | str | None) -> str:
+    """A device of a map as text, such as "GPU 0"."""
+    if isinstance(device, int):
+        return f"GPU {device}"
+    return "CPU" if device in ("cpu", None) else str(device)
 
 
-def _verified_model(
-    files: Shards, found: PreTrainedConfig, precision: str, device_map: DeviceMap, double_quant: bool
-) -> PreTrainedModel:
-    """Load, check and prove; a checkpoint that is quantized already brings its own configuration."""
-    import torch
-    from transformers import AutoModelForCausalLM
+# --- problems found after a load --------------------------------------------------------------------------------------
 
-    dtype = getattr(torch, DTYPES[precision])
-    options: dict[str, Any] = {}
-    if getattr(found, "quantization_config", None) is None:  # given as None, it would hide the checkpoint's own
-        options = {"quantization_config": bnb_config(precision, dtype, double_quant=double_quant)}
-    draw = weights_bar(files.files, files.sizes, lambda name: _device_name(_place(name, device_map)))
-    with bars(draw):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            files.folder,
-            dtype=dtype,
-            device_map=device_map,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **options,
-        )
-    problems = [
+
+def problems(
+    model: PreTrainedModel,
+    info: LoadingInfo,
+    shapes: Mapping[str, tuple[int, ...]],
+    precision: str,
+    device_map: DeviceMap,
+) -> list[str]:
+    """What is wrong with a loaded model, a line for each kind; an empty list if it is as asked.
+
+    ``info`` is transformers' own report, ``shapes`` are those of the checkpoint's tensors.
+    """
+    return [
         *_weight_problems(info),
         *_device_problems(model, device_map),
-        *_shape_problems(model, files.shapes),
+        *_shape_problems(model, shapes),
         *_dtype_problems(model, precision),
     ]
-    if problems:
-        raise LoadError(f"{files.folder} did not load as asked:\n  " + "\n  ".join(problems))
-    if precision in QUANTIZED:
-        verify_quantized(model, precision)
-        verify_against_checkpoint(model, files.folder)
-    return model
 
 
-def _read_config(ref: ModelRef, folder: Path) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    with _load_errors(ref, folder):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-
-
-def _tokenizer(folder: Path, **options: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
-
-
-@contextmanager
-def _load_errors(ref: ModelRef, checkpoint: Path) -> Iterator[None]:
-    """Turn the libraries' errors into LoadErrors."""
-    import torch
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise LoadError(f"{ref.label} does not fit into the GPUs' memory. Choose a smaller precision.") from error
-    except (OSError, ValueError, SafetensorError) as error:
-        raise LoadError(f"{ref.label} cannot be loaded from {checkpoint}: {error}") from error
-
-
-def _check_config(ref: ModelRef, found: PreTrainedConfig, precision: str) -> None:
-    """Refuse another family, and files that hold quantized weights of another precision."""
-    if found.model_type != ref.family:
-        raise LoadError(f"{ref.label} should be of the family {ref.family}, but its files say {found.model_type}.")
-    stored = getattr(found, "quantization_config", None)
-    if stored and not stored.get({"int8": "load_in_8bit", "nf4": "load_in_4bit"}.get(precision)):
-        raise LoadError(f"The files of {ref.label} hold weights quantized before, and not as {precision}: {stored}.")
-
-
-def _weight_problems(info: dict[str, Any]) -> list[str]:
+def _weight_problems(info: LoadingInfo) -> list[str]:
     """What the library reports about names and shapes; a head tied to the embeddings is not missing."""
-    wrong_shape = [f"{name} {tuple(found)}, not {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]]
+    wrong_shape = [f"{name} {tuple(stored)}, not {tuple(own)}" for name, stored, own in info["mismatched_keys"]]
     kinds = {
         "missing from the checkpoint": info["missing_keys"],
         "in the checkpoint but not in the model": info["unexpected_keys"],
         "of another shape": wrong_shape,
         "not loaded": info["error_msgs"],
     }
-    return [f"{len(names)} weights {kind}: {_some(names)}" for kind, names in kinds.items() if names]
+    found = []
+    for kind, names in kinds.items():
+        found += _problem(names, kind)
+    return found
 
 
 def _dtype_problems(model: PreTrainedModel, precision: str) -> list[str]:
     """Parameters in another type than asked for; the quantized ones have their own proof."""
     quantized = {f"{name}.weight" for name in quantized_layers(model)} if precision in QUANTIZED else set()
-    wrong = [
-        f"{name} ({_dtype(parameter)})"
-        for name, parameter in model.named_parameters()
-        if _dtype(parameter) != DTYPES[precision] and name not in quantized
-    ]
-    return [f"{len(wrong)} weights not in {DTYPES[precision]}: {_some(wrong)}"] if wrong else []
+    wrong = []
+    for name, parameter in model.named_parameters():
+        if _dtype(parameter) != DTYPES[precision] and name not in quantized:
+            wrong.append(f"{name} ({_dtype(parameter)})")
+    return _problem(wrong, f"not in {DTYPES[precision]}")
 
 
 def _device_problems(model: PreTrainedModel, device_map: DeviceMap) -> list[str]:
-    """Parameters that are elsewhere than the map says, or nowhere (left on disk, for want of memory)."""
-    wrong = [
-        f"{name} ({parameter.device})"
-        for name, parameter in model.named_parameters()
-        if not _is_placed(name, parameter.device, device_map)
-    ]
-    return [f"{len(wrong)} weights not on the devices asked for: {_some(wrong)}"] if wrong else []
+    """Parameters that are not where the map says, or nowhere (left on disk, for lack of memory)."""
+    wrong = []
+    for name, parameter in model.named_parameters():
+        if not _is_placed(name, parameter.device, device_map):
+            wrong.append(f"{name} ({parameter.device})")
+    return _problem(wrong, "not on the devices asked for")
 
 
 def _is_placed(name: str, device: torch.device, device_map: DeviceMap) -> bool:
     import torch
 
-    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+    if device_map in _DEVICE_STRATEGIES:
         return device.type != "meta"
-    place = _place(name, device_map)
-    if place is None or device.type == "meta":
-        return place in _offloaded_to(device_map)
-    wanted = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-    return device.type == wanted.type and wanted.index in (None, device.index)
+    wanted = device_of(name, device_map)
+    if wanted is None or device.type == "meta":
+        return wanted in _offload_targets(device_map)
+    expected = torch.device("cuda", wanted) if isinstance(wanted, int) else torch.device(wanted)
+    return device.type == expected.type and expected.index in (None, device.index)
 
 
-def _place(name: str, device_map: DeviceMap) -> int | str | None:
-    """What the map says of a parameter: the entry with the longest prefix of its name."""
-    places: Mapping[str, int | str] = {"": device_map} if isinstance(device_map, str) else device_map
-    prefix = max((key for key in places if not key or f"{name}.".startswith(f"{key}.")), key=len, default=None)
-    return None if prefix is None else places[prefix]
-
-
-def _offloaded_to(device_map: DeviceMap) -> set[str]:
-    """Where accelerate keeps weights that it brings to the device that computes only while they are used."""
-    used = set() if isinstance(device_map, str) else set(device_map.values())
-    return {"disk"} if used <= {"cpu", "disk"} else {"cpu", "disk"}
-
-
-def _device_name(place: int | str | None) -> str:
-    return f"GPU {place}" if isinstance(place, int) else "CPU" if place in ("cpu", None) else str(place)
+def _offload_targets(device_map: DeviceMap) -> set[int | str | None]:
+    """Where accelerate keeps weights that it brings to the computing device only while they are used."""
+    # Without a GPU the CPU computes: weights on it stay there, and only the disk is offloaded to.
+    if isinstance(device_map, str) or set(device_map.values()) <= {"cpu", "disk"}:
+        return {"disk"}
+    return {"cpu", "disk"}
 
 
 def _shape_problems(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Offloaded parameters of another shape than the checkpoint's tensors, which the library does not compare."""
-    wrong = [
-        f"{name} {shapes[name]}, not {tuple(parameter.shape)}"
-        for name, parameter in model.named_parameters()
-        if parameter.is_meta and shapes.get(name, tuple(parameter.shape)) != tuple(parameter.shape)
-    ]
-    return [f"{len(wrong)} weights of another shape: {_some(wrong)}"] if wrong else []
-
-
-def _report(ref: ModelRef, precision: str, model: PreTrainedModel, device_map: DeviceMap, **known: Any) -> LoadReport:
-    dtypes, devices = Counter(), Counter()
+    wrong = []
     for name, parameter in model.named_parameters():
+        own = tuple(parameter.shape)
+        if parameter.is_meta and shapes.get(name, own) != own:
+            wrong.append(f"{name} {shapes[name]}, not {own}")
+    return _problem(wrong, "of another shape")
+
+
+def _problem(wrong: Collection[str], what: str) -> list[str]:
+    return [f"{len(wrong)} weights {what}: {first_names(wrong)}"] if wrong else []
+
+
+# --- the report of a load ---------------------------------------------------------------------------------------------
+
+
+def build_report(ref: ModelRef, precision: str, model: PreTrainedModel, device_map: DeviceMap) -> LoadReport:
+    """What is in memory and on disk; time, repair and commit are for ``load`` to add."""
+    from helpers.grouped_cache import has_grouped_cache
+
+    dtypes: Counter[str] = Counter()
+    devices: Counter[str] = Counter()
+    bytes_on_disk = 0
+    for name, parameter in model.named_parameters():
+        # An offloaded parameter is on the device "meta"; the map knows where its values are.
+        device = str(device_of(name, device_map) if parameter.is_meta else parameter.device)
         dtypes[_dtype(parameter)] += weights_in(parameter)
-        devices[_place(name, device_map) if parameter.is_meta else str(parameter.device)] += weights_in(parameter)
-    grouped = ref.family == "falcon" and _is_grouped(model)
-    heads = "kv" if grouped else "library"
-    on_disk = sum(
-        parameter.nbytes
-        for name, parameter in model.named_parameters()
-        if parameter.is_meta and _place(name, device_map) == "disk"
-    )
+        devices[device] += weights_in(parameter)
+        if device == "disk":
+            bytes_on_disk += parameter.nbytes
+    grouped = ref.family == "falcon" and has_grouped_cache(model)
     return LoadReport(
         model=ref.label,
         stand_in_for=ref.stand_in_for,
         precision=precision,
         parameters=dtypes.total(),
-        stored_bytes=stored_bytes(model) - on_disk,
+        stored_bytes=stored_bytes(model) - bytes_on_disk,
         linear_layers=len(quantizable_layers(model)),
         quantized_layers=len(quantized_layers(model)),
         dtypes=dict(dtypes),
         devices=dict(devices),
-        cache_bytes_per_token=kv_bytes_per_token(model.config, precision, heads=heads),
+        seconds=0.0,
+        repaired=False,
+        cache_bytes_per_token=kv_bytes_per_token(model.config, precision, heads="kv" if grouped else "library"),
         grouped_cache=grouped,
-        **known,
     )
 
 
-# --- what a person sees -----------------------------------------------------------------------------------------------
+def report_table(loaded: Loaded) -> pd.DataFrame:
+    """The load report for a notebook: property and value."""
+    import pandas as pd
+
+    report = loaded.report
+    cache = f"{report.cache_bytes_per_token:,} bytes per token"
+    rows = {
+        "model": report.model,
+        "stands in for": report.stand_in_for or "nothing: it is the model itself",
+        "precision": report.precision,
+        "parameters": f"{report.parameters:,}",
+        "weights in memory": human(report.stored_bytes),
+        "linear layers": f"{report.linear_layers}, of them quantized: {report.quantized_layers}",
+        "types": _shares(report.dtypes),
+        "devices": _shares(report.devices),
+        "loaded in": f"{report.seconds:.1f} s",
+        "Falcon repair": "applied while loading" if report.repaired else "not needed",
+        "KV cache": f"{cache}, grouped" if report.grouped_cache else cache,
+    }
+    if report.commit:
+        rows["commit"] = report.commit
+    return pd.DataFrame(list(rows.items()), columns=["property", "value"])
 
 
 def _dtype(parameter: nn.Parameter) -> str:
     return str(parameter.dtype).removeprefix("torch.")
-
-
-def _some(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
 
 
 def _shares(counts: dict[str, int]) -> str:

@@ -13,7 +13,18 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Literal
 
-from helpers.types import GIB, PRECISIONS, QUANTIZED, ROOT, Machine, MemoryEstimate, Placement, WorkbookError, gib
+from helpers.types import (
+    GIB,
+    PRECISIONS,
+    QUANTIZED,
+    ROOT,
+    Machine,
+    MemoryEstimate,
+    Placement,
+    WorkbookError,
+    choose,
+    gib,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,8 +103,7 @@ def published_config(repo_id: str) -> PretrainedConfig:
     """
     from transformers import AutoConfig
 
-    if repo_id not in published_models():
-        raise WorkbookError(f"no configuration of {repo_id!r} here; there are {', '.join(published_models())}")
+    choose(repo_id, published_models(), "published configuration of")
     fields = json.loads((CONFIGS / f"{repo_id.replace('/', '--')}.json").read_text(encoding="utf-8"))
     return AutoConfig.for_model(**fields)
 
@@ -609,8 +619,7 @@ def _parts(shape: Anatomy, tied: bool | None) -> dict[str, tuple[int, int]]:
 
 def _element_bytes(precision: str) -> int:
     """Bytes of what is not quantized: embeddings, norms, activations, cache."""
-    if precision not in PRECISIONS:
-        raise WorkbookError(f"unknown precision {precision!r}; there are {', '.join(PRECISIONS)}")
+    choose(precision, PRECISIONS, "precision")
     return 4 if precision == "fp32" else 2
 
 
@@ -645,8 +654,7 @@ def _adapter_parameters(config: PretrainedConfig, rank: int) -> int:
 
 def _check_mode(precision: str, mode: str) -> None:
     _element_bytes(precision)
-    if mode not in MODES:
-        raise WorkbookError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
+    choose(mode, MODES, "mode")
     if mode == "qlora" and precision not in QUANTIZED:
         raise WorkbookError(f"qlora trains over {' or '.join(QUANTIZED)} weights; for {precision} choose mode='lora'")
     if mode in ("full", "lora") and precision in QUANTIZED:

@@ -23,6 +23,7 @@ from helpers.types import (
     Placement,
     Profile,
     WorkbookError,
+    choose,
     gib,
 )
 
@@ -256,10 +257,7 @@ def published_ref(model_id: str) -> ModelRef:
         for ref in profile.models.values():
             if ref.id == model_id and ref.source == "hub":
                 return replace(ref, stand_in_for=None)
-    shape = _published_shape(model_id)
-    if shape is None:
-        known = ", ".join(memory.published_models())
-        raise WorkbookError(f"there is no configuration of {model_id!r} here; choose one of {known}")
+    shape = _published_shape(model_id) or choose(model_id, memory.published_models(), "published configuration of")
     family: Literal["falcon", "llama"] = "falcon" if "falcon" in shape else "llama"
     size = 2 * memory.count_parameters(memory.published_config(shape), tied=False)
     return ModelRef(model_id, family, "plain", download_bytes=size)
@@ -280,9 +278,7 @@ def _published_shape(model_id: str) -> str | None:
 
 def measure(cpu: bool = False) -> Here:
     """Measure the disk under the cache of downloads and, for a plan without GPUs, the memory's bandwidth."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    cache = Path(HF_HUB_CACHE)
+    cache = hardware.download_folder()
     folder = next(path for path in (cache, *cache.parents) if path.is_dir())
     free = hardware.disk_free(cache)
     bandwidth = hardware.memory_bandwidth(2**27) if cpu else None
@@ -303,8 +299,8 @@ def make(
 
     Raises WorkbookError for what is unknown or does not go together.
     """
-    if precision is not None and precision not in PRECISIONS:
-        raise WorkbookError(f"unknown precision {precision!r}; there are {', '.join(PRECISIONS)}")
+    if precision is not None:
+        choose(precision, PRECISIONS, "precision")
     if profile and (model or gpus):
         raise WorkbookError("a profile names its own models and GPUs: give --profile, or --model and --gpus")
     if model or gpus:
@@ -381,8 +377,8 @@ def suggest(ref: ModelRef, work: Work | None = None, precision: str | None = Non
 
     ``precision``: that one alone.
     """
-    if precision is not None and precision not in PRECISIONS:
-        raise WorkbookError(f"unknown precision {precision!r}; there are {', '.join(PRECISIONS)}")
+    if precision is not None:
+        choose(precision, PRECISIONS, "precision")
     work = work or Work()
     config = config_of(ref)
     tokens, found = work.context_tokens or memory.context_for(config), []

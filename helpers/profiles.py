@@ -1,14 +1,15 @@
-"""Read a profile (env/profiles/*.yaml); ``auto`` picks the largest that this machine can run."""
+"""Read profiles (env/profiles/*.yaml). ``auto`` picks the largest that this machine can run."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers import hardware, settings
-from helpers.types import ROOT, Machine, ModelRef, Profile, WorkbookError, gib
+from helpers import hardware, hub_cache, settings
+from helpers.types import ROOT, Machine, ModelRef, Profile, WorkbookError, choose, gib
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,30 +20,35 @@ LIVES = {"embedded": "in this repository", "package": "in the installed package"
 
 
 class ProfileError(WorkbookError):
-    """A profile that does not exist, or a file of one that is not as it should be."""
+    """A profile that does not exist, or whose file is not valid."""
 
 
 def load_profile(name: str = SMALLEST) -> Profile:
-    """The profile of that name; "auto": the largest that this machine can run, ``laptop`` where it lacks for all.
+    """The profile with this name. "auto": the largest that this machine can run, or ``laptop`` if it can run none.
 
-    In a rehearsal its models of a hub are marked as rehearsed.
-
-    Raises ProfileError for an unknown name, listing the known ones, and for a file with a key or value that is wrong,
-    naming both.
+    In a rehearsal, its models from a hub are marked as rehearsed.
+    Raises ProfileError for an unknown name, listing the known ones, and for a file with a wrong key or value, naming
+    both.
     """
     if name == "auto":
         return _largest(hardware.detect())
-    known = [path.stem for path in _files()]
-    if name not in known:
-        raise ProfileError(f"There is no profile {name!r}; choose auto or one of {', '.join(known)}.")
+    choose(name, ["auto", *(path.stem for path in _files())], "profile", ProfileError)
     profile = read(FOLDER / f"{name}.yaml")
     return rehearsed(profile) if settings.rehearsal_folder() else profile
 
 
 def rehearsed(profile: Profile) -> Profile:
     """The profile with each model that would come from a hub marked as rehearsed."""
-    models = {role: replace(ref, rehearsed=ref.source == "hub") for role, ref in profile.models.items()}
-    return replace(profile, **models)
+    return replace(
+        profile,
+        falcon=_rehearsed_model(profile.falcon),
+        falcon_chat=_rehearsed_model(profile.falcon_chat),
+        llama_chat=_rehearsed_model(profile.llama_chat),
+    )
+
+
+def _rehearsed_model(ref: ModelRef) -> ModelRef:
+    return replace(ref, rehearsed=ref.source == "hub")
 
 
 def available() -> tuple[str, ...]:
@@ -75,26 +81,14 @@ def lacks(profile: Profile, machine: Machine, downloaded_bytes: int = 0) -> list
 
 
 def downloaded_bytes(profile: Profile, cache: Path | None = None) -> int:
-    """Bytes of the profile's models that lie in the Hugging Face cache already (``cache``: another folder).
+    """Bytes of the profile's models that are already in the Hugging Face cache (``cache``: in another folder).
 
-    Of each repository the safetensors at the profile's revision count, and no more than what is to be downloaded of it:
-    other formats and revisions take the place of nothing that is missing.
+    Only the safetensors at the profile's revision count, and no more than what is to be downloaded of each repository:
+    other formats and revisions replace nothing that is missing.
     """
+    # By id: a model that plays two roles is downloaded once.
     refs = {ref.id: ref for ref in profile.models.values() if ref.source == "hub"}
-    return sum(_downloaded(ref, cache) for ref in refs.values())
-
-
-def _downloaded(ref: ModelRef, cache: Path | None) -> int:
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.file_download import repo_folder_name
-
-    repo = Path(cache or HF_HUB_CACHE) / repo_folder_name(repo_id=ref.id, repo_type="model")
-    revision = ref.revision or "main"
-    pointer = repo / "refs" / revision
-    commit = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else revision
-    files = [path for path in (repo / "snapshots" / commit).glob("*.safetensors") if path.exists()]
-    size = sum(path.stat().st_size for path in files)
-    return size if ref.download_bytes is None else min(size, ref.download_bytes)
+    return sum(hub_cache.downloaded_bytes(ref, cache) for ref in refs.values())
 
 
 def table(profile: Profile) -> pd.DataFrame:
@@ -116,7 +110,7 @@ def table(profile: Profile) -> pd.DataFrame:
 
 
 def read(file: Path) -> Profile:
-    """The profile in a file, which names it. Raises ProfileError naming the file and the key that is wrong."""
+    """The profile in a file, with the file's name. Raises ProfileError naming the file and the wrong key."""
     import yaml
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -127,10 +121,13 @@ def read(file: Path) -> Profile:
     except (yaml.YAMLError, TypeError) as error:
         raise ProfileError(f"{file.name} is not a YAML mapping: {error}") from error
     except ValidationError as error:
-        found = (f"{'.'.join(map(str, each['loc'][1:]))}: {each['msg']}" for each in error.errors())
-        raise ProfileError(f"{file.name}: {'; '.join(found)}") from error
-    if {role for group in profile.resident for role in group} != set(profile.models):
-        raise ProfileError(f"{file.name}: resident: name each of {', '.join(profile.models)}, and nothing else")
+        mistakes = []
+        for mistake in error.errors():
+            key = ".".join(map(str, mistake["loc"][1:]))  # the first part is the name of the profile
+            mistakes.append(f"{key}: {mistake['msg']}")
+        raise ProfileError(f"{file.name}: {'; '.join(mistakes)}") from error
+    if set(chain.from_iterable(profile.resident)) != set(profile.models):
+        raise ProfileError(f"{file.name}: resident: Name each of {', '.join(profile.models)}, and nothing else.")
     return profile
 
 
@@ -143,9 +140,12 @@ def _all() -> list[Profile]:
 
 
 def _largest(machine: Machine) -> Profile:
-    profiles = _all()
-    able = [each for each in profiles if not lacks(each, machine, downloaded_bytes(each))]
-    return [profiles[0], *able][-1]
+    smallest, *larger = _all()
+    largest = smallest  # even if this machine cannot run it: it needs the least
+    for profile in larger:
+        if not lacks(profile, machine, downloaded_bytes(profile)):
+            largest = profile
+    return largest
 
 
 def _precision(profile: Profile, ref: ModelRef) -> str:

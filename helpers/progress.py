@@ -1,96 +1,104 @@
-"""What a person sees while something takes its time: bars, and a line that says what is going on."""
+"""Progress bars, and a line that says what is going on."""
 
 from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from helpers.types import GIB
 
 if TYPE_CHECKING:
+    from IPython.display import DisplayHandle
     from tqdm.std import tqdm
 
-BYTES = "{desc}: {percentage:3.0f}%|{bar}| {done} [{elapsed}<{remaining}]"
+_BYTES = "{desc}: {percentage:3.0f}%|{bar}| {done} [{elapsed}<{remaining}]"
+_LOADING = "Loading weights"  # transformers' name for its bar over the weights
 
 
 def human(size: float) -> str:
     """Bytes as text: "1.50 GiB", below that "1.5 MiB"."""
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
+    if size >= GIB:
+        return f"{size / GIB:.2f} GiB"
+    return f"{size / 2**20:.1f} MiB"
 
 
-def bar_class() -> type[tqdm]:
-    """A progress bar that shows after two seconds.
+def bar_class() -> type[tqdm[Any]]:
+    """A progress bar that appears after two seconds.
 
     In a notebook it is plain text that updates in place, so that a saved notebook shows how it ended; in a terminal it
-    goes when it is done; written to a file, there is none.
+    disappears when it is done; output to a file has no bars.
     """
     from tqdm.std import tqdm
 
     notebook = _in_notebook()
 
-    class Bar(tqdm):
-        line = None
+    class Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs only
+        line: DisplayHandle | None = None
 
         def __init__(self, *args: Any, **options: Any) -> None:
-            place = {"file": io.StringIO(), "ncols": 100, "ascii": False} if notebook else {"disable": None}
-            super().__init__(*args, **{**options, **place, "delay": 2, "leave": notebook})
+            options |= {"delay": 2, "leave": notebook}
+            if notebook:
+                options |= {"file": io.StringIO(), "ncols": 100, "ascii": False}
+            else:
+                options["disable"] = None  # tqdm's word for "only if the output is not a terminal"
+            super().__init__(*args, **options)
 
         @property
         def format_dict(self) -> dict[str, Any]:
-            found = super().format_dict
-            return found | {"done": f"{human(found['n'])} of {human(found['total'] or 0)}"}
+            values = dict(super().format_dict)
+            values["done"] = f"{human(values['n'])} of {human(values['total'] or 0)}"
+            return values
 
         def display(self, msg: str | None = None, pos: int | None = None) -> None:
             if not notebook:
                 super().display(msg, pos)
                 return
-            from IPython.display import display
-
-            content = {"text/plain": str(self) if msg is None else msg}
-            if self.line is None:
-                self.line = display(content, raw=True, display_id=True)
-            else:
-                self.line.update(content, raw=True)
+            self.line = _show(str(self) if msg is None else msg, self.line)
 
     return Bar
 
 
-def bytes_bar(total: int, text: str) -> tqdm:
-    """A bar over ``total`` bytes: ``update`` it with how many more are done."""
-    return bar_class()(total=total, desc=text, bar_format=BYTES, miniters=1)
+def bytes_bar(total: int, text: str) -> tqdm[Any]:
+    """A bar over ``total`` bytes. Call its ``update`` with the number of bytes that were added."""
+    return bar_class()(total=total, desc=text, bar_format=_BYTES, miniters=1)
 
 
 def weights_bar(
     files: Mapping[str, str], sizes: Mapping[str, int], device_of: Callable[[str], str]
-) -> Callable[..., Any]:
-    """What draws transformers' walk through the weights: bytes done, the shard it is at and where that one goes.
+) -> Callable[..., Iterable[Any]]:
+    """A bar factory for ``bars``: shows the bytes that were loaded, the current shard and the device it goes to.
 
-    ``files`` and ``sizes`` say for each weight in which file it lies and how many bytes it takes there.
+    ``files`` and ``sizes`` give the file of each weight and its bytes there; ``device_of`` names its device.
     """
-    order = {file: number for number, file in enumerate(sorted(set(files.values())), start=1)}
+    shard_numbers = {file: number for number, file in enumerate(sorted(set(files.values())), start=1)}
 
-    def walk(weights: Any) -> Iterator[Any]:
-        with bytes_bar(sum(sizes.get(name, 0) for name, _ in weights), "Loading weights") as bar:
-            for name, how in weights:
+    def walk(weights: Collection[tuple[str, object]]) -> Iterator[tuple[str, object]]:
+        total = sum(sizes.get(name, 0) for name, _ in weights)
+        with bytes_bar(total, _LOADING) as bar:
+            for name, loader in weights:
+                # A tied weight is in no file of its own.
                 if name in files:
-                    shard = f"Shard {order[files[name]]} of {len(order)} to {device_of(name)}"
+                    shard = f"Shard {shard_numbers[files[name]]} of {len(shard_numbers)} to {device_of(name)}"
                     bar.set_description_str(shard, refresh=False)
-                yield name, how
+                yield name, loader
                 bar.update(sizes.get(name, 0))
-            bar.set_description_str("Loading weights", refresh=False)
+            bar.set_description_str(_LOADING, refresh=False)
 
-    def draw(*args: Any, **options: Any) -> Any:
-        return walk(*args) if options.get("desc") == "Loading weights" else bar_class()(*args, **options)
+    def draw(*args: Any, **options: Any) -> Iterable[Any]:
+        # transformers has more bars; only this one walks through the weights.
+        if options.get("desc") == _LOADING:
+            return walk(*args)
+        return bar_class()(*args, **options)
 
     return draw
 
 
 @contextmanager
-def bars(draw: Callable[..., Any]) -> Iterator[None]:
-    """transformers draws its progress bars with ``draw`` inside the block."""
+def bars(draw: Callable[..., Iterable[Any]]) -> Iterator[None]:
+    """Inside the block, transformers draws its progress bars with ``draw``."""
     from transformers.utils import logging
 
     previous = logging.set_tqdm_hook(lambda factory, args, options: draw(*args, **options))
@@ -106,17 +114,28 @@ def waiting(text: str) -> Iterator[None]:
     from rich.console import Console
 
     if _in_notebook():
-        from IPython.display import display
-
-        line = display({"text/plain": f"{text} ..."}, raw=True, display_id=True)
+        line = _show(f"{text} ...")
         yield
-        line.update({"text/plain": f"{text}: done"}, raw=True)
+        _show(f"{text}: done", line)
     else:
         with Console(stderr=True).status(text):
             yield
 
 
+def _show(text: str, line: DisplayHandle | None = None) -> DisplayHandle:
+    """Show a line of plain text in a notebook, or replace the text of ``line``."""
+    from IPython.display import DisplayHandle
+
+    if line is None:
+        line = DisplayHandle()  # type: ignore[no-untyped-call]
+        line.display({"text/plain": text}, raw=True)  # type: ignore[no-untyped-call]
+    else:
+        line.update({"text/plain": text}, raw=True)  # type: ignore[no-untyped-call]
+    return line
+
+
 def _in_notebook() -> bool:
+    # Looked up, not imported: in a notebook it is there, elsewhere it would only cost time.
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     return type(shell).__name__ == "ZMQInteractiveShell"

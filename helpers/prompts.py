@@ -1,8 +1,8 @@
-"""Messages -> the text a model family was trained on, its stop strings, and fitting the context.
+"""Chat formats: render messages as the text that a model family was trained on, and fit them into the context.
 
 Each format has control strings: the text that begins or ends a turn. Where the content of a message holds one, it is
 broken by one space after its first character ("\\nUser:" becomes "\\n User:", "<|im_end|>" becomes "< |im_end|>"), so
-that nothing a user or a model writes can forge a turn. All other content stands as it is, line breaks included.
+that nothing that a user or a model writes can forge a turn. All other content is unchanged, line breaks included.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from helpers.types import Message, WorkbookError
+from helpers.types import Message, WorkbookError, choose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,28 +24,31 @@ SMOLLM_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging
 
 
 class MessageError(WorkbookError):
-    """The messages are no conversation: a wrong role, order or content."""
+    """The messages are not a conversation: a role, the order or a content is wrong."""
 
 
 class PromptTooLong(WorkbookError):
-    """The prompt takes ``tokens`` tokens, more than the ``max_tokens`` there are."""
+    """The prompt takes ``tokens`` tokens, but only ``max_tokens`` fit."""
 
     def __init__(self, tokens: int, max_tokens: int) -> None:
         self.tokens, self.max_tokens = tokens, max_tokens
         super().__init__(
-            f"The prompt takes {tokens} tokens, but there is room for {max_tokens}: "
-            "shorten the question or the system message, or lower max_new_tokens."
+            f"The prompt takes {tokens} tokens, but there is room for {max_tokens}. "
+            "Shorten the question or the system message, or lower max_new_tokens."
         )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a prompt, with the begin token of tokenizers that add one, never doubled where the text has it."""
-    has_begin = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    return tokenizer.encode(text, add_special_tokens=not has_begin, verbose=False)
+    """Token ids of a prompt, with the begin token if the tokenizer adds one. A text that has it gets no second one."""
+    begin = tokenizer.bos_token
+    has_begin = isinstance(begin, str) and bool(begin) and text.startswith(begin)
+    # verbose would warn about texts longer than the context, which callers check themselves.
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=not has_begin, verbose=False)
+    return ids
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Raises MessageError unless an optional system message is followed by user and assistant in turn."""
+    """Raise MessageError unless an optional system message is followed by user and assistant in turn."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise MessageError('Give a list of messages, for example [{"role": "user", "content": "Hello"}].')
     for position, message in enumerate(messages):
@@ -55,11 +58,11 @@ def check_messages(messages: Sequence[Message]) -> None:
         expected = ("user", "assistant")[(position - start) % 2]
         if message["role"] != expected:
             raise MessageError(
-                f"Message {position} has the role {message['role']!r} where {expected!r} is due: "
+                f"Message {position} has the role {message['role']!r}, but {expected!r} is expected: "
                 "at most one system message comes first, then user and assistant take turns."
             )
     if len(messages) == start:
-        raise MessageError("The conversation has only a system message: add a user message.")
+        raise MessageError("The conversation has only a system message. Add a user message.")
 
 
 def _check_message(message: Message, position: int) -> None:
@@ -76,8 +79,8 @@ def _check_message(message: Message, position: int) -> None:
 class ChatFormat(ABC):
     """How one family of models writes a conversation.
 
-    ``stop_strings`` end a reply when the model writes them; ``control_strings`` are broken where content holds them.
-    ``reply_start`` is what stands between the prompt and the first character of a reply.
+    ``stop_strings`` end a reply when the model writes them; ``control_strings`` are broken if content holds them.
+    ``reply_start`` is the text between the prompt and the first character of a reply.
     """
 
     name: ClassVar[str]
@@ -88,41 +91,44 @@ class ChatFormat(ABC):
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as one text, ready for the reply unless ``add_generation_prompt`` is false.
 
-        Raises MessageError for malformed messages, and where a reply is due but the last message is one already.
+        Raises MessageError for malformed messages, and if a reply is due but the last message is one already.
         """
         check_messages(messages)
         if add_generation_prompt and messages[-1]["role"] != "user":
-            raise MessageError("The last message is a reply: add a user message, or pass add_generation_prompt=False.")
-        safe: list[Message] = [{"role": m["role"], "content": self._escape(m["content"])} for m in messages]
-        return self._text(safe, add_generation_prompt)
+            raise MessageError("The last message is a reply. Add a user message, or pass add_generation_prompt=False.")
+        escaped: list[Message] = []
+        for message in messages:
+            escaped.append({"role": message["role"], "content": self._escape(message["content"])})
+        return self._text(escaped, add_generation_prompt)
 
     def fit(
         self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, max_tokens: int
     ) -> Sequence[Message]:
-        """The messages whose rendering takes at most ``max_tokens``: whole oldest turns are left out.
+        """The messages without the oldest turns, as few as possible, so that they take at most ``max_tokens``.
 
         A turn is a user message with its reply. The system message and the last question always stay.
-        Raises PromptTooLong when even these take more, MessageError for malformed messages.
+        Raises PromptTooLong if even these take more, MessageError for malformed messages.
         """
         check_messages(messages)
-        system = [m for m in messages[:1] if m["role"] == "system"]
+        system = list(messages[:1]) if messages[0]["role"] == "system" else []
         rest = messages[len(system) :]
         asking = rest[-1]["role"] == "user"
 
-        def tokens(dropped: int) -> int:
-            return len(encode(tokenizer, self.render([*system, *rest[2 * dropped :]], asking)))
+        def tokens_without(turns: int) -> int:
+            return len(encode(tokenizer, self.render([*system, *rest[2 * turns :]], asking)))
 
+        # Bisection, because long histories are slow to encode and fewer turns never take more tokens.
         turns = range((len(rest) + 1) // 2)
-        dropped = bisect_left(turns, True, key=lambda turn: tokens(turn) <= max_tokens)
+        dropped = bisect_left(turns, True, key=lambda count: tokens_without(count) <= max_tokens)
         if dropped == len(turns):
-            raise PromptTooLong(tokens(turns[-1]), max_tokens)
+            raise PromptTooLong(tokens_without(turns[-1]), max_tokens)
         return [*system, *rest[2 * dropped :]]
 
     def _escape(self, content: str) -> str:
         if not self.control_strings:
             return content
         pattern = "|".join(map(re.escape, self.control_strings))
-        return re.sub(pattern, lambda found: f"{found[0][0]} {found[0][1:]}", content)
+        return re.sub(pattern, lambda match: f"{match[0][0]} {match[0][1:]}", content)
 
     @abstractmethod
     def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
@@ -130,10 +136,10 @@ class ChatFormat(ABC):
 
 
 @dataclass(frozen=True)
-class FalconChat(ChatFormat):
+class _FalconChat(ChatFormat):
     """Falcon-180B-chat: ``System: ...``, ``User: ...``, ``Falcon: ...``, one newline after each turn.
 
-    Source: the Falcon-180B announcement (Hugging Face, September 2023). No end token stands inside the history.
+    Source: the Falcon-180B announcement (Hugging Face, September 2023). The history contains no end token.
     """
 
     name = "falcon-chat"
@@ -143,12 +149,14 @@ class FalconChat(ChatFormat):
     tags: ClassVar[dict[str, str]] = {"system": "System", "user": "User", "assistant": "Falcon"}
 
     def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        lines = [f"{self.tags[message['role']]}: {message['content']}\n" for message in messages]
-        return "".join(lines) + ("Falcon:" if add_generation_prompt else "")
+        text = "".join(f"{self.tags[message['role']]}: {message['content']}\n" for message in messages)
+        if add_generation_prompt:
+            text += "Falcon:"
+        return text
 
 
 @dataclass(frozen=True)
-class Llama2Chat(ChatFormat):
+class _Llama2Chat(ChatFormat):
     """Llama-2-chat: ``[INST]`` around a question, ``<<SYS>>`` around the system message inside the first.
 
     Source: ``chat_completion`` in Meta's llama repository (2023). Each turn is a sequence of its own, so every turn
@@ -162,25 +170,25 @@ class Llama2Chat(ChatFormat):
     control_strings = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>")
 
     def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        opening = ""
-        if messages[0]["role"] == "system":
-            opening = f"<<SYS>>\n{messages[0]['content']}\n<</SYS>>\n\n"
-            messages = messages[1:]
-        first = {**messages[0], "content": opening + messages[0]["content"]}
-        return "".join(
-            f"<s>[INST] {message['content'].strip()} [/INST]"
-            if message["role"] == "user"
-            else f" {message['content'].strip()} </s>"
-            for message in [first, *messages[1:]]
-        )
+        text = opening = ""
+        for message in messages:
+            if message["role"] == "system":
+                opening = f"<<SYS>>\n{message['content']}\n<</SYS>>\n\n"
+            elif message["role"] == "user":
+                # The system message is part of the first question, and is stripped together with it.
+                text += f"<s>[INST] {(opening + message['content']).strip()} [/INST]"
+                opening = ""
+            else:
+                text += f" {message['content'].strip()} </s>"
+        return text
 
 
 @dataclass(frozen=True)
-class ChatMl(ChatFormat):
+class _ChatMl(ChatFormat):
     """ChatML as SmolLM2-Instruct was trained on it.
 
-    Its template puts the default system message ``SMOLLM_SYSTEM`` first when none is given, and so does this format;
-    pass a system message of your own, an empty one perhaps, to replace it.
+    Its template puts the default system message ``SMOLLM_SYSTEM`` first if none is given, and so does this format. To
+    replace it, pass a system message of your own, which may be empty.
     """
 
     name = "chatml"
@@ -190,13 +198,15 @@ class ChatMl(ChatFormat):
     def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": SMOLLM_SYSTEM}, *messages]
-        turns = [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages]
-        return "".join(turns) + ("<|im_start|>assistant\n" if add_generation_prompt else "")
+        text = "".join(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages)
+        if add_generation_prompt:
+            text += "<|im_start|>assistant\n"
+        return text
 
 
 @dataclass(frozen=True)
-class Plain(ChatFormat):
-    """No format, for base models: the contents alone, one below the other; a single message stands as it is."""
+class _Plain(ChatFormat):
+    """No format, for base models: only the contents, one below the other; a single message is unchanged."""
 
     name = "plain"
     reply_start = "\n"
@@ -205,21 +215,19 @@ class Plain(ChatFormat):
         return "\n".join(message["content"] for message in messages)
 
 
-FORMATS: dict[str, ChatFormat] = {form.name: form for form in (FalconChat(), Llama2Chat(), ChatMl(), Plain())}
+FORMATS: dict[str, ChatFormat] = {form.name: form for form in (_FalconChat(), _Llama2Chat(), _ChatMl(), _Plain())}
 
 
 def format_for(name: str) -> ChatFormat:
-    """The chat format of that name. Raises WorkbookError, listing the names, for one that is not known."""
-    if name not in FORMATS:
-        raise WorkbookError(f"There is no chat format {name!r}; the formats are {', '.join(FORMATS)}.")
-    return FORMATS[name]
+    """The chat format of this name. Raises WorkbookError for an unknown name, listing the known ones."""
+    return FORMATS[choose(name, FORMATS, "chat format")]
 
 
 def published_format_prompt(message: str, history: Sequence[tuple[str, str]], system_prompt: str = "") -> str:
-    """The announcement's ``format_prompt``, mistake included: do not use it, use ``format_for("falcon-chat")``.
+    """The announcement's ``format_prompt``, including its mistake. Use ``format_for("falcon-chat")`` instead.
 
-    Its last line, which adds the new question, stands inside the loop over ``history`` ((question, reply) pairs):
-    with an empty history the question is lost, and with two turns or more it is repeated after each.
+    Its last line, which adds the new question, is inside the loop over ``history`` ((question, reply) pairs): with an
+    empty history the question is lost, and with two turns or more it is repeated after each.
     """
     opening = f"System: {system_prompt}\n" if system_prompt else ""
     question = f"User: {message}\nFalcon:"

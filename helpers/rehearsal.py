@@ -8,10 +8,8 @@ What else is not as on the real machine is in ``substitutions``.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import hardware, memory
+from helpers.hub_cache import repository
 from helpers.loading import config, resolve
 from helpers.profiles import load_profile
 from helpers.types import GIB, Gpu, Machine, ModelRef, Placement, Profile, WorkbookError
@@ -177,7 +176,7 @@ def lay_out(ref: ModelRef, hub: Path, seed: int) -> PretrainedConfig:
         model = AutoModelForCausalLM.from_config(tiny, dtype=torch.bfloat16)
     files = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()}
     files |= {"config.json": tiny.to_json_string().encode(), **_shard_files(model, ref.shards or 1)}
-    _store(files, hub / f"models--{ref.id.replace('/', '--')}", ref.revision or "main")
+    repository(ref.id, hub).store(files, ref.revision)
     return tiny
 
 
@@ -223,20 +222,6 @@ def _shard_files(model: PreTrainedModel, count: int) -> dict[str, bytes]:
     size = sum(tensor.nbytes for tensor in tensors.values())
     index = json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=1).encode()
     return files if count == 1 else files | {"model.safetensors.index.json": index}
-
-
-def _store(files: Mapping[str, bytes], repo: Path, revision: str) -> None:
-    is_commit = len(revision) == 40
-    commit = revision if is_commit else hashlib.sha1(repo.name.encode()).hexdigest()
-    snapshot = repo / "snapshots" / commit
-    for folder in (snapshot, repo / "blobs", repo / "refs"):
-        folder.mkdir(parents=True)
-    if not is_commit:
-        (repo / "refs" / revision).write_text(commit)
-    for name, content in files.items():
-        blob = repo / "blobs" / hashlib.sha256(content).hexdigest()
-        blob.write_bytes(content)
-        (snapshot / name).symlink_to(os.path.relpath(blob, snapshot))
 
 
 def _substitutions(profile: Profile, shrunk: Mapping[ModelRef, PretrainedConfig]) -> Iterator[Substitution]:

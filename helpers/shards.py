@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
+from helpers.hub_cache import recorded_hashes
 from helpers.progress import bytes_bar, human
-from helpers.types import WorkbookError
+from helpers.types import WorkbookError, first_names
 
 if TYPE_CHECKING:
+    import torch
     from huggingface_hub import SafetensorsFileMetadata
 
-SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-READERS = 4  # threads that hash: more files at once than one core can hash, few enough for a spinning disk
+_SINGLE = "model.safetensors"
+_READERS = 4  # threads that hash: more files at once than one core can hash, few enough for a spinning disk
 
 
 class LoadError(WorkbookError):
@@ -29,11 +29,23 @@ class LoadError(WorkbookError):
     exit_code = 1
 
 
+class _Metadata(TypedDict, total=False):
+    total_size: int
+    sha256: dict[str, str]  # by file name: written by ``record``
+
+
+class _Index(TypedDict, total=False):
+    """The index of a sharded checkpoint: the file that holds each tensor."""
+
+    metadata: _Metadata
+    weight_map: dict[str, str]
+
+
 @dataclass(frozen=True)
 class Shards:
-    """What a checkpoint's files hold, by tensor name: the file, the bytes there, the shape.
+    """What the files of a checkpoint hold, by tensor name: the file, the bytes there and the shape.
 
-    ``hashes`` are the SHA-256 by file name that the index records, if it does.
+    ``hashes`` are the SHA-256 by file name, if the index records them.
     """
 
     folder: Path
@@ -44,55 +56,67 @@ class Shards:
 
 
 def inspect(folder: Path) -> Shards:
-    """Read the index and the header of every file, and no weights: a moment, whatever the size.
+    """Read the index and the header of every file, but no weights: this takes a moment, whatever the size.
 
-    Raises LoadError, naming the file, where one is missing, cut off or no safetensors, or lacks what the index says.
+    Raises LoadError, naming the file, if one is missing, cut off, not in the safetensors format, or without a tensor
+    that the index says it holds.
     """
-    index = _index(folder)
-    names = sorted(set(index["weight_map"].values()) if index else {SINGLE})
-    if absent := [name for name in names if not (folder / name).exists()]:
-        raise LoadError(_absent(folder, absent, len(names), sharded=bool(index)))
-    headers = {name: _header(folder / name) for name in names}
-    files = {tensor: name for name, header in headers.items() for tensor in header.tensors}
-    for tensor, name in (index["weight_map"] if index else {}).items():
+    index = _read_index(folder)
+    names = _file_names(index)
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise LoadError(_missing_files(folder, missing, len(names)))
+    headers = {name: _read_header(folder / name) for name in names}
+    shards = Shards(folder, files={}, sizes={}, shapes={}, hashes=_recorded_hashes(index))
+    for name, header in headers.items():
+        for tensor, info in header.tensors.items():
+            shards.files[tensor] = name
+            shards.sizes[tensor] = info.data_offsets[1] - info.data_offsets[0]
+            shards.shapes[tensor] = tuple(info.shape)
+    for tensor, name in _weight_map(index).items():
         if tensor not in headers[name].tensors:
-            raise LoadError(f"{folder / name} lacks {tensor}, which {INDEX} says is there. {_again(folder / name)}")
-    tensors = {tensor: info for header in headers.values() for tensor, info in header.tensors.items()}
-    return Shards(
-        folder=folder,
-        files=files,
-        sizes={tensor: info.data_offsets[1] - info.data_offsets[0] for tensor, info in tensors.items()},
-        shapes={tensor: tuple(info.shape) for tensor, info in tensors.items()},
-        hashes=_recorded(index),
-    )
+            file = folder / name
+            raise LoadError(f"{file} does not hold {tensor}, although {INDEX} says so. {_advice(file)}")
+    return shards
 
 
-def verify(folder: Path, names: Iterable[str] | None = None) -> list[str]:
-    """Hash a checkpoint's files (of ``names`` only, if given) and return those that are not as recorded.
+def checked(folder: Path, verify: bool | None) -> Shards:
+    """``inspect`` a checkpoint, and hash its files if asked to (``verify`` None: if the index records hashes).
 
-    Recorded are the SHA-256 in the index's metadata (see ``record``), and in the Hugging Face cache the name under
-    which a file is kept: its SHA-256, or for small files git's SHA-1. Reads every byte, so it takes as long as that;
-    a bar says how far it is. Raises LoadError where nothing is recorded.
+    Raises LoadError for missing or damaged files.
     """
-    hashes = cached_hashes(folder) | _recorded(_index(folder))
-    wanted = {name: hashes[name] for name in (hashes if names is None else names) if name in hashes}
-    if not wanted and names is None:
+    shards = inspect(folder)
+    if verify is None:
+        verify = bool(shards.hashes)
+    if verify and (damaged := damaged_files(folder)):
+        paths = [folder / name for name in damaged]
+        raise LoadError(f"{', '.join(map(str, paths))}: not the bytes that were recorded. {_advice(*paths)}")
+    return shards
+
+
+def damaged_files(folder: Path, names: Iterable[str] | None = None) -> list[str]:
+    """Hash the files of a checkpoint (or only those of ``names``) and return those that differ from their record.
+
+    The record is the SHA-256 in the index's metadata (see ``record``) and, in the Hugging Face cache, the name of the
+    blob: its SHA-256, or git's SHA-1 for small files. Every byte is read; a bar shows the progress.
+    Raises LoadError if nothing is recorded.
+    """
+    recorded = recorded_hashes(folder) | _recorded_hashes(_read_index(folder))
+    if not recorded and names is None:
         raise LoadError(f"{folder} cannot be verified: neither {INDEX} nor a Hugging Face cache records its hashes.")
-    sizes = {name: (folder / name).stat().st_size for name in wanted}
+    wanted = recorded.keys() if names is None else names
+    expected = {name: recorded[name] for name in wanted if name in recorded}
+    sizes = {name: (folder / name).stat().st_size for name in expected}
 
-    def differs(name: str) -> bool:
-        found = _git_hash(folder / name) if len(wanted[name]) == 40 else file_hash(folder / name)
+    def is_damaged(name: str) -> bool:
+        is_sha1 = len(expected[name]) == 40
+        actual = _git_hash(folder / name) if is_sha1 else file_hash(folder / name)
         bar.update(sizes[name])
-        return found != wanted[name]
+        return actual != expected[name]
 
-    with bytes_bar(sum(sizes.values()), "Verifying files") as bar, ThreadPoolExecutor(READERS) as pool:
-        return [name for name, wrong in zip(wanted, pool.map(differs, wanted), strict=True) if wrong]
-
-
-def damaged(folder: Path, names: Iterable[str]) -> str:
-    """The text that says which files are damaged, and what to do."""
-    paths = [folder / name for name in names]
-    return f"{', '.join(map(str, paths))}: not the bytes that were recorded. {_again(*paths)}"
+    with bytes_bar(sum(sizes.values()), "Verifying files") as bar, ThreadPoolExecutor(_READERS) as pool:
+        results = list(pool.map(is_damaged, expected))
+    return [name for name, damaged in zip(expected, results, strict=True) if damaged]
 
 
 def record(folder: Path) -> None:
@@ -100,27 +124,23 @@ def record(folder: Path) -> None:
 
     From then on every load of a copy notices damage.
     """
-    index = _index(folder)
+    index = _read_index(folder)
     if not index:
-        raise LoadError(f"{folder} has no {INDEX} to record hashes in: save the model with several shards.")
-    hashes = {name: file_hash(folder / name) for name in sorted(set(index["weight_map"].values()))}
-    index["metadata"] = {**index.get("metadata", {}), "sha256": hashes}
+        raise LoadError(f"{folder} has no {INDEX} to record hashes in. Save the model in several shards.")
+    metadata: _Metadata = {**index.get("metadata", {})}
+    metadata["sha256"] = {name: file_hash(folder / name) for name in _file_names(index)}
+    index["metadata"] = metadata
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def cached_hashes(folder: Path) -> dict[str, str]:
-    """The hashes that the Hugging Face cache keeps a snapshot's files under, by file name; empty elsewhere.
+def read_tensor(folder: Path, name: str) -> torch.Tensor:
+    """One tensor of a checkpoint, sharded or not."""
+    from safetensors import safe_open
 
-    A blob may itself be a link, into a store that the repositories share and that counts by other hashes.
-    """
-    kept = {
-        path.name: Path(os.path.abspath(folder / path.readlink())) for path in folder.iterdir() if path.is_symlink()
-    }
-    return {
-        name: path.name
-        for name, path in kept.items()
-        if path.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", path.name)
-    }
+    file = _weight_map(_read_index(folder)).get(name, _SINGLE)
+    with safe_open(folder / file, framework="pt") as tensors:
+        tensor: torch.Tensor = tensors.get_tensor(name)
+    return tensor
 
 
 def file_hash(file: Path) -> str:
@@ -135,31 +155,41 @@ def _git_hash(file: Path) -> str:
     return git_hash(file.read_bytes())
 
 
-def _index(folder: Path) -> dict[str, Any] | None:
-    """The index; None for a checkpoint of one file, which counts where both are there, as in transformers."""
+def _read_index(folder: Path) -> _Index | None:
+    """The index; None for a checkpoint of one file, which transformers prefers if both are there."""
     path = folder / INDEX
-    if (folder / SINGLE).exists() or not path.exists():
+    if (folder / _SINGLE).exists() or not path.exists():
         return None
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index: _Index = json.loads(path.read_text(encoding="utf-8"))
         return index if index["weight_map"] else None
     except (ValueError, KeyError, TypeError) as error:
-        raise LoadError(f"{path} is no index of a checkpoint: {error!r}. {_again(path)}") from error
+        raise LoadError(f"{path} is not a valid index of a checkpoint: {error!r}. {_advice(path)}") from error
 
 
-def _recorded(index: Mapping[str, Any] | None) -> dict[str, str]:
-    return ((index or {}).get("metadata") or {}).get("sha256") or {}
+def _weight_map(index: _Index | None) -> dict[str, str]:
+    return index["weight_map"] if index else {}
 
 
-def _absent(folder: Path, names: list[str], total: int, *, sharded: bool) -> str:
-    if not sharded:
-        return f"{folder} has no file named {SINGLE} or {INDEX}: other formats are not read."
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"{len(names)} of {total} files are missing in {folder}: {shown}. Download or copy them again."
+def _file_names(index: _Index | None) -> list[str]:
+    return sorted(set(_weight_map(index).values())) or [_SINGLE]
 
 
-def _header(path: Path) -> SafetensorsFileMetadata:
-    """What a file says it holds, once it is as long as that takes."""
+def _recorded_hashes(index: _Index | None) -> dict[str, str]:
+    if index is None:
+        return {}
+    # Some indexes have "metadata": null.
+    return (index.get("metadata") or {}).get("sha256") or {}
+
+
+def _missing_files(folder: Path, names: Sequence[str], total: int) -> str:
+    if names[0] == _SINGLE:
+        return f"{folder} has no file named {_SINGLE} or {INDEX}. Other formats are not read."
+    return f"{len(names)} of {total} files are missing in {folder}: {first_names(names)}. Download or copy them again."
+
+
+def _read_header(path: Path) -> SafetensorsFileMetadata:
+    """What a file says that it holds. Raises LoadError if the file is shorter or longer than that."""
     from huggingface_hub import parse_local_safetensors_file_metadata
     from huggingface_hub.errors import SafetensorsParsingError
 
@@ -168,17 +198,20 @@ def _header(path: Path) -> SafetensorsFileMetadata:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
     except SafetensorsParsingError as error:
-        raise LoadError(f"{path} is damaged: {error} {_again(path)}") from error
-    wanted = 8 + length + max((info.data_offsets[1] for info in header.tensors.values()), default=0)
-    found = path.stat().st_size
-    if found < wanted:
-        raise LoadError(f"{path} is cut off: {human(found)} of {human(wanted)} are there. {_again(path)}")
-    if found > wanted:
-        raise LoadError(f"{path} is damaged: {found - wanted:,} bytes more than its header says. {_again(path)}")
+        raise LoadError(f"{path} is damaged: {error} {_advice(path)}") from error
+    # The format: 8 bytes for the length of the header, the header, then the tensors to the end of the last one.
+    tensor_bytes = max((info.data_offsets[1] for info in header.tensors.values()), default=0)
+    expected = 8 + length + tensor_bytes
+    size = path.stat().st_size
+    if size < expected:
+        raise LoadError(f"{path} is cut off: {human(size)} of {human(expected)} are there. {_advice(path)}")
+    if size > expected:
+        raise LoadError(f"{path} is damaged: {size - expected:,} bytes more than its header says. {_advice(path)}")
     return header
 
 
-def _again(*paths: Path) -> str:
-    """What to do about damaged files; of a file in the Hugging Face cache, that which its link points to must go."""
-    real = ", ".join(str(path.resolve()) for path in paths)
-    return f"Delete {real} and download or copy it again."
+def _advice(*paths: Path) -> str:
+    """What to do about damaged files."""
+    # In the Hugging Face cache a file is a link: deleting the link alone would bring the damaged blob back.
+    blobs = ", ".join(str(path.resolve()) for path in paths)
+    return f"Delete {blobs} and download or copy it again."

@@ -1,15 +1,18 @@
-"""The dataclasses that several rooms share. Sizes are bytes, times are seconds, unless a name says otherwise."""
+"""Dataclasses that several modules share. Sizes are bytes and times are seconds unless a name says otherwise."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from helpers.prompts import ChatFormat
+
+_Option = TypeVar("_Option", bound=str)
 
 GIB = 2**30
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +30,13 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
 
 
+def first_names(names: Iterable[str], count: int = 3) -> str:
+    """The first names in alphabetical order as text, such as "a, b, c and 4 more"."""
+    ordered = sorted(names)
+    text = ", ".join(ordered[:count])
+    return f"{text} and {len(ordered) - count} more" if len(ordered) > count else text
+
+
 class Message(TypedDict):
     """One message of a conversation, in the form chat libraries share."""
 
@@ -38,9 +48,21 @@ class WorkbookError(Exception):
     """An error whose message tells the reader what to do about it."""
 
 
+def choose(value: str, options: Iterable[_Option], what: str, error: type[Exception] = WorkbookError) -> _Option:
+    """The option that equals ``value``. ``what`` is the noun for it, such as "profile".
+
+    Raises ``error`` if there is none, listing the options.
+    """
+    names = tuple(options)
+    for name in names:
+        if name == value:
+            return name
+    raise error(f"There is no {what} {value!r}. Choose one of: {', '.join(names)}.")
+
+
 @dataclass(frozen=True)
 class ModelRef:
-    """One model of a profile: where it lives, how to talk to it, and what it stands in for.
+    """One model of a profile: where it is, how to talk to it, and what it stands in for.
 
     source: "embedded" (a folder of this repository), "package" (a GGUF file inside an installed Python
     package, see ``file``) or "hub" (a Hugging Face repository at ``revision``).
@@ -56,7 +78,7 @@ class ModelRef:
     licence: str = ""
     download_bytes: int | None = None
     shards: int | None = None  # safetensors files it is published in
-    rehearsed: bool = False  # its place is taken by a tiny checkpoint of random weights: see helpers.rehearsal
+    rehearsed: bool = False  # replaced by a tiny checkpoint of random weights: see helpers.rehearsal
 
     @property
     def name(self) -> str:
@@ -65,10 +87,12 @@ class ModelRef:
 
     @property
     def label(self) -> str:
-        """The name for titles and tables; a stand-in is always named as one, and so is what is only rehearsed."""
+        """The name for titles and tables, which says if the model is a stand-in or only rehearsed."""
         if self.rehearsed:
             return f"{self.name} (rehearsal: tiny, random weights)"
-        return f"{self.name} (stand-in for {self.stand_in_for})" if self.stand_in_for else self.name
+        if self.stand_in_for:
+            return f"{self.name} (stand-in for {self.stand_in_for})"
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -82,7 +106,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Requirement:
-    """The least machine a profile runs on."""
+    """The smallest machine that a profile runs on."""
 
     gpus: int = 0
     gpu_bytes: int = 0
@@ -111,7 +135,7 @@ class Profile:
 
     @property
     def offline(self) -> bool:
-        """True where no model of the profile lives on a hub."""
+        """True if no model of the profile comes from a hub."""
         return all(ref.source != "hub" for ref in self.models.values())
 
     @property
@@ -133,7 +157,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine has; one that is ``rehearsed`` does not exist: see ``helpers.rehearsal``."""
+    """What this machine has. A ``rehearsed`` one does not exist: see ``helpers.rehearsal``."""
 
     gpus: tuple[Gpu, ...]
     ram_bytes: int
@@ -144,7 +168,7 @@ class Machine:
     system: str
     python: str
     rehearsed: bool = False
-    cache_free_bytes: int | None = None  # on the disk of the Hugging Face cache, where that is another folder's
+    cache_free_bytes: int | None = None  # on the disk of the Hugging Face cache, which may be another one
 
 
 @dataclass(frozen=True)
@@ -183,7 +207,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What loading found, verified. ``stored_bytes`` are the bytes the weights take in memory, quantized or not."""
+    """The verified facts of a load. ``stored_bytes``: bytes of the weights in memory, quantized or not."""
 
     model: str
     stand_in_for: str | None
@@ -196,8 +220,8 @@ class LoadReport:
     devices: dict[str, int]
     seconds: float
     repaired: bool
-    cache_bytes_per_token: int = 0  # of keys and values, for one sequence
-    grouped_cache: bool = False  # Falcon with a cache of its key-value heads alone: see helpers.grouped_cache
+    cache_bytes_per_token: int = 0  # keys and values of one sequence
+    grouped_cache: bool = False  # Falcon with a cache of its key-value heads only: see helpers.grouped_cache
     commit: str | None = None  # of a hub's repository, and whether the profile pins it
 
 
@@ -234,19 +258,23 @@ class Reply:
     finish_reason: FinishReason
     prompt_tokens: int = 0
     token_ids: tuple[int, ...] = ()
-    passes: int = 0  # of the model; fewer than tokens where some were proposed and taken
+    passes: int = 0  # of the model; fewer than tokens if proposed ones were accepted
     proposed: int = 0  # tokens that a draft proposed
 
     @property
     def acceptance_rate(self) -> float:
-        """The share of a draft's tokens that the model took; nan where none were proposed."""
-        return (self.tokens - self.passes) / self.proposed if self.proposed else float("nan")
+        """The share of a draft's tokens that the model accepted; nan if none were proposed."""
+        if not self.proposed:
+            return float("nan")
+        return (self.tokens - self.passes) / self.proposed
 
     @property
     def tokens_per_second(self) -> float:
         """Decoding speed: tokens after the first, over the time after the first."""
         after = self.seconds - self.first_token_seconds
-        return (self.tokens - 1) / after if self.tokens > 1 and after > 0 else float("nan")
+        if self.tokens < 2 or after <= 0:
+            return float("nan")
+        return (self.tokens - 1) / after
 
 
 @dataclass(frozen=True)

@@ -47,3 +47,42 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def write_gguf():
+    """Writes a random one-layer Llama with a byte-level tokenizer, as a real GGUF file with Q4_1 matrices."""
+    import gguf
+    import numpy as np
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    def write(file, seed=0):
+        rng = np.random.default_rng(seed)
+        tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "ĊĊ", "he", "ĠĠ"]
+        writer = gguf.GGUFWriter(file, "llama")
+        for add, value in (
+            (writer.add_context_length, 128), (writer.add_embedding_length, 64), (writer.add_block_count, 1),
+            (writer.add_feed_forward_length, 128), (writer.add_head_count, 4), (writer.add_head_count_kv, 2),
+            (writer.add_layer_norm_rms_eps, 1e-5), (writer.add_rope_dimension_count, 16),
+            (writer.add_vocab_size, len(tokens)), (writer.add_tokenizer_model, "gpt2"),
+            (writer.add_tokenizer_pre, "smollm"), (writer.add_token_list, tokens),
+            (writer.add_token_types, [3] * 3 + [1] * (len(tokens) - 3)),
+            (writer.add_token_merges, ["Ċ Ċ", "h e", "Ġ Ġ"]),
+            (writer.add_bos_token_id, 1), (writer.add_eos_token_id, 2), (writer.add_pad_token_id, 2),
+        ):  # fmt: skip
+            add(value)
+        shapes = {"token_embd": (len(tokens), 64), "blk.0.attn_q": (64, 64), "blk.0.attn_k": (32, 64)}
+        shapes |= {"blk.0.attn_v": (32, 64), "blk.0.attn_output": (64, 64), "blk.0.ffn_gate": (128, 64)}
+        shapes |= {"blk.0.ffn_up": (128, 64), "blk.0.ffn_down": (64, 128)}
+        kind = gguf.GGMLQuantizationType.Q4_1
+        for name, shape in shapes.items():
+            packed = gguf.quantize(rng.normal(0, 0.3, shape).astype(np.float32), kind)
+            writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
+        for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+            writer.add_tensor(f"{name}.weight", np.ones(64, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    return write

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import hardware, memory
+from helpers.layers import stored_bytes
 from helpers.loading import LoadError, device_map_for
-from helpers.quantization import bnb_config, falcon_repair, stored_bytes, verify_quantized
+from helpers.quantization import bnb_config, verify_quantized
 from helpers.types import QUANTIZED, Machine
+from helpers.workarounds.falcon_linear import falcon_repair
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from helpers import bench, loading, memory
 from helpers.engines.catalogue import Ids
-from helpers.types import ROOT, ModelRef, Profile, WorkbookError
+from helpers.types import ROOT, ModelRef, Profile, WorkbookError, choose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -90,8 +90,7 @@ def subjects(profile: Profile, names: Sequence[str] = ()) -> list[Subject]:
     """
     known = [*profile.models, "shape"]
     for name in names:
-        if name not in known:
-            raise WorkbookError(f"There is no model {name!r} here; choose from {', '.join(known)}.")
+        choose(name, known, "model")
     return [_subject(profile, name) for name in known if name in (names or ("falcon_chat", "llama_chat", "shape"))]
 
 

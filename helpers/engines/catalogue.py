@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from helpers.types import WorkbookError
+from helpers.types import WorkbookError, choose
 
 Ids = list[list[int]]  # token ids of each sequence of a batch
 
@@ -83,6 +83,5 @@ OWN = ("plain", "default", "fastest")
 def chosen(names: Sequence[str]) -> list[Kind]:
     """The engines of these names, all where none is given. Raises WorkbookError for an unknown one."""
     for name in names:
-        if name not in KINDS:
-            raise WorkbookError(f"There is no engine {name!r}; choose from {', '.join(KINDS)}.")
+        choose(name, KINDS, "engine")
     return [kind for kind in KINDS.values() if not names or kind.name in names]

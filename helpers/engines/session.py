@@ -18,7 +18,7 @@ from helpers.engines.cases import Case, Subject
 from helpers.engines.catalogue import OWN, Kind, chosen
 from helpers.engines.measure import Setup
 from helpers.progress import bar_class
-from helpers.types import PRECISIONS, ROOT, Machine, Profile, WorkbookError
+from helpers.types import PRECISIONS, ROOT, Machine, Profile, choose
 
 PEERS = ROOT / ".cache" / "peers"
 VLLM_PYTHON = ROOT / ".cache" / "vllm" / "bin" / "python"
@@ -60,8 +60,7 @@ def run(profile: Profile, wish: Wish) -> Outcome:
     """
     plan = _plan(profile, wish)
     precision = wish.precision or profile.precision
-    if precision not in PRECISIONS:
-        raise WorkbookError(f"There is no precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
+    choose(precision, PRECISIONS, "precision")
     folder = wish.out or ROOT / "runs" / f"bench-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     machine = hardware.detect_apart()

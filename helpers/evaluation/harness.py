@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import copy
 import logging
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.evaluation.choices import BATCH_SIZE, check_room
 from helpers.generation import context_tokens, inference, input_device
 from helpers.types import ROOT, Loaded, Message, WorkbookError
+from helpers.workarounds.lm_eval_model import logits_without_cache, same_random_state, slow_bars_only, untied_copy
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -134,7 +133,7 @@ def prepared(names: Sequence[str], folder: Path = TASKS) -> Iterator[Prepared]:
 
     Raises WorkbookError for an unknown task, DataUnavailable where a data set cannot be had, both as ``evaluate``.
     """
-    with _same_random(), TemporaryDirectory() as cache:
+    with same_random_state(), TemporaryDirectory() as cache:
         manager = _manager(names, folder, cache)
         loaded = [_loaded(manager, name) for name in dict.fromkeys(names)]
         yield Prepared(*(_merged([each for each in loaded if _in_chat(each) == chat]) for chat in (False, True)))
@@ -150,8 +149,8 @@ def measure(
     import lm_eval.models.huggingface
 
     parts = []
-    bars = _slow_bars_only(lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
-    with bars, _same_random(), inference(loaded.model), _only_errors(logging.getLogger("lm_eval")):
+    bars = slow_bars_only(lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
+    with bars, same_random_state(), inference(loaded.model), _only_errors(logging.getLogger("lm_eval")):
         for chat, chosen in ((False, tasks.plain), (True, tasks.chat)):
             if chosen["tasks"]:
                 model = _harness_model(loaded, chat, batch_size, truncate)
@@ -283,12 +282,10 @@ def _harness_model(loaded: Loaded, chat: bool, batch_size: int, truncate: bool) 
             return super()._loglikelihood_tokens(requests, **options)
 
         def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
-            return self.model(input_ids=inps, use_cache=False).logits
+            return logits_without_cache(self.model, inps)
 
-    model = copy.copy(loaded.model)
-    model.tie_weights = lambda: None
     harness = Model(
-        pretrained=model,
+        pretrained=untied_copy(loaded.model),
         tokenizer=copy.deepcopy(loaded.tokenizer),
         backend="causal",
         batch_size=batch_size,
@@ -352,31 +349,6 @@ def _items(name: str, samples: Sequence[Mapping[str, Any]], task: Task) -> ItemS
         elif not isinstance(found[0], tuple):
             values[metric] = tuple(map(float, found))
     return ItemScores(tuple(f"{name}:{sample['doc_id']}:{sample['doc_hash']}" for sample in first), values)
-
-
-@contextmanager
-def _slow_bars_only(*modules: ModuleType) -> Iterator[None]:
-    """The progress bars of the harness' modules show after two seconds only, and go when done, as all others here."""
-    from transformers.utils.logging import tqdm
-
-    before = [module.tqdm for module in modules]
-    for module in modules:
-        module.tqdm = partial(tqdm, delay=2, leave=False)
-    try:
-        yield
-    finally:
-        for module, bar in zip(modules, before, strict=True):
-            module.tqdm = bar
-
-
-@contextmanager
-def _same_random() -> Iterator[None]:
-    """Python's random state is the same afterwards: the harness draws a name for each task, which it may not need."""
-    before = random.getstate()
-    try:
-        yield
-    finally:
-        random.setstate(before)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from helpers import stats
 from helpers.evaluation.choices import MultipleChoice
 from helpers.evaluation.harness import Evaluation
 from helpers.evaluation.likelihood import Perplexity
-from helpers.types import Interval, WorkbookError
+from helpers.types import Interval, WorkbookError, choose
 
 Result = MultipleChoice | Perplexity | Evaluation
 
@@ -107,12 +107,11 @@ def _measured(result: Result, task: str | None, metric: str | None) -> _Measured
 def _of_tasks(result: Evaluation, task: str | None, metric: str | None) -> _Measured:
     names = tuple(result.items) if task is None else result.groups.get(task, (task,))
     if not set(names) <= result.items.keys():
-        known = ", ".join([*result.groups, *result.items])
-        raise WorkbookError(f"There is no task {task!r} in the results; there are {known}.")
+        choose(str(task), [*result.groups, *result.items], "task")
     shared = [m for m in result.items[names[0]].values if all(m in result.items[name].values for name in names)]
     chosen = metric or ("acc" if "acc" in shared else next(iter(shared), None))
     if chosen not in shared:
-        raise WorkbookError(f"There is no metric {metric!r} in all of {', '.join(names)}; there are {shared}.")
+        choose(str(metric), shared, "metric")
     pairs = [pair for name in names for pair in _pairs(result.items[name].values[chosen], chosen)]
     keys = tuple(key for name in names for key in result.items[name].keys)
     measure = "bits per byte" if chosen == "bits_per_byte" else chosen

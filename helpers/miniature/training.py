@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from helpers.miniature.talk import chat_examples, chat_pairs, held_out_talks
 from helpers.miniature.texts import END, held_out_stories, pretraining_texts, write_texts
-from helpers.types import ROOT, WorkbookError
+from helpers.types import ROOT, WorkbookError, choose
 
 if TYPE_CHECKING:
     import torch
@@ -56,8 +56,8 @@ def train(
     """
     from transformers import FalconForCausalLM, PreTrainedTokenizerFast, set_seed
 
-    if unknown := set(stages) - set(STAGES):
-        raise WorkbookError(f"There is no stage {', '.join(sorted(unknown))}; the stages are {', '.join(STAGES)}.")
+    for stage in stages:
+        choose(stage, STAGES, "stage")
     base, chat = out / "falcon-mini", out / "falcon-mini-chat"
     talks = held_out_talks(data, recipe)
     set_seed(recipe["seed"])

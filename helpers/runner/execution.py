@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from helpers import results, store
+from helpers.hub_cache import hub_commit
 from helpers.runner.display import Show, display
 from helpers.runner.fetching import fetch, named_roles
 from helpers.runner.folder import executed_notebook, held, new_folder, utc_now

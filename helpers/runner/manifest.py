@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from helpers.hardware import DETECT
-from helpers.loading import packaged_file
+from helpers.hub_cache import hub_commit
+from helpers.loading import LoadError, file_hash, packaged_file
 from helpers.runner.folder import utc_now
 from helpers.runner.parameters import Plan
 from helpers.schema import GitState, Hardware, Manifest, ModelFacts, NotebookFacts, UnknownHardware
@@ -70,17 +71,6 @@ def packages() -> dict[str, str]:
     """The installed packages and their versions."""
     versions = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
     return dict(sorted(versions.items()))
-
-
-def hub_commit(ref: ModelRef) -> str | None:
-    """The commit of a hub's model in the Hugging Face cache; None if it is not there or comes from elsewhere."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if ref.source != "hub":
-        return None
-    config = try_to_load_from_cache(ref.id, "config.json", revision=ref.revision)
-    # The cache keeps each snapshot in a folder named after its commit.
-    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def _detected(detection: subprocess.Popen[bytes]) -> Hardware | UnknownHardware:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers.types import Budget, Profile, WorkbookError
+from helpers.types import Budget, Profile, WorkbookError, choose
 
 
 class UsageError(WorkbookError):
@@ -51,12 +51,12 @@ def select(folder: Path, only: Sequence[str]) -> list[Path]:
     Raises UsageError when a text fits no notebook, or the folder holds none.
     """
     notebooks = sorted(folder.glob("*.ipynb"))
-    names = ", ".join(path.stem for path in notebooks)
+    names = [path.stem for path in notebooks]
     if not notebooks:
         raise UsageError(f"no notebooks in {folder}: generate them with 'workbook render'")
     for prefix in only:
         if not any(path.stem.startswith(prefix) for path in notebooks):
-            raise UsageError(f"no notebook starts with {prefix!r}; there are: {names}")
+            choose(prefix, names, "notebook whose name starts with", UsageError)
     return [path for path in notebooks if not only or path.stem.startswith(tuple(only))]
 
 
@@ -125,10 +125,8 @@ def _plan(profile: Profile, path: Path, document: Any, declared: Mapping[str, An
 
 
 def _check_names(raw: Mapping[str, str], known: Mapping[str, Any]) -> None:
-    unknown = [name for name in raw if name not in known]
-    if unknown:
-        noun = "parameter" if len(unknown) == 1 else "parameters"
-        raise UsageError(f"unknown {noun} {', '.join(unknown)}; the chosen notebooks have: {_list(known)}")
+    for name in raw:
+        choose(name, known, "parameter", UsageError)
 
 
 def _parse(text: str, default: Any) -> Any:

@@ -11,17 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers import loading
+from helpers.layers import quantizable_layers
 from helpers.loading import load, report_table, resolve
 from helpers.profiles import load_profile
-from helpers.quantization import (
-    QuantizationError,
-    bnb_config,
-    falcon_repair,
-    quantizable_layers,
-    verify_against_checkpoint,
-    verify_quantized,
-)
+from helpers.quantization import QuantizationError, bnb_config, verify_against_checkpoint, verify_quantized
 from helpers.types import PRECISIONS, ROOT
+from helpers.workarounds.falcon_linear import falcon_repair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODELS = load_profile("laptop").models

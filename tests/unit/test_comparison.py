@@ -124,7 +124,7 @@ def test_items_without_an_answer_are_not_scored():
         table([story], falcon=["Once"]).score("falcon")
     with pytest.raises(WorkbookError, match="No item has an answer"):
         table([story], falcon=["Once"]).scores()
-    with pytest.raises(WorkbookError, match="The sides are falcon"):
+    with pytest.raises(WorkbookError, match=r"There is no side 'llama'\. Choose one of: falcon"):
         test.score("llama")
 
 

@@ -493,7 +493,7 @@ def test_working_quantization_and_the_repair_are_reported():
     first, second = doctor.check_quantization(LAPTOP, ["cpu"])
     assert (first.name, first.status) == ("bitsandbytes", "ok")
     assert second.name == "Falcon repair"
-    assert ("repairs it" in second.found) == doctor.quantization.needs_repair()
+    assert ("repairs it" in second.found) == doctor.needs_repair()
 
 
 def test_a_layer_that_is_not_quantized_fails(monkeypatch):

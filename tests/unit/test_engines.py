@@ -325,7 +325,7 @@ def test_what_is_not_installed_is_named(tiny, setup, tmp_path, monkeypatch):
     assert [each.lacks.split(":")[0] for each in found.values()] == ["not installed"] * 3
     assert "--vllm-python" in found[20, 3, "vllm"].lacks
     assert measure.missing(KINDS["plain"], replace(nothing, precision="nf4")) == "takes no nf4 weights"
-    with pytest.raises(WorkbookError, match=r"no engine 'tgi'; choose from plain, default, fastest, llama\.cpp"):
+    with pytest.raises(WorkbookError, match=r"no engine 'tgi'\. Choose one of: plain, default, fastest, llama\.cpp"):
         catalogue.chosen(["tgi"])
 
 

@@ -23,8 +23,8 @@ from helpers.finetuning import FinetuneError, Recipe, examples, finetune
 from helpers.generation import generate
 from helpers.profiles import load_profile
 from helpers.prompts import format_for
-from helpers.quantization import keep_unpacked
 from helpers.types import ROOT, Sampling
+from helpers.workarounds.nf4_repacking import keep_unpacked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REF = load_profile("laptop").falcon_chat

@@ -239,7 +239,7 @@ def test_messages_leave_room_for_the_reply(tiny_loaded):
         ("word " * 200, PromptTooLong, "room for 127"),
         ([{"role": "user", "content": "word " * 200}], PromptTooLong, "room for 78"),
         ([], MessageError, "Give a list"),
-        ([{"role": "assistant", "content": "x"}], MessageError, "'user' is due"),
+        ([{"role": "assistant", "content": "x"}], MessageError, "'user' is expected"),
     ],
 )
 def test_impossible_prompts_are_refused_before_generating(tiny_loaded, call, prompt, error, complaint):

@@ -10,13 +10,10 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 
-import gguf
 import huggingface_hub
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, FalconForCausalLM
 from transformers.models.falcon import modeling_falcon
 
@@ -71,6 +68,12 @@ def edit_json(file: Path, **changes) -> None:
 def logits(model) -> torch.Tensor:
     with torch.inference_mode():
         return model(IDS).logits
+
+
+def problems(model, device_map, precision="bf16") -> list[str]:
+    """What is wrong with a model whose names and shapes transformers found right."""
+    fine = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": (), "error_msgs": ()}
+    return loading.problems(model, fine, {}, precision, device_map)
 
 
 # What is loaded
@@ -255,8 +258,8 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
 
 def test_weights_that_were_not_placed_are_refused(checkpoint):
     model = load(at(checkpoint), device_map={"": "disk"}).model
-    found = loading._device_problems(model, "cpu")
-    assert found == loading._device_problems(model, "auto") == loading._device_problems(model, {"": "cpu"})
+    found = problems(model, "cpu")
+    assert found == problems(model, "auto") == problems(model, {"": "cpu"})
     assert found[0].startswith("19 weights not on the devices asked for: transformer.h.0.")
     assert "(meta)" in found[0]
 
@@ -276,7 +279,7 @@ def test_weights_that_were_not_placed_are_refused(checkpoint):
 )
 def test_devices_are_compared_with_the_map_by_longest_prefix(checkpoint, device_map, wrong):
     """Of 19 parameters, all on the CPU: 8 in each layer, the embeddings, and two of the last norm."""
-    found = loading._device_problems(load(at(checkpoint)).model, device_map)
+    found = problems(load(at(checkpoint)).model, device_map)
     assert [problem.split(" weights")[0] for problem in found] == [str(wrong)] * (wrong > 0)
 
 
@@ -302,10 +305,10 @@ def test_gpus_are_named_by_their_numbers(device, asked, placed):
 @pytest.mark.parametrize("precision", ["bf16", "nf4"])
 def test_a_weight_of_another_type_is_named(checkpoint, precision):
     model = load(at(checkpoint), precision).model
-    assert loading._dtype_problems(model, precision) == []
+    assert problems(model, "cpu", precision) == []
     model.transformer.ln_f.float()
     named = "2 weights not in bfloat16: transformer.ln_f.bias (float32), transformer.ln_f.weight (float32)"
-    assert loading._dtype_problems(model, precision) == [named]
+    assert problems(model, "cpu", precision) == [named]
 
 
 @pytest.mark.gpu
@@ -332,7 +335,7 @@ def test_a_damaged_quantization_stops_the_load(checkpoint, monkeypatch):
 
 
 def test_a_load_that_quantizes_nothing_stops(checkpoint, monkeypatch):
-    monkeypatch.setattr("helpers.quantization.needs_repair", lambda: False)
+    monkeypatch.setattr("helpers.workarounds.falcon_linear.needs_repair", lambda: False)
     with pytest.raises(QuantizationError, match="8 of 8 linear layers are not stored as nf4"):
         load(at(checkpoint), "nf4")
 
@@ -361,38 +364,8 @@ def test_models_of_the_project_load_without_a_network(checkpoint, no_network):
 # A model inside an installed package
 
 
-def write_gguf(file: Path, seed: int = 0) -> None:
-    """A random one-layer Llama with a byte-level tokenizer, as a real GGUF file with Q4_1 matrices."""
-    rng = np.random.default_rng(seed)
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "ĊĊ", "he", "ĠĠ"]
-    writer = gguf.GGUFWriter(file, "llama")
-    for add, value in (
-        (writer.add_context_length, 128), (writer.add_embedding_length, 64), (writer.add_block_count, 1),
-        (writer.add_feed_forward_length, 128), (writer.add_head_count, 4), (writer.add_head_count_kv, 2),
-        (writer.add_layer_norm_rms_eps, 1e-5), (writer.add_rope_dimension_count, 16),
-        (writer.add_vocab_size, len(tokens)), (writer.add_tokenizer_model, "gpt2"),
-        (writer.add_tokenizer_pre, "smollm"), (writer.add_token_list, tokens),
-        (writer.add_token_types, [3] * 3 + [1] * (len(tokens) - 3)), (writer.add_token_merges, ["Ċ Ċ", "h e", "Ġ Ġ"]),
-        (writer.add_bos_token_id, 1), (writer.add_eos_token_id, 2), (writer.add_pad_token_id, 2),
-    ):  # fmt: skip
-        add(value)
-    shapes = {"token_embd": (len(tokens), 64), "blk.0.attn_q": (64, 64), "blk.0.attn_k": (32, 64)}
-    shapes |= {"blk.0.attn_v": (32, 64), "blk.0.attn_output": (64, 64), "blk.0.ffn_gate": (128, 64)}
-    shapes |= {"blk.0.ffn_up": (128, 64), "blk.0.ffn_down": (64, 128)}
-    kind = gguf.GGMLQuantizationType.Q4_1
-    for name, shape in shapes.items():
-        packed = gguf.quantize(rng.normal(0, 0.3, shape).astype(np.float32), kind)
-        writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
-    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
-        writer.add_tensor(f"{name}.weight", np.ones(64, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.fixture(scope="module")
-def packages(tmp_path_factory):
+def packages(tmp_path_factory, write_gguf):
     """A folder for sys.path with a package that fails when imported and holds a GGUF file."""
     folder = tmp_path_factory.mktemp("site")
     (folder / "tiny_llama").mkdir()
@@ -481,7 +454,7 @@ def test_a_disk_that_is_full_is_explained_and_nothing_half_done_is_used(cache, t
     assert load(PACKAGED).report.parameters > 0
 
 
-def test_another_file_makes_another_cache(cache, builds, tmp_path, monkeypatch):
+def test_another_file_makes_another_cache(cache, builds, write_gguf, tmp_path, monkeypatch):
     other = tmp_path / "other"
     (other / "tiny_llama").mkdir(parents=True)
     (other / "tiny_llama" / "__init__.py").touch()

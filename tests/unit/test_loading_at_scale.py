@@ -35,7 +35,7 @@ from transformers import (
 from transformers.models.falcon import modeling_falcon
 from transformers.utils import logging
 
-from helpers import generation, hardware, loading, memory, shards
+from helpers import generation, hardware, hub_cache, loading, memory, shards
 from helpers.loading import LoadError, device_map_for, load, prepare, report_table, resolve
 from helpers.types import GIB, ROOT, Gpu, Machine, ModelRef, Profile, Requirement, Sampling, WorkbookError
 
@@ -324,14 +324,14 @@ def test_missing_shards_are_named(copied):
 
 def test_a_shard_of_another_place_is_named(copied):
     shutil.copy(copied / "model-00002-of-00005.safetensors", third(copied))
-    with pytest.raises(LoadError, match=rf"{third(copied)} lacks transformer\..*, which .*index.json says is there"):
+    with pytest.raises(LoadError, match=rf"{third(copied)} does not hold transformer\..*, although .*json says so"):
         load(at(copied))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"metadata": {}}'])
 def test_an_index_that_is_none_is_named(copied, text):
     (copied / shards.INDEX).write_text(text)
-    with pytest.raises(LoadError, match=rf"{shards.INDEX} is no index of a checkpoint"):
+    with pytest.raises(LoadError, match=rf"{shards.INDEX} is not a valid index of a checkpoint"):
         load(at(copied))
 
 
@@ -351,7 +351,7 @@ def test_one_flipped_byte_is_found_where_the_index_carries_hashes(copied):
 def test_what_has_no_hashes_is_not_called_verified(copied):
     with pytest.raises(LoadError, match="cannot be verified: neither"):
         load(at(copied), verify=True)
-    with pytest.raises(LoadError, match="save the model with several shards"):
+    with pytest.raises(LoadError, match="Save the model in several shards"):
         shards.record(MINI)
 
 
@@ -542,7 +542,7 @@ def test_a_broken_connection_is_taken_up_where_it_broke(hub, copied, monkeypatch
 def test_an_interrupted_download_goes_on_with_the_files_that_are_missing(hub, copied, tmp_path):
     name = third(copied).name
     hub.breaks[name] = (0, 100)
-    with pytest.raises(LoadError, match=r"connection to the hub broke. Load it again: what is complete is kept"):
+    with pytest.raises(LoadError, match=r"connection to the hub broke. Load it again: complete files are kept"):
         resolve(HUB_REF)
     whole = {path.name for path in (tmp_path / "hub").rglob("*.safetensors")}
     assert name not in whole
@@ -556,7 +556,7 @@ def test_an_interrupted_download_goes_on_with_the_files_that_are_missing(hub, co
 
 def test_a_file_damaged_on_the_way_is_removed_named_and_fetched_again(hub, copied):
     hub.spoils = third(copied).name
-    with pytest.raises(LoadError, match=f"damaged on the way, and removed: {hub.spoils}. Load it again"):
+    with pytest.raises(LoadError, match=f"damaged during the download, and removed: {hub.spoils}. Load it again"):
         load(HUB_REF)
     hub.spoils = ""
     hub.asked.clear()
@@ -565,7 +565,7 @@ def test_a_file_damaged_on_the_way_is_removed_named_and_fetched_again(hub, copie
 
 
 def verified(tmp_path) -> set[str]:
-    return set((tmp_path / "hub" / "models--org--tiny" / loading.VERIFIED).read_text().split())
+    return set((tmp_path / "hub" / "models--org--tiny" / hub_cache.VERIFIED).read_text().split())
 
 
 def test_a_file_damaged_before_an_interruption_is_found_after_it(hub, copied, tmp_path):
@@ -576,14 +576,14 @@ def test_a_file_damaged_before_an_interruption_is_found_after_it(hub, copied, tm
     assert list((tmp_path / "hub").rglob(hub.spoils))  # complete, by its length
     hub.breaks.clear()
     spoiled, hub.spoils = hub.spoils, ""
-    with pytest.raises(LoadError, match=f"damaged on the way, and removed: {spoiled}. Load it again"):
+    with pytest.raises(LoadError, match=f"damaged during the download, and removed: {spoiled}. Load it again"):
         resolve(HUB_REF)
-    assert shards.verify(resolve(HUB_REF)) == []
+    assert shards.damaged_files(resolve(HUB_REF)) == []
 
 
 def test_each_file_is_hashed_once_until_it_is_downloaded_again(hub, copied, tmp_path, monkeypatch):
-    hashed, original = [], shards.verify
-    monkeypatch.setattr(shards, "verify", lambda *args: (hashed.append(sorted(args[1])), original(*args))[1])
+    hashed, original = [], shards.damaged_files
+    monkeypatch.setattr(shards, "damaged_files", lambda *args: (hashed.append(sorted(args[1])), original(*args))[1])
     folder = resolve(HUB_REF)
     assert resolve(HUB_REF) == folder
     assert hashed == [sorted(path.name for path in folder.iterdir())]
@@ -602,7 +602,7 @@ def test_each_file_is_hashed_once_until_it_is_downloaded_again(hub, copied, tmp_
 def test_a_blob_that_is_a_link_into_a_shared_store_is_verified_and_mended(hub, copied, tmp_path):
     """As huggingface_hub lays out what it got through Xet: under another hash, in a folder above the repositories."""
     folder = resolve(HUB_REF)
-    (tmp_path / "hub" / "models--org--tiny" / loading.VERIFIED).unlink()
+    (tmp_path / "hub" / "models--org--tiny" / hub_cache.VERIFIED).unlink()
     blob, shared = third(folder).resolve(), tmp_path / "hub" / "blobs" / "ab" / ("ab" * 32)
     shared.parent.mkdir(parents=True)
     blob.rename(shared)
@@ -612,7 +612,7 @@ def test_a_blob_that_is_a_link_into_a_shared_store_is_verified_and_mended(hub, c
     flip_a_byte(shared)
     with pytest.raises(LoadError, match=f"{third(folder)}: not the bytes that were recorded"):
         load(HUB_REF, verify=True)
-    (tmp_path / "hub" / "models--org--tiny" / loading.VERIFIED).unlink()
+    (tmp_path / "hub" / "models--org--tiny" / hub_cache.VERIFIED).unlink()
     with pytest.raises(LoadError, match=f"removed: {third(folder).name}"):
         resolve(HUB_REF)
     assert third(resolve(HUB_REF)).read_bytes() == third(copied).read_bytes()
@@ -644,7 +644,7 @@ def test_a_model_is_here_once_all_its_files_are(hub):
 def test_the_cache_is_verified_when_asked_and_mended_as_the_error_says(hub):
     folder = resolve(HUB_REF)
     assert load(HUB_REF, verify=True).report.commit
-    assert set(shards.cached_hashes(folder)) == {path.name for path in folder.iterdir()}
+    assert set(hub_cache.recorded_hashes(folder)) == {path.name for path in folder.iterdir()}
     flip_a_byte(third(folder).resolve())
     flip_a_byte((folder / "tokenizer.json").resolve())
     with pytest.raises(LoadError) as caught:

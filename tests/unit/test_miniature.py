@@ -329,7 +329,7 @@ def test_all_stages_make_two_checkpoints_that_load(data, small, tmp_path):
 
 
 def test_an_unknown_stage_is_refused(data, small, tmp_path):
-    with pytest.raises(WorkbookError, match="no stage cat; the stages are tokenizer, base, chat"):
+    with pytest.raises(WorkbookError, match=r"no stage 'cat'\. Choose one of: tokenizer, base, chat"):
         training.train(data, tmp_path, small, ["cat"], tmp_path)
 
 

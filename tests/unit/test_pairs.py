@@ -124,7 +124,7 @@ def test_what_cannot_be_compared_is_refused(tiny_loaded):
         (facts, evaluate(tiny_loaded, ["short_facts"], 5), {}, "not of the same items"),
         (facts, texts, {}, "acc, the other of bits per byte"),
         (texts, texts, {"task": "short_facts"}, "for results of evaluate"),
-        (facts, facts, {"task": "mmlu"}, "no task 'mmlu' in the results; there are short_facts"),
+        (facts, facts, {"task": "mmlu"}, "no task 'mmlu'. Choose one of: short_facts"),
         (facts, facts, {"metric": "f1"}, "no metric 'f1'"),
     ):
         with pytest.raises(WorkbookError, match=message):

@@ -116,7 +116,7 @@ def test_the_precision_a_profile_cannot_hold_says_what_it_lacks(name):
 
 @pytest.mark.parametrize("name", ["lapptop", "", "../laptop", "laptop.yaml"])
 def test_an_unknown_profile_lists_the_known_ones(name):
-    with pytest.raises(WorkbookError, match=r"choose auto or one of 1x24gb, .*laptop"):
+    with pytest.raises(WorkbookError, match=r"Choose one of: auto, 1x24gb, .*laptop"):
         profiles.load_profile(name)
 
 

@@ -2,8 +2,6 @@
 
 import ast
 import copy
-import logging
-import threading
 from functools import cache
 
 import bitsandbytes as bnb
@@ -12,28 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.models.falcon import modeling_falcon
 
-from helpers import loading, quantization
+from helpers import loading
+from helpers.layers import quantizable_layers, quantized_layers, stored_bytes
 from helpers.profiles import load_profile
 from helpers.quantization import (
     QuantizationError,
     bnb_config,
     dequantized_weight,
-    falcon_repair,
-    keep_unpacked,
     layer_errors,
-    needs_repair,
     nf4_code,
-    quantizable_layers,
-    quantized_layers,
-    quiet_bitsandbytes,
-    stored_bytes,
     verify_against_checkpoint,
     verify_quantized,
-    was_repacked,
 )
 from helpers.types import ROOT
+from helpers.workarounds.falcon_linear import falcon_repair
+from helpers.workarounds.nf4_repacking import keep_unpacked, was_repacked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = [
@@ -78,84 +70,6 @@ def repaired_load(folder, precision, **options):
 def logits(model) -> torch.Tensor:
     with torch.inference_mode():
         return model(IDS).logits
-
-
-# The repair
-
-
-def test_upstream_needs_the_repair():
-    assert needs_repair(), (
-        "transformers quantizes Falcon's layers by itself again. Delete falcon_repair, needs_repair and their tests, "
-        "LoadReport.repaired, and notebook 02's section on the silent failure."
-    )
-
-
-@pytest.mark.parametrize("precision", ["nf4", "int8"])
-def test_plain_load_quantizes_nothing_and_is_found_out(checkpoint, precision):
-    model = plain_load(checkpoint, precision)
-    assert model.is_quantized
-    assert torch.equal(logits(model), logits(plain_load(checkpoint)))
-    with pytest.raises(QuantizationError, match=f"8 of 8 linear layers are not stored as {precision}") as error:
-        verify_quantized(model, precision)
-    assert all(name in str(error.value) for name in LAYERS[:3])
-    assert "FalconLinear" in str(error.value)
-    assert "5 more" in str(error.value)
-
-
-@pytest.mark.parametrize(("precision", "kind"), [("nf4", bnb.nn.Linear4bit), ("int8", bnb.nn.Linear8bitLt)])
-def test_repaired_load_quantizes_every_linear_layer(checkpoint, precision, kind):
-    model = repaired_load(checkpoint, precision)
-    assert [name for name, module in model.named_modules() if isinstance(module, kind)] == LAYERS
-    assert quantized_layers(model) == quantizable_layers(model) == LAYERS
-    verify_quantized(model, precision)
-    assert not torch.equal(logits(model), logits(plain_load(checkpoint)))
-    verify_quantized(model, precision)  # also after a forward pass, which may repack 4-bit weights
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_repair_leaves_logits_identical(checkpoint, dtype):
-    with falcon_repair() as needed:
-        repaired = plain_load(checkpoint, dtype=dtype)
-    plain = plain_load(checkpoint, dtype=dtype)
-    assert needed
-    assert type(plain.get_submodule(FIRST)) is not type(repaired.get_submodule(FIRST)) is torch.nn.Linear
-    assert torch.equal(logits(repaired), logits(plain))
-
-
-def test_repair_ends_with_the_block_also_after_an_exception():
-    original = modeling_falcon.FalconLinear
-    with falcon_repair():
-        assert modeling_falcon.FalconLinear is torch.nn.Linear
-        with falcon_repair() as needed_within:
-            assert not needed_within
-        assert modeling_falcon.FalconLinear is torch.nn.Linear
-    assert modeling_falcon.FalconLinear is original
-    with pytest.raises(KeyboardInterrupt), falcon_repair():
-        raise KeyboardInterrupt
-    assert modeling_falcon.FalconLinear is original
-
-
-def test_repair_is_not_applied_where_it_is_not_needed(monkeypatch):
-    monkeypatch.setattr(modeling_falcon, "FalconLinear", torch.nn.Linear)
-    assert not needs_repair()
-    with falcon_repair() as needed:
-        assert not needed
-
-
-def test_repair_admits_one_thread_at_a_time():
-    order = []
-
-    def other():
-        with falcon_repair() as needed:
-            order.append(("other", needed))
-
-    with falcon_repair():
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join(0.2)
-        order.append("first")
-    thread.join()
-    assert order == ["first", ("other", True)]
 
 
 # Which layers, how many bytes
@@ -405,7 +319,7 @@ def test_repacked_weights_are_not_judged(checkpoint):
         verify_against_checkpoint(model, checkpoint, FIRST)
 
 
-# Configurations and noise
+# Configurations
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -420,17 +334,6 @@ def test_configurations_are_the_documented_ones():
     assert (int8.load_in_8bit, int8.llm_int8_threshold) == (True, 6.0)
     other = bnb_config("nf4", torch.float32, double_quant=True)
     assert (other.bnb_4bit_compute_dtype, other.bnb_4bit_use_double_quant) == (torch.float32, True)
-
-
-def test_known_noise_is_dropped_and_the_rest_is_not(checkpoint, caplog):
-    quiet_bitsandbytes()
-    quiet_bitsandbytes()
-    logits(repaired_load(checkpoint, "int8"))
-    assert "MatMul8bitLt" not in caplog.text
-    for name in quantization._KNOWN_NOISE:
-        assert logging.getLogger(name).filters.count(quantization._not_known_noise) == 1
-        logging.getLogger(name).warning("something new")
-    assert caplog.text.count("something new") == 2
 
 
 # The notebook's lines of torch

@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from helpers import cli, profiles, runner
+from helpers import cli, hub_cache, profiles, runner
 from helpers.profiles import load_profile
 from helpers.runner import execution, fetching, folder, manifest, supervision
 from helpers.runner.display import PlainLines, describe, table
@@ -420,7 +420,7 @@ def test_selection_is_by_the_start_of_the_name(notebooks):
 
 
 def test_an_unknown_parameter_names_itself_and_those_there_are(notebooks):
-    with pytest.raises(runner.UsageError, match=r"unknown parameter sed;.*profile, seed, limit$"):
+    with pytest.raises(runner.UsageError, match=r"no parameter 'sed'\. Choose one of: .*profile, seed, limit\.$"):
         planned(notebooks, ["sed=1"], only=["02"])
     assert planned(notebooks, ["limit=5"])["02_b"].given == {"profile": "laptop", "limit": 5}
 
@@ -711,7 +711,7 @@ def test_the_manifest_names_the_commit_of_a_hub_model_that_the_run_downloaded(tm
     models = json.loads((tmp_path / "run" / "manifest.json").read_text())["models"]
     assert seen == [None]
     assert {model["commit"] for model in models.values()} == {commit}
-    assert manifest.hub_commit(make_profile(source="embedded").models["falcon"]) is None
+    assert hub_cache.hub_commit(make_profile(source="embedded").models["falcon"]) is None
 
 
 # --- models of a hub --------------------------------------------------------------------------------------------------

@@ -1,0 +1,17 @@
+"""Put another object under a library's name for a while: the tool of the patches in this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def rebound(owner: object, name: str, value: object) -> Iterator[None]:
+    """Inside the block ``owner.name`` is ``value``; afterwards it is what it was, whatever happens."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
