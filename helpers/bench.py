@@ -214,42 +214,41 @@ def cache_bytes(cache: Cache) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def lacking(ref: ModelRef, precisions: Sequence[str], machine: Machine | None = None) -> dict[str, str]:
-    """The precisions in which a model does not fit on this machine, and what is lacking ("lacks 12.3 GiB ...")."""
-    found, here = loading.config(ref), machine or hardware.detect()
-    missing = {precision: memory.lacks(found, precision, here) for precision in precisions}
-    return {precision: text for precision, text in missing.items() if text}
+def shortfalls(ref: ModelRef, precisions: Sequence[str], machine: Machine | None = None) -> dict[str, str]:
+    """The precisions in which a model does not fit on a machine (this one, unless given), and what it needs."""
+    config, machine = loading.config(ref), machine or hardware.detect()
+    needs: dict[str, str] = {}
+    for precision in precisions:
+        if missing := memory.shortfall(config, precision, machine):
+            needs[precision] = str(missing)
+    return needs
 
 
 def residents(ref: ModelRef, precisions: Sequence[str]) -> Iterator[dict[str, Loaded]]:
-    """A model in each precision that fits here: all at once where they fit together, else one after the other.
+    """A model in each precision that fits here: all at once if they fit together, else one after the other.
 
     What was handed out is unloaded before the next is loaded, and at the end. Raises LoadError as ``loading.load``.
     """
     machine = hardware.detect()
-    fitting = [precision for precision in precisions if precision not in lacking(ref, precisions, machine)]
-    groups = [fitting] if fit_together(loading.config(ref), fitting, machine) else [[each] for each in fitting]
-    for group in filter(None, groups):
+    missing = shortfalls(ref, precisions, machine)
+    fitting = [precision for precision in precisions if precision not in missing]
+    groups = [[precision] for precision in fitting]
+    if fitting and fit_together(loading.config(ref), fitting, machine):
+        groups = [fitting]
+    for group in groups:
         loaded = {precision: loading.load(ref, precision) for precision in group}
         try:
             yield loaded
         finally:
-            for one in loaded.values():
-                loading.unload(one)
+            for model in loaded.values():
+                loading.unload(model)
 
 
 def fit_together(config: PreTrainedConfig, precisions: Sequence[str], machine: Machine) -> bool:
-    """Whether a model fits in all these precisions at once, each with room for one sequence of 2048 tokens."""
-    if not machine.gpus:
-        total = sum(memory.estimate(config, precision).total for precision in precisions)
-        return total <= machine.ram_available_bytes * (1 - memory.RESERVED)
-    free = [float(gpu.free_bytes) for gpu in machine.gpus]
-    for precision in precisions:
-        placed = memory.place(config, precision, free)
-        if not placed.fits:
-            return False
-        free = [left - placed.per_device_bytes.get(device, 0) for device, left in enumerate(free)]
-    return True
+    """Whether a model fits in all these precisions at once, each with one sequence of 2048 tokens."""
+    residents = [memory.Resident(config, precision) for precision in precisions]
+    placements = memory.place_together(residents, memory.Devices.free(machine), memory.Workload())
+    return all(placement.fits for placement in placements)
 
 
 def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
@@ -317,11 +316,11 @@ def _timed(row: SpeedRow, times: Sequence[tuple[float, float]]) -> SpeedRow:
 
 
 def _planned(loaded: Loaded, batch_size: int, work: dict[str, Any]) -> SpeedRow:
-    """A row without figures, which says what is lacking where the batch cannot fit."""
+    """A row without figures, which says what is missing if the batch cannot fit."""
     config, precision, held = loaded.model.config, loaded.report.precision, loaded.report.stored_bytes
     tokens = work["prompt_tokens"] + work["new_tokens"]
     cached = batch_size * (tokens - work["new_tokens"] // 2) * loaded.report.cache_bytes_per_token
-    needed = memory.estimate(config, precision, batch_size=batch_size, context_tokens=tokens)
+    needed = memory.estimate(config, precision, workload=memory.Workload(batch_size, tokens))
     machine = hardware.detect()
     free = sum(gpu.free_bytes for gpu in machine.gpus) if machine.gpus else machine.ram_available_bytes
     missing = needed.kv_cache + needed.activations - free
@@ -331,7 +330,7 @@ def _planned(loaded: Loaded, batch_size: int, work: dict[str, Any]) -> SpeedRow:
         batch_size=batch_size,
         stored_bytes=held,
         step_bytes=held - _idle_embeddings(loaded.model) + cached,
-        lacks=f"lacks {gib(missing)} for this batch" if missing > 0 else "",
+        lacks=f"{gib(missing)} missing for this batch" if missing > 0 else "",
         **work,
     )
 

@@ -331,9 +331,9 @@ def plan(
 
     Exit code 0: answered, also where the answer is that it does not fit, by how much, and what would. 2: usage.
     """
-    from helpers import planning
+    from helpers import memory, planning
 
-    work = planning.Work(context, batch, double_quant, "library" if library_cache else "kv")
+    work = memory.Workload(batch, context, "library" if library_cache else "kv", double_quant)
     if suggest:
         asked = planning.suggested_for(profile, model, gpus, double_quant=double_quant, figure=figure is not None)
         found = planning.suggest(asked, work, precision)

@@ -203,8 +203,8 @@ def check_machine(profile: Profile, machine: Machine) -> Iterator[Finding]:
         "memory": (Requirement(ram_bytes=need.ram_bytes, cpus=0), gib(machine.ram_bytes)),
     }
     for name, (part, found) in kinds.items():
-        lacking = "; ".join(profiles.lacks(replace(profile, requires=part), machine))
-        yield Finding(name, "fail", lacking, SMALLER) if lacking else Finding(name, "ok", found)
+        missing = "; ".join(profiles.missing(replace(profile, requires=part), machine))
+        yield Finding(name, "fail", missing, SMALLER) if missing else Finding(name, "ok", found)
 
 
 def check_free_memory(profile: Profile, machine: Machine, driver: Driver | DriverError) -> Iterator[Finding]:
@@ -215,25 +215,29 @@ def check_free_memory(profile: Profile, machine: Machine, driver: Driver | Drive
     gpus = () if isinstance(driver, DriverError) or not machine.gpus else driver.gpus
     others = [text for index, gpu in enumerate(gpus) for text in _holders(index, gpu)]
     found = "; ".join([_free(machine), *others])
-    lacking = list(dict.fromkeys(text for group in profile.resident for text in _lacking(group, profile, machine)))
-    if lacking:
+    missing: list[str] = []
+    for group in profile.resident:
+        missing += _shortfalls(group, profile, machine)
+    if missing:
         advice = "End what holds the memory, or choose a smaller profile: workbook plan"
-        yield Finding("free memory", "fail", "; ".join([found, *lacking]), advice)
+        # Models that are in several groups are named once.
+        yield Finding("free memory", "fail", "; ".join([found, *dict.fromkeys(missing)]), advice)
     elif others:
         yield Finding("free memory", "warn", found, "The models fit all the same; ending these leaves more room.")
     else:
         yield Finding("free memory", "ok", f"{found}: the models fit in {profile.precision}")
 
 
-def _lacking(group: Sequence[str], profile: Profile, machine: Machine) -> Iterator[str]:
-    """What each of the models that are in memory at the same time lacks, a phrase each."""
-    refs = [ref for ref in (profile.models[role] for role in group) if _config(ref)]
-    configs, labels = [loading.config(ref) for ref in refs], [ref.label for ref in refs]
-    gpus, host = [gpu.free_bytes for gpu in machine.gpus], machine.ram_available_bytes
-    placed = memory.place_together(configs, profile.precision, gpus, cpu_bytes=host)
-    for index, (label, each) in enumerate(zip(labels, placed, strict=True)):
-        if not each.fits:
-            yield f"{label} {each.why_not}{memory.left_beside(labels[:index])}"
+def _shortfalls(group: Sequence[str], profile: Profile, machine: Machine) -> Iterator[str]:
+    """What is missing for each of the models that are in memory at the same time, a phrase each."""
+    residents: list[memory.Resident] = []
+    for ref in (profile.models[role] for role in group):
+        if config := _config(ref):
+            residents.append(memory.Resident(config, profile.precision, ref.label))
+    placements = memory.place_together(residents, memory.Devices.free(machine))
+    for resident, placement in zip(residents, placements, strict=True):
+        if placement.shortfall:
+            yield f"{resident.name} {placement.shortfall}"
 
 
 def _config(ref: ModelRef) -> PretrainedConfig | None:
@@ -306,15 +310,15 @@ def _whole(profile: Profile) -> int:
 def check_disk(profile: Profile, machine: Machine, left: int) -> Iterator[Finding]:
     """The disk of the Hugging Face cache against what is left to download, and what the runner asks for."""
     part = replace(profile, requires=Requirement(disk_bytes=profile.requires.disk_bytes, cpus=0))
-    lacking = "; ".join(profiles.lacks(part, machine, profiles.downloaded_bytes(profile)))
+    missing = "; ".join(profiles.missing(part, machine, profiles.downloaded_bytes(profile)))
     cache = hardware.download_folder()
     free = hardware.disk_free(cache)
     if left > free:
         found = f"{gib(left)} to download, {gib(free)} free at {cache}"
         yield Finding("disk", "fail", found, "Free some space, or set HF_HOME to a folder on a larger disk.")
-    elif lacking:
+    elif missing:
         larger = f"move {ROOT}" if profile.offline else "set HF_HOME to a folder"
-        yield Finding("disk", "fail", lacking, f"Free some space, or {larger} on a larger disk.")
+        yield Finding("disk", "fail", missing, f"Free some space, or {larger} on a larger disk.")
     elif profile.offline:
         yield Finding("disk", "ok", f"{gib(machine.disk_free_bytes)} free, nothing to download")
     else:

@@ -1,11 +1,10 @@
-"""What this machine has: GPUs, memory, disk, processors, and how fast its memory is.
+"""What this machine has: GPUs, memory, disk, CPUs, and how fast its memory and disk are.
 
-In a container the limits of the control group and the CPU affinity count where they are lower than the host's numbers.
+In a container the limits of the control group and the CPU affinity count if they are lower than the host's numbers.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
 import os
@@ -17,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,29 +26,27 @@ from helpers.types import ROOT, Gpu, Machine, WorkbookError
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 CHUNK = 2**24  # bytes written or read at a time to measure a disk
-
-
-# Prints what detect finds as JSON.
+# A program for another process: it prints what detect finds, as JSON.
 DETECT = "import dataclasses, json, helpers.hardware as h; print(json.dumps(dataclasses.asdict(h.detect())))"
 
 
 def detect(gpus: Sequence[int] | None = None) -> Machine:
-    """What this process may use on this machine. ``disk_free_bytes`` is the project folder's disk's.
+    """What this process may use on this machine. ``disk_free_bytes`` are those of the project folder's disk.
 
     In a rehearsal (``$WORKBOOK_REHEARSAL`` names its folder) it is the machine that is rehearsed for. Asking a GPU for
-    its free memory opens a CUDA context on it, which holds some hundred MiB while this process lives: of ``gpus``, the
-    indices as torch counts, only those are asked and listed; all, unless given.
+    its free memory opens a CUDA context on it, which holds some hundred MiB while this process lives: only the GPUs
+    with the indices ``gpus``, as torch counts them, are asked and listed; unless given, all.
     """
     import psutil
 
     if rehearsal := settings.rehearsal_folder():
         return _read_machine((rehearsal / "machine.json").read_text(encoding="utf-8"))
     memory = psutil.virtual_memory()
-    limit, room = memory_limit()
+    limit, free = memory_limit()
     return Machine(
         gpus=_gpus(gpus),
         ram_bytes=int(min(memory.total, limit)),
-        ram_available_bytes=int(min(memory.available, room)),
+        ram_available_bytes=int(min(memory.available, free)),
         disk_free_bytes=disk_free(ROOT),
         cpu_count=_cpu_count(),
         cpu_name=_cpu_name(),
@@ -67,25 +65,27 @@ def download_folder() -> Path:
 
 def disk_free(folder: Path) -> int:
     """Bytes free on the disk of a folder, which need not exist yet."""
-    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(nearest).free
 
 
 def detect_apart() -> Machine:
-    """What ``detect`` finds, looked up by another process: on a machine with GPUs, no CUDA context stays in this one.
+    """What ``detect`` finds, by another process: on a machine with GPUs, no CUDA context stays in this one.
 
-    Raises WorkbookError with that process's last words where it fails, such as on a GPU that gives no context.
+    Raises WorkbookError with that process's last line if it fails, for example on a GPU that gives no context.
     """
     done = subprocess.run([sys.executable, "-c", DETECT], capture_output=True, text=True, check=False)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise WorkbookError(f"this machine cannot be looked at: {last} (see workbook doctor, and nvidia-smi)")
+        lines = done.stderr.strip().splitlines()
+        reason = lines[-1] if lines else f"exit code {done.returncode}"
+        raise WorkbookError(f"This machine could not be examined: {reason}. Run workbook doctor, and nvidia-smi.")
     return _read_machine(done.stdout)
 
 
 def memory_bandwidth(bytes: int = 2**28, repeats: int = 7, device: str = "cpu") -> float:
-    """Measured memory bandwidth of a device in bytes a second: the median over large copies.
+    """Measured memory bandwidth of a device in bytes per second: the median over large copies.
 
-    A copy of n bytes moves 2n: it reads n and writes n. ``bytes`` should be well above the processor's caches.
+    A copy of n bytes moves 2n: it reads n and writes n. ``bytes`` should be well above the CPU's caches.
     """
     import torch
 
@@ -103,9 +103,9 @@ def memory_bandwidth(bytes: int = 2**28, repeats: int = 7, device: str = "cpu") 
 
 @dataclass(frozen=True)
 class DiskSpeed:
-    """Measured sequential reading: bytes a second over ``read_bytes`` in a file of ``folder``.
+    """Measured sequential reading: bytes per second over ``read_bytes`` of a file in ``folder``.
 
-    ``direct``: read past the operating system's cache (O_DIRECT); else the cache was emptied of the file first.
+    ``direct``: read past the operating system's cache (O_DIRECT); otherwise the file was dropped from it first.
     """
 
     bytes_per_second: float
@@ -115,44 +115,53 @@ class DiskSpeed:
 
 
 def disk_read_speed(folder: Path, bytes: int = 2**28, seconds: float = 1.5) -> DiskSpeed:
-    """How fast the disk under a folder is read in a row, with the page cache out of the way.
+    """Measure sequential reading from the disk under a folder, past the page cache.
 
-    A file of ``bytes`` random bytes (fewer where writing takes longer than ``seconds``) is written in the folder and
+    A file of ``bytes`` random bytes (fewer if writing takes longer than ``seconds``) is written in the folder and
     flushed to the disk, then read for at most ``seconds`` and deleted. A cache in the disk itself, or in the host of a
-    virtual machine, may still answer. Raises OSError where the folder takes no file, or the disk is full.
+    virtual machine, may still answer. Raises OSError if the folder takes no file, or the disk is full.
     """
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".disk-speed-") as file:
         start = time.perf_counter()
-        while file.tell() < bytes and (not file.tell() or time.perf_counter() - start < seconds):
+        while file.tell() < bytes:
+            # Random bytes: a disk that compresses would be too fast with zeros.
             file.write(os.urandom(CHUNK))
             file.flush()
             os.fsync(file.fileno())
+            if time.perf_counter() - start >= seconds:
+                break
         read, elapsed, direct = _read_uncached(Path(file.name), seconds)
     return DiskSpeed(read / elapsed, read, str(folder), direct)
 
 
 def memory_limit(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> tuple[float, float]:
-    """(limit, room left) in bytes that the control groups set (versions 1 and 2); inf where there is none.
+    """(limit, bytes left) that the control groups set (versions 1 and 2); inf if they set none.
 
-    File cache that the kernel drops under pressure counts as room.
+    File cache that the kernel drops under pressure counts as left.
     """
-    found = [_group_memory(folder) for folder in _groups("memory", cgroups, membership)]
-    limits, rooms = zip(*found, strict=True) if found else ((math.inf,), (math.inf,))
-    return min(limits), min(rooms)
+    limit = left = math.inf
+    for folder in _groups("memory", cgroups, membership):
+        # The lowest limit and the least that is left may be those of two groups.
+        group_limit, group_left = _group_memory(folder)
+        limit, left = min(limit, group_limit), min(left, group_left)
+    return limit, left
 
 
 def cpu_limit(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float:
-    """CPUs that the control groups' quota allows (1.5 means one and a half), inf where there is none."""
-    return min((_group_cpus(folder) for folder in _groups("cpu", cgroups, membership)), default=math.inf)
+    """CPUs that the control groups' quota allows (1.5 means one and a half); inf without a quota."""
+    return min(map(_group_cpus, _groups("cpu", cgroups, membership)), default=math.inf)
 
 
 def _read_uncached(file: Path, seconds: float) -> tuple[int, float, bool]:
     """(bytes read, seconds it took, whether with O_DIRECT) of a file that is on the disk."""
     descriptor, direct = _open_uncached(file)
-    buffer = mmap.mmap(-1, CHUNK)  # O_DIRECT asks for memory that begins with a page
+    buffer = mmap.mmap(-1, CHUNK)  # O_DIRECT needs memory that begins with a page
+    read, elapsed, start = 0, 0.0, time.perf_counter()
     try:
-        read, start, elapsed = 0, time.perf_counter(), 0.0
-        while elapsed < seconds and (count := os.readv(descriptor, [buffer])):
+        while elapsed < seconds:
+            count = os.readv(descriptor, [buffer])
+            if not count:
+                break
             read, elapsed = read + count, time.perf_counter() - start
         return read, elapsed, direct
     finally:
@@ -160,7 +169,8 @@ def _read_uncached(file: Path, seconds: float) -> tuple[int, float, bool]:
 
 
 def _open_uncached(file: Path) -> tuple[int, bool]:
-    with contextlib.suppress(OSError, AttributeError):  # some file systems and systems have no O_DIRECT
+    """(file descriptor, whether with O_DIRECT); without it the file is dropped from the page cache first."""
+    with suppress(OSError, AttributeError):  # some file systems, and macOS, have no O_DIRECT
         return os.open(file, os.O_RDONLY | os.O_DIRECT), True
     descriptor = os.open(file, os.O_RDONLY)
     if hasattr(os, "posix_fadvise"):
@@ -188,53 +198,67 @@ def _groups(controller: str, cgroups: Path, membership: Path) -> Iterator[Path]:
             continue
         root = cgroups / controllers if controllers else cgroups
         folder = root / path.lstrip("/")
-        # A container often sees its own group as the root: then the named folder is absent and the root holds.
-        yield from (each for each in (folder, *folder.parents) if each.is_relative_to(root) and each.is_dir())
+        # A container often sees its own group as the root: the named folder is then absent, and the root's limits hold.
+        for group in (folder, *folder.parents):
+            if group.is_relative_to(root) and group.is_dir():
+                yield group
 
 
 def _group_memory(folder: Path) -> tuple[float, float]:
-    version_2 = (folder / "memory.max").exists()
-    limit = _number(folder / ("memory.max" if version_2 else "memory.limit_in_bytes"))
-    used = _number(folder / ("memory.current" if version_2 else "memory.usage_in_bytes"))
+    """(limit, bytes left) of one group."""
+    names = ("memory.max", "memory.current", "inactive_file")
+    if not (folder / "memory.max").exists():  # version 1 of the control groups
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    limit, used = _number(folder / names[0]), _number(folder / names[1])
     if math.isinf(limit) or math.isinf(used):
         return math.inf, math.inf
+    droppable = 0  # file cache that the kernel would give back
     statistic = folder / "memory.stat"
-    lines = statistic.read_text().splitlines() if statistic.is_file() else []
-    key = "inactive_file " if version_2 else "total_inactive_file "
-    dropped = sum(int(line.split()[1]) for line in lines if line.startswith(key))
-    return limit, max(limit - used + dropped, 0)
+    if statistic.is_file():
+        for line in statistic.read_text().splitlines():
+            key, _, value = line.partition(" ")
+            if key == names[2]:
+                droppable = int(value)
+    return limit, max(limit - used + droppable, 0)
 
 
 def _group_cpus(folder: Path) -> float:
     if (folder / "cpu.max").is_file():
-        quota, period = (folder / "cpu.max").read_text().split()
-        return math.inf if quota == "max" else int(quota) / int(period)
+        allowed, interval = (folder / "cpu.max").read_text().split()
+        return math.inf if allowed == "max" else int(allowed) / int(interval)
+    # Version 1 writes -1 for "no quota".
     quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
     return quota / period if 0 < quota < math.inf else math.inf
 
 
 def _number(file: Path) -> float:
-    """The number in a control file, inf where the file is absent or says "max"."""
+    """The number in a control file; inf if the file is absent or says "max"."""
     text = file.read_text().strip() if file.is_file() else "max"
     return math.inf if text == "max" else int(text)
 
 
 def _cpu_count() -> int:
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(min(affinity, cpu_limit())))
+    count = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # Linux: a batch system often pins a job to some CPUs
+        count = len(os.sched_getaffinity(0))
+    return max(1, int(min(count, cpu_limit())))
 
 
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            key, _, name = line.partition(":")
+            if key.strip() == "model name" and name.strip():
+                return name.strip()
+    return platform.processor() or platform.machine()
 
 
 def _gpus(wanted: Sequence[int] | None) -> tuple[Gpu, ...]:
     import torch
 
-    return tuple(_gpu(index) for index in (range(torch.cuda.device_count()) if wanted is None else wanted))
+    indices = range(torch.cuda.device_count()) if wanted is None else wanted
+    return tuple(map(_gpu, indices))
 
 
 def _gpu(index: int) -> Gpu:

@@ -16,10 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from helpers import hardware, settings, shards
+from helpers import hardware, memory, settings, shards
 from helpers.hub_cache import VERIFIED, CachedRepository, recorded_hashes, repository
 from helpers.layers import quantizable_layers, quantized_layers, stored_bytes, weights_in
-from helpers.memory import CacheHeads, kv_bytes_per_token, place, published_config, published_models
+from helpers.memory import (
+    Devices,
+    Resident,
+    Workload,
+    kv_bytes_per_token,
+    published_config,
+    published_models,
+)
 from helpers.progress import bar_class, bars, human, waiting, weights_bar
 from helpers.prompts import format_for
 from helpers.quantization import QuantizationError, bnb_config, verify_against_checkpoint, verify_quantized
@@ -51,6 +58,7 @@ if TYPE_CHECKING:
 
 DeviceMap = str | dict[str, int | str]
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "bfloat16", "nf4": "bfloat16"}
+ONE_SEQUENCE = Workload()  # what a placement keeps memory for unless told otherwise: 2048 tokens
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 _DEVICE_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate chooses the devices
@@ -102,8 +110,8 @@ def load(
     config = read_config(ref, checkpoint)
     _check_config(ref, config, precision)
     files = shards.checked(checkpoint, verify)
-    room = {"offload": offload, "double_quant": double_quant, "cache_heads": "kv" if grouped_cache else "library"}
-    places = device_map or _default_device_map(config, precision, **room)
+    workload = Workload(cache_heads="kv" if grouped_cache else "library", double_quant=double_quant)
+    places = device_map or _default_device_map(config, precision, workload, offload=offload)
     with _repair(ref, precision) as repaired, _grouping(ref, wanted=grouped_cache), load_errors(ref, checkpoint):
         model = _verified_model(files, config, precision, places, double_quant)
         tokenizer = read_tokenizer(checkpoint)
@@ -555,77 +563,64 @@ def device_map_for(
     config: PreTrainedConfig,
     precision: str,
     machine: Machine,
+    workload: Workload = ONE_SEQUENCE,
     *,
     offload: bool = False,
-    double_quant: bool = False,
-    context_tokens: int = 2048,
-    cache_heads: CacheHeads = "kv",
 ) -> dict[str, int | str]:
     """Where the modules of a model go on a machine: whole layers over the free memory of its GPUs, or all on the CPU.
 
-    That is ``memory.place`` with room for one sequence of ``context_tokens``, ``cache_heads`` of it cached. With
-    ``offload``, what the GPUs do not hold lies in free memory, and what that does not hold is read from disk each time
-    it is used.
-    Raises LoadError where it does not fit, with what is lacking and what would fit, and WorkbookError where int8 or nf4
+    That is ``memory.place_together``'s answer for this workload. With ``offload``, what the GPUs do not hold lies in
+    free memory, and what that does not hold is read from disk each time it is used.
+    Raises LoadError if it does not fit, with the shortfall and what would fit, and WorkbookError if int8 or nf4
     weights would have to be offloaded.
     """
-    work = {"context_tokens": context_tokens, "double_quant": double_quant, "cache_heads": cache_heads}
-    device_map, why_not = _placed(config, precision, machine, offload=offload, **work)
-    if why_not:
-        others = [each for each in PRECISIONS if each != precision]
-        fitting = [each for each in others if not _placed(config, each, machine, **work)[1]]
-        first = f"Choose {fitting[0]}, which fits" if fitting else "Choose a larger machine: no precision fits"
-        slower = "" if offload or precision in QUANTIZED else "; or load with offload=True, which is slow"
-        raise LoadError(f"In {precision} it does not fit: it {why_not}. {first}{slower}.")
-    return device_map
+    devices = Devices.free(machine, offload=offload)
+    (placement,) = memory.place_together([Resident(config, precision)], devices, workload)
+    if placement.shortfall is None:
+        # Without GPUs or offloading there is nothing to split: one entry stands for the whole model.
+        return placement.device_map if machine.gpus or offload else {"": "cpu"}
+    advice = "Choose a larger machine: no precision fits"
+    for other in PRECISIONS:
+        # What is offered fits without offloading, which is slow.
+        if other != precision and memory.shortfall(config, other, machine, workload) is None:
+            advice = f"Choose {other}, which fits"
+            break
+    if not offload and precision not in QUANTIZED:
+        advice += "; or load with offload=True, which is slow"
+    raise LoadError(f"The model does not fit in {precision}: it {placement.shortfall}. {advice}.")
 
 
-def _placed(
-    config: PreTrainedConfig,
-    precision: str,
-    machine: Machine,
-    *,
-    context_tokens: int,
-    double_quant: bool,
-    cache_heads: CacheHeads,
-    offload: bool = False,
-) -> tuple[dict[str, int | str], str]:
-    """(device map, what is lacking) as ``device_map_for`` has them; it fits where the text is empty."""
-    work = {"context_tokens": context_tokens, "double_quant": double_quant, "cache_heads": cache_heads}
-    if machine.gpus or offload:
-        free = [gpu.free_bytes for gpu in machine.gpus]
-        slower = {"cpu_bytes": machine.ram_available_bytes, "disk": True} if offload else {}
-        placed = place(config, precision, free, **work, **slower)
-        return placed.device_map, placed.why_not
-    placed = place(config, precision, [], cpu_bytes=max(machine.ram_available_bytes, 1), **work)
-    return {"": "cpu"}, f"{placed.why_not.partition(' over ')[0]} of memory" if placed.why_not else ""
-
-
-def _default_device_map(config: PreTrainedConfig, precision: str, **options: Any) -> dict[str, int | str]:
+def _default_device_map(
+    config: PreTrainedConfig, precision: str, workload: Workload = ONE_SEQUENCE, *, offload: bool = False
+) -> dict[str, int | str]:
     """This machine's; of several processes (torchrun) on GPUs, each its own; in a rehearsal all devices are the CPU."""
     import torch
 
     several = int(os.environ.get("WORLD_SIZE") or "1") > 1
     if several and settings.rehearsal_folder() is None and torch.cuda.is_available():
-        return _on_own_gpu(config, precision, **options)
+        return _on_own_gpu(config, precision, workload, offload=offload)
     machine = hardware.detect()
-    device_map = device_map_for(config, precision, machine, **options)
+    device_map = device_map_for(config, precision, machine, workload, offload=offload)
     return dict.fromkeys(device_map, "cpu") if machine.rehearsed else device_map
 
 
-def _on_own_gpu(config: PreTrainedConfig, precision: str, **options: Any) -> dict[str, int | str]:
-    """The map of one of several processes: the GPU of its local rank, and no other, which is not even looked at."""
+def _on_own_gpu(config: PreTrainedConfig, precision: str, workload: Workload, *, offload: bool) -> dict[str, int | str]:
+    """The map of one of several processes: the GPU of its local rank; the others are not even looked at."""
     import torch
 
     rank, count = os.environ.get("LOCAL_RANK", ""), torch.cuda.device_count()
     if not rank.isdecimal() or int(rank) >= count:
         raise LoadError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, LOCAL_RANK is {rank or 'not set'}, and there are {count} GPUs "
-            f"here: start one process a GPU, with torchrun --nproc-per-node {count}, or unset WORLD_SIZE."
+            f"here. Start one process per GPU, with torchrun --nproc-per-node {count}, or unset WORLD_SIZE."
         )
     own = int(rank)
-    found = device_map_for(config, precision, hardware.detect(gpus=[own]), **options)
-    return {"": own} if set(found.values()) == {0} else {name: own if at == 0 else at for name, at in found.items()}
+    machine = hardware.detect(gpus=[own])
+    device_map = device_map_for(config, precision, machine, workload, offload=offload)
+    if set(device_map.values()) == {0}:
+        return {"": own}
+    # The placement counts the GPUs it was given, and this process gave one: its 0 is the own GPU.
+    return {name: own if device == 0 else device for name, device in device_map.items()}
 
 
 def device_of(name: str, device_map: DeviceMap) -> int | str | None:

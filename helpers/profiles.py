@@ -56,28 +56,28 @@ def available() -> tuple[str, ...]:
     return tuple(profile.name for profile in _all())
 
 
-def lacks(profile: Profile, machine: Machine, downloaded_bytes: int = 0) -> list[str]:
-    """What the machine lacks for the profile, a sentence each; empty where it can run.
+def missing(profile: Profile, machine: Machine, downloaded_bytes: int = 0) -> list[str]:
+    """What the machine does not have of what the profile needs, a phrase each; empty if the profile can run.
 
-    ``downloaded_bytes`` of the models are on the disk already and need no further room.
+    ``downloaded_bytes`` of the models are on the disk already and need no further space.
     """
     need = profile.requires
     enough = [gpu for gpu in machine.gpus if gpu.total_bytes >= need.gpu_bytes]
-    missing = []
+    phrases = []
     if len(enough) < need.gpus:
-        missing.append(f"needs {_gpus(need.gpus, need.gpu_bytes)}, this machine has {_owned(machine)}")
+        phrases.append(f"needs {_gpus(need.gpus, need.gpu_bytes)}, this machine has {_owned(machine)}")
     if machine.cpu_count < need.cpus:
-        missing.append(f"needs {need.cpus} CPUs, this machine has {machine.cpu_count}")
+        phrases.append(f"needs {need.cpus} CPUs, this machine has {machine.cpu_count}")
     if machine.ram_bytes < need.ram_bytes:
-        missing.append(f"needs {gib(need.ram_bytes)} of memory, this machine has {gib(machine.ram_bytes)}")
+        phrases.append(f"needs {gib(need.ram_bytes)} of memory, this machine has {gib(machine.ram_bytes)}")
     disk = need.disk_bytes - downloaded_bytes
-    in_cache = machine.cache_free_bytes is not None and not profile.offline
-    free, where = (
-        (machine.cache_free_bytes, " for the Hugging Face cache") if in_cache else (machine.disk_free_bytes, "")
-    )
+    free, where = machine.disk_free_bytes, ""
+    if machine.cache_free_bytes is not None and not profile.offline:
+        # Downloads go to the cache of the hub, which may lie on another disk than the project.
+        free, where = machine.cache_free_bytes, " for the Hugging Face cache"
     if free < disk:
-        missing.append(f"needs {gib(disk)} of free disk, this machine has {gib(free)}{where}")
-    return missing
+        phrases.append(f"needs {gib(disk)} of free disk, this machine has {gib(free)}{where}")
+    return phrases
 
 
 def downloaded_bytes(profile: Profile, cache: Path | None = None) -> int:
@@ -143,7 +143,7 @@ def _largest(machine: Machine) -> Profile:
     smallest, *larger = _all()
     largest = smallest  # even if this machine cannot run it: it needs the least
     for profile in larger:
-        if not lacks(profile, machine, downloaded_bytes(profile)):
+        if not missing(profile, machine, downloaded_bytes(profile)):
             largest = profile
     return largest
 

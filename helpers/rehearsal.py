@@ -123,17 +123,20 @@ def machine_of(profile: Profile) -> Machine:
 def plan(profile: Profile, machine: Machine) -> list[Planned]:
     """Every model at its true size on the meta device, placed beside those that are in memory at the same time.
 
-    That is ``memory.place_together``, as in ``workbook plan``. Raises RehearsalError where one does not fit, or where
-    the placement leaves a weight out.
+    That is ``memory.place_together``, as in ``workbook plan``. Raises RehearsalError if one does not fit, or if the
+    placement leaves a weight out.
     """
-    free, plans = [gpu.free_bytes for gpu in machine.gpus], []
+    devices, plans = memory.Devices.free(machine), []
     for group in profile.resident:
         refs = [profile.models[role] for role in group]
-        placed = memory.place_together([config(ref) for ref in refs], profile.precision, free)
-        for index, (ref, placement) in enumerate(zip(refs, placed, strict=True)):
-            if not placement.fits:
-                why = placement.why_not + memory.left_beside([each.id for each in refs[:index]])
-                raise RehearsalError(f"{ref.id} in {profile.precision} would not fit on this profile's machine: {why}")
+        residents = [memory.Resident(config(ref), profile.precision, ref.id) for ref in refs]
+        placements = memory.place_together(residents, devices)
+        for ref, placement in zip(refs, placements, strict=True):
+            if placement.shortfall:
+                raise RehearsalError(
+                    f"{ref.id} in {profile.precision} would not fit on this profile's machine: "
+                    f"it {placement.shortfall}. Run workbook plan to see what would fit."
+                )
             plans.append(_planned(ref, profile, placement))
     return plans
 

@@ -196,13 +196,31 @@ class MemoryEstimate:
 
 
 @dataclass(frozen=True)
+class Shortfall:
+    """Bytes that are missing, and the devices that do not hold enough, such as "4 devices of 74.5 GiB".
+
+    ``str`` gives the rest of a sentence that begins with "it".
+    """
+
+    bytes: int
+    devices: str
+
+    def __str__(self) -> str:
+        return f"needs {gib(self.bytes)} more than {self.devices} can hold"
+
+
+@dataclass(frozen=True)
 class Placement:
     """Which device holds which module. ``per_device_bytes`` counts weights and each layer's share of the rest."""
 
     device_map: dict[str, int | str]
     per_device_bytes: dict[int | str, int]
-    fits: bool
-    why_not: str = ""
+    shortfall: Shortfall | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing is missing."""
+        return self.shortfall is None
 
 
 @dataclass(frozen=True)

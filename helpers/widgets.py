@@ -758,20 +758,20 @@ def memory_planner(setup: Setup = Setup()) -> MemoryPlanner | Views:
 
 
 def plan(setup: Setup) -> Plan:
-    """The estimate and the placement for a setup. Raises WorkbookError where precision and mode do not go together.
+    """The estimate and the placement for a setup. Raises WorkbookError if precision and mode do not go together.
 
     Inference places whole layers (``memory.place``), training is spread evenly (``memory.shard``).
     """
     from helpers import memory
 
     config = memory.published_config(setup.model)
-    work = {"batch_size": setup.batch_size, "context_tokens": setup.context_tokens}
-    estimate = memory.estimate(config, setup.precision, mode=setup.mode, **work)
+    workload = memory.Workload(setup.batch_size, setup.context_tokens)
+    estimate = memory.estimate(config, setup.precision, mode=setup.mode, workload=workload)
     gpus = [setup.gpu_gb * 1e9] * setup.gpu_count
     if setup.mode == "inference":
-        placed = memory.place(config, setup.precision, gpus, **work)
+        placed = memory.place(config, setup.precision, gpus, workload=workload)
     else:
-        placed = memory.shard(config, setup.precision, gpus, mode=setup.mode, **work)
+        placed = memory.shard(config, setup.precision, gpus, mode=setup.mode, workload=workload)
     return Plan(setup, estimate, placed)
 
 
@@ -799,11 +799,10 @@ def verdict_text(planned: Plan) -> str:
     """Whether a plan fits, as a sentence."""
     setup, placed = planned.setup, planned.placed
     gpus = f"{_counted(setup.gpu_count, 'GPU', 'GPUs')} of {setup.gpu_gb} GB"
-    if not placed.fits:
-        return f"Does not fit on {gpus}: {placed.why_not}."
-    fullest = (
-        f"the fullest holds {max(placed.per_device_bytes.values()) / GIB:.1f} of {setup.gpu_gb * 1e9 / GIB:.1f} GiB"
-    )
+    if placed.shortfall:
+        return f"Does not fit on {gpus}: it {placed.shortfall}."
+    held, size = max(placed.per_device_bytes.values()), setup.gpu_gb * 1e9
+    fullest = f"the fullest holds {held / GIB:.1f} of {size / GIB:.1f} GiB"
     how = "in whole layers" if setup.mode == "inference" else "spread evenly (ZeRO-3)"
     return f"Fits on {gpus}, {how}: {fullest}."
 
@@ -872,22 +871,24 @@ def _planner_controls(setup: Setup) -> dict[str, ValueWidget]:
 
     from helpers.memory import MODES, published_models
 
-    style = {"style": {"description_width": "110px"}, "layout": {"width": "380px"}}
     contexts = sorted({setup.context_tokens, *(2**power for power in range(7, 14))})
     sizes = [(f"{size} GB", size) for size in sorted({setup.gpu_gb, 16, 24, 40, 48, 80, 141})]
-    slider = partial(w.IntSlider, min=1, max=64, continuous_update=False, **style)
-    return {
-        "model": w.Dropdown(options=published_models(), value=setup.model, description="Model", **style),
-        "precision": w.Dropdown(options=PLANNED_PRECISIONS, value=setup.precision, description="Precision", **style),
-        "mode": w.Dropdown(options=MODES, value=setup.mode, description="Work", **style),
+    slider = partial(w.IntSlider, min=1, max=64, continuous_update=False)
+    controls: dict[str, ValueWidget] = {
+        "model": w.Dropdown(options=published_models(), value=setup.model, description="Model"),
+        "precision": w.Dropdown(options=PLANNED_PRECISIONS, value=setup.precision, description="Precision"),
+        "mode": w.Dropdown(options=MODES, value=setup.mode, description="Work"),
         "batch_size": slider(setup.batch_size, description="Sequences"),
         "context_tokens": w.SelectionSlider(
             options=contexts,
             value=setup.context_tokens,
             description="Context (tokens)",
             continuous_update=False,
-            **style,
         ),
-        "gpu_gb": w.Dropdown(options=sizes, value=setup.gpu_gb, description="GPU memory", **style),
+        "gpu_gb": w.Dropdown(options=sizes, value=setup.gpu_gb, description="GPU memory"),
         "gpu_count": slider(setup.gpu_count, description="GPUs"),
     }
+    for control in controls.values():
+        control.style.description_width = "110px"
+        control.layout.width = "380px"
+    return controls

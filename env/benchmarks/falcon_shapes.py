@@ -85,9 +85,9 @@ def measure(
 ) -> dict[str, Any]:
     """One row of figures: bytes, seconds and tokens a second; where the plan says that it does not fit, why."""
     row = {"precision": precision, "parameters": memory.count_parameters(config)}
-    tokens = context_tokens + new_tokens + 1
+    workload = memory.Workload(context_tokens=context_tokens + new_tokens + 1)
     try:
-        device_map_for(config, precision, machine, context_tokens=tokens)
+        device_map_for(config, precision, machine, workload)
     except LoadError as error:
         return row | {"skipped": str(error)}
     build(shape("tiny"), precision, device)  # what is loaded once, the device's context above all
@@ -98,7 +98,7 @@ def measure(
     held = stored_bytes(model)
     with peak_memory(device) as running:
         row |= speed(model, context_tokens, new_tokens)
-    planned = memory.estimate(config, precision, context_tokens=tokens)
+    planned = memory.estimate(config, precision, workload=workload)
     moved = held - _idle_embeddings(model) + context_tokens * memory.kv_bytes_per_token(config, precision)
     bandwidth = hardware.memory_bandwidth(device=device)
     del model

@@ -78,7 +78,7 @@ class Subject:
         """
         weights = memory.weight_bytes(self.config, precision)
         if not self.config.tie_word_embeddings:
-            weights -= self.config.vocab_size * self.config.hidden_size * (4 if precision == "fp32" else 2)
+            weights -= self.config.vocab_size * self.config.hidden_size * memory.element_bytes(precision)
         cached = case.batch_size * (case.context - case.new_tokens // 2)
         return weights + cached * memory.kv_bytes_per_token(self.config, precision, heads="kv")
 

@@ -279,8 +279,8 @@ def _groups(subject: Subject, cases: Sequence[Case], kinds: Sequence[Kind], setu
     So too on GPUs where vLLM is among them: its pool takes most of a GPU.
     """
     largest = max(cases, key=lambda case: case.context * case.batch_size)
-    sizes = {"batch_size": largest.batch_size, "context_tokens": largest.context}
-    one = memory.estimate(subject.config, setup.precision, **sizes).total
+    workload = memory.Workload(largest.batch_size, largest.context)
+    one = memory.estimate(subject.config, setup.precision, workload=workload).total
     gpus, ram = setup.machine.gpus, setup.machine.ram_available_bytes
     free = sum(gpu.free_bytes for gpu in gpus) if gpus else ram
     present = [kind for kind in kinds if not missing(kind, setup)]

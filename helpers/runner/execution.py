@@ -353,7 +353,7 @@ def _check_machine(profile: Profile) -> None:
 
     if not profile.requires.gpus:
         return
-    if missing := profiles.lacks(profile, hardware.detect_apart(), profiles.downloaded_bytes(profile)):
+    if missing := profiles.missing(profile, hardware.detect_apart(), profiles.downloaded_bytes(profile)):
         needs = "; ".join(missing)
         raise UsageError(f"profile {profile.name} cannot run here: {needs} (workbook plan --profile {profile.name})")
 

@@ -237,7 +237,7 @@ print(f"{machine.disk_free_bytes / 2**30:.0f} GiB free on disk")
 # %%
 rows = []
 for each in map(profiles.load_profile, profiles.available()):
-    missing = profiles.lacks(each, machine, profiles.downloaded_bytes(each))
+    missing = profiles.missing(each, machine, profiles.downloaded_bytes(each))
     rows.append((each.name, "; ".join(missing) or "runs here"))
 pd.DataFrame(rows, columns=["profile", "on this machine"]).set_index("profile")
 

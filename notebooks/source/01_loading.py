@@ -43,7 +43,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 stand_in = profiles.load_profile("laptop").falcon
-too_big = memory.lacks(loading.config(settings.falcon), "bf16", hardware.detect())
+too_big = memory.shortfall(loading.config(settings.falcon), "bf16", hardware.detect())
 checkpoint = loading.resolve(stand_in if too_big else settings.falcon)
 tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, device_map="auto")
@@ -136,7 +136,7 @@ device_map = infer_auto_device_map(
 
 # %%
 placement = memory.place(published, "bf16", gpus=[80e9] * 8)
-print("fits" if placement.fits else placement.why_not)
+print("fits" if placement.fits else f"does not fit: it {placement.shortfall}")
 figure = plots.placement(
     placement, dict.fromkeys(range(8), 80e9), "Falcon-180B in bf16 on 8x A100 80GB"
 )

@@ -438,7 +438,7 @@ def with_interval(value) -> str:
 
 # %%
 def overview(ref, found: dict) -> pd.DataFrame:
-    missing = bench.lacking(ref, settings.precisions)
+    missing = bench.shortfalls(ref, settings.precisions)
     table = {p: {"weights, GiB": missing.get(p, "")} for p in settings.precisions}
     for p, row in found.items():
         report = row["report"]
@@ -459,7 +459,7 @@ overview(settings.falcon, falcon)
 
 # %%
 def bars(ref, found: dict, speeds) -> list[dict]:
-    missing = bench.lacking(ref, settings.precisions)
+    missing = bench.shortfalls(ref, settings.precisions)
     decode = {row.precision: row.decode for row in speeds.rows if row.batch_size == 1}
     rows = [{"precision": p, "lacks": missing.get(p)} for p in settings.precisions]
     for row in rows:

@@ -151,7 +151,7 @@ def test_a_batch_that_cannot_fit_becomes_a_row_that_says_so(tiny_loaded):
     assert fits.decode
     assert not lacks.decode
     assert lacks.peak_bytes is None
-    assert "GiB for this batch" in lacks.lacks
+    assert "GiB missing for this batch" in lacks.lacks
     table = Benchmark((fits, lacks), False).table()
     assert table["read, tokens/s"].iloc[1] == lacks.lacks
     assert table.index.names == ["model", "precision", "batch size"]
@@ -209,10 +209,10 @@ def test_a_processors_memory_is_shared():
     assert not bench.fit_together(config, ["fp32", "bf16"], machine(ram_bytes=36 * 2**30))
 
 
-def test_what_lacks_is_named():
+def test_what_is_missing_is_named():
     falcon = load_profile("8x80gb").falcon
-    assert bench.lacking(falcon, ["fp32", "bf16", "nf4"], machine(8)).keys() == {"fp32"}
-    assert "GiB" in bench.lacking(falcon, ["bf16"], machine(2))["bf16"]
+    assert bench.shortfalls(falcon, ["fp32", "bf16", "nf4"], machine(8)).keys() == {"fp32"}
+    assert "GiB" in bench.shortfalls(falcon, ["bf16"], machine(2))["bf16"]
 
 
 @pytest.mark.parametrize(("ram_bytes", "groups"), [(8 * 2**30, [["bf16", "nf4"]]), (60 * MIB, [["bf16"], ["nf4"]])])

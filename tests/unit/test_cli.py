@@ -125,7 +125,7 @@ def test_a_run_from_start_to_expected_values(project):
     assert (run / "report.html").exists()
 
 
-def test_plan_shows_what_fits_and_what_lacks(monkeypatch):
+def test_plan_shows_what_fits_and_what_is_missing(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     result = workbook("plan", "--profile", "8x40gb")
     assert result.exit_code == 0
@@ -134,7 +134,7 @@ def test_plan_shows_what_fits_and_what_lacks(monkeypatch):
     start = next(index for index, line in enumerate(lines) if line[:1] == ["falcon-180B"])
     falcon = {precision: next(line for line in lines[start:] if precision in line) for precision in ("bf16", "nf4")}
     assert "332.59" in falcon["bf16"]  # 178,557,088,768 parameters of two bytes
-    assert falcon["bf16"][-2] == "lacks"
+    assert falcon["bf16"][-1] == "missing"
     assert falcon["nf4"][-1] == "yes"
     assert any(line[:1] == ["meta-llama/Llama-2-70b-chat-hf"] for line in lines)
     assert any(line[:1] == ["02_quantization"] for line in lines)
@@ -145,8 +145,8 @@ def test_plan_of_a_model_that_does_not_fit_answers_what_would(tmp_path, monkeypa
     result = workbook("plan", "--gpus", "4x80", "--precision", "bf16", "--figure", str(tmp_path / "plan.png"))
     assert result.exit_code == 0
     text = " ".join(result.stdout.split())
-    assert "falcon-180B in bf16 does not fit: it lacks 52.7 GiB over 4 devices of 74.5 GiB." in text
-    assert "What would: int8 or nf4 on 4 GPUs of 80 GB; bf16 on 5 GPUs of 80 GB." in text
+    assert "falcon-180B in bf16 does not fit: it needs 52.7 GiB more than 4 devices of 74.5 GiB can hold." in text
+    assert "What would fit: int8 or nf4 on 4 GPUs of 80 GB; bf16 on 5 GPUs of 80 GB." in text
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
 

@@ -11,7 +11,7 @@ from helpers import decoding, generation, loading
 from helpers.bench import peak_memory
 from helpers.chat import Chat
 from helpers.decoding import PLAIN, Decoding
-from helpers.memory import estimate
+from helpers.memory import Workload, estimate
 from helpers.profiles import load_profile
 from helpers.types import Loaded, Sampling, WorkbookError
 
@@ -151,7 +151,7 @@ def test_long_prompts_are_read_in_chunks_that_the_plan_has_room_for(mini, monkey
     chunked = peak_of(mini, prompt)
     assert chunked[0].token_ids == whole[0].token_ids
     tokens = whole[0].prompt_tokens + whole[0].tokens
-    planned = estimate(mini.model.config, "fp32", context_tokens=tokens)
+    planned = estimate(mini.model.config, "fp32", workload=Workload(context_tokens=tokens))
     assert chunked[1] < 0.6 * whole[1]
     assert chunked[1] < planned.kv_cache + planned.activations
 

@@ -174,7 +174,7 @@ def test_torch_and_driver_must_fit(cuda, usable, status, words):
 def test_the_machine_fails_exactly_where_the_runner_would_refuse_it(name, here):
     profile = profiles.load_profile(name)
     failed = [finding.found for finding in doctor.check_machine(profile, here) if finding.status == "fail"]
-    assert failed == [text for text in profiles.lacks(profile, here) if "disk" not in text]
+    assert failed == [text for text in profiles.missing(profile, here) if "disk" not in text]
 
 
 def test_enough_free_memory_is_ok_and_another_process_is_named():
@@ -190,8 +190,8 @@ def test_enough_free_memory_is_ok_and_another_process_is_named():
 def test_too_little_free_memory_fails_and_says_by_how_much():
     finding = only(doctor.check_free_memory(BOX, machine(free=40e9), doctor.read_driver(SMI)))
     assert finding.status == "fail"
-    assert "falcon-180B lacks" in finding.found
-    assert "falcon-180B-chat lacks" in finding.found
+    assert "falcon-180B needs" in finding.found
+    assert "falcon-180B-chat needs" in finding.found
 
 
 @pytest.mark.parametrize("free", [52e9, 58e9, 62e9, 70e9, 76e9])
@@ -204,22 +204,24 @@ def test_models_that_share_the_gpus_must_fit_together_as_in_the_plan_and_the_reh
     assert (finding.status == "ok") == planned.fits == (free >= 70e9)
     if finding.status == "fail":
         said = finding.found.partition("Llama-2-70b-chat-hf ")[2]
-        assert re.match(r"lacks [\d.]+ GiB over 8 devices of [\d.]+ .*GiB left beside falcon-180B-chat$", said)
+        assert re.match(
+            r"needs [\d.]+ GiB more than 8 devices of [\d.]+ .*GiB left by falcon-180B-chat can hold$", said
+        )
         assert said in planned.remedies[-1]
-        with pytest.raises(rehearsal.RehearsalError, match=r"lacks .* left beside tiiuae/falcon-180B-chat$"):
+        with pytest.raises(rehearsal.RehearsalError, match=r"needs .* left by tiiuae/falcon-180B-chat can hold"):
             rehearsal.plan(BOX, here)
 
 
 def test_models_on_a_laptop_share_its_memory():
     needed = sum(
-        memory.estimate(config, "bf16", context_tokens=memory.context_for(config)).total
+        memory.estimate(config, "bf16", workload=memory.Workload(context_tokens=None)).total
         for config in map(loading.config, LAPTOP.models.values())
     )
     for ram, status in [(needed / 0.95 + 1e6, "ok"), (needed / 0.95 - 1e6, "fail")]:
         here = replace(machine(gpus=0), ram_available_bytes=int(ram))
         finding = only(doctor.check_free_memory(LAPTOP, here, doctor.DriverError("none")))
         assert finding.status == status
-    assert "of host memory left beside falcon-mini" in finding.found
+    assert "of memory left by falcon-mini" in finding.found
 
 
 def test_memory_that_nobody_visible_holds_is_told():
@@ -558,8 +560,8 @@ def test_the_laptop_can_run_here_and_the_output_is_json():
 
 
 @pytest.mark.slow
-def test_the_eight_gpu_profile_says_what_lacks_and_never_shows_the_token(hub):
-    if not profiles.lacks(BOX, hardware.detect()):
+def test_the_eight_gpu_profile_says_what_is_missing_and_never_shows_the_token(hub):
+    if not profiles.missing(BOX, hardware.detect()):
         pytest.skip("this machine is that machine")
     hub.answers = {"falcon-180B-chat": (403, "GatedRepo")}
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}

@@ -48,7 +48,7 @@ def test_detect_agrees_with_the_system():
 
 def test_affinity_lowers_the_cpu_count():
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from helpers import hardware; "
-    code += "print(hardware._cpu_count())"
+    code += "print(hardware.detect(gpus=()).cpu_count)"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "1"
 
 
@@ -113,7 +113,7 @@ def test_without_control_groups_nothing_is_limited(tmp_path):
 
 def test_a_small_quota_still_leaves_one_cpu(monkeypatch):
     monkeypatch.setattr(hardware, "cpu_limit", lambda: 0.5)
-    assert hardware._cpu_count() == 1
+    assert hardware.detect(gpus=()).cpu_count == 1
 
 
 def test_bandwidth_is_near_numpys():
@@ -142,7 +142,7 @@ def test_detecting_apart_finds_the_same_machine():
 
 def test_a_machine_that_cannot_be_looked_at_apart_says_why(monkeypatch):
     monkeypatch.setattr(hardware, "DETECT", "import sys; print('noise', file=sys.stderr); raise RuntimeError('no GPU')")
-    with pytest.raises(WorkbookError, match=r"cannot be looked at: RuntimeError: no GPU \(see workbook doctor"):
+    with pytest.raises(WorkbookError, match=r"could not be examined: RuntimeError: no GPU. Run workbook doctor"):
         hardware.detect_apart()
     monkeypatch.setattr(hardware, "DETECT", "raise SystemExit(3)")
     with pytest.raises(WorkbookError, match="exit code 3"):

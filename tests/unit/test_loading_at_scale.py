@@ -100,7 +100,12 @@ def flip_a_byte(file: Path) -> None:
 def test_a_machine_of_gpus_is_placed_on_as_planned_and_wholly(name, precision):
     config = memory.published_config(name)
     found = device_map_for(config, precision, machine(*[74.5] * 8))
-    assert found == memory.place(config, precision, [int(74.5 * GIB)] * 8, context_tokens=2048).device_map
+    assert (
+        found
+        == memory.place(
+            config, precision, [int(74.5 * GIB)] * 8, workload=memory.Workload(context_tokens=2048)
+        ).device_map
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     check_device_map(model, found)  # accelerate's: nothing is left out
@@ -111,38 +116,42 @@ def test_a_machine_of_gpus_is_placed_on_as_planned_and_wholly(name, precision):
 
 def test_what_does_not_fit_says_what_is_lacking_and_what_would_fit():
     config = memory.published_config("tiiuae/falcon-180B")
-    planned = memory.place(config, "bf16", [int(74.5 * GIB)] * 4).why_not
-    with pytest.raises(LoadError, match=rf"In bf16 .* it {planned}. Choose int8, which fits.*offload=True"):
+    planned = memory.place(config, "bf16", [int(74.5 * GIB)] * 4).shortfall
+    with pytest.raises(LoadError, match=rf"fit in bf16: it {planned}. Choose int8, which fits.*offload=True"):
         device_map_for(config, "bf16", machine(*[74.5] * 4))
-    with pytest.raises(LoadError, match=r"lacks [\d.]+ GiB over 1 device of 24.0 GiB. Choose a larger machine") as said:
+    with pytest.raises(
+        LoadError, match=r"needs [\d.]+ GiB more than 1 device of 24.0 GiB can hold. Choose a larger"
+    ) as said:
         device_map_for(config, "nf4", machine(24.0))
     assert "offload" not in str(said.value)
-    with pytest.raises(LoadError, match=r"In bf16 .* lacks 2\d\d\.\d GiB of memory. Choose a larger machine"):
+    with pytest.raises(
+        LoadError, match=r"in bf16: it needs 2\d\d\.\d GiB more than 64.0 GiB of memory .* Choose a larger"
+    ):
         device_map_for(config, "bf16", machine(ram_gib=64))
 
 
 def test_double_quantization_counts_in_the_placement():
     config = memory.published_config("tiiuae/falcon-180B")
-    tight = machine(*[48.2] * 2)
-    with pytest.raises(LoadError, match="lacks"):
-        device_map_for(config, "nf4", tight, context_tokens=256)
-    assert set(device_map_for(config, "nf4", tight, context_tokens=256, double_quant=True).values()) == {0, 1}
+    tight, short = machine(*[48.2] * 2), memory.Workload(context_tokens=256, double_quant=True)
+    with pytest.raises(LoadError, match=r"needs .* can hold"):
+        device_map_for(config, "nf4", tight, memory.Workload(context_tokens=256))
+    assert set(device_map_for(config, "nf4", tight, short).values()) == {0, 1}
     with pytest.raises(LoadError, match="Choose nf4, which fits"):
-        device_map_for(config, "int8", tight, context_tokens=256, double_quant=True)
-    for refused in ({"context_tokens": 256}, {"double_quant": True}):
+        device_map_for(config, "int8", tight, short)
+    for refused in (memory.Workload(context_tokens=256), memory.Workload(double_quant=True)):
         with pytest.raises(LoadError, match="Choose a larger machine: no precision fits"):
-            device_map_for(config, "nf4", tight, **refused)
+            device_map_for(config, "nf4", tight, refused)
         with pytest.raises(LoadError, match="Choose a larger machine: no precision fits"):
-            device_map_for(config, "int8", tight, **refused)
+            device_map_for(config, "int8", tight, refused)
 
 
 def test_the_cache_that_is_asked_for_counts_in_the_placement(monkeypatch):
     config, two = memory.published_config("tiiuae/falcon-180B"), machine(54.0, 54.0)
     assert set(device_map_for(config, "nf4", two).values()) == {0, 1}
-    with pytest.raises(LoadError, match="lacks"):
-        device_map_for(config, "nf4", two, cache_heads="library")
+    with pytest.raises(LoadError, match=r"needs .* can hold"):
+        device_map_for(config, "nf4", two, memory.Workload(cache_heads="library"))
     asked = []
-    monkeypatch.setattr(loading, "device_map_for", lambda *a, **how: asked.append(how["cache_heads"]) or {"": "cpu"})
+    monkeypatch.setattr(loading, "device_map_for", lambda *a, **how: asked.append(a[3].cache_heads) or {"": "cpu"})
     for grouped in (True, False):
         load(at(MINI), grouped_cache=grouped)
     assert asked == ["kv", "library"]
@@ -188,7 +197,7 @@ def test_each_process_of_several_takes_its_own_gpu_and_asks_no_other(two_process
 
 def test_a_process_of_several_is_refused_what_its_one_gpu_cannot_hold(two_processes):
     config = memory.published_config("tiiuae/falcon-40b")
-    with pytest.raises(LoadError, match=r"lacks [\d.]+ GiB over 1 device of 74.5 GiB. Choose int8"):
+    with pytest.raises(LoadError, match=r"needs [\d.]+ GiB more than 1 device of 74.5 GiB can hold. Choose int8"):
         loading._default_device_map(config, "bf16")
     spread = loading._default_device_map(config, "bf16", offload=True)
     assert 1 in spread.values()
@@ -269,7 +278,7 @@ def test_offload_on_a_machine_with_too_little_memory_works(mini, monkeypatch):
     config = AutoConfig.from_pretrained(mini)
     small = memory.estimate(config, "bf16").total * 0.9 / GIB
     monkeypatch.setattr(hardware, "detect", lambda: machine(ram_gib=small))
-    with pytest.raises(LoadError, match=r"lacks .* of memory"):
+    with pytest.raises(LoadError, match=r"needs .* of memory can hold"):
         load(at(mini), "bf16")
     loaded = load(at(mini), "bf16", offload=True)
     assert loaded.report.devices["disk"] > 0

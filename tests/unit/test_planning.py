@@ -32,9 +32,13 @@ def plans():
     }
 
 
+def work_of(context_tokens=None, **changes):
+    return memory.Workload(context_tokens=context_tokens, **changes)
+
+
 def plan_180b(gpus, precision="bf16", **work):
     ref = planning.published_ref(planning.FALCON_180B)
-    return planning.plan_model(ref, planning.parse_gpus(gpus), HERE, planning.Work(**work), precision)
+    return planning.plan_model(ref, planning.parse_gpus(gpus), HERE, work_of(**work), precision)
 
 
 def shown(parts, width):
@@ -62,12 +66,12 @@ def test_gpus_as_people_write_them(text, sizes):
 
 @pytest.mark.parametrize("text", ["", "8", "8*80", "0x80", "8x0", "8x80;2x40", "x80", "8x", "-1x80", "8x80,"])
 def test_gpus_that_make_no_sense_are_refused_with_an_example(text):
-    with pytest.raises(WorkbookError, match="write 8x80, or 4x80,2x40"):
+    with pytest.raises(WorkbookError, match="such as 8x80, or 4x80,2x40"):
         planning.parse_gpus(text)
 
 
 def test_thousands_of_gpus_are_refused():
-    with pytest.raises(WorkbookError, match="9999 GPUs are more"):
+    with pytest.raises(WorkbookError, match=r"9999 GPUs. Give at most 1024"):
         planning.parse_gpus("9999x80")
 
 
@@ -99,8 +103,14 @@ def test_an_unknown_model_lists_the_known_ones():
 
 @pytest.mark.parametrize("work", [{"batch_size": 0}, {"context_tokens": 0}, {"context_tokens": -5}])
 def test_work_on_nothing_is_refused(work):
-    with pytest.raises(WorkbookError, match="at least one"):
-        planning.Work(**work)
+    ref, profile = planning.published_ref(planning.FALCON_180B), profiles.load_profile("8x80gb")
+    for refused in (
+        lambda: planning.plan_model(ref, [80e9], HERE, work_of(**work)),
+        lambda: planning.plan_profile(profile, HERE, work_of(**work)),
+        lambda: planning.suggest(ref, work_of(**work)),
+    ):
+        with pytest.raises(WorkbookError, match="at least one sequence and one token"):
+            refused()
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -149,9 +159,9 @@ def test_a_second_model_without_room_is_not_planned_as_fitting():
     assert not plan.fits
     (remedy,) = plan.remedies
     three = "falcon-180B and falcon-180B-chat and Llama-2-70b-chat-hf"
-    assert remedy.startswith(f"{three} in bf16 does not fit: it lacks ")
-    assert "left beside falcon-180B; lacks" in remedy
-    assert remedy.endswith("What would: int8 or nf4 on 8 GPUs of 80 GB; bf16 on 12 GPUs of 80 GB.")
+    assert remedy.startswith(f"{three} in bf16 does not fit: it needs ")
+    assert "left by falcon-180B can hold; needs" in remedy
+    assert remedy.endswith("What would fit: int8 or nf4 on 8 GPUs of 80 GB; bf16 on 12 GPUs of 80 GB.")
     assert 11 * 0.95 * 80e9 < 2 * 357_114_177_536 + 137_953_296_384  # the weights alone need more than eleven
 
 
@@ -163,14 +173,14 @@ def test_the_remedy_holds_all_that_is_in_memory_together(count):
     assert plan.fits == (count == 7)
     if count == 6:  # either alone fits on six, so a remedy of each alone would be what is here already
         (remedy,) = plan.remedies
-        assert "GiB left beside falcon-180B-chat. What would:" in remedy
-        assert remedy.endswith("What would: int8 or nf4 on 6 GPUs of 80 GB; bf16 on 7 GPUs of 80 GB.")
+        assert "GiB left by falcon-180B-chat can hold. What would fit:" in remedy
+        assert remedy.endswith("What would fit: int8 or nf4 on 6 GPUs of 80 GB; bf16 on 7 GPUs of 80 GB.")
 
 
 def test_a_profile_and_a_model_are_told_the_same_remedy():
     profile = planning.plan_profile(profiles.load_profile("2x80gb"), HERE, precision="bf16")
     (model,) = plan_180b("2x80").remedies
-    would = " What would: nf4 on 2 GPUs of 80 GB; bf16 on 5 GPUs of 80 GB."
+    would = " What would fit: nf4 on 2 GPUs of 80 GB; bf16 on 5 GPUs of 80 GB."
     assert model.endswith(would)
     assert profile.remedies[0] == model.replace("falcon-180B in", "falcon-180B or falcon-180B-chat in")
 
@@ -203,7 +213,7 @@ def test_what_the_notebooks_do_beyond_the_plan_is_said(plans):
 
 @pytest.mark.parametrize(
     ("option", "says"),
-    [(["--double-quant"], "leave --double-quant out"), (["--figure", "plan.png"], "leave --figure out")],
+    [(["--double-quant"], "Leave --double-quant out"), (["--figure", "plan.png"], "Leave --figure out")],
 )
 def test_suggestions_refuse_what_they_would_not_look_at(option, says, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -228,7 +238,7 @@ def test_needs_are_what_place_says(plans, name):
     for need in plans[name].needs:
         (ref, *_) = [ref for ref in profile.models.values() if ref.name in need.model]
         placed = memory.place(loading.config(ref), need.precision, gpus)
-        assert (need.fits, need.why_not) == (placed.fits, placed.why_not)
+        assert (need.fits, need.shortfall) == (placed.fits, placed.shortfall)
         assert need.fits == (need.least_gpus <= len(gpus))
         assert need.total == sum(need.parts.values())
 
@@ -241,8 +251,8 @@ def test_four_cards_do_not_hold_bf16_by_how_much_and_what_would():
     assert lacking == pytest.approx(52.7, abs=0.1)
     assert not plan.fits
     (remedy,) = plan.remedies
-    assert f"lacks {lacking:.1f} GiB over 4 devices of 74.5 GiB" in remedy
-    assert remedy.endswith("What would: int8 or nf4 on 4 GPUs of 80 GB; bf16 on 5 GPUs of 80 GB.")
+    assert f"needs {lacking:.1f} GiB more than 4 devices of 74.5 GiB can hold" in remedy
+    assert remedy.endswith("What would fit: int8 or nf4 on 4 GPUs of 80 GB; bf16 on 5 GPUs of 80 GB.")
     assert plan_180b("5x80").fits
     assert sum(device.limit - device.held for device in plan.groups[0].devices) == pytest.approx(
         -lacking * GIB, rel=1e-3
@@ -251,9 +261,9 @@ def test_four_cards_do_not_hold_bf16_by_how_much_and_what_would():
 
 def test_where_nothing_fits_the_remedy_is_more_cards():
     (remedy,) = plan_180b("1x24", "nf4").remedies
-    assert remedy.endswith("What would: nf4 on 6 GPUs of 24 GB.")
+    assert remedy.endswith("What would fit: nf4 on 6 GPUs of 24 GB.")
     (remedy,) = plan_180b("2x3").remedies  # smaller than a layer
-    assert remedy.endswith("What would: a larger machine.")
+    assert remedy.endswith("What would fit: a larger machine.")
 
 
 def test_double_quantization_and_the_librarys_cache_are_counted():
@@ -270,7 +280,7 @@ def test_context_and_batch_make_the_cache(plans):
     assert plan_180b("8x80", context_tokens=1000, batch_size=3).needs[1].parts["kv_cache"] == 3000 * 163_840
     assert plans["laptop"].contexts == (512, 2048)  # falcon-mini takes no more
     profile = profiles.load_profile("8x80gb")
-    other = planning.plan_profile(profile, HERE, planning.Work(100), "int8")
+    other = planning.plan_profile(profile, HERE, work_of(100), "int8")
     assert other.contexts == (100,)
     assert {group.precision for group in other.groups} == {"int8"}
 
@@ -387,7 +397,8 @@ def test_suggestions_are_all_that_fits_and_the_least_memory_comes_first(suggesti
     for precision, double in [("fp32", False), ("bf16", False), ("int8", False), ("nf4", False), ("nf4", True)]:
         for count in planning.COUNTS:
             for size in planning.SIZES:
-                placed = memory.place(config, precision, [size * 1e9] * count, double_quant=double)
+                how = memory.Workload(double_quant=double)
+                placed = memory.place(config, precision, [size * 1e9] * count, workload=how)
                 assert placed.fits == ((precision, double, count, size) in listed)
     assert (suggestions[0].gpus, suggestions[0].gigabytes, suggestions[0].precision) == (1, 141, "nf4")
 
@@ -397,9 +408,9 @@ def test_suggested_tokens_fit_and_one_more_does_not(suggestions):
     for each in suggestions[::7]:
         gpus = [each.gigabytes * 1e9] * each.gpus
         for heads, tokens in (("kv", each.context_tokens), ("library", each.library_context_tokens)):
-            how = {"double_quant": each.double_quant, "cache_heads": heads}
-            assert memory.place(config, each.precision, gpus, context_tokens=tokens, **how).fits
-            assert not memory.place(config, each.precision, gpus, context_tokens=tokens + 1, **how).fits
+            fits, more = (memory.Workload(1, count, heads, each.double_quant) for count in (tokens, tokens + 1))
+            assert memory.place(config, each.precision, gpus, workload=fits).fits
+            assert not memory.place(config, each.precision, gpus, workload=more).fits
 
 
 def test_suggestions_for_one_precision_and_a_long_context(suggestions):
@@ -407,9 +418,9 @@ def test_suggestions_for_one_precision_and_a_long_context(suggestions):
     half = planning.suggest(ref, precision="fp16")
     same = [each for each in suggestions if each.precision == "bf16"]
     assert [replace(each, precision="bf16") for each in half] == same
-    long = planning.suggest(ref, planning.Work(8000), "nf4")
+    long = planning.suggest(ref, work_of(8000), "nf4")
     assert {each.context_tokens >= 8000 for each in long} == {True}
-    library = planning.suggest(ref, planning.Work(8000, cache_heads="library"), "nf4")
+    library = planning.suggest(ref, work_of(8000, cache_heads="library"), "nf4")
     assert {each.library_context_tokens >= 8000 for each in library} == {True}
     assert len(library) < len(long)
     with pytest.raises(WorkbookError, match="no precision 'int4'"):
@@ -437,7 +448,7 @@ def test_nothing_is_cut_in_a_terminal(plans, name, width):
 
 
 def test_suggestions_are_not_cut_in_a_terminal(suggestions):
-    text = shown([planning.suggestion_table(suggestions, planning.Work())], 100)
+    text = shown([planning.suggestion_table(suggestions, work_of())], 100)
     assert "…" not in text
     rows = [line for line in text.splitlines() if " GB  " in line]
     assert len(rows) == len(suggestions)  # none takes two lines
@@ -480,7 +491,7 @@ def test_the_figure_shows_every_device_and_part(plans):
 def test_the_figure_becomes_a_png_file(plans, tmp_path):
     planning.save_figure(plans["1x24gb"], tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG\r\n")
-    with pytest.raises(WorkbookError, match=r"name it so, such as plan\.png"):
+    with pytest.raises(WorkbookError, match=r"not named like one. Name it plan\.png"):
         planning.save_figure(plans["1x24gb"], tmp_path.joinpath("plan.pdf").relative_to(tmp_path))
     with pytest.raises(WorkbookError, match=r"cannot be written .*No such file"):
         planning.save_figure(plans["1x24gb"], tmp_path / "absent" / "plan.png")

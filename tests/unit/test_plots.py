@@ -16,7 +16,7 @@ from helpers.finetuning import Point
 from helpers.generation import Candidate
 from helpers.memory import parameter_table, published_config
 from helpers.quantization import NF4_TAIL, LayerError, nf4_code
-from helpers.types import GIB, Interval, MemoryEstimate, ModelRef, Placement
+from helpers.types import GIB, Interval, MemoryEstimate, ModelRef, Placement, Shortfall
 
 GB = 10**9
 MIB = 2**20
@@ -37,7 +37,7 @@ SCORES = [
 FIGURES = {
     "parameter_breakdown": lambda: plots.parameter_breakdown({"parameters": {"MLP": 75, "attention": 25}}, SUBJECT),
     "memory_by_precision": lambda: plots.memory_by_precision([MemoryEstimate("bf16", "inference", GIB)], {}, SUBJECT),
-    "placement": lambda: plots.placement(Placement({}, {0: GIB}, True), {0: 2 * GIB}, SUBJECT),
+    "placement": lambda: plots.placement(Placement({}, {0: GIB}), {0: 2 * GIB}, SUBJECT),
     "cache_speed": lambda: plots.cache_speed(CACHE_ROWS, SUBJECT),
     "cache_growth": lambda: plots.cache_growth({"232 heads": 4_751_360, "8 heads": 163_840}, 2048, SUBJECT),
     "next_token_probabilities": lambda: plots.next_token_probabilities({0.6: [Candidate(" a", 0.7, 1)]}, SUBJECT),
@@ -140,7 +140,7 @@ def test_small_models_are_shown_in_mib():
 
 
 def test_placement_shows_used_free_and_too_much():
-    placed = Placement({}, {0: 60 * GIB, 1: 90 * GIB}, fits=False, why_not="lacks 10 GiB")
+    placed = Placement({}, {0: 60 * GIB, 1: 90 * GIB}, Shortfall(10 * GIB, "2 devices of 80.0 GiB"))
     figure = plots.placement(placed, {0: 80 * GIB, 1: 80 * GIB}, SUBJECT)
     axis = figure.axes[0]
     assert "2 devices: does not fit" in figure.get_suptitle()
@@ -151,7 +151,7 @@ def test_placement_shows_used_free_and_too_much():
 
 
 def test_placement_over_many_devices_numbers_them():
-    figure = plots.placement(Placement({}, {}, True), dict.fromkeys(range(64), GIB), SUBJECT)
+    figure = plots.placement(Placement({}, {}), dict.fromkeys(range(64), GIB), SUBJECT)
     assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == [str(device) for device in range(64)]
     assert "64 devices: fits" in figure.get_suptitle()
 

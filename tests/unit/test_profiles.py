@@ -37,12 +37,12 @@ def changed(tmp_path, edit, name="laptop"):
 def test_what_is_downloaded_needs_room_where_the_cache_is():
     profile, here = profiles.load_profile("1x24gb"), machine(1, 24e9, disk=1)
     roomy = dataclasses.replace(here, cache_free_bytes=10**12)
-    assert profiles.lacks(profile, roomy) == []
+    assert profiles.missing(profile, roomy) == []
     assert any(
         "1.0 GiB for the Hugging Face cache" in text
-        for text in profiles.lacks(profile, dataclasses.replace(roomy, cache_free_bytes=2**30))
+        for text in profiles.missing(profile, dataclasses.replace(roomy, cache_free_bytes=2**30))
     )
-    laptop = profiles.lacks(profiles.load_profile("laptop"), roomy)  # what it unpacks lies in the project
+    laptop = profiles.missing(profiles.load_profile("laptop"), roomy)  # what it unpacks lies in the project
     assert laptop == ["needs 1.9 GiB of free disk, this machine has 0.0 GiB"]
 
 
@@ -106,12 +106,12 @@ def test_models_that_are_resident_together_fit_together(name):
 
 
 @pytest.mark.parametrize("name", ["1x24gb", "2x80gb"])
-def test_the_precision_a_profile_cannot_hold_says_what_it_lacks(name):
+def test_the_precision_a_profile_cannot_hold_says_what_is_missing(name):
     profile = profiles.load_profile(name)
     gpus = [profile.requires.gpu_bytes] * profile.requires.gpus
     placement = memory.place(published(profile.falcon), "fp32", gpus)
     assert not placement.fits
-    assert re.match(r"lacks \d+\.\d GiB over \d devices? of \d+\.\d GiB", placement.why_not)
+    assert re.match(r"needs \d+\.\d GiB more than \d devices? of \d+\.\d GiB can hold", str(placement.shortfall))
 
 
 @pytest.mark.parametrize("name", ["lapptop", "", "../laptop", "laptop.yaml"])
@@ -182,19 +182,21 @@ def test_auto_counts_what_is_downloaded_already(monkeypatch):
     assert profiles.load_profile("auto").name == "8x80gb"
 
 
-def test_lacks_in_sentences():
+def test_what_is_missing_in_phrases():
     real = profiles.load_profile("2x80gb")
-    assert profiles.lacks(real, machine(2, 85e9)) == []
-    assert profiles.lacks(real, machine()) == ["needs 2 GPUs of 80 GB, this machine has none"]
-    assert profiles.lacks(real, machine(3, 24 * 2**30, cpus=4)) == [
+    assert profiles.missing(real, machine(2, 85e9)) == []
+    assert profiles.missing(real, machine()) == ["needs 2 GPUs of 80 GB, this machine has none"]
+    assert profiles.missing(real, machine(3, 24 * 2**30, cpus=4)) == [
         "needs 2 GPUs of 80 GB, this machine has 3x GPU of 24.0 GiB",
         "needs 8 CPUs, this machine has 4",
     ]
-    assert profiles.lacks(real, machine(2, 85e9, ram=2**33)) == ["needs 59.6 GiB of memory, this machine has 8.0 GiB"]
+    assert profiles.missing(real, machine(2, 85e9, ram=2**33)) == ["needs 59.6 GiB of memory, this machine has 8.0 GiB"]
     full = machine(2, 85e9, disk=2**30)
-    assert profiles.lacks(real, full) == ["needs 819.6 GiB of free disk, this machine has 1.0 GiB"]
-    assert profiles.lacks(real, full, downloaded_bytes=real.requires.disk_bytes - 2**29) == []
-    assert profiles.lacks(profiles.load_profile("1x24gb"), machine()) == ["needs 1 GPU of 24 GB, this machine has none"]
+    assert profiles.missing(real, full) == ["needs 819.6 GiB of free disk, this machine has 1.0 GiB"]
+    assert profiles.missing(real, full, downloaded_bytes=real.requires.disk_bytes - 2**29) == []
+    assert profiles.missing(profiles.load_profile("1x24gb"), machine()) == [
+        "needs 1 GPU of 24 GB, this machine has none"
+    ]
 
 
 def test_downloaded_bytes_in_a_hub_cache(tmp_path):

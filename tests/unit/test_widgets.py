@@ -12,7 +12,7 @@ import pytest
 from helpers import comparison, finetuning, loading, plots, widgets
 from helpers.chat import Chat
 from helpers.generation import generate, stream
-from helpers.memory import estimate, hardware_claims, published_config
+from helpers.memory import Workload, estimate, hardware_claims, published_config
 from helpers.profiles import load_profile
 from helpers.prompts import format_for
 from helpers.types import ROOT, ModelRef, Reply, Sampling, WorkbookError
@@ -374,8 +374,7 @@ def test_the_plan_agrees_with_the_machines_that_were_tried(setup, fits):
         published_config(setup.model),
         setup.precision,
         mode=setup.mode,
-        batch_size=setup.batch_size,
-        context_tokens=setup.context_tokens,
+        workload=Workload(setup.batch_size, setup.context_tokens),
     )
 
 
