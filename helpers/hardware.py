@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import settings
+from helpers import processes, settings
 from helpers.types import ROOT, Gpu, Machine, WorkbookError
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -74,12 +73,12 @@ def detect_apart() -> Machine:
 
     Raises WorkbookError with that process's last line if it fails, for example on a GPU that gives no context.
     """
-    done = subprocess.run([sys.executable, "-c", DETECT], capture_output=True, text=True, check=False)
+    done = processes.run([sys.executable, "-c", DETECT])
     if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        reason = lines[-1] if lines else f"exit code {done.returncode}"
-        raise WorkbookError(f"This machine could not be examined: {reason}. Run workbook doctor, and nvidia-smi.")
-    return _read_machine(done.stdout)
+        raise WorkbookError(
+            f"This machine could not be examined: {done.last_words}. Run workbook doctor, and nvidia-smi."
+        )
+    return _read_machine(done.output)
 
 
 def memory_bandwidth(bytes: int = 2**28, repeats: int = 7, device: str = "cpu") -> float:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from helpers import hardware, memory, settings, shards
 from helpers.hub_cache import VERIFIED, CachedRepository, recorded_hashes, repository
 from helpers.layers import quantizable_layers, quantized_layers, stored_bytes, weights_in
+from helpers.loads import note_load
 from helpers.memory import (
     Devices,
     Resident,
@@ -124,6 +125,7 @@ def load(
         repaired=repaired,
         commit=describe_commit(ref, checkpoint),
     )
+    note_load(ref, precision, checkpoint.name if ref.source == "hub" else None)
     return Loaded(model, tokenizer, format_for(ref.format), report, ref)
 
 

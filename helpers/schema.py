@@ -200,6 +200,17 @@ class ModelFacts(_Mirror):
     commit: str | None = None
 
 
+class LoadedModel(_Mirror):
+    """A model that a notebook of the run loaded, see ``loads.Load``; ``role`` is None if the profile names it nowhere."""
+
+    notebook: str
+    role: str | None
+    model: str
+    label: str
+    precision: str
+    commit: str | None = None
+
+
 class GitState(_Part):
     """The commit of the checkout and whether it holds changes; both None outside of git."""
 
@@ -237,7 +248,7 @@ class Manifest(_Part):
     """``manifest.json``: what a run needs to be told apart from, and compared with, another.
 
     ``parameters`` are what the command line gave, ``notebooks`` hold the effective ones. ``finished`` is None until the
-    end. ``resumed`` lists the times of later starts. ``commits`` are those that the run keeps to, by repository.
+    end. ``loaded`` are the models that its notebooks loaded. ``resumed`` lists the times of later starts. ``commits`` are those that the run keeps to, by repository.
     """
 
     profile: str
@@ -253,6 +264,7 @@ class Manifest(_Part):
     python: str
     packages: dict[str, str]
     hardware: Hardware | UnknownHardware
+    loaded: list[LoadedModel] = Field(default_factory=list, exclude_if=lambda loads: not loads)
     rehearsal: RehearsalFacts | None = Field(default=None, exclude_if=lambda facts: facts is None)
     resumed: list[str] = Field(default_factory=list, exclude_if=lambda starts: not starts)
     commits: dict[str, str] = Field(default_factory=dict, exclude_if=lambda commits: not commits)

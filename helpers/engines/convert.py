@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from helpers import processes
 from helpers.engines.catalogue import EngineError, Job
 
 
@@ -26,11 +26,10 @@ def kept(job: Job, kind: str, dtype: str) -> Path:
     partial = target.with_name(f"{target.name}.partial")
     _remove(partial)
     command = [sys.executable, "-m", "helpers.engines.convert", kind, job.folder, str(partial), dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    sys.stderr.write(done.stdout + done.stderr)
+    done = processes.run(command)
+    sys.stderr.write(done.output + done.errors)
     if done.returncode or not partial.exists():
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise EngineError(f"its converter does not take this checkpoint: {last[:200]}")
+        raise EngineError(f"its converter does not take this checkpoint: {done.last_words[:200]}")
     partial.rename(target)
     return target
 

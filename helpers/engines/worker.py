@@ -14,19 +14,14 @@ An answer with ``error`` names what went wrong; the worker goes on.
 
 from __future__ import annotations
 
-import ctypes
-import json
-import os
-import signal
 import sys
 from collections.abc import Callable
 from time import perf_counter
-from typing import Any, TextIO
+from typing import Any
 
 from helpers.engines import peak
 from helpers.engines.catalogue import KINDS, Engine, EngineError, Ids, Job
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from helpers.processes import Message, Parent, die_with_parent
 
 
 class Worker:
@@ -36,14 +31,14 @@ class Worker:
         self.engine = engine
         self.prompts: Ids = []
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+    def answer(self, request: Message) -> dict[str, Any]:
         """The answer to one request; raises what the engine raises, EngineError for a run of the wrong length."""
         answers: dict[str, Callable[..., dict[str, Any]]] = {
             "load": self.load, "case": self.case, "run": self.run, "peak": self.peak
         }  # fmt: skip
         return answers[request.pop("do")](**request)
 
-    def load(self, job: dict[str, Any]) -> dict[str, Any]:
+    def load(self, job: Message) -> dict[str, Any]:
         """Load the model of a job."""
         return self.engine.load(Job(**job))
 
@@ -77,15 +72,14 @@ class Worker:
             raise EngineError(f"gave {counts} new tokens where {new_tokens} were asked for")
 
 
-def serve(worker: Worker, requests: TextIO, answers: TextIO) -> None:
+def serve(worker: Worker, parent: Parent) -> None:
     """Answer until the requests end."""
-    for line in requests:
+    for request in parent:
         try:
-            answer = worker.answer(json.loads(line))
-        except Exception as error:
+            answer = worker.answer(request)
+        except Exception as error:  # whatever an engine raises is the answer: the next case may fit it
             answer = {"error": _reason(error)}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        parent.send(answer)
 
 
 def _reason(error: Exception) -> str:
@@ -98,11 +92,8 @@ def _reason(error: Exception) -> str:
 
 def main() -> None:
     """Serve on the standard streams; what else is printed joins the standard error. Ends with its parent."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    serve(Worker(KINDS[sys.argv[1]].make()), sys.stdin, answers)
+    die_with_parent()
+    serve(Worker(KINDS[sys.argv[1]].make()), Parent())
 
 
 if __name__ == "__main__":

@@ -15,26 +15,64 @@ here, redacted, after each cell.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any, BinaryIO
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, Required, TypedDict, cast
 
 from helpers.files import write_text
+from helpers.processes import Parent, adopt_orphans, kill_marked
 from helpers.runner.portable import make_portable
-from helpers.runner.processes import adopt_orphans, kill_marked
 from helpers.runner.redaction import redact
 
 if TYPE_CHECKING:
     from jupyter_client.manager import AsyncKernelManager
     from nbformat import NotebookNode
 
-IOPUB_SECONDS = 60
+_IOPUB_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Job:
+    """What this process needs to know. ``secrets`` are blanked wherever the notebook's outputs hold them.
+
+    ``mark`` is that of this process; the kernel and all that it starts inherit it.
+    """
+
+    notebook: str
+    output: str
+    parameters: dict[str, object]
+    seconds: float
+    cell_seconds: float
+    secrets: tuple[str, ...]
+    mark: str = ""
+
+
+class Event(TypedDict, total=False):
+    """One event, as listed above."""
+
+    event: Required[Literal["ready", "started", "finished", "end"]]
+    cell: int
+    cells: int
+    line: str
+    reason: str | None
+
+
+class _Answer(TypedDict, total=False):
+    """The kernel's answer to a cell: the part of a message of type execute_reply that is looked at here."""
+
+    status: Required[str]
+    ename: str
+    evalue: str
+    payload: list[dict[str, object]]
+
+
+class _Reply(TypedDict):
+    content: _Answer
 
 
 class Stopped(Exception):
@@ -45,8 +83,8 @@ class Stopped(Exception):
 class Watcher:
     """Follows one notebook through nbclient's hooks: reports each cell, sets its time limit, saves the outputs."""
 
-    job: Mapping[str, Any]
-    emit: Callable[..., None]
+    job: Job
+    emit: Callable[[Event], None]
     began: float = field(default_factory=monotonic)
     notebook: NotebookNode | None = None
     cell: int = 0
@@ -58,26 +96,28 @@ class Watcher:
     def on_notebook_start(self, notebook: NotebookNode) -> None:
         """The kernel is up."""
         self.notebook = notebook
-        self.cells = sum(1 for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip())
-        self.emit(event="ready", cells=self.cells)
+        # An empty cell is never executed, and so never counted.
+        self.cells = len([cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()])
+        self.emit({"event": "ready", "cells": self.cells})
 
     def on_cell_execute(self, cell: NotebookNode, cell_index: int) -> None:
         """A code cell is about to run."""
         self.cell += 1
         self.current, self.cell_began = cell, monotonic()
-        self.emit(event="started", cell=self.cell, line=cell.source.strip().splitlines()[0])
+        line = cell.source.strip().splitlines()[0]
+        self.emit({"event": "started", "cell": self.cell, "line": line})
 
     def timeout(self, cell: NotebookNode) -> float:
         """Seconds this cell may take: its own budget, or what is left of the notebook's."""
-        left = self.job["seconds"] - (monotonic() - self.began)
-        return max(0.1, min(self.job["cell_seconds"], left))
+        left = self.job.seconds - (monotonic() - self.began)
+        return max(0.1, min(self.job.cell_seconds, left))
 
-    def on_cell_executed(self, cell: NotebookNode, cell_index: int, execute_reply: Mapping[str, Any]) -> None:
+    def on_cell_executed(self, cell: NotebookNode, cell_index: int, execute_reply: _Reply) -> None:
         """The kernel answered: judge the cell, save the notebook."""
         self.reason = self._over_budget() or self._error(cell, execute_reply["content"])
         self.current = None
         self.save()
-        self.emit(event="finished", cell=self.cell)
+        self.emit({"event": "finished", "cell": self.cell})
         if self.reason:
             raise Stopped
 
@@ -86,7 +126,9 @@ class Watcher:
         from nbformat.v4 import new_output
 
         if self.current is None:
-            self.reason = f"kernel died after cell {self.cell}" if self.cell else "kernel died before the first cell"
+            self.reason = "kernel died before the first cell"
+            if self.cell:
+                self.reason = f"kernel died after cell {self.cell}"
             return
         self.reason = self._over_budget() or f"kernel died at cell {self.cell}"
         text = f"The kernel died while this cell ran ({self.reason})."
@@ -98,18 +140,18 @@ class Watcher:
             return
         import nbformat
 
-        document = nbformat.from_dict(redact(self.notebook, self.job["secrets"]))
+        document = nbformat.from_dict(redact(self.notebook, self.job.secrets))
         make_portable(document)
-        write_text(Path(self.job["output"]), nbformat.writes(document) + "\n")
+        write_text(Path(self.job.output), nbformat.writes(document) + "\n")
 
     def _over_budget(self) -> str | None:
-        if monotonic() - self.began >= self.job["seconds"]:
-            return f"notebook ran past its {self.job['seconds']:g} s budget at cell {self.cell}"
-        if monotonic() - self.cell_began >= self.job["cell_seconds"]:
-            return f"cell {self.cell} ran past its {self.job['cell_seconds']:g} s budget"
+        if monotonic() - self.began >= self.job.seconds:
+            return f"notebook ran past its {self.job.seconds:g} s budget at cell {self.cell}"
+        if monotonic() - self.cell_began >= self.job.cell_seconds:
+            return f"cell {self.cell} ran past its {self.job.cell_seconds:g} s budget"
         return None
 
-    def _error(self, cell: NotebookNode, reply: Mapping[str, Any]) -> str | None:
+    def _error(self, cell: NotebookNode, reply: _Answer) -> str | None:
         if any(item.get("source") == "ask_exit" for item in reply.get("payload", [])):
             return f"cell {self.cell} asked the kernel to exit"
         if reply["status"] != "error" or "raises-exception" in cell.metadata.get("tags", []):
@@ -132,14 +174,13 @@ def kernel_manager() -> type[AsyncKernelManager]:
     return SameInterpreter
 
 
-def execute(job: Mapping[str, Any], emit: Callable[..., None]) -> str | None:
+def execute(job: Job, emit: Callable[[Event], None]) -> str | None:
     """Run the notebook; None, or why it failed. Raises OSError when the executed notebook cannot be written."""
-    import papermill
     from nbclient.exceptions import DeadKernelError
 
     watcher = Watcher(job, emit)
     try:
-        papermill.execute_notebook(_source(job["notebook"]), None, job["parameters"], **_options(watcher))
+        _execute_cells(watcher)
     except DeadKernelError:
         watcher.kernel_died()
     except Stopped:
@@ -150,59 +191,49 @@ def execute(job: Mapping[str, Any], emit: Callable[..., None]) -> str | None:
     return watcher.reason
 
 
-def _source(path: str) -> NotebookNode:
+def _execute_cells(watcher: Watcher) -> None:
     import nbformat
+    import papermill
 
-    return nbformat.read(path, as_version=4)
-
-
-def _options(watcher: Watcher) -> dict[str, Any]:
-    return {
-        "kernel_name": "python3",
-        "language": "python",
-        "kernel_manager_class": kernel_manager(),
-        "progress_bar": False,
-        "cwd": os.path.dirname(watcher.job["notebook"]),
-        "interrupt_on_timeout": True,
-        "timeout_func": watcher.timeout,
-        "iopub_timeout": IOPUB_SECONDS,
-        "extra_arguments": ["--log-level=ERROR"],
-        "store_widget_state": False,
-        "coalesce_streams": True,
-        "on_notebook_start": watcher.on_notebook_start,
-        "on_cell_execute": watcher.on_cell_execute,
-        "on_cell_executed": watcher.on_cell_executed,
-    }
-
-
-def _die_with_runner(stream: BinaryIO, mark: str) -> None:
-    stream.read()
-    kill_marked(mark)
-    os._exit(1)
+    job = watcher.job
+    papermill.execute_notebook(
+        nbformat.read(job.notebook, as_version=4),
+        None,  # no output file: see above
+        job.parameters,
+        kernel_name="python3",
+        language="python",
+        kernel_manager_class=kernel_manager(),
+        progress_bar=False,
+        cwd=os.path.dirname(job.notebook),
+        # First an interrupt, so that the cell's traceback shows where it was.
+        interrupt_on_timeout=True,
+        timeout_func=watcher.timeout,
+        iopub_timeout=_IOPUB_SECONDS,
+        extra_arguments=["--log-level=ERROR"],
+        store_widget_state=False,
+        coalesce_streams=True,
+        on_notebook_start=watcher.on_notebook_start,
+        on_cell_execute=watcher.on_cell_execute,
+        on_cell_executed=watcher.on_cell_executed,
+    )
 
 
 def main() -> None:
     """Read the job, run it, report the end."""
     # jsonschema's optional check of addresses builds a grammar for a second at import; notebooks need none.
-    sys.modules.setdefault("rfc3987_syntax", None)
-    stream = os.fdopen(os.dup(0), "rb", buffering=0)
-    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def emit(**event: Any) -> None:
-        events.write(json.dumps(event) + "\n")
-        events.flush()
-
-    job = json.loads(stream.readline())
+    sys.modules.setdefault("rfc3987_syntax", cast(ModuleType, None))
+    parent = Parent()
+    message = parent.receive()
+    job = Job(**{**message, "secrets": tuple(message["secrets"])})
     adopt_orphans()
-    threading.Thread(target=_die_with_runner, args=(stream, job["mark"]), daemon=True).start()
+    parent.end_with_it(job.mark)
     try:
-        reason = execute(job, emit)
+        reason = execute(job, parent.send)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         sys.excepthook(type(error), error, error.__traceback__)
-    kill_marked(job["mark"])  # what the kernel left behind, while it is still this process's
-    emit(event="end", reason=reason)
+    kill_marked(job.mark)  # what the kernel left behind, while it is still this process's
+    parent.send({"event": "end", "reason": reason})
 
 
 if __name__ == "__main__":

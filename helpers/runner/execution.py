@@ -17,12 +17,14 @@ from rich.console import Console
 
 from helpers import results, store
 from helpers.hub_cache import hub_commit
+from helpers.loads import forget_loads, read_loads
+from helpers.runner.declaration import loaded_models, roles_to_fetch, undeclared
 from helpers.runner.display import Show, display
-from helpers.runner.fetching import fetch, named_roles
+from helpers.runner.fetching import fetch
 from helpers.runner.folder import executed_notebook, held, new_folder, utc_now
-from helpers.runner.manifest import build_manifest, hub_commit, merge_manifests
-from helpers.runner.parameters import Plan, UsageError, parse_parameters, plan_run
-from helpers.runner.processes import new_mark
+from helpers.runner.manifest import build_manifest, merge_manifests
+from helpers.runner.notebook import UsageError
+from helpers.runner.parameters import Plan, parse_parameters, plan_run
 from helpers.runner.redaction import find_secrets, redact, sweep
 from helpers.runner.supervision import Job, Progress, environment, supervise
 from helpers.schema import REDACTED, Manifest, NotebookStatus, RehearsalFacts, Status
@@ -82,6 +84,9 @@ def run(request: Request, *, command: Sequence[str] = (), console: Console | Non
 
     ``command`` is kept in the manifest. The models that the notebooks name are fetched first, outside of all budgets;
     each is used at the commit that it had then, in what is resumed too.
+
+    The models that the notebooks declare are fetched first, outside of all budgets; each is used at the commit that it
+    had then, in what is resumed too. A notebook that loads a model that it does not declare fails.
 
     Raises UsageError before anything runs, RunFolderError if the folder cannot be used, RunError on a full disk or
     if a model cannot be downloaded, RehearsalError if a model would not fit on the profile's machine.
@@ -181,9 +186,9 @@ class Session:
         return False
 
     def _fetch(self) -> None:
-        """Fetch the models that the pending notebooks name, while no budget runs, and note at which commits."""
-        pending = [plan.path for plan in self.plans if self.status.notebooks[plan.name].status == "pending"]
-        roles = named_roles(self.profile, pending)
+        """Fetch the models that the pending notebooks declare, while no budget runs, and note at which commits."""
+        pending = [plan for plan in self.plans if self.status.notebooks[plan.name].status == "pending"]
+        roles = roles_to_fetch(model for plan in pending for model in plan.models)
         if self.rehearsal or self.profile.offline or not roles:
             return
         self.commits |= fetch(self.profile, roles, self.commits)
@@ -194,10 +199,12 @@ class Session:
         self.status.notebooks[plan.name] = entry
         self._save_status()
         results.forget(self.folder, plan.name)
+        forget_loads(self.folder, plan.name)
         executed_notebook(self.folder, plan.name).unlink(missing_ok=True)
         try:
             log = self.folder / "logs" / f"{plan.name}.log"
             progress = supervise(self._job(plan), self._environment(plan), log, partial(self._follow, entry, show))
+            progress.reason = progress.reason or undeclared(read_loads(self.folder, plan.name), plan.models)
             self._take(entry, progress)
             entry.status = "failed" if progress.reason else "passed"
         except BaseException:
@@ -232,7 +239,6 @@ class Session:
             seconds=plan.budget.seconds,
             cell_seconds=plan.budget.cell_seconds,
             secrets=self.secrets,
-            mark=new_mark(),
         )
 
     def _environment(self, plan: Plan) -> dict[str, str]:
@@ -254,6 +260,7 @@ class Session:
         # A full disk may have stopped the run before it was described.
         if self.manifest is not None:
             self.manifest.finished = utc_now()
+            self.manifest.loaded = loaded_models(self.folder, self.status.notebooks, self.profile)
             if not self.rehearsal:
                 self._note_commits(self.manifest)
         self._save_status()

@@ -14,18 +14,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import subprocess
 import sys
-import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO
 
-from helpers.runner.parameters import read_notebook
+from helpers.processes import ChildProcess, Parent
 from helpers.shards import LoadError
 from helpers.types import ROOT, Profile, WorkbookError
 
@@ -42,58 +38,32 @@ def fetch(
     """
     with TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
-        job = {"profile": asdict(profile), "roles": None if roles is None else sorted(roles), "answer": str(answer)}
-        with _child(job, {**os.environ, "WORKBOOK_REVISIONS": json.dumps(dict(commits or {}))}) as child:
-            code = child.wait()
+        wanted = None if roles is None else sorted(roles)
+        job = {"profile": asdict(profile), "roles": wanted, "answer": str(answer)}
+        code = _run_to_end(job, {**os.environ, "WORKBOOK_REVISIONS": json.dumps(dict(commits or {}))})
         if not answer.exists():
             raise LoadError(f"fetching the models of {profile.name} ended unexpectedly (exit code {code}): try again.")
-        found = json.loads(answer.read_text(encoding="utf-8"))
-    if "error" in found:
-        raise LoadError(found["error"])
-    return found["commits"]
+        told = json.loads(answer.read_text(encoding="utf-8"))
+    if "error" in told:
+        raise LoadError(told["error"])
+    fetched: dict[str, str] = told["commits"]
+    return fetched
 
 
-def named_roles(profile: Profile, notebooks: Iterable[Path]) -> list[str]:
-    """The roles of the models that the code of some notebooks names, as in ``settings.falcon_chat``."""
-    cells = [cell for path in notebooks for cell in read_notebook(path)["cells"] if cell["cell_type"] == "code"]
-    code = "\n".join("".join(cell["source"]) for cell in cells)
-    return [role for role in profile.models if re.search(rf"\.({role}|models)\b", code)]
-
-
-@contextmanager
-def _child(job: Mapping[str, Any], environ: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-c", MAIN]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, env=environ, cwd=ROOT, start_new_session=True)
+def _run_to_end(job: Mapping[str, object], environment: Mapping[str, str]) -> int:
+    """The exit code of a process that fetches; interrupted, the process and its unfinished files are gone."""
+    child = ChildProcess([sys.executable, "-c", MAIN], environment=environment, cwd=ROOT, shares_output=True)
     try:
-        with suppress(BrokenPipeError):
-            child.stdin.write(json.dumps(job).encode() + b"\n")
-            child.stdin.flush()
-        yield child
+        with suppress(BrokenPipeError):  # its exit code says that it died before it read the job
+            child.send(job)
+        return child.wait()
     finally:
-        _end(child)
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """Kill the child, where it still runs, and delete the files that it was downloading."""
-    import psutil
-
-    unfinished: list[str] = []
-    if child.poll() is None:
-        with suppress(psutil.Error):
-            process = psutil.Process(child.pid)
-            process.suspend()
-            unfinished = [file.path for file in process.open_files() if file.path.endswith(".incomplete")]
-        child.kill()
-        child.wait()
-    with suppress(BrokenPipeError):
-        child.stdin.close()
-    for path in unfinished:
-        Path(path).unlink(missing_ok=True)
-
-
-def _die_with_parent(stream: BinaryIO) -> None:
-    stream.read()
-    os._exit(1)
+        # Paused, it completes no file between the look at its open files and its end.
+        child.pause()
+        unfinished = [path for path in child.open_files() if path.endswith(".incomplete")]
+        child.end()
+        for path in unfinished:
+            Path(path).unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -102,11 +72,13 @@ def main() -> None:
 
     from helpers.loading import prepare
 
-    stream = os.fdopen(os.dup(0), "rb", buffering=0)
-    job = json.loads(stream.readline())
-    threading.Thread(target=_die_with_parent, args=(stream,), daemon=True).start()
+    parent = Parent(answers=False)  # the progress on standard output is for the terminal
+    job = parent.receive()
+    parent.end_with_it()
+    profile = TypeAdapter(Profile).validate_python(job["profile"])
+    answer: dict[str, object]
     try:
-        answer = {"commits": prepare(TypeAdapter(Profile).validate_python(job["profile"]), roles=job["roles"])}
+        answer = {"commits": prepare(profile, roles=job["roles"])}
     except WorkbookError as error:
         answer = {"error": str(error)}
     Path(job["answer"]).write_text(json.dumps(answer), encoding="utf-8")

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from helpers.hardware import DETECT
 from helpers.hub_cache import hub_commit
-from helpers.loading import LoadError, file_hash, packaged_file
+from helpers.loading import packaged_file
+from helpers.processes import Command, Completed
 from helpers.runner.folder import utc_now
 from helpers.runner.parameters import Plan
 from helpers.schema import GitState, Hardware, Manifest, ModelFacts, NotebookFacts, UnknownHardware
@@ -28,7 +29,7 @@ def build_manifest(profile: Profile, plans: Sequence[Plan], raw: Mapping[str, st
     """
     # torch takes seconds to look at a machine with GPUs, so this waits while the files are hashed; and in a process of
     # its own, because the runner must not hold a CUDA context while notebooks run.
-    with subprocess.Popen([sys.executable, "-c", DETECT], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as detection:
+    with Command([sys.executable, "-c", DETECT]) as detection:
         notebooks = {plan.name: _notebook(plan) for plan in plans}
         models = {role: _model(ref) for role, ref in profile.models.items()}
         return Manifest(
@@ -43,7 +44,7 @@ def build_manifest(profile: Profile, plans: Sequence[Plan], raw: Mapping[str, st
             git=git_state(ROOT),
             python=platform.python_version(),
             packages=packages(),
-            hardware=_detected(detection),
+            hardware=_detected(detection.result()),
         )
 
 
@@ -73,12 +74,11 @@ def packages() -> dict[str, str]:
     return dict(sorted(versions.items()))
 
 
-def _detected(detection: subprocess.Popen[bytes]) -> Hardware | UnknownHardware:
+def _detected(detection: Completed) -> Hardware | UnknownHardware:
     """What the process found; a run goes on without it."""
-    output, errors = detection.communicate()
     if detection.returncode != 0:
-        return UnknownHardware(error=errors.decode().strip()[-500:])
-    return Hardware.model_validate_json(output)
+        return UnknownHardware(error=detection.errors.strip()[-500:])
+    return Hardware.model_validate_json(detection.output)
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -2,51 +2,53 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from helpers.types import Budget, Profile, WorkbookError, choose
+from helpers.runner.declaration import DeclaredModel, declared_models
+from helpers.runner.notebook import Document, UsageError, cells_hash, declared_parameters, hash_of, read_notebook
+from helpers.types import Budget, Profile, choose
 
-
-class UsageError(WorkbookError):
-    """A request that cannot be run as it stands: an unknown notebook, parameter, type or profile."""
+_KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One notebook of a run: where it is, what it is given, and its time."""
+    """One notebook of a run: where it is, what it is given, its time, and the models that it declares."""
 
     name: str
     path: Path
-    given: dict[str, Any]
-    effective: dict[str, Any]
+    given: dict[str, object]
+    effective: dict[str, object]
     budget: Budget
     inputs: str
+    models: tuple[DeclaredModel, ...]
 
 
 def plan_run(
     profile: Profile, folder: Path, only: Sequence[str], raw: Mapping[str, str], earlier: Mapping[str, str]
 ) -> list[Plan]:
-    """The notebooks of ``folder`` to run, with their parameters: the profile's, overridden by ``raw`` (YAML texts).
+    """Plan the notebooks of ``folder`` with their parameters: the profile's, overridden by ``raw`` (YAML texts).
 
     ``earlier`` are the texts that a resumed run was given; they apply to the notebooks that have such a parameter.
 
     Raises UsageError for an unknown notebook or parameter, a value of another type than the notebook's default, a
     notebook without a parameters cell, or one for which the profile sets no budget.
     """
-    documents = {path: read_notebook(path) for path in select(folder, only)}
-    declared = {path: declared_parameters(document, path.name) for path, document in documents.items()}
-    _check_names(raw, {name: None for names in declared.values() for name in names})
-    return [_plan(profile, path, documents[path], declared[path], {**earlier, **raw}) for path in documents]
+    documents: dict[Path, Document] = {}
+    defaults: dict[Path, dict[str, object]] = {}
+    for path in select(folder, only):
+        documents[path] = read_notebook(path)
+        defaults[path] = declared_parameters(documents[path], path.name)
+    _check_names(raw, defaults.values())
+    # Only ``raw`` is checked: the resumed run may have been given parameters of notebooks that are not chosen now.
+    texts = {**earlier, **raw}
+    return [_plan(profile, path, document, defaults[path], texts) for path, document in documents.items()]
 
 
 def select(folder: Path, only: Sequence[str]) -> list[Path]:
-    """The notebooks of a folder in order; with ``only``, those whose names start with one of these texts.
+    """Return the notebooks of a folder in order; with ``only``, those whose names start with one of these texts.
 
     Raises UsageError when a text fits no notebook, or the folder holds none.
     """
@@ -54,86 +56,77 @@ def select(folder: Path, only: Sequence[str]) -> list[Path]:
     names = [path.stem for path in notebooks]
     if not notebooks:
         raise UsageError(f"no notebooks in {folder}: generate them with 'workbook render'")
+    names = [path.stem for path in notebooks]
     for prefix in only:
-        if not any(path.stem.startswith(prefix) for path in notebooks):
+        if not any(name.startswith(prefix) for name in names):
             choose(prefix, names, "notebook whose name starts with", UsageError)
-    return [path for path in notebooks if not only or path.stem.startswith(tuple(only))]
-
-
-def read_notebook(path: Path) -> dict[str, Any]:
-    """A notebook's JSON, unvalidated (nbformat takes seconds to import). Raises UsageError when damaged."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is not valid JSON: generate it again with 'workbook render'") from error
-    if not isinstance(document, dict) or not isinstance(document.get("cells"), list):
-        raise UsageError(f"{path} is not a notebook: generate it again with 'workbook render'")
-    return document
-
-
-def cells_hash(notebook: Mapping[str, Any]) -> str:
-    """SHA-256 over the cells' types, tags and texts; outputs, ids and other metadata do not count."""
-    cells = [[cell["cell_type"], sorted(_tags(cell)), _source(cell).rstrip()] for cell in notebook["cells"]]
-    return _hash(cells)
-
-
-def declared_parameters(notebook: Mapping[str, Any], title: str) -> dict[str, Any]:
-    """The names and default values of the cell tagged ``parameters``.
-
-    Raises UsageError when there is no such cell, or a default is not a literal (papermill would not compute it).
-    """
-    cells = [cell for cell in notebook["cells"] if "parameters" in _tags(cell)]
-    if len(cells) != 1:
-        raise UsageError(f"{title} needs exactly one cell tagged 'parameters', and has {len(cells)}")
-    found = {}
-    for statement in ast.parse(_source(cells[0])).body:
-        target, value = _assignment(statement)
-        if target is None:
-            continue
-        try:
-            found[target] = ast.literal_eval(value)
-        except ValueError as error:
-            raise UsageError(f"{title}: the parameter {target} must be a plain value, not a computed one") from error
-    return found
+    if not only:
+        return notebooks
+    return [path for path in notebooks if path.stem.startswith(tuple(only))]
 
 
 def parse_parameters(options: Iterable[str]) -> dict[str, str]:
     """``["seed=1"]`` -> ``{"seed": "1"}``. Raises UsageError for a text without name and equals sign."""
-    pairs = [option.partition("=") for option in options]
-    for name, equals, _ in pairs:
+    texts = {}
+    for option in options:
+        name, equals, value = option.partition("=")
         if not equals or not name.strip().isidentifier():
             raise UsageError(f"write a parameter as name=value, not {name!r}")
-    return {name.strip(): value for name, _, value in pairs}
+        texts[name.strip()] = value
+    return texts
 
 
-def _plan(profile: Profile, path: Path, document: Any, declared: Mapping[str, Any], raw: Mapping[str, str]) -> Plan:
-    name = path.stem
-    given = {"profile": profile.name} if "profile" in declared else {}
-    for parameter, value in profile.parameters.get(name, {}).items():
-        if parameter not in declared:
-            raise UsageError(f"profile {profile.name} sets {parameter!r} for {name}, which has only: {_list(declared)}")
-        given[parameter] = _same_type(parameter, value, declared[parameter])
-    for parameter in raw.keys() & declared.keys():
-        given[parameter] = _same_type(parameter, _parse(raw[parameter], declared[parameter]), declared[parameter])
+def _plan(
+    profile: Profile, path: Path, document: Document, defaults: Mapping[str, object], texts: Mapping[str, str]
+) -> Plan:
+    given = _given(profile, path.stem, defaults, texts)
+    if path.stem not in profile.budgets:
+        raise UsageError(f"profile {profile.name} sets no time budget for {path.stem}: add one to its file")
+    # Neither budgets nor other notebooks' parameters change what this notebook computes: a change runs nothing again.
+    models = asdict(profile)
+    del models["budgets"], models["parameters"]
+    return Plan(
+        name=path.stem,
+        path=path,
+        given=given,
+        effective={**defaults, **given},
+        budget=profile.budgets[path.stem],
+        inputs=hash_of([cells_hash(document), given, models]),
+        models=declared_models(document, profile, path.name),
+    )
+
+
+def _given(
+    profile: Profile, notebook: str, defaults: Mapping[str, object], texts: Mapping[str, str]
+) -> dict[str, object]:
+    """What a notebook is given: the profile's name, what the profile sets for it, then what the command line says."""
+    given: dict[str, object] = {}
+    if "profile" in defaults:
+        given["profile"] = profile.name
+    for name, value in profile.parameters.get(notebook, {}).items():
+        if name not in defaults:
+            raise UsageError(f"profile {profile.name} sets {name!r} for {notebook}, which has only: {_list(defaults)}")
+        given[name] = _same_type(name, value, defaults[name])
+    for name in texts.keys() & defaults.keys():
+        given[name] = _same_type(name, _parse(texts[name], defaults[name]), defaults[name])
     if given.get("profile", profile.name) != profile.name:
         raise UsageError("choose the profile with --profile, not as a parameter")
-    if name not in profile.budgets:
-        raise UsageError(f"profile {profile.name} sets no time budget for {name}: add one to its file")
-    models = {key: value for key, value in asdict(profile).items() if key not in ("budgets", "parameters")}
-    inputs = _hash([cells_hash(document), given, models])
-    return Plan(name, path, given, {**declared, **given}, profile.budgets[name], inputs)
+    return given
 
 
-def _check_names(raw: Mapping[str, str], known: Mapping[str, Any]) -> None:
+def _check_names(raw: Mapping[str, str], defaults: Iterable[Mapping[str, object]]) -> None:
+    known: dict[str, None] = {}
+    for names in defaults:
+        known |= dict.fromkeys(names)
     for name in raw:
         choose(name, known, "parameter", UsageError)
 
 
-def _parse(text: str, default: Any) -> Any:
+def _parse(text: str, default: object) -> object:
     import yaml
 
     try:
-        value = yaml.safe_load(text)
+        value: object = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"cannot read the value {text!r}: quote it") from error
     if isinstance(default, float) and isinstance(value, str):
@@ -144,38 +137,18 @@ def _parse(text: str, default: Any) -> Any:
     return value
 
 
-def _same_type(name: str, value: Any, default: Any) -> Any:
-    """The value, an integer made a float where the default is one. Raises UsageError for another type."""
+def _same_type(name: str, value: object, default: object) -> object:
+    """The value, an integer made a float if the default is one. Raises UsageError for another type."""
     if default is None or type(value) is type(default):
         return value
     if isinstance(default, float) and type(value) is int:
         return float(value)
-    kinds = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}
-    wanted = kinds.get(type(default), type(default).__name__)
-    hint = f" (a text that looks like something else needs quotes: {name}='\"{value}\"')" if wanted == "a text" else ""
+    wanted = _KINDS.get(type(default), type(default).__name__)
+    hint = ""
+    if isinstance(default, str):
+        hint = f" (a text that looks like something else needs quotes: {name}='\"{value}\"')"
     raise UsageError(f"the parameter {name} must be {wanted}, such as {default!r}, not {value!r}{hint}")
-
-
-def _assignment(statement: ast.stmt) -> tuple[str | None, Any]:
-    if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-        return statement.targets[0].id, statement.value
-    if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
-        return statement.target.id, statement.value
-    return None, None
-
-
-def _tags(cell: Mapping[str, Any]) -> list[str]:
-    return cell.get("metadata", {}).get("tags", [])
-
-
-def _source(cell: Mapping[str, Any]) -> str:
-    source = cell["source"]
-    return source if isinstance(source, str) else "".join(source)
 
 
 def _list(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 from urllib.parse import quote, unquote
 
 from helpers.files import write_json
@@ -28,25 +28,38 @@ _USER_INFO = re.compile(r"://([^/?#\s]*)@")
 _JSON_SUFFIXES = {".json", ".ipynb"}
 
 
-def find_secrets(named: Mapping[str, Any]) -> tuple[str, ...]:
-    """The values among ``named`` (the environment, or parameters) that look like a token, longest first.
+def find_secrets(named: Mapping[str, object]) -> tuple[str, ...]:
+    """Return the values among ``named`` (the environment, or parameters) that look like a token, longest first.
 
     A value counts when its name ends in or contains a word such as TOKEN, SECRET, KEY or PASSWORD. Of any value, what
     has the form of a well-known token (``hf_...``) counts, and the password inside an address, decoded too. Values
-    under six characters and paths that exist are no secrets: blanking them everywhere would only spoil the files.
+    under six characters and paths that exist do not count: blanking them everywhere would only spoil the files.
     """
-    found = set()
+    candidates: set[str] = set()
     for name, value in named.items():
         text = str(value)
         if _SECRET_NAME.search(name):
-            found.add(text)
-        found.update(match.group() for match in _SECRET_VALUE.finditer(text))
-        found.update(_in_addresses(text))
-    return tuple(sorted((text for text in found if _worth_hiding(text)), key=len, reverse=True))
+            candidates.add(text)
+        candidates.update(match.group() for match in _SECRET_VALUE.finditer(text))
+        candidates.update(_in_addresses(text))
+    # The longest first: a secret that holds another one must be blanked whole.
+    return tuple(sorted(filter(_worth_hiding, candidates), key=len, reverse=True))
 
 
-def redact(value: Any, secrets: Iterable[str]) -> Any:
-    """A copy of JSON-like data (or a text) in which every occurrence of a secret reads ``[redacted]``."""
+@overload
+def redact(value: str, secrets: Iterable[str]) -> str: ...
+
+
+@overload
+def redact(value: Mapping[str, object], secrets: Iterable[str]) -> dict[str, Any]: ...
+
+
+@overload
+def redact(value: object, secrets: Iterable[str]) -> object: ...
+
+
+def redact(value: object, secrets: Iterable[str]) -> object:
+    """Return a copy of JSON-like data (or a text) in which every occurrence of a secret reads ``[redacted]``."""
     secrets = tuple(secrets)
     if isinstance(value, str):
         return _redact_text(value, secrets)
@@ -54,20 +67,23 @@ def redact(value: Any, secrets: Iterable[str]) -> Any:
         return {redact(key, secrets): redact(item, secrets) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [redact(item, secrets) for item in value]
+    # A secret of digits alone may be stored as a number.
     if isinstance(value, int | float) and any(secret in str(value) for secret in secrets):
         return REDACTED
     return value
 
 
 def sweep(folder: Path, secrets: Iterable[str]) -> list[Path]:
-    """Redact every file below ``folder`` that still holds a secret; the files that were changed.
+    """Redact every file below ``folder`` that still holds a secret, and return the files that were changed.
 
     Binary files keep their length: a secret there is overwritten with asterisks.
     """
     secrets = tuple(secrets)
     if not secrets:
         return []
-    forms = [form.encode() for secret in secrets for form in _forms(secret)]
+    forms: list[bytes] = []
+    for secret in secrets:
+        forms.extend(form.encode() for form in _forms(secret))
     changed = [path for path in sorted(folder.rglob("*")) if _holds_any(path, forms)]
     for path in changed:
         _clean(path, secrets, forms)
@@ -82,7 +98,7 @@ def _redact_text(text: str, secrets: tuple[str, ...]) -> str:
 
 
 def _forms(secret: str) -> tuple[str, ...]:
-    """The secret as it is, and as JSON, HTML, a Python literal and an address would write it."""
+    """The secret itself, and as JSON, HTML, a Python literal and an address would write it."""
     forms = (secret, json.dumps(secret)[1:-1], html.escape(secret), repr(secret)[1:-1], quote(secret, safe=""))
     return tuple(dict.fromkeys(forms))
 
@@ -113,6 +129,7 @@ def _clean(path: Path, secrets: tuple[str, ...], forms: list[bytes]) -> None:
         text = content.decode("utf-8")
     except UnicodeDecodeError:
         for form in forms:
+            # Of equal length, so that offsets inside the file, as in a zip or a SQLite file, still fit.
             content = content.replace(form, b"*" * len(form))
         path.write_bytes(content)
         return

@@ -6,9 +6,8 @@ import hashlib
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -22,22 +21,22 @@ from helpers.types import ROOT, Profile
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
-KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+_KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 _ADDRESS = re.compile(r"( at )0x[0-9a-f]{6,}")
 
 
 def source_notebook(source: Path) -> NotebookNode:
     """The notebook that a py:percent source describes, without outputs, with ids that depend on its cells alone."""
     import jupytext
+    from nbformat import from_dict
 
     notebook = jupytext.read(source, fmt={"extension": ".py", "format_name": "percent"})
-    notebook.metadata = type(notebook.metadata)({"kernelspec": KERNELSPEC, "language_info": {"name": "python"}})
+    metadata = {"kernelspec": _KERNELSPEC, "language_info": {"name": "python"}}
+    if "workbook" in notebook.metadata:  # the declared models, which the runner reads
+        metadata["workbook"] = notebook.metadata["workbook"]
+    notebook.metadata = from_dict(metadata)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
-    seen: Counter[str] = Counter()
-    for cell in notebook.cells:
-        digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:12]
-        seen[digest] += 1
-        cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
+    _name_cells(notebook)
     return notebook
 
 
@@ -76,36 +75,59 @@ def clean(notebook: NotebookNode) -> NotebookNode:
         if cell.cell_type == "code" and cell.source.strip():
             number += 1
             cell.execution_count = number
-            cell.outputs = [_clean_output(output, number) for output in cell.outputs]
+            for output in cell.outputs:
+                _clean_output(output, number)
     return notebook
 
 
-def _clean_output(output: NotebookNode, number: int) -> NotebookNode:
+def _name_cells(notebook: NotebookNode) -> None:
+    """Give each cell an id that follows from its text: a cell that did not change keeps its outputs."""
+    seen: Counter[str] = Counter()
+    for cell in notebook.cells:
+        digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:12]
+        seen[digest] += 1
+        cell.id = digest
+        if seen[digest] > 1:
+            cell.id = f"{digest}-{seen[digest]}"
+
+
+def _clean_output(output: NotebookNode, number: int) -> None:
     if "execution_count" in output:
         output.execution_count = number
-    return type(output)(_neutral(output))
+    for key, value in output.items():
+        output[key] = _neutral(value)
 
 
-def _neutral(value: Any) -> Any:
+def _neutral(value: object) -> object:
     """Without this machine's folders and memory addresses."""
     if isinstance(value, str):
         for path, name in _paths().items():
             value = value.replace(path, name)
         return _ADDRESS.sub(r"\g<1>0x…", value)
-    if isinstance(value, Mapping):
-        return type(value)({key: _neutral(item) for key, item in value.items()})
-    return [_neutral(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, dict):
+        # Of the same class: nbformat reads the keys of its nodes as attributes.
+        return type(value)((key, _neutral(item)) for key, item in value.items())
+    if isinstance(value, list):
+        return [_neutral(item) for item in value]
+    return value
 
 
 def _paths() -> dict[str, str]:
-    """This machine's folders and what stands for them, the longest first."""
+    """This machine's folders and what stands for them, the longest first: the environment lies in the project."""
     paths = {f"{ROOT}/": "", str(ROOT): ".", sys.prefix: "$VIRTUAL_ENV", str(Path.home()): "~"}
-    return {path: paths[path] for path in sorted(paths, key=len, reverse=True) if len(path) > 2}
+    ordered = {}
+    for path in sorted(paths, key=len, reverse=True):
+        if len(path) > 2:  # not the root folder, as the home of a service may be
+            ordered[path] = paths[path]
+    return ordered
 
 
 def _copy_outputs(executed: NotebookNode, notebook: NotebookNode) -> None:
     """Give the cells of ``notebook`` the outputs of the cells with the same id."""
-    done = {cell.id: cell for cell in executed.cells if cell.cell_type == "code" and "id" in cell}
+    done = {}
+    for cell in executed.cells:
+        if cell.cell_type == "code" and "id" in cell:
+            done[cell.id] = cell
     for cell in notebook.cells:
         if cell.cell_type == "code" and cell.id in done:
             cell.outputs, cell.execution_count = done[cell.id].outputs, done[cell.id].execution_count

@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from queue import Empty, Queue
 from time import monotonic
-from typing import IO, Any
+from typing import cast
 
 import psutil
 
-from helpers.runner.processes import Family, kill_marked
+from helpers.processes import ChildProcess
+from helpers.runner.child import Event, Job
 from helpers.runner.redaction import redact
 
 GRACE_SECONDS = 15.0
 POLL_SECONDS = 0.25
 MEMORY_SECONDS = 1.0
 EXIT_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a child needs to know. ``secrets`` are blanked wherever the notebook's outputs hold them."""
-
-    notebook: str
-    output: str
-    parameters: dict[str, Any]
-    seconds: float
-    cell_seconds: float
-    secrets: tuple[str, ...]
-    mark: str
 
 
 @dataclass
@@ -66,7 +50,7 @@ class Progress:
         self.peak_bytes = max(self.peak_bytes, family_bytes)
         self.tree_bytes = max(self.tree_bytes, family_bytes + own_bytes)
 
-    def take(self, event: Mapping[str, Any]) -> None:
+    def take(self, event: Event) -> None:
         """Bring the progress up to date with one event of the child."""
         self.cells = event.get("cells", self.cells)
         self.cell = event.get("cell", self.cell)
@@ -91,84 +75,52 @@ def supervise(job: Job, environ: Mapping[str, str], log: Path, show: Callable[[P
     Whatever happens, an exception in ``show`` or Ctrl-C included, no process of the notebook outlives this call.
     """
     progress, own = Progress(monotonic()), psutil.Process()
-    with _child(job, environ, log) as (child, events, family):
-        sampled = 0.0
-        while (event := _next(events)) is not None:
-            if event:
-                progress.take(event)
-            if progress.ended:
-                break
-            if event or monotonic() - sampled > MEMORY_SECONDS:
-                sampled = monotonic()
-                progress.weigh(family.look(), own.memory_info().rss)
-            progress.reason = progress.overdue(job)
-            if progress.reason:
-                break
-            show(progress)
+    log.unlink(missing_ok=True)
+    with ChildProcess(
+        [sys.executable, "-m", "helpers.runner.child"],
+        environment=environ,
+        cwd=Path(job.notebook).parent,
+        errors=partial(_write_log, log, job.secrets),
+    ) as child:
+        with suppress(BrokenPipeError):  # it died before it read its job: the end of its events tells
+            child.send(asdict(replace(job, mark=child.mark)))
+        _follow(child, job, progress, own, show)
         if progress.ended:
-            with suppress(subprocess.TimeoutExpired):
+            with suppress(TimeoutError):
                 child.wait(EXIT_SECONDS)
         elif progress.reason is None:
             progress.reason = f"its process ended unexpectedly (exit code {child.wait()}) at cell {progress.cell}"
     return progress
 
 
-@contextmanager
-def _child(
-    job: Job, environ: Mapping[str, str], log: Path
-) -> Iterator[tuple[subprocess.Popen[bytes], Queue[dict[str, Any] | None], Family]]:
-    child = subprocess.Popen(
-        [sys.executable, "-m", "helpers.runner.child"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**environ, job.mark: "1"},
-        cwd=os.path.dirname(job.notebook),
-        start_new_session=True,
-    )
-    family = Family({psutil.Process(child.pid)})
-    events: Queue[dict[str, Any] | None] = Queue()
-    readers = {
-        child.stdout: threading.Thread(target=_forward, args=(child.stdout, events), daemon=True),
-        child.stderr: threading.Thread(target=_write_log, args=(child.stderr, log, job.secrets), daemon=True),
-    }
-    try:
-        for reader in readers.values():
-            reader.start()
-        with suppress(BrokenPipeError):  # it died before it read its job: the end of its events tells
-            child.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
-            child.stdin.flush()
-        yield child, events, family
-    finally:
-        kill_marked(job.mark, family)  # first, while orphans are still the child's
-        child.kill()
-        child.wait()
-        with suppress(BrokenPipeError):
-            child.stdin.close()
-        for stream, reader in readers.items():
-            reader.join(timeout=2)
-            if not reader.is_alive():  # else somebody still holds the other end, and closing would wait for them
-                stream.close()
+def _follow(
+    child: ChildProcess, job: Job, progress: Progress, own: psutil.Process, show: Callable[[Progress], None]
+) -> None:
+    """Take in the events until the child says how it ended, ran past its time, or is gone."""
+    weighed = 0.0
+    while True:
+        moved = False
+        with suppress(TimeoutError):
+            try:
+                progress.take(cast(Event, child.receive(POLL_SECONDS)))
+            except EOFError:
+                return
+            moved = True
+        if progress.ended:
+            return
+        # Each event, too: a cell's memory may be gone a moment later.
+        if moved or monotonic() - weighed > MEMORY_SECONDS:
+            weighed = monotonic()
+            progress.weigh(child.resident_bytes(), own.memory_info().rss)
+        progress.reason = progress.overdue(job)
+        if progress.reason:
+            return
+        show(progress)
 
 
-def _next(events: Queue[dict[str, Any] | None]) -> dict[str, Any] | None:
-    try:
-        return events.get(timeout=POLL_SECONDS)
-    except Empty:
-        return {}
-
-
-def _forward(stream: IO[bytes], events: Queue[dict[str, Any] | None]) -> None:
-    for line in stream:
-        events.put(json.loads(line))
-    events.put(None)
-
-
-def _write_log(stream: IO[bytes], log: Path, secrets: tuple[str, ...]) -> None:
-    log.unlink(missing_ok=True)
-    for line in stream:
-        with suppress(OSError), log.open("a", encoding="utf-8") as file:  # on a full disk, go on emptying the pipe
-            file.write(redact(line.decode("utf-8", "replace"), secrets))
+def _write_log(log: Path, secrets: tuple[str, ...], line: bytes) -> None:
+    with suppress(OSError), log.open("a", encoding="utf-8") as file:  # on a full disk, go on emptying the pipe
+        file.write(redact(line.decode("utf-8", "replace"), secrets))
 
 
 def environment(base: Mapping[str, str], offline: bool, workbook: Mapping[str, str]) -> dict[str, str]:

@@ -1,3 +1,9 @@
+# ---
+# jupyter:
+#   workbook:
+#     models: {}
+# ---
+
 # %% [markdown]
 # # 00 · Start here: what Falcon-180B is, and what this machine can run
 #

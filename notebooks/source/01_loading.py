@@ -1,3 +1,12 @@
+# ---
+# jupyter:
+#   workbook:
+#     models:
+#       falcon: [profile, bf16]
+#       laptop/falcon: [bf16, fp32]
+#       laptop/falcon_draft: [fp32]
+# ---
+
 # %% [markdown]
 # # 01 · Loading: from a checkpoint to the first sentence
 #

@@ -1,3 +1,12 @@
+# ---
+# jupyter:
+#   workbook:
+#     models:
+#       falcon: [precisions]
+#       llama_chat: [precisions]
+#       laptop/falcon: [bf16, int8, nf4]
+# ---
+
 # %% [markdown]
 # # 02 · Quantization: fewer bits, at what price?
 #

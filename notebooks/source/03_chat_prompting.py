@@ -1,3 +1,11 @@
+# ---
+# jupyter:
+#   workbook:
+#     models:
+#       falcon: [profile]
+#       falcon_chat: [profile]
+# ---
+
 # %% [markdown]
 # # 03 · Chat prompting: the format it was trained on
 #

@@ -1,3 +1,11 @@
+# ---
+# jupyter:
+#   workbook:
+#     models:
+#       falcon_chat: [profile]
+#       llama_chat: [profile]
+# ---
+
 # %% [markdown]
 # # 04 · Falcon beside Llama: the same questions to both
 #

@@ -1,3 +1,11 @@
+# ---
+# jupyter:
+#   workbook:
+#     models:
+#       falcon_chat: [nf4]
+#       laptop/falcon_chat: [bf16]
+# ---
+
 # %% [markdown]
 # # 05 · Fine-tuning: repair what the comparison found
 #

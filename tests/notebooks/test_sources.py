@@ -1,6 +1,7 @@
 """Rules that every notebook keeps, and the agreement of each notebook with its source."""
 
 import ast
+import json
 import re
 
 import jupytext
@@ -8,7 +9,10 @@ import nbformat
 import pytest
 
 from helpers import runner
+from helpers.profiles import load_profile
 from helpers.runner import rendering
+from helpers.runner.declaration import declared_models
+from helpers.shards import file_hash
 from helpers.types import ROOT
 
 SOURCES = sorted((ROOT / "notebooks" / "source").glob("*.py"))
@@ -70,3 +74,33 @@ def test_committed_notebook_is_clean(path):
             assert not any(o["output_type"] == "error" for o in cell["outputs"])
             warnings = [o["text"] for o in cell["outputs"] if o.get("name") == "stderr"]
             assert all("eetq" in text for text in warnings), warnings  # the warning that notebook 02 talks about
+
+
+def newest_whole_run():
+    """The newest finished run of the laptop profile in runs/ that ran the notebooks as they are now, or None."""
+    for folder in sorted((ROOT / "runs").glob("*-laptop*"), reverse=True):
+        files = [folder / "manifest.json", folder / "status.json"]
+        if not all(file.exists() for file in files):
+            continue
+        manifest, status = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+        current = {path.stem: file_hash(path) for path in NOTEBOOKS}
+        ran = {name: entry["sha256"] for name, entry in manifest["notebooks"].items()}
+        passed = all(entry["status"] == "passed" for entry in status["notebooks"].values())
+        if ran == current and passed and "loaded" in manifest:
+            return manifest
+    return None
+
+
+def test_the_notebooks_declare_what_a_run_loaded_and_nothing_else():
+    """``workbook run`` fails a notebook that loads too much; here: that nothing is declared, and fetched, in vain."""
+    manifest, laptop = newest_whole_run(), load_profile("laptop")
+    if manifest is None:
+        pytest.skip("runs/ holds no finished run of these notebooks: make run")
+    for path in NOTEBOOKS:
+        models = declared_models(json.loads(path.read_text(encoding="utf-8")), laptop, path.stem)
+        declared = {model.ref.id for model in models}
+        entries = [entry for entry in manifest["loaded"] if entry["notebook"] == path.stem and not entry["made_here"]]
+        assert {entry["model"] for entry in entries} == declared, path.stem
+        for entry in entries:
+            fitting = [model.precisions for model in models if model.ref.id == entry["model"]]
+            assert any(entry["precision"] in precisions for precisions in fitting), entry

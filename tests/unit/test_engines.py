@@ -21,6 +21,7 @@ from helpers.engines import cases, catalogue, convert, measure, output, session
 from helpers.engines.cases import Case, Subject
 from helpers.engines.catalogue import KINDS, EngineError, Job
 from helpers.engines.child import Child, Ended, Late
+from helpers.processes import Completed
 from helpers.profiles import load_profile
 from helpers.types import ROOT, WorkbookError
 
@@ -360,7 +361,7 @@ def test_vllm_gives_the_same_tokens_in_fp32(setup):
 
 
 def test_a_converter_that_fails_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", "a\nValueError: no"))
+    monkeypatch.setattr(convert.processes, "run", lambda *_: Completed(1, "", "a\nValueError: no"))
     (tmp_path / "model").mkdir()
     job = Job({}, str(tmp_path / "model"), "bf16", 1, 1, 1, str(tmp_path / "cache"))
     with pytest.raises(EngineError, match="does not take this checkpoint: ValueError: no"):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,11 +21,13 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from helpers import cli, hub_cache, profiles, runner
+from helpers.loads import Load
 from helpers.profiles import load_profile
 from helpers.runner import execution, fetching, folder, manifest, supervision
+from helpers.runner.declaration import declared_models, roles_to_fetch, undeclared
 from helpers.runner.display import PlainLines, describe, table
-from helpers.runner.parameters import cells_hash, declared_parameters, parse_parameters, plan_run, select
-from helpers.runner.processes import Family, kill_marked, marked, new_mark
+from helpers.runner.notebook import cells_hash, declared_parameters
+from helpers.runner.parameters import parse_parameters, plan_run, select
 from helpers.runner.redaction import find_secrets, redact, sweep
 from helpers.runner.rendering import clean, source_notebook
 from helpers.schema import NotebookStatus, Status
@@ -44,14 +47,14 @@ def interrupts():
     signal.signal(signal.SIGHUP, before[1])
 
 
-def make_notebook(directory, name, *cells, parameters=DEFAULTS):
+def make_notebook(directory, name, *cells, parameters=DEFAULTS, models=None):
     """A notebook file with a parameters cell (unless None) and the given code cells, written as plain JSON."""
     directory.mkdir(parents=True, exist_ok=True)
     tagged = [(parameters, ["parameters"])] if parameters is not None else []
     document = {
         "nbformat": 4,
         "nbformat_minor": 5,
-        "metadata": {},
+        "metadata": {"workbook": {"models": models}} if models else {},
         "cells": [
             {"cell_type": "code", "id": f"c{index}", "metadata": {"tags": tags}, "source": source, "outputs": [],
              "execution_count": None}
@@ -651,43 +654,6 @@ def test_the_whole_run_is_interruptible_to_its_last_file(tmp_path, monkeypatch):
     assert status_of(tmp_path / "run")["state"] == "interrupted"
 
 
-def test_a_family_outlives_parents_and_marks():
-    """Seen once, unmarked processes are found after their parent's death, in sessions of their own or not."""
-    seconds = "812346"
-    command = f"env -i setsid sh -c 'sleep {seconds} & wait' & env -i sleep {seconds} & wait"
-    parent = subprocess.Popen(["sh", "-c", command], start_new_session=True)
-    family = Family({psutil.Process(parent.pid)})
-    try:
-        wait_for(lambda: len([one for one in processes_with(seconds) if one.name() == "sleep"]) == 2)
-        assert family.look() > 2**16
-        parent.kill()
-        parent.wait()
-        assert len(processes_with(seconds)) == 3
-        assert kill_marked(new_mark(), family) == 3
-        assert processes_with(seconds) == []
-        assert family.look() == 0
-    finally:
-        for process in processes_with(seconds):
-            process.kill()
-
-
-@pytest.mark.timeout(30)
-def test_who_holds_the_pipe_does_not_hold_the_run(tmp_path, monkeypatch):
-    """The child ends, and an unreachable process of it keeps the write ends of its output open."""
-    program = tmp_path / "child"
-    program.write_text("#!/bin/sh\nread job\nsetsid sleep 812347 &\nexit 3\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(supervision.sys, "executable", str(program))
-    monkeypatch.setattr(supervision, "kill_marked", lambda *_: 0)
-    job = supervision.Job(str(tmp_path / "x.ipynb"), str(tmp_path / "y.ipynb"), {}, 60, 60, (), new_mark())
-    try:
-        with supervision._child(job, os.environ, tmp_path / "log"):
-            wait_for(lambda: processes_with("812347"))
-    finally:
-        for process in processes_with("812347"):
-            process.kill()
-
-
 def test_the_manifest_names_the_commit_of_a_hub_model_that_the_run_downloaded(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
@@ -719,7 +685,7 @@ def test_the_manifest_names_the_commit_of_a_hub_model_that_the_run_downloaded(tm
 LOADS = (
     "import json, os\nfrom pathlib import Path\nfrom helpers import loading, types\n"
     "settings = types.ModelRef('org/tiny', 'falcon', 'plain', revision='main')\n"
-    "commit = loading.resolve(settings).name  # settings.falcon\n"
+    "commit = loading.resolve(settings).name\n"
     "assert commit == os.environ.get('EXPECTED_COMMIT', commit), commit"
 )
 
@@ -761,8 +727,8 @@ def hub_profile(*names):
 
 @pytest.mark.slow
 def test_models_are_fetched_before_the_first_notebook_and_kept_at_their_commit(hub, tmp_path, monkeypatch, capfd):
-    make_notebook(tmp_path / "notebooks", "00_a", LOADS)
-    make_notebook(tmp_path / "notebooks", "01_b", LOADS, "assert Path('mended').exists()")
+    make_notebook(tmp_path / "notebooks", "00_a", LOADS, models={"falcon": ["profile"]})
+    make_notebook(tmp_path / "notebooks", "01_b", LOADS, "assert Path('mended').exists()", models={"falcon": ["bf16"]})
     during = []
     note = lambda: during.append(status_of(tmp_path / "run")["notebooks"]["00_a"]["status"])  # noqa: E731
     hub.before_sending = staticmethod(note)
@@ -792,7 +758,7 @@ def test_models_are_fetched_before_the_first_notebook_and_kept_at_their_commit(h
 
 def test_a_model_that_cannot_be_had_stops_the_run_before_the_first_notebook(hub, tmp_path):
     hub.gated = True
-    make_notebook(tmp_path / "notebooks", "00_a", LOADS)
+    make_notebook(tmp_path / "notebooks", "00_a", LOADS, models={"falcon": ["profile"]})
     arguments = {"notebooks": tmp_path / "notebooks", "folder": tmp_path / "run", "console": quiet()}
     with pytest.raises(
         runner.RunError, match=r"licence must be accepted.*Then resume with: workbook run --resume"
@@ -833,7 +799,7 @@ def test_an_interruption_ends_a_download_at_once_and_leaves_a_run_to_resume(hub,
         return Hub.send_file(self, file)
 
     hub.send_file = stall
-    make_notebook(tmp_path / "notebooks", "00_a", LOADS)
+    make_notebook(tmp_path / "notebooks", "00_a", LOADS, models={"falcon": ["profile"]})
     start = time.monotonic()
     try:
         arguments = {"notebooks": tmp_path / "notebooks", "folder": tmp_path / "run", "console": quiet()}
@@ -852,20 +818,31 @@ def test_an_interruption_ends_a_download_at_once_and_leaves_a_run_to_resume(hub,
 
 
 @pytest.mark.parametrize("offline", [False, True])
-def test_nothing_is_fetched_for_a_notebook_that_names_no_model_nor_for_models_that_are_here(
+def test_nothing_is_fetched_for_a_notebook_that_declares_no_model_nor_for_models_that_are_here(
     tmp_path, monkeypatch, offline
 ):
     monkeypatch.setattr(execution, "fetch", lambda *_: pytest.fail("fetched"))
     monkeypatch.setattr(execution, "supervise", lambda *_: supervision.Progress(time.monotonic()))
     monkeypatch.setattr(manifest, "DETECT", "raise SystemExit(1)")
-    make_notebook(tmp_path, "00_a", "settings.falcon" if offline else "falcon = 1")
+    # Named in code and comments, and declared of another profile: neither is a reason to download.
+    models = {"laptop/falcon": ["bf16"]} | ({"falcon": ["profile"]} if offline else {})
+    make_notebook(tmp_path, "00_a", "settings = None  # settings.falcon, settings.models", models=models)
     profile = make_profile("00_a") if offline else hub_profile("00_a")
     assert run_notebooks(profile, notebooks=tmp_path, folder=tmp_path / "run", console=quiet()).ok
 
 
-def test_the_models_that_the_notebooks_name_are_known():
-    profile, notebooks = load_profile("8x80gb"), execution.NOTEBOOKS
-    found = {path.stem[:2]: fetching.named_roles(profile, [path]) for path in notebooks.glob("*.ipynb")}
+# --- declared models --------------------------------------------------------------------------------------------------
+
+
+def declared(models, profile="8x80gb"):
+    document = {"metadata": {"workbook": {"models": models}}, "cells": []}
+    return declared_models(document, load_profile(profile), "00_a.ipynb")
+
+
+def test_the_models_that_the_notebooks_declare_are_fetched():
+    profile, found = load_profile("8x80gb"), {}
+    for path in sorted(execution.NOTEBOOKS.glob("*.ipynb")):
+        found[path.stem[:2]] = roles_to_fetch(declared_models(json.loads(path.read_text()), profile, path.name))
     assert found == {
         "00": [],
         "01": ["falcon"],
@@ -874,7 +851,81 @@ def test_the_models_that_the_notebooks_name_are_known():
         "04": ["falcon_chat", "llama_chat"],
         "05": ["falcon_chat"],
     }
-    assert fetching.named_roles(profile, notebooks.glob("*.ipynb")) == list(profile.models)
+
+
+def test_a_declared_precision_is_the_profile_s_its_list_or_a_literal_one():
+    profile = load_profile("8x80gb")
+    found = declared({"falcon": ["profile", "nf4"], "llama_chat": ["precisions"], "laptop/falcon_draft": ["fp32"]})
+    assert [model.ref for model in found] == [
+        profile.falcon, profile.llama_chat, load_profile("laptop").falcon_draft
+    ]  # fmt: skip
+    assert [model.precisions for model in found] == [(profile.precision, "nf4"), profile.precisions, ("fp32",)]
+    assert declared({"laptop/falcon": ["profile"]})[0].precisions == (load_profile("laptop").precision,)
+    assert declared({"falcon_draft": ["fp32"]}) == ()  # this profile has no draft
+    assert declared_models({"metadata": {}, "cells": []}, profile, "x") == ()
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ({"falcon2": ["profile"]}, "unknown role 'falcon2'. Use one of falcon, falcon_chat, llama_chat, falcon_draft"),
+        ({"desktop/falcon": ["profile"]}, "there is no profile 'desktop'"),
+        ({"falcon": ["int4"]}, "there is no precision 'int4'. Use one of profile, precisions, fp32"),
+        ({"falcon": "nf4"}, "model falcon: list its precisions"),
+        ({"falcon": []}, "model falcon: list its precisions"),
+        (["falcon"], "must name roles"),
+    ],
+)
+def test_a_declaration_that_makes_no_sense_is_refused_before_anything_runs(tmp_path, models, message):
+    make_notebook(tmp_path, "00_a", "1", models=models)
+    with pytest.raises(runner.UsageError, match=re.escape(message)):
+        runner.run(make_profile("00_a"), notebooks=tmp_path, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+LOADS_TWO = (
+    "from pathlib import Path\nimport tempfile\nfrom helpers import loading, profiles\n"
+    "laptop = profiles.load_profile('laptop')\ndraft = loading.load(laptop.falcon_draft, 'fp32')",
+    "loading.load(laptop.falcon_draft, 'fp32')\nwith tempfile.TemporaryDirectory() as folder:\n"
+    "    loading.load(loading.save(draft, Path(folder) / 'copy'), 'fp32')",
+)
+
+
+@pytest.mark.slow
+def test_a_run_names_what_it_loaded_and_fails_a_notebook_that_does_not_declare_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "DETECT", "raise SystemExit(1)")
+    notebooks, run = tmp_path / "notebooks", tmp_path / "run"
+    draft = load_profile("laptop").falcon_draft
+    make_notebook(notebooks, "00_says", *LOADS_TWO, models={"falcon_draft": ["fp32"]})
+    make_notebook(notebooks, "01_other", LOADS_TWO[0], models={"falcon_draft": ["bf16"]})
+    make_notebook(notebooks, "02_silent", LOADS_TWO[0])
+    budgets = dict.fromkeys(("00_says", "01_other", "02_silent"), Budget(60, 40, 5))
+    profile = replace(load_profile("laptop"), budgets=budgets, parameters={})
+    result = runner.run(profile, notebooks=notebooks, folder=run, console=quiet())
+    reason = (
+        f"the notebook loaded {draft.label} in fp32 and does not declare it: add it to `workbook: models:` in the "
+        "header of the notebook's source"
+    )
+    assert result.passed == ("00_says",)
+    assert result.failed == {"01_other": reason, "02_silent": reason}
+    common = {"role": "falcon_draft", "model": draft.id, "label": draft.label, "precision": "fp32", "commit": None}
+    written = [{"notebook": name, **common, "made_here": False} for name in ("00_says", "01_other", "02_silent")]
+    copy = replace(draft, id="copy").label
+    written.insert(1, {**written[0], "role": None, "model": "copy", "label": copy, "made_here": True})
+    assert json.loads((run / "manifest.json").read_text())["loaded"] == written
+    # Resumed with what it loads declared, the notebook passes, and the notes of its first attempt are gone.
+    make_notebook(notebooks, "02_silent", LOADS_TWO[0], models={"laptop/falcon_draft": ["profile", "fp32"]})
+    again = runner.run(profile, notebooks=notebooks, resume=run, only=["02"], console=quiet())
+    assert again.passed == ("02_silent",)
+    assert json.loads((run / "manifest.json").read_text())["loaded"] == written
+
+
+def test_a_load_is_declared_by_model_and_precision():
+    models = declared({"falcon": ["bf16", "nf4"]})
+    load = Load(models[0].ref.id, "label", "nf4", None, False)
+    assert undeclared([load, replace(load, model="copy", precision="int8", made_here=True)], models) is None
+    assert "loaded label in int8" in undeclared([load, replace(load, precision="int8")], models)
+    assert "loaded label in nf4" in undeclared([replace(load, model="other")], models)
 
 
 def test_the_manifest_hashes_a_packaged_model(tmp_path, monkeypatch):
@@ -886,19 +937,6 @@ def test_the_manifest_hashes_a_packaged_model(tmp_path, monkeypatch):
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
     assert manifest._model(ref)["sha256"] == {"m.gguf": digest}
     assert manifest._model(ModelRef("x/y", "llama", "plain", source="package", file="absent/m"))["sha256"] == {}
-
-
-def test_marked_processes_are_found_with_their_children_and_killed():
-    mark = new_mark()
-    command = "sleep 812345 & setsid sleep 812345 & env -i sleep 812345 & wait"
-    child = subprocess.Popen(["sh", "-c", command], env={**os.environ, mark: "1"}, start_new_session=True)
-    wait_for(lambda: len(processes_with("812345")) == 4)
-    assert len(marked(mark)) == 4
-    assert os.getpid() not in [process.pid for process in marked(mark)]
-    assert kill_marked(mark) == 4
-    assert child.wait(timeout=10) == -signal.SIGKILL
-    assert processes_with("812345") == []
-    assert kill_marked(mark) == 0
 
 
 def test_plain_lines_when_the_output_is_no_terminal(tmp_path):
@@ -1043,6 +1081,6 @@ def test_a_child_that_dies_before_it_reads_its_job_fails_its_notebook_alone(tmp_
     monkeypatch.setattr(sys, "executable", "/bin/false")
     more_than_a_pipe_holds = {"text": "x" * 2**20}
     paths = str(tmp_path / "x.ipynb"), str(tmp_path / "y.ipynb")
-    job = supervision.Job(*paths, more_than_a_pipe_holds, 60, 60, (), new_mark())
+    job = supervision.Job(*paths, more_than_a_pipe_holds, 60, 60, ())
     progress = supervision.supervise(job, os.environ, tmp_path / "log", lambda progress: None)
     assert "ended unexpectedly (exit code 1)" in progress.reason
