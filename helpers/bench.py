@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from helpers import hardware, loading, memory
+from helpers.decoding import cache_bytes
 from helpers.generation import context_tokens, inference, input_device
 from helpers.types import GIB, Loaded, Machine, ModelRef, WorkbookError, gib
 
@@ -207,11 +208,6 @@ def _filled_cache(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> Cac
         batch, heads, _, size = layer.keys.shape
         layer.keys, layer.values = (torch.randn(batch, heads, tokens, size).to(layer.keys.dtype) for _ in "kv")
     return cache
-
-
-def cache_bytes(cache: Cache) -> int:
-    """Bytes of a cache's tensors, keys and values of all layers."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def shortfalls(ref: ModelRef, precisions: Sequence[str], machine: Machine | None = None) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""A conversation: history, system prompt, save and load."""
+"""A conversation with a model: history, system prompt, saving and loading."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import asdict, replace
@@ -18,7 +19,7 @@ CHAT_SAMPLING = Sampling(max_new_tokens=200)
 class Chat:
     """A conversation with one model.
 
-    The history keeps every turn; where it outgrows the context the model is shown only the newest whole turns (see
+    The history keeps every turn. If it outgrows the context, the model is shown only the newest whole turns (see
     ``prompt``). Turn n (from 0) is drawn with ``sampling.seed + n``: a question asked twice may get two replies, and
     the same questions give the same transcript. ``decoding``: see ``generation.generate``. ``last_reply`` is the newest
     finished reply with its timings.
@@ -38,11 +39,11 @@ class Chat:
 
     @property
     def messages(self) -> list[Message]:
-        """The whole conversation, the system message first where there is one (a copy)."""
-        return [dict(message) for message in self._with_system(self._turns)]
+        """A copy of the whole conversation; a system message comes first."""
+        return copy.deepcopy(self._with_system(self._turns))
 
     def ask(self, text: str) -> Reply:
-        """Asks and waits for the whole reply. After an error the history is as before.
+        """Ask and wait for the whole reply. After an error the history is as before.
 
         Raises WorkbookError for a blank question, and what ``generation.generate`` raises.
         """
@@ -51,26 +52,26 @@ class Chat:
         return reply
 
     def stream(self, text: str) -> Generator[str, None, Reply]:
-        """Asks and yields the reply in pieces; the generator's value is the Reply.
+        """Ask and yield the reply in pieces; the generator's value is the Reply.
 
-        The history changes when the reply is finished: a stream that is closed, interrupted or fails leaves none of
-        its turn behind. Raises as ``ask`` does, before the first piece where the question is to blame.
+        The history changes when the reply is finished: a stream that is closed, interrupted or fails leaves nothing of
+        its turn behind. Raises as ``ask`` does; errors of the question come at once, before the first piece.
         """
         pieces = stream(self.loaded, self._asking(text), self._turn_sampling(), decoding=self.decoding)
         return self._streamed(text, pieces)
 
     def reset(self) -> None:
-        """Forgets every turn; the system prompt stays."""
+        """Forget every turn; the system prompt stays."""
         self._turns, self.last_reply = [], None
 
     def prompt(self, text: str | None = None) -> str:
-        """The very text the model would be given for the question ``text``; without one, for an empty question."""
+        """The exact text that the model would be given for the question ``text``, or for an empty question."""
         return prompt_text(self.loaded, self._next(text or ""), self.sampling.max_new_tokens)
 
     def tokens_left(self) -> int:
-        """How many tokens the next question may take before the oldest turn is left out.
+        """Number of tokens that the next question may take before the oldest turn is left out.
 
-        Negative where turns are left out already. Room for the reply is counted as taken.
+        Negative if turns are left out already. The tokens reserved for the reply are not available.
         """
         rendered = self.loaded.format.render(self._next(""))
         context = context_tokens(self.loaded)
@@ -78,7 +79,7 @@ class Chat:
         return context - reply - len(encode(self.loaded.tokenizer, rendered))
 
     def save(self, path: str | Path) -> None:
-        """Writes the conversation as JSON (UTF-8): model id, system prompt, sampling and turns."""
+        """Write the conversation as JSON (UTF-8): model id, system prompt, sampling and turns."""
         state = {
             "model": self.loaded.ref.id,
             "system": self.system,
@@ -91,32 +92,39 @@ class Chat:
     def load(cls, path: str | Path, loaded: Loaded) -> Chat:
         """A saved conversation, to be continued with ``loaded``: the model that began it, or another.
 
-        Raises WorkbookError where the file is missing or is no saved conversation.
+        Raises WorkbookError if the file is missing or is not a saved conversation.
         """
         try:
             state = json.loads(Path(path).read_text(encoding="utf-8"))
             chat = cls(loaded, state["system"], Sampling(**state["sampling"]))
             chat._turns = list(state["turns"])
+            # with a question appended, valid messages mean that the saved turns are whole pairs
             check_messages(chat._next("a question may follow"))
         except FileNotFoundError as error:
-            raise WorkbookError(f"There is no saved conversation at {path}.") from error
+            raise WorkbookError(f"There is no saved conversation at {path}. Check the path.") from error
         except (ValueError, KeyError, TypeError, MessageError) as error:
-            raise WorkbookError(f"{path} is not a conversation that Chat.save wrote: {error}") from error
+            raise WorkbookError(
+                f"{path} is not a conversation that Chat.save wrote: {error}. Choose another file."
+            ) from error
         return chat
 
     def _with_system(self, turns: list[Message]) -> list[Message]:
-        return turns if self.system is None else [{"role": "system", "content": self.system}, *turns]
+        if self.system is None:
+            return turns
+        return [{"role": "system", "content": self.system}, *turns]
 
     def _next(self, text: str) -> list[Message]:
         return self._with_system([*self._turns, {"role": "user", "content": text}])
 
     def _asking(self, text: str) -> list[Message]:
+        # what is not a string is left to check_messages, whose message names its type
         if isinstance(text, str) and not text.strip():
-            raise WorkbookError("The question is blank: ask something.")
+            raise WorkbookError("The question is blank. Ask something.")
         return self._next(text)
 
     def _turn_sampling(self) -> Sampling:
-        return replace(self.sampling, seed=self.sampling.seed + len(self._turns) // 2)
+        turn = len(self._turns) // 2  # each turn is two messages
+        return replace(self.sampling, seed=self.sampling.seed + turn)
 
     def _streamed(self, text: str, pieces: Generator[str, None, Reply]) -> Generator[str, None, Reply]:
         reply = yield from pieces
@@ -132,9 +140,10 @@ class Chat:
 def play(
     chat: Chat, questions: Iterable[str], show: Callable[[str, Reply], None] = lambda question, reply: None
 ) -> list[Reply]:
-    """Asks the questions in order, as a scripted transcript; ``show(question, reply)`` is called after each reply."""
+    """Ask the questions in order, as a scripted transcript; ``show(question, reply)`` is called after each reply."""
     replies = []
     for question in questions:
-        replies.append(chat.ask(question))
-        show(question, replies[-1])
+        reply = chat.ask(question)
+        replies.append(reply)
+        show(question, reply)
     return replies

@@ -1,7 +1,7 @@
-"""How the tokens of a reply are decoded: ways that differ in speed, not in what greedy decoding says in fp32.
+"""Decoding strategies that change the speed but, in fp32, not the greedy output.
 
-Every way is transformers' ``generate``; this room chooses its options. In 16 bit the ways round differently, so texts
-may part where two tokens are about equally likely.
+Each is transformers' ``generate`` with other options, which this module chooses. In 16 bits the strategies round
+differently, so texts may differ from the first token on whose two best candidates are about equally likely.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 from helpers.memory import anatomy
 from helpers.progress import waiting
@@ -21,40 +21,56 @@ from helpers.workarounds.compiled_cpu import compile_config, unmark_cache
 from helpers.workarounds.draft_limits import merge_limits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, StaticCache
+    import torch
+    from transformers import Cache, GenerationConfig, PreTrainedModel, StaticCache
+    from transformers.generation.utils import GenerateOutput
 
-PREFILL_TOKENS = 8192  # longer prompts, all rows counted, are read in chunks of at most so many tokens
-SHORTEST_CACHE = 256  # tokens of the smallest static cache; each further size is twice the last
+PREFILL_TOKENS = 8192  # longer prompts, all rows counted, are read in chunks of at most this many tokens
+SHORTEST_CACHE = 256  # tokens of the smallest static cache; each larger size is twice the one before
 CANDIDATES = 5  # tokens proposed for each pass of the model
-MATCHED_TOKENS = 2  # prompt lookup proposes what followed the last so many tokens when they came before
+MATCHED_TOKENS = 2  # prompt lookup looks for an earlier occurrence of this many last tokens
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """A way of decoding; what cannot be done so falls back to "plain" (see ``path_for``).
+    """A decoding strategy; where it does not apply, ``applicable`` replaces it by "plain".
 
     "plain": one token for each pass of the model, over a cache that grows.
-    "compiled": the same over a cache of fixed size, the pass compiled by ``torch.compile`` once for each size.
-    "lookup": tokens that followed the last ones earlier in the text are proposed, and one pass checks them all (prompt
-    lookup decoding, Saxena 2023): pays where the text repeats itself.
+    "compiled": the same over a cache of fixed size; ``torch.compile`` compiles the pass once for each size.
+    "lookup": the tokens that followed an earlier occurrence of the last ones are proposed, and one pass checks them all
+    (prompt lookup decoding, Saxena 2023). It pays if the text repeats itself.
     "speculative": ``draft``, a smaller model with the same tokenizer, proposes ``candidates`` tokens, and one pass
-    checks them all (Leviathan et al. 2023; Chen et al. 2023): pays where the draft is fast and often right.
+    checks them all (Leviathan et al. 2023; Chen et al. 2023). It pays if the draft is fast and often right.
     """
 
     path: DecodingPath = "plain"
     draft: Loaded | None = None
     candidates: int = CANDIDATES
 
+    @property
+    def proposes(self) -> bool:
+        """Whether tokens are proposed and several may be accepted in one pass."""
+        return self.path in ("lookup", "speculative")
+
 
 PLAIN = Decoding()
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of ``generate``: fields of its ``GenerationConfig``, and arguments of the call."""
+class Size:
+    """The size of one call of ``generate``. ``tokens`` counts prompt and reply of the longest row."""
 
-    config: dict[str, Any] = field(default_factory=dict)
-    call: dict[str, Any] = field(default_factory=dict)
+    rows: int
+    prompt_tokens: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments of ``generate`` that a strategy needs besides its ``GenerationConfig``."""
+
+    cache: StaticCache | None = None
+    draft: PreTrainedModel | None = None
 
 
 @dataclass(frozen=True)
@@ -67,84 +83,99 @@ class _Decoder:
 
 
 def for_profile(profile: Profile, loaded: Loaded) -> Decoding:
-    """The way that the profile names, or "plain" where this model or machine cannot be decoded so."""
-    return PLAIN if profile.decoding == "compiled" and cannot_compile(loaded) else Decoding(profile.decoding)
+    """The strategy of the profile, or "plain" if this model cannot be compiled on this machine."""
+    if profile.decoding == "compiled" and cannot_compile(loaded):
+        return PLAIN
+    return Decoding(profile.decoding)
 
 
 def check(loaded: Loaded, decoding: Decoding) -> None:
-    """Raises WorkbookError where this model cannot be decoded so on this machine, saying what to do."""
-    if decoding.path == "compiled" and (why := cannot_compile(loaded)):
-        raise WorkbookError(f"{loaded.ref.label} cannot be decoded compiled: {why}. Choose another way of decoding.")
+    """Raise WorkbookError, with advice, if the strategy is not possible for this model on this machine."""
+    if decoding.path == "compiled" and (reason := cannot_compile(loaded)):
+        raise WorkbookError(
+            f'{loaded.ref.label} cannot be decoded with "compiled": {reason}. Choose another decoding strategy.'
+        )
     if decoding.candidates < 1:
         raise WorkbookError(f"candidates must be at least 1, but is {decoding.candidates}.")
     if (decoding.path == "speculative") != (decoding.draft is not None):
-        raise WorkbookError("Speculative decoding needs a draft, and no other way takes one.")
+        raise WorkbookError('The strategy "speculative" needs a draft, and the others take none.')
     if decoding.draft and decoding.draft.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
         raise WorkbookError(
-            f"{decoding.draft.ref.label} cannot draft for {loaded.ref.label}: their vocabularies differ."
+            f"{decoding.draft.ref.label} cannot draft for {loaded.ref.label}: their vocabularies differ. "
+            "Choose a draft with the same tokenizer."
         )
 
 
 def cannot_compile(loaded: Loaded) -> str:
-    """Why the model's pass cannot be compiled here; empty where it can."""
+    """Why the model's pass cannot be compiled on this machine; empty if it can."""
     import torch
 
-    devices = {parameter.device for parameter in loaded.model.parameters()}
+    model = loaded.model
+    devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
         return "its layers lie on several devices"
-    if hasattr(loaded.model, "get_base_model"):
+    if hasattr(model, "get_base_model"):
         return "it carries an adapter that is not merged"
-    if getattr(loaded.model, "is_quantized", False) and not (
-        devices.pop().type == "cuda" and loaded.model.hf_quantizer.is_compileable
-    ):
-        return f"its {loaded.report.precision} layers are no operations of torch.compile here"
-    if loaded.model.device.type == "cpu" and not _compiler():
-        return "there is no C++ compiler (g++) here"
-    if loaded.model.device.type == "cpu" and " " in torch.__file__:
-        return "torch's call of the linker takes no space in the path of the Python environment"
+    on_cpu = model.device.type == "cpu"
+    if getattr(model, "is_quantized", False):
+        # bitsandbytes registers its kernels as operations of torch.compile for CUDA alone
+        on_gpu = devices.pop().type == "cuda"
+        if not (on_gpu and cast("Any", model).hf_quantizer.is_compileable):
+            return f"torch.compile cannot compile the {loaded.report.precision} layers on this machine"
+    if on_cpu and not _compiler():
+        return "there is no C++ compiler (g++) on this machine"
+    if on_cpu and " " in torch.__file__:
+        return "torch.compile fails if the path of the Python environment contains a space"
     return ""
 
 
-def path_for(decoding: Decoding, rows: int, *, greedy: bool) -> DecodingPath:
-    """The way that a call really takes.
+def applicable(decoding: Decoding, rows: int, *, greedy: bool) -> Decoding:
+    """The strategy that a call really uses.
 
-    Tokens are proposed for one sequence at a time, and drawn replies keep to the order of their draws: several
-    prompts, and sampling, are decoded plainly instead.
+    ``generate`` proposes tokens for one sequence only, and a sampled reply would change with the number of proposals.
+    Several prompts, and sampling, are therefore decoded plainly.
     """
-    proposes = decoding.path in ("lookup", "speculative")
-    return "plain" if proposes and (rows > 1 or not greedy) else decoding.path
+    if decoding.proposes and (rows > 1 or not greedy):
+        return PLAIN
+    return decoding
 
 
-def settings(
+def configure(
     loaded: Loaded,
     decoding: Decoding,
-    path: DecodingPath,
-    rows: int,
-    *,
-    prompt_tokens: int,
-    tokens: int,
+    size: Size,
+    config: GenerationConfig,
     on_proposed: Callable[[int], None] = lambda count: None,
 ) -> Options:
-    """What ``generate`` needs to decode so; ``tokens``: prompt and reply of the longest row.
+    """Set the fields of ``config`` that the strategy needs, and return the other arguments of ``generate``.
 
-    A draft tells ``on_proposed`` how many tokens it proposes, each time. Long prompts are read in chunks of at most
-    PREFILL_TOKENS tokens, all rows counted, where nothing is compiled for them and no draft reads them.
+    ``on_proposed`` is called with the number of tokens whenever a draft proposes some. Long prompts are read in chunks
+    of at most PREFILL_TOKENS tokens, all rows counted, if nothing is compiled for them and no draft reads them.
     """
-    if path == "compiled":
-        return _compiled_settings(loaded, rows, tokens)
-    if path == "lookup":
-        return Options({"prompt_lookup_num_tokens": decoding.candidates, "max_matching_ngram_size": MATCHED_TOKENS})
-    if path == "speculative":
-        return Options(call={"assistant_model": _assistant(decoding, on_proposed)})
-    chunk = max(1, PREFILL_TOKENS // rows)
-    return Options({"prefill_chunk_size": chunk} if prompt_tokens > chunk else {})
+    if decoding.path == "compiled":
+        return _compiled_settings(loaded, size, config)
+    if decoding.path == "speculative":
+        return Options(draft=_assistant(decoding, on_proposed))
+    if decoding.path == "lookup":
+        config.prompt_lookup_num_tokens = decoding.candidates
+        config.max_matching_ngram_size = MATCHED_TOKENS
+        return Options()
+    chunk = max(1, PREFILL_TOKENS // size.rows)
+    if size.prompt_tokens > chunk:
+        config.prefill_chunk_size = chunk
+    return Options()
+
+
+def generate_method(model: PreTrainedModel) -> Callable[..., GenerateOutput | torch.LongTensor]:
+    """The model's ``generate``, which ``PreTrainedModel`` does not declare: a mixin of its class brings it."""
+    return cast("Callable[..., GenerateOutput | torch.LongTensor]", model.generate)
 
 
 def without_settings(loaded: Loaded) -> PreTrainedModel:
-    """The model with the same weights and no generation settings of its own; the same object as long as the model is.
+    """The model with the same weights and no generation settings of its own; one object for the life of the model.
 
-    ``generate`` fills what is left open from the model's settings, and peft would write settings back to the model.
-    What was compiled belongs to the object, which is why it is kept.
+    ``generate`` takes missing options from the model's settings, and peft would write settings back to the model.
+    Compiled code belongs to the object, which is why the object is kept.
     """
     return _decoder(loaded).model
 
@@ -153,39 +184,55 @@ def _decoder(loaded: Loaded) -> _Decoder:
     from transformers import GenerationConfig
 
     source = loaded.model
-    if loaded.decoder is None or loaded.decoder.source is not source:
-        model = copy.copy(source.get_base_model() if hasattr(source, "get_base_model") else source)
+    decoder = cast("_Decoder | None", loaded.decoder)
+    if decoder is None or decoder.source is not source:
+        base = cast("Any", source).get_base_model() if hasattr(source, "get_base_model") else source
+        # a shallow copy shares the weights, but has settings of its own
+        model = copy.copy(base)
         model.generation_config = GenerationConfig()
         model.training = False
-        loaded.decoder = _Decoder(source, model, set())
-    return loaded.decoder
+        decoder = _Decoder(source, model, set())
+        loaded.decoder = decoder
+    return decoder
 
 
-def warm_up(loaded: Loaded, path: DecodingPath, rows: int, tokens: int) -> None:
-    """Compile what decoding ``rows`` sequences of so many tokens will run, once for each size, saying so.
+def warm_up(loaded: Loaded, decoding: Decoding, size: Size) -> None:
+    """Compile what a call of this size will run, once for each size, and tell the user; do nothing if not "compiled".
 
-    What torch can keep of the compiled code lies in its own cache (``$TORCHINDUCTOR_CACHE_DIR``), for later processes.
+    torch keeps part of the compiled code for later processes, in its own cache (``$TORCHINDUCTOR_CACHE_DIR``).
     """
     import torch
     from transformers import GenerationConfig
 
-    done, size = _decoder(loaded).sizes, (rows, cache_tokens(loaded, tokens))
-    if path != "compiled" or size in done:
+    compiled, kept = _decoder(loaded).sizes, (size.rows, _cache_tokens(loaded, size.tokens))
+    if decoding.path != "compiled" or kept in compiled:
         return
-    ids = torch.zeros((rows, 2), dtype=torch.long, device=loaded.model.device)
-    text = f"Compiling {loaded.ref.name} for {rows} x {size[1]} tokens (once a size, about a minute)"
-    with waiting(text), compiling(loaded, path):
-        options = _compiled_settings(loaded, rows, tokens)
-        config = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0, **options.config)
-        mask = torch.ones_like(ids)
-        without_settings(loaded).generate(ids, attention_mask=mask, generation_config=config, **options.call)
-    done.add(size)
+    # two tokens of prompt and three new ones run both shapes of pass that are compiled: prefill and decode
+    ids = torch.zeros((size.rows, 2), dtype=torch.long, device=loaded.model.device)
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0)
+    text = f"Compiling {loaded.ref.name} for {kept[0]} x {kept[1]} tokens (once for each size, about a minute)"
+    with waiting(text), compiling(loaded, decoding):
+        options = _compiled_settings(loaded, size, config)
+        generate_method(without_settings(loaded))(
+            ids, attention_mask=torch.ones_like(ids), generation_config=config, past_key_values=options.cache
+        )
+    compiled.add(kept)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of a cache's tensors: keys and values of all layers."""
+    total = 0
+    for layer in cache.layers:
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if tensor is not None:
+                total += tensor.nbytes
+    return total
 
 
 @contextmanager
-def compiling(loaded: Loaded, path: DecodingPath) -> Iterator[None]:
-    """Around a call of ``generate``: on a CPU, compiled passes read weights that are laid out anew ("frozen")."""
-    if path != "compiled" or loaded.model.device.type != "cpu":
+def compiling(loaded: Loaded, decoding: Decoding) -> Iterator[None]:
+    """Surround a call of ``generate``: on a CPU, compiled passes read weights in a layout of their own ("frozen")."""
+    if decoding.path != "compiled" or loaded.model.device.type != "cpu":
         yield
         return
     import torch._inductor.config as inductor
@@ -194,26 +241,28 @@ def compiling(loaded: Loaded, path: DecodingPath) -> Iterator[None]:
         yield
 
 
-def cache_tokens(loaded: Loaded, tokens: int) -> int:
-    """The size of the static cache for so many tokens: few sizes, because each is compiled by itself."""
+def _cache_tokens(loaded: Loaded, tokens: int) -> int:
+    """Size of the static cache for ``tokens`` tokens: one of few sizes, because each is compiled separately."""
     size = SHORTEST_CACHE
     while size < tokens:
         size *= 2
-    return min(size, max(tokens, loaded.model.config.max_position_embeddings))
+    context = int(loaded.model.config.max_position_embeddings)
+    return min(size, max(tokens, context))
 
 
-def _compiled_settings(loaded: Loaded, rows: int, tokens: int) -> Options:
+def _compiled_settings(loaded: Loaded, size: Size, config: GenerationConfig) -> Options:
     from transformers import StaticCache
 
-    if loaded.model.device.type == "cuda":  # compiled by generate itself, which sees the cache's kind
-        size = cache_tokens(loaded, tokens)
-        return Options(call={"past_key_values": StaticCache(config=loaded.model.config, max_cache_len=size)})
-    cache = _static_cache(loaded, rows, cache_tokens(loaded, tokens))
-    return Options({"compile_config": compile_config()}, {"past_key_values": cache})
+    tokens = _cache_tokens(loaded, size.tokens)
+    if loaded.model.device.type == "cuda":
+        # on CUDA generate compiles by itself when it is given a static cache
+        return Options(cache=StaticCache(config=loaded.model.config, max_cache_len=tokens))
+    config.compile_config = compile_config()
+    return Options(cache=_static_cache(loaded, size.rows, tokens))
 
 
 def _static_cache(loaded: Loaded, rows: int, tokens: int) -> StaticCache:
-    """A cache of fixed size whose tensors are not marked as constants: what is frozen would freeze them too."""
+    """A cache of fixed size that freezing does not compile into the code as a constant."""
     from transformers import StaticCache
 
     shape, model = anatomy(loaded.model.config), loaded.model
@@ -225,7 +274,7 @@ def _static_cache(loaded: Loaded, rows: int, tokens: int) -> StaticCache:
 
 
 def _assistant(decoding: Decoding, on_proposed: Callable[[int], None]) -> PreTrainedModel:
-    """The draft, set to propose the same number of tokens each time (fewer at the end), telling how many they were."""
+    """The draft, set to propose the same number of tokens each time (fewer at the end) and to report each number."""
     assert decoding.draft is not None
     model = copy.copy(without_settings(decoding.draft))
     model.generation_config = copy.copy(model.generation_config)

@@ -1,4 +1,4 @@
-"""Conversations -> LoRA or QLoRA with peft and trl -> adapter -> merged model."""
+"""Fine-tune with LoRA or QLoRA (peft and trl): from conversations to an adapter, and to a merged model."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from helpers import loading
 from helpers.generation import context_tokens
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from pandas import DataFrame
     from peft import PeftModel
-    from transformers import PreTrainedModel, TrainerCallback
+    from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from trl import SFTConfig, SFTTrainer
 
 TARGETS = {
@@ -36,7 +36,7 @@ Conversation = Sequence[Message]
 
 
 class FinetuneError(WorkbookError):
-    """A fine-tune that cannot be done, or an adapter that cannot be read."""
+    """A fine-tune that is not possible, or an adapter that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Recipe:
     """How to train. LoRA adds B·A·alpha/rank to each linear layer of the decoder (Hu et al., arXiv 2106.09685).
 
     ``steps`` optimizer steps of ``batch_size`` examples in each process: linear warm-up over ``warmup_steps``, then
-    cosine decay. There is no packing: Falcon in transformers lets packed examples see each other, because it builds its
-    mask without looking at position ids (``loading.load`` repairs that, but the model may come from elsewhere).
+    cosine decay. Examples are not packed: Falcon in transformers builds its mask without looking at position ids, so
+    packed examples would see each other (``loading.load`` repairs that, but the model may come from elsewhere).
     """
 
     steps: int = 150
@@ -68,7 +68,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Example:
-    """One reply to train, after all that the model reads before it. ``roles`` names what each token is:
+    """One reply to train on, after all that the model reads before it. ``roles`` names what each token is:
 
     system, user, assistant (an earlier reply), format (tags and line ends), reply and end (the end token).
     Only "reply" and "end" carry the loss.
@@ -82,10 +82,14 @@ class Example:
         """True for each token that carries the loss."""
         return tuple(role in TRAINED_ROLES for role in self.roles)
 
+    def row(self) -> dict[str, list[int]]:
+        """The example as trl takes it: token ids, and 1 for each token that carries the loss."""
+        return {"input_ids": list(self.input_ids), "completion_mask": list(map(int, self.trained))}
+
 
 @dataclass(frozen=True)
 class Point:
-    """The loss, in nats a token, at one step: of the batches since the last point, or of the held-out examples."""
+    """The loss at one step in nats per token: of the batches since the last point, or of the held-out examples."""
 
     step: int
     loss: float | None = None
@@ -96,8 +100,8 @@ class Point:
 class Finetuned:
     """A trained adapter: on the model in memory, and in a folder.
 
-    ``examples`` were trained on; ``left_out`` replies were longer than the context. ``seconds`` are those of this call,
-    without what an interrupted one took before. ``processes`` is how many really trained.
+    ``examples`` counts the replies trained on; ``left_out`` those longer than the context. ``seconds`` is the time of
+    this call, without that of an interrupted call before. ``processes`` is the number that really trained.
     """
 
     loaded: Loaded
@@ -111,55 +115,81 @@ class Finetuned:
 
 
 def read_conversations(path: Path) -> list[list[Message]]:
-    """The conversations of a JSON-lines file with a list ``messages`` a line. Raises FinetuneError, naming the line."""
-    found = []
+    """The conversations of a JSON Lines file: each line holds a list ``messages``.
+
+    Raises FinetuneError, naming the line, if one is not valid.
+    """
+    conversations = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            found.append(json.loads(line)["messages"])
-            _check_conversations(found[-1:])
+            conversation = json.loads(line)["messages"]
+            _check_conversations([conversation])
         except (ValueError, KeyError, TypeError, FinetuneError) as error:
-            raise FinetuneError(f"{path.name}, line {number} is no conversation with messages: {error}") from error
-    return found
+            raise FinetuneError(
+                f"{path.name}, line {number} is not a conversation: {error} "
+                'Each line must be a JSON object with a list "messages".'
+            ) from error
+        conversations.append(conversation)
+    return conversations
 
 
 def examples(loaded: Loaded, conversations: Sequence[Conversation]) -> list[Example]:
     """One example for each reply, in the model's chat format, with the end token after that reply only.
 
-    Prompt and reply are tokenized apart, as they are when the model is asked. An example longer than the context is
-    left out. Raises FinetuneError where none is left or what is given are no conversations, MessageError for malformed
-    messages.
+    Prompt and reply are tokenized separately, as they are when the model is asked. Examples longer than the context are
+    left out. Raises FinetuneError if none is left or if the argument is not a list of conversations, MessageError for
+    malformed messages.
     """
     _check_conversations(conversations)
-    found = [
-        _example(loaded, conversation[: place + 1])
-        for conversation in conversations
-        for place, message in enumerate(conversation)
-        if message["role"] == "assistant"
-    ]
-    kept = [example for example in found if len(example.input_ids) <= context_tokens(loaded)]
-    if not kept:
-        raise FinetuneError(f"None of the {len(found)} replies fits the context of {context_tokens(loaded)} tokens.")
-    return kept
+    made = []
+    for conversation in conversations:
+        for position, message in enumerate(conversation):
+            if message["role"] == "assistant":
+                made.append(_example(loaded, conversation[: position + 1]))
+    limit = context_tokens(loaded)
+    fitting = [example for example in made if len(example.input_ids) <= limit]
+    if not fitting:
+        raise FinetuneError(
+            f"None of the {len(made)} replies fits the context of {limit} tokens. Give shorter conversations."
+        )
+    return fitting
+
+
+def reply_count(conversations: Sequence[Conversation]) -> int:
+    """Number of replies: messages with the role "assistant"."""
+    count = 0
+    for conversation in conversations:
+        for message in conversation:
+            if message["role"] == "assistant":
+                count += 1
+    return count
 
 
 def _check_conversations(conversations: Sequence[Conversation]) -> None:
-    """Raises FinetuneError where something is no list of conversations that each hold a reply."""
-    for talk in conversations if isinstance(conversations, Sequence) else [conversations]:
-        if isinstance(talk, str | Mapping) or not all(isinstance(m, Mapping) and "role" in m for m in talk):
-            raise FinetuneError(
-                'Give a list of conversations, each a list of messages: [[{"role": "user", "content": "Hi"}, '
-                '{"role": "assistant", "content": "Hello."}], ...].'
-            )
-    if not any(message["role"] == "assistant" for talk in conversations for message in talk):
-        raise FinetuneError('There is no reply to train on: no message has the role "assistant".')
+    """Raise FinetuneError unless this is a list of conversations with a reply."""
+    valid = isinstance(conversations, Sequence) and all(map(_is_conversation, conversations))
+    if not valid:
+        raise FinetuneError(
+            'Give a list of conversations, each a list of messages: [[{"role": "user", "content": "Hi"}, '
+            '{"role": "assistant", "content": "Hello."}], ...].'
+        )
+    if reply_count(conversations) == 0:
+        raise FinetuneError('There is no reply to train on. Add messages with the role "assistant".')
+
+
+def _is_conversation(value: object) -> bool:
+    # strings and mappings can be iterated too
+    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+        return False
+    return all(isinstance(message, Mapping) and "role" in message for message in value)
 
 
 def token_counts(found: Sequence[Example]) -> DataFrame:
-    """How many tokens there are, and how many carry the loss, by role."""
+    """Table of the number of tokens, and of those that carry the loss, by role."""
     import pandas as pd
 
     tokens = Counter(role for example in found for role in example.roles)
-    trained = {role: tokens[role] if role in TRAINED_ROLES else 0 for role in tokens}
+    trained = {role: count if role in TRAINED_ROLES else 0 for role, count in tokens.items()}
     return pd.DataFrame({"tokens": tokens, "trained": trained}).rename_axis("role").sort_values("trained")
 
 
@@ -174,79 +204,90 @@ def finetune(
 ) -> Finetuned:
     """Train LoRA adapters on the replies of conversations; on an int8 or nf4 model this is QLoRA (arXiv 2305.14314).
 
-    ``loaded.model`` itself gains the adapters; its own weights stay as they are. ``on_point`` is called with the whole
-    history at each new point. Interrupted, the same call goes on from the last tenth of the way, kept in
-    ``out_dir/checkpoints``. For several processes start the program with torchrun. As transformers' trainer does, it
-    sets the global random seeds to ``recipe.seed``. Raises FinetuneError where the nf4 weights may be repacked under
-    way (load with ``unpacked=True``), where the model has adapters already, or where ``out_dir`` holds a fine-tune with
-    another recipe, base or data.
+    ``loaded.model`` itself gains the adapters; its own weights do not change. ``on_point`` is called with the whole
+    history at each new point. After an interruption, the same call continues from the last checkpoint in
+    ``out_dir/checkpoints`` and loses at most a tenth of the steps. For several processes, start the program with
+    torchrun. Like transformers' trainer, it sets the global random seeds, to ``recipe.seed``. Raises FinetuneError if
+    nf4 weights may be repacked during training (load with ``unpacked=True``), if the model already has adapters, or if
+    ``out_dir`` holds a fine-tune with another recipe, base or data.
     """
     out_dir = Path(out_dir)
     _check_base(loaded.model)
-    found = examples(loaded, dataset)
-    kept = examples(loaded, held_out) if held_out else []
-    identity = _identity(loaded, recipe, (found, kept))
-    _check_folder(out_dir, identity)
+    training = examples(loaded, dataset)
+    measured = examples(loaded, held_out) if held_out else []
+    identity = Identity.of(loaded, recipe, (training, measured))
+    identity.check_folder(out_dir)
     history: list[Point] = []
-    with _quiet(), _adapters(loaded, recipe) as model:
+    with quiet_libraries(), _adapters(loaded, recipe) as model:
         checkpoint = _last_checkpoint(out_dir)
-        config = _config(recipe, out_dir, evaluates=bool(kept), starts=checkpoint is None)
-        trainer = _trainer(model, loaded, config, (found, kept))
+        config = _config(recipe, out_dir, evaluates=bool(measured), starts=checkpoint is None)
+        trainer = _trainer(model, loaded, config, training, measured)
         trainer.add_callback(_watch(history, on_point))
+        # of several processes one writes
         if trainer.is_world_process_zero():
-            _write_json(out_dir / IDENTITY_FILE, identity)
+            identity.write(out_dir)
         with trained_positions_alone(trainer.args.device):
             seconds = _train(trainer, checkpoint, out_dir)
     return Finetuned(
-        loaded=replace(loaded, model=model),
+        loaded=replace(loaded, model=cast("PreTrainedModel", model)),
         adapter_dir=out_dir,
         history=tuple(history),
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        examples=len(found),
-        left_out=sum(message["role"] == "assistant" for talk in dataset for message in talk) - len(found),
+        trainable_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        examples=len(training),
+        left_out=reply_count(dataset) - len(training),
         seconds=seconds,
         processes=trainer.args.world_size,
     )
 
 
 def reload(adapter_dir: Path) -> Loaded:
-    """The base model in the precision it was trained in, with the adapter of a folder. Raises FinetuneError."""
+    """The base model in the precision it was trained in, with the adapter of a folder.
+
+    Raises FinetuneError if the folder holds no adapter.
+    """
     from peft import PeftModel
 
     loaded = _load_base(adapter_dir)
-    with _quiet():
-        return replace(loaded, model=PeftModel.from_pretrained(loaded.model, adapter_dir).eval())
+    with quiet_libraries():
+        model = PeftModel.from_pretrained(loaded.model, adapter_dir)
+    model.eval()
+    # a PeftModel is no PreTrainedModel, but passes all calls on to the one inside it
+    return replace(loaded, model=cast("PreTrainedModel", model))
 
 
 def merge(adapter_dir: Path, out_dir: Path) -> ModelRef:
-    """Add an adapter to its base model's weights and save the sum in bf16; returns the entry to load it with.
+    """Add an adapter to its base model's weights and save the sum in bf16; return the entry to load it with.
 
-    A quantized base is dequantized first, so that the adapter meets the very weights it was trained on; merging inside
-    4-bit weights would round the sum anew. Raises FinetuneError where the folder holds no adapter.
+    A quantized base is dequantized first, so that the adapter is added to the very weights it was trained on; merging
+    into 4-bit weights would round the sum again. Raises FinetuneError if the folder holds no adapter.
     """
     import torch
     from peft import PeftModel
 
     loaded = _load_base(adapter_dir)
-    with _quiet():
+    with quiet_libraries():
         model = loaded.model.dequantize() if loaded.report.quantized_layers else loaded.model
         merged = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload().to(torch.bfloat16)
         merged.save_pretrained(out_dir)
     loaded.tokenizer.save_pretrained(out_dir)
+    # unload frees the memory only if nothing else holds the weights
     del model, merged
     loading.unload(loaded)
     return replace(loaded.ref, id=str(Path(out_dir).resolve()), source="embedded", revision=None, file=None)
 
 
 def relative_error(logits: torch.Tensor, reference: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the reference, both of any equal shape."""
-    return ((logits.float() - reference.float()).norm() / reference.float().norm()).item()
+    """Norm of the difference divided by the norm of the reference. The shapes must be equal."""
+    difference = logits.float() - reference.float()
+    return (difference.norm() / reference.float().norm()).item()
 
 
 def _example(loaded: Loaded, messages: Conversation) -> Example:
+    """The example for the last message, a reply."""
     prompt = loaded.format.render(messages[:-1])
     whole = loaded.format.render(messages, add_generation_prompt=False)
     end = loaded.tokenizer.eos_token
+    # some formats end a reply with the end token themselves: it must come once, as a token of its own
     reply = whole[len(prompt) :].rstrip().removesuffix(end)
     before = _prompt_roles(loaded, prompt, messages[:-1])
     reply_ids = loaded.tokenizer(reply, add_special_tokens=False)["input_ids"]
@@ -255,22 +296,31 @@ def _example(loaded: Loaded, messages: Conversation) -> Example:
 
 
 def _prompt_roles(loaded: Loaded, prompt: str, messages: Conversation) -> list[str]:
-    """The role of each token of the prompt: that of the message whose content it begins in, or "format"."""
-    spans, position = [], 0
+    """The role of each token of the prompt: that of the message whose content it overlaps, or "format"."""
+    spans: list[tuple[int, int, str]] = []
+    position = 0
     for message in messages:
         start = prompt.find(message["content"], position)
         if start >= 0:
             position = start + len(message["content"])
             spans.append((start, position, message["role"]))
     offsets = loaded.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    extra = len(encode(loaded.tokenizer, prompt)) - len(offsets)
-    roles = [next((r for low, high, r in spans if low < end and start < high), "format") for start, end in offsets]
-    return ["format"] * extra + roles
+    # a begin token, which some tokenizers add, has no characters in the prompt
+    begin = len(encode(loaded.tokenizer, prompt)) - len(offsets)
+    return ["format"] * begin + [_role_at(start, end, spans) for start, end in offsets]
+
+
+def _role_at(start: int, end: int, spans: Sequence[tuple[int, int, str]]) -> str:
+    """The role of the first span that overlaps the characters from ``start`` to ``end``."""
+    for low, high, role in spans:
+        if low < end and start < high:
+            return role
+    return "format"
 
 
 @contextmanager
 def _adapters(loaded: Loaded, recipe: Recipe) -> Iterator[PeftModel]:
-    """The model with new adapters; they are taken off again where the block fails, so that it can be run again."""
+    """Add new adapters to the model. They are removed if the block fails, so that it can be run again."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -281,6 +331,7 @@ def _adapters(loaded: Loaded, recipe: Recipe) -> Iterator[PeftModel]:
         target_modules=list(TARGETS[loaded.ref.family]),
         task_type="CAUSAL_LM",
     )
+    # the first weights of the adapters are random
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = get_peft_model(loaded.model, config)
@@ -291,25 +342,34 @@ def _adapters(loaded: Loaded, recipe: Recipe) -> Iterator[PeftModel]:
         raise
 
 
-def _trainer(model: PeftModel, loaded: Loaded, config: SFTConfig, data: Sequence[Sequence[Example]]) -> SFTTrainer:
-    """trl's trainer over the examples to train on and, perhaps, those held out."""
+def _trainer(
+    model: PeftModel, loaded: Loaded, config: SFTConfig, training: Sequence[Example], measured: Sequence[Example]
+) -> SFTTrainer:
+    """trl's trainer over the examples to train on and those held out, of which there may be none."""
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
-    train, held_out = (Dataset.from_list(_rows(found)) if found else None for found in data)
-    trainer = SFTTrainer(model, config, train_dataset=train, eval_dataset=held_out, processing_class=loaded.tokenizer)
+    trainer = SFTTrainer(
+        model,
+        config,
+        train_dataset=Dataset.from_list([example.row() for example in training]),
+        eval_dataset=Dataset.from_list([example.row() for example in measured]) if measured else None,
+        processing_class=loaded.tokenizer,
+    )
+    # it would print every loss; the curve and the bar show them
     trainer.remove_callback(PrinterCallback)
     float_adapters(model)
     return trainer
 
 
 def _train(trainer: SFTTrainer, checkpoint: str | None, out_dir: Path) -> float:
-    """Train, leave the model ready for inference and its adapter saved; the seconds that training took."""
+    """Train, save the adapter and leave the model ready for inference; return the seconds of the training."""
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # bf16 leaves autocast behind
+    # training in bf16 wraps the model's forward pass in autocast, which would change later inference
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     model.eval()
     if trainer.is_world_process_zero():
         model.save_pretrained(out_dir)
@@ -318,81 +378,78 @@ def _train(trainer: SFTTrainer, checkpoint: str | None, out_dir: Path) -> float:
 
 
 def _config(recipe: Recipe, out_dir: Path, *, evaluates: bool, starts: bool) -> SFTConfig:
+    """trl's settings. ``evaluates``: examples are held out; ``starts``: there is no checkpoint to continue from."""
     import torch
     from trl import SFTConfig
 
     gpu = torch.cuda.is_available()
     return SFTConfig(
-        output_dir=str(out_dir / "checkpoints"),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        warmup_steps=recipe.warmup_steps,
-        lr_scheduler_type="cosine",
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=recipe.evaluate_every,
+        max_steps=recipe.steps, learning_rate=recipe.learning_rate, seed=recipe.seed,
+        warmup_steps=recipe.warmup_steps, lr_scheduler_type="cosine",
+        per_device_train_batch_size=recipe.batch_size, per_device_eval_batch_size=recipe.batch_size,
+        gradient_checkpointing=recipe.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
+        # the examples are tokenized and cut already: each is one row, as it is
+        completion_only_loss=True, packing=False, max_length=None,
+        eval_strategy="steps" if evaluates else "no", eval_steps=recipe.evaluate_every,
         eval_on_start=evaluates and starts,
-        save_steps=max(1, recipe.steps // 10),
-        save_total_limit=1,
-        logging_steps=recipe.log_every,
-        logging_nan_inf_filter=False,
-        completion_only_loss=True,
-        packing=False,
-        max_length=None,
-        bf16=gpu,
-        use_cpu=not gpu,
-        dataloader_pin_memory=gpu,
-        disable_tqdm=True,
-        report_to=[],
-        seed=recipe.seed,
-    )
-
-
-def _rows(found: Sequence[Example]) -> list[dict[str, list[int]]]:
-    return [{"input_ids": list(e.input_ids), "completion_mask": [int(t) for t in e.trained]} for e in found]
+        # a checkpoint after every tenth of the steps; older ones are deleted
+        output_dir=str(out_dir / "checkpoints"), save_steps=max(1, recipe.steps // 10), save_total_limit=1,
+        bf16=gpu, use_cpu=not gpu, dataloader_pin_memory=gpu,
+        # nothing is sent anywhere, and a loss that is not a number is shown, not hidden
+        logging_steps=recipe.log_every, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True,
+    )  # fmt: skip
 
 
 def _watch(history: list[Point], on_point: Callable[[Sequence[Point]], None]) -> TrainerCallback:
-    """A callback that keeps the losses, shows how far the training is, and passes the history on."""
+    """A callback that keeps the losses, shows the progress of the training, and passes the history on."""
     from transformers import TrainerCallback
     from transformers.utils.logging import tqdm
 
     class Watch(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_train_begin(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+        ) -> None:
+            # what an interrupted training logged before its checkpoint
             history.extend(_point(row) for row in state.log_history if _is_point(row))
             self.bar = tqdm(
                 total=state.max_steps, initial=state.global_step, desc="fine-tune", unit="step", delay=2, leave=False
             )
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+        ) -> None:
             self.bar.update(1)
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **_: Any) -> None:
+        def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
             if _is_point(state.log_history[-1]):
                 history.append(_point(state.log_history[-1]))
                 on_point(tuple(history))
 
-        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_train_end(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+        ) -> None:
             self.bar.close()
 
     return Watch()
 
 
-def _is_point(row: Mapping[str, Any]) -> bool:
+def _is_point(row: Mapping[str, float]) -> bool:
+    # the log also holds learning rates and the time of the whole training
     return "loss" in row or "eval_loss" in row
 
 
-def _point(row: Mapping[str, Any]) -> Point:
-    losses = [None if row.get(key) is None else float(row[key]) for key in ("loss", "eval_loss")]
-    return Point(int(row["step"]), *losses)
+def _point(row: Mapping[str, float]) -> Point:
+    return Point(int(row["step"]), _loss(row, "loss"), _loss(row, "eval_loss"))
+
+
+def _loss(row: Mapping[str, float], name: str) -> float | None:
+    loss = row.get(name)
+    return None if loss is None else float(loss)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the libraries' bars, log lines and deprecations; warnings of what may be wrong are shown."""
+def quiet_libraries() -> Iterator[None]:
+    """Hide the libraries' bars, log lines and deprecations. Warnings of possible errors are still shown."""
     import warnings
 
     import datasets
@@ -417,56 +474,76 @@ def _check_base(model: PreTrainedModel) -> None:
 
     if may_repack(model):
         raise FinetuneError(
-            "This CPU repacks nf4 weights at the first inference, after which training loses its gradients without an "
-            "error. Load the model with loading.load(..., unpacked=True)."
+            "This CPU repacks nf4 weights at the first inference. After that, training would lose its gradients "
+            "without an error. Load the model with loading.load(..., unpacked=True)."
         )
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise FinetuneError("This model has adapters already: load it anew with loading.load(..., unpacked=True).")
+        raise FinetuneError("This model has adapters already. Load it again with loading.load(..., unpacked=True).")
 
 
-def _identity(loaded: Loaded, recipe: Recipe, data: Sequence[Sequence[Example]]) -> dict[str, Any]:
-    """What a fine-tune is made of: recipe, base model and data, ready for JSON."""
-    quantization = getattr(loaded.model.config, "quantization_config", None)
-    ids = [[example.input_ids for example in found] for found in data]
-    return {
-        "recipe": asdict(recipe),
-        "base": asdict(loaded.ref),
-        "precision": loaded.report.precision,
-        "double_quant": bool(getattr(quantization, "bnb_4bit_use_double_quant", False)),
-        "data_sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
-    }
+@dataclass(frozen=True)
+class Identity:
+    """What a fine-tune is made of: recipe, base model and data. It is saved beside the adapter."""
 
+    recipe: dict[str, Any]
+    base: dict[str, Any]
+    precision: str
+    double_quant: bool
+    data_sha256: str
 
-def _check_folder(out_dir: Path, identity: Mapping[str, Any]) -> None:
-    """Raises FinetuneError where a folder holds a fine-tune that is another in some part."""
-    path = out_dir / IDENTITY_FILE
-    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else identity
-    other = [part for part in identity if there.get(part) != identity[part]]
-    if other:
-        raise FinetuneError(
-            f"{out_dir} holds a fine-tune with another {' and '.join(other)}: choose or empty another folder."
+    @classmethod
+    def of(cls, loaded: Loaded, recipe: Recipe, data: Sequence[Sequence[Example]]) -> Identity:
+        """The identity of a fine-tune; ``data``: the examples to train on, and those held out."""
+        quantization = getattr(loaded.model.config, "quantization_config", None)
+        ids = []
+        for part in data:
+            ids.append([example.input_ids for example in part])
+        return cls(
+            recipe=asdict(recipe),
+            base=asdict(loaded.ref),
+            precision=loaded.report.precision,
+            double_quant=bool(getattr(quantization, "bnb_4bit_use_double_quant", False)),
+            data_sha256=hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
         )
 
+    def check_folder(self, out_dir: Path) -> None:
+        """Raise FinetuneError if a folder holds a fine-tune that differs in some part."""
+        path = out_dir / IDENTITY_FILE
+        if not path.exists():
+            return
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        different = [name for name, value in asdict(self).items() if saved.get(name) != value]
+        if different:
+            raise FinetuneError(
+                f"{out_dir} holds a fine-tune with another {' and '.join(different)}. Choose or empty another folder."
+            )
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Whole or not at all: another process may be reading."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(data, indent=2), encoding="utf-8")
-    part.replace(path)
+    def write(self, out_dir: Path) -> None:
+        """Save the identity in a folder, whole or not at all: another process may be reading it."""
+        path = out_dir / IDENTITY_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+        part.replace(path)
 
 
 def _last_checkpoint(out_dir: Path) -> str | None:
-    """The newest whole checkpoint: transformers writes its state file last."""
+    """The newest complete checkpoint, or None."""
+    # transformers writes its state file last: a folder without one was cut off
     states = (out_dir / "checkpoints").glob("checkpoint-*/trainer_state.json")
-    folders = sorted((state.parent for state in states), key=lambda folder: int(folder.name.rpartition("-")[2]))
-    return str(folders[-1]) if folders else None
+    folders = [state.parent for state in states]
+    if not folders:
+        return None
+    # by number: in the order of text, 100 comes before 20
+    return str(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2])))
 
 
 def _load_base(adapter_dir: Path) -> Loaded:
     """The base model of an adapter, loaded as it was for training."""
     path = Path(adapter_dir) / IDENTITY_FILE
     if not path.is_file():
-        raise FinetuneError(f"{adapter_dir} holds no adapter of this workbook: {IDENTITY_FILE} is missing.")
+        raise FinetuneError(
+            f"{adapter_dir} holds no adapter of this workbook: {IDENTITY_FILE} is missing. Give another folder."
+        )
     data = json.loads(path.read_text(encoding="utf-8"))
     return loading.load(ModelRef(**data["base"]), data["precision"], unpacked=True, double_quant=data["double_quant"])

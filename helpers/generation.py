@@ -1,9 +1,9 @@
-"""One reply, whole, streamed or several at once, with its timings.
+"""Generate replies: one, a batch or a stream, each with its timings.
 
-All three go the same way: ``transformers`` generates greedily over logits to which a generator of this reply alone has
-added the randomness, and every token passes through one ``_Answer``, which turns tokens into text and knows when to
-stop. So the pieces of a stream joined are the whole reply, a batch gives what single prompts give, and the random
-state of the caller is neither used nor changed.
+All three share one path: ``transformers`` generates greedily over logits to which a random generator of this reply
+alone has added noise, and every token passes through one ``_Answer``, which turns tokens into text and decides when to
+stop. Therefore the joined pieces of a stream equal the whole reply, a batch equals single prompts, and the caller's
+random state is neither used nor changed.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import SimpleQueue
 from time import perf_counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
-from helpers import decoding as ways
-from helpers.decoding import PLAIN, Decoding
+from helpers import decoding as strategies
+from helpers.decoding import PLAIN, Decoding, Size
 from helpers.prompts import PromptTooLong, encode
 from helpers.types import FinishReason, Loaded, Message, Reply, Sampling, WorkbookError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 Prompt = str | Sequence[Message]
-DECODING_CONTEXT = 5  # prompt tokens decoded with the reply: some tokenizers drop the space of what comes first
+DECODING_CONTEXT = 5  # prompt tokens decoded with the reply: some tokenizers drop the space of the first token
 DEFAULT_SAMPLING = Sampling()
-UNFINISHED = "\ufffd"  # what decoding shows for bytes that are no whole character yet
+UNFINISHED = "\ufffd"  # decoders show this for bytes that are not a whole character yet
 
 
 class Candidate(NamedTuple):
-    """One token that may come next, as text, with its probability."""
+    """A possible next token as text, with its probability."""
 
     text: str
     probability: float
@@ -39,7 +39,7 @@ class Candidate(NamedTuple):
 
 
 class StopFilter:
-    """Releases text as it arrives, but nothing of a stop string, nor of a beginning that may still become one.
+    """Releases text as it arrives, but holds back a stop string and any ending that may still become one.
 
     The stop string that is complete first counts, so the result does not depend on how the text is cut into pieces.
     """
@@ -50,58 +50,71 @@ class StopFilter:
         self._held = ""
 
     def feed(self, text: str) -> str:
-        """Takes the next piece of text and returns what may be shown; after a stop that is nothing."""
+        """Take the next piece of text; return the text that may be shown now, which is empty after a stop."""
         if self.stopped:
             return ""
         self._held += text
-        found = [(self._held.find(stop) + len(stop), -len(stop)) for stop in self.stop_strings if stop in self._held]
-        if found:
-            end, negative_length = min(found)
-            self.stopped = True
-            return self._take(end + negative_length)
-        return self._take(len(self._held) - self._possible_beginning())
+        start = self._first_stop()
+        if start is None:
+            return self._take(len(self._held) - self._possible_beginning())
+        self.stopped = True
+        return self._take(start)
 
     def flush(self) -> str:
-        """The text held back, once no more can come; nothing after a stop."""
+        """The text held back, when no more can come; empty after a stop."""
         return "" if self.stopped else self._take(len(self._held))
+
+    def _first_stop(self) -> int | None:
+        """Where the stop string that is complete first begins; None if there is none."""
+        first: tuple[int, int] | None = None
+        for stop in self.stop_strings:
+            start = self._held.find(stop)
+            # of two that end at the same character the longer counts, which begins earlier
+            if start >= 0 and (first is None or (start + len(stop), start) < first):
+                first = (start + len(stop), start)
+        return None if first is None else first[1]
 
     def _take(self, count: int) -> str:
         taken, self._held = self._held[:count], self._held[count:]
         return taken
 
     def _possible_beginning(self) -> int:
+        """Length of the longest ending of the held text that begins a stop string."""
         longest = max(map(len, self.stop_strings), default=1) - 1
-        sizes = range(min(longest, len(self._held)), 0, -1)
-        return next((n for n in sizes if any(s.startswith(self._held[-n:]) for s in self.stop_strings)), 0)
+        for size in range(min(longest, len(self._held)), 0, -1):
+            ending = self._held[-size:]
+            if any(stop.startswith(ending) for stop in self.stop_strings):
+                return size
+        return 0
 
 
 def context_tokens(loaded: Loaded) -> int:
-    """How many tokens the model's context holds, prompt and reply together."""
+    """Length of the model's context in tokens, prompt and reply together."""
     return int(loaded.model.config.max_position_embeddings)
 
 
 def prompt_text(loaded: Loaded, messages: Sequence[Message], max_new_tokens: int) -> str:
-    """The text that ``generate`` gives the model for these messages: rendered, oldest turns left out to fit.
+    """The text that ``generate`` gives the model for these messages: rendered, without the oldest turns if too long.
 
-    Room for the reply is kept free: ``max_new_tokens``, but never more than half the context.
-    Raises PromptTooLong where the last question alone leaves too little, MessageError for malformed messages.
+    The reply gets ``max_new_tokens`` of the context, but never more than half of it. Raises PromptTooLong if the last
+    question alone is too long, MessageError for malformed messages.
     """
     context = context_tokens(loaded)
-    room = context - min(max_new_tokens, context // 2)
-    return loaded.format.render(loaded.format.fit(messages, loaded.tokenizer, room))
+    prompt_tokens = context - min(max_new_tokens, context // 2)
+    return loaded.format.render(loaded.format.fit(messages, loaded.tokenizer, prompt_tokens))
 
 
 def generate(
     loaded: Loaded, prompt: Prompt, sampling: Sampling = DEFAULT_SAMPLING, *, decoding: Decoding = PLAIN
 ) -> Reply:
-    """The whole reply to a text (used as it is) or to messages (rendered in the model's format, fitted to its context).
+    """Generate the reply to a text, used as it is, or to messages, rendered in the model's format to fit its context.
 
     It ends at an end token ("end"), before a stop string of the model's format ("stop"), or after
-    ``sampling.max_new_tokens`` tokens or with the context full ("length"). Sampling is by temperature, then top-p,
-    without the top-k of 50 that transformers adds by default; the same seed gives the same text. A reply to messages
-    loses one leading space; the reply to a text continues that text and keeps it. ``decoding``: a faster way to the
-    same text (``helpers.decoding``); what must be compiled for it is compiled before the clock starts.
-    Raises WorkbookError for an empty prompt, impossible sampling or decoding, PromptTooLong, and MessageError.
+    ``sampling.max_new_tokens`` tokens or when the context is full ("length"). Sampling applies the temperature, then
+    top-p, without the top-k of 50 that transformers adds by default; the same seed gives the same text. A reply to
+    messages loses one leading space; the reply to a text continues that text and keeps it. ``decoding`` is a faster
+    strategy for the same text (``helpers.decoding``); it compiles what it needs before the clock starts.
+    Raises WorkbookError for an empty prompt or an invalid sampling or decoding, PromptTooLong, and MessageError.
     """
     return generate_batch(loaded, [prompt], sampling, decoding=decoding)[0]
 
@@ -114,15 +127,18 @@ def generate_batch(
     *,
     decoding: Decoding = PLAIN,
 ) -> list[Reply]:
-    """One reply for each prompt, generated together with left padding.
+    """Generate one reply for each prompt, all together with left padding.
 
-    Every one is drawn with ``sampling.seed``, or each with its own of ``seeds``: replies to be counted as independent
-    draws need seeds of their own. In fp32 the replies equal those of ``generate`` token for token. ``seconds`` of a
-    reply is the time to its own last token. Raises as ``generate`` does, and ValueError for too few or many seeds.
+    All are drawn with ``sampling.seed``, or prompt by prompt with ``seeds``: replies that are to be counted as
+    independent draws need different seeds. In fp32 the replies equal those of ``generate`` token for token. The
+    ``seconds`` of a reply end at its own last token. Raises as ``generate`` does, and ValueError if the number of
+    seeds is not the number of prompts.
     """
-    if seeds is not None and len(seeds) != len(prompts):
-        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
-    ways.check(loaded, decoding)
+    if seeds is None:
+        seeds = [sampling.seed] * len(prompts)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"There are {len(seeds)} seeds for {len(prompts)} prompts. Give one seed for each prompt.")
+    strategies.check(loaded, decoding)
     answers = [_begin(loaded, prompt, sampling) for prompt in prompts]
     if answers:
         _run(loaded, _Watch(answers), sampling, seeds, decoding)
@@ -132,18 +148,18 @@ def generate_batch(
 def stream(
     loaded: Loaded, prompt: Prompt, sampling: Sampling = DEFAULT_SAMPLING, *, decoding: Decoding = PLAIN
 ) -> Generator[str, None, Reply]:
-    """The text of ``generate``'s reply, in pieces, while it is generated; the generator's value is the Reply.
+    """Yield the text of ``generate``'s reply in pieces while it is generated; the generator's value is the Reply.
 
-    Generation runs in a thread. What it raises is raised here; closing this generator, or an interrupt in it, ends
-    the thread after the token at hand, or after what had to be compiled.
-    Raises at once, before the first piece, as ``generate`` does.
+    Generation runs in a thread, whose errors are raised here. If this generator is closed or interrupted, the thread
+    ends after the current token, or after a compilation that is under way.
+    Raises as ``generate`` does, at once and not with the first piece.
     """
-    ways.check(loaded, decoding)
+    strategies.check(loaded, decoding)
     return _pieces(loaded, _begin(loaded, prompt, sampling), sampling, decoding)
 
 
 def next_token_probabilities(loaded: Loaded, text: str, k: int = 10, temperature: float = 1.0) -> list[Candidate]:
-    """The ``k`` likeliest next tokens after ``text``: softmax of the last logits over the temperature.
+    """The ``k`` most likely next tokens after ``text``: the softmax of the last logits divided by the temperature.
 
     Raises WorkbookError for an empty text, a temperature that is not positive, or a text longer than the context.
     """
@@ -151,26 +167,27 @@ def next_token_probabilities(loaded: Loaded, text: str, k: int = 10, temperature
 
     if temperature <= 0:
         raise WorkbookError(f"The temperature must be greater than 0 here, but is {temperature}.")
-    ids = _checked(loaded, text, encode(loaded.tokenizer, text))
+    ids = _prompt_ids(loaded, text)
     with inference(loaded.model):
         logits = loaded.model(input_ids=torch.tensor([ids], device=input_device(loaded.model))).logits[0, -1]
     best = torch.softmax(logits.float() / temperature, dim=-1).topk(k)
-    return [
-        Candidate(_continuation(loaded.tokenizer, ids, [token]), probability, token)
-        for probability, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    ]
+    candidates = []
+    for probability, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        candidates.append(Candidate(_continuation(loaded.tokenizer, ids, [token]), probability, token))
+    return candidates
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go: the model's device, or the CPU where its first weights are offloaded to disk."""
+    """The device for token ids: the model's, or the CPU if its first weights are offloaded to disk."""
     import torch
 
+    # accelerate moves the inputs of offloaded layers itself, but cannot read them from the meta device
     return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
 @contextmanager
 def inference(model: PreTrainedModel) -> Iterator[None]:
-    """Inference mode with dropout off; a model that was being trained is set back to training afterwards."""
+    """Switch on inference mode and switch off dropout; a model in training mode is set back to it afterwards."""
     import torch
 
     was_training = model.training
@@ -184,7 +201,7 @@ def inference(model: PreTrainedModel) -> Iterator[None]:
 
 
 class _Answer:
-    """One reply as it grows, token by token."""
+    """One reply that grows token by token."""
 
     def __init__(self, loaded: Loaded, prompt_ids: list[int], limit: int, strip_space: bool) -> None:
         self.prompt_ids, self.limit, self.strip_space = prompt_ids, limit, strip_space
@@ -197,14 +214,18 @@ class _Answer:
         self._text = self._shown = ""
 
     def add(self, token: int, seconds: float) -> str:
-        """Takes the token generated after so many seconds and returns the text that may be shown now."""
+        """Take the token generated after ``seconds`` and return the text that may be shown now."""
         if self.finish_reason:
             return ""
         self.ids.append(token)
         self.seconds = seconds
         self.first_token_seconds = self.first_token_seconds or seconds
-        self.finish_reason = "end" if token in self.end_ids else "length" if len(self.ids) >= self.limit else None
+        if token in self.end_ids:
+            self.finish_reason = "end"
+        elif len(self.ids) >= self.limit:
+            self.finish_reason = "length"
         released = self.stops.feed(self._new_text())
+        # a stop string counts even if its last token is also the end token or the last one allowed
         if self.stops.stopped:
             self.finish_reason = "stop"
         elif self.finish_reason:
@@ -230,6 +251,7 @@ class _Answer:
         ids = self.ids[:-1] if self.finish_reason == "end" else self.ids
         text = _continuation(self.tokenizer, self.prompt_ids, ids)
         if not self.finish_reason:
+            # a character may be cut between two tokens: show it when its last byte has come
             text = text.rstrip(UNFINISHED)
         new = text[len(self._text) :]
         self._text += new
@@ -245,8 +267,8 @@ class _Answer:
 class _Watch:
     """A stopping criterion of ``generate`` that sees every token: it feeds the answers, keeps the time and stops.
 
-    Where tokens are proposed, ``generate`` also asks it about proposals that it may not take; there the taken ones
-    come through the streamer's methods (``put``, ``end``), several at a time.
+    With proposed tokens, ``generate`` also asks it about proposals that may be rejected. The accepted tokens then come
+    through the methods of a streamer (``put``, ``end``), several at a time.
     """
 
     def __init__(self, answers: list[_Answer], on_text: Callable[[str], None] = lambda text: None) -> None:
@@ -255,11 +277,11 @@ class _Watch:
         self._started = 0.0
 
     def start(self, *, streams: bool) -> None:
-        """Starts the clock; ``streams``: tokens come through ``put``, the prompt first."""
+        """Start the clock. With ``streams``, tokens come through ``put``, the prompt first."""
         self.streams, self._started = streams, perf_counter()
 
     def put(self, value: torch.Tensor) -> None:
-        """Takes the tokens of one pass over one sequence; before the first pass, the prompt."""
+        """Take the tokens of one pass over one sequence; before the first pass, the prompt."""
         if self._prompt_seen:
             self._count_pass()
             for token in value.flatten().tolist():
@@ -267,10 +289,10 @@ class _Watch:
         self._prompt_seen = True
 
     def end(self) -> None:
-        """Nothing is left to do at the end."""
+        """Do nothing: a streamer must have this method."""
 
     def propose(self, count: int) -> None:
-        """Counts tokens that a draft proposed."""
+        """Count tokens that a draft proposed."""
         for answer in self.answers:
             answer.proposed += count
 
@@ -285,7 +307,8 @@ class _Watch:
 
     def _count_pass(self) -> None:
         for answer in self.answers:
-            answer.passes += answer.finish_reason is None
+            if answer.finish_reason is None:
+                answer.passes += 1
 
     def _add(self, tokens: list[int]) -> None:
         seconds = perf_counter() - self._started
@@ -295,7 +318,7 @@ class _Watch:
 
 
 class _GumbelNoise:
-    """A logits processor after which the largest score is a draw from softmax(scores), one generator a row.
+    """A logits processor after which the largest score is a draw from softmax(scores), with one generator per row.
 
     The Gumbel-max method (Gumbel 1954; Maddison et al. 2014): -log of an exponential variable is Gumbel noise.
     """
@@ -309,29 +332,35 @@ class _GumbelNoise:
         import torch
 
         size = scores.shape[-1]
+        # drawn on the CPU, so that a seed gives the same text on every device
         draws = torch.stack([torch.empty(size).exponential_(generator=generator) for generator in self.generators])
         return scores - draws.log().to(scores.device)
 
 
 def end_token_ids(loaded: Loaded) -> list[int]:
-    """The tokens that end a reply: the tokenizer's, and those the checkpoint's generation settings name."""
+    """The tokens that end a reply: the tokenizer's, and those of the checkpoint's generation settings."""
     named = loaded.model.generation_config.eos_token_id
-    ids = {loaded.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    ids = {loaded.tokenizer.eos_token_id}
+    if isinstance(named, list):
+        ids.update(named)
+    else:
+        ids.add(named)
     return sorted(ids - {None})
 
 
 def _begin(loaded: Loaded, prompt: Prompt, sampling: Sampling) -> _Answer:
     _check_sampling(sampling)
-    is_text = isinstance(prompt, str)
-    text = prompt if is_text else prompt_text(loaded, prompt, sampling.max_new_tokens)
-    ids = _checked(loaded, text, encode(loaded.tokenizer, text))
+    text = prompt if isinstance(prompt, str) else prompt_text(loaded, prompt, sampling.max_new_tokens)
+    ids = _prompt_ids(loaded, text)
     limit = min(sampling.max_new_tokens, context_tokens(loaded) - len(ids))
-    return _Answer(loaded, ids, limit, strip_space=not is_text)
+    return _Answer(loaded, ids, limit, strip_space=not isinstance(prompt, str))
 
 
-def _checked(loaded: Loaded, text: str, ids: list[int]) -> list[int]:
+def _prompt_ids(loaded: Loaded, text: str) -> list[int]:
+    """Token ids of a prompt. Raises WorkbookError if it is empty, PromptTooLong if no token of a reply fits."""
+    ids = encode(loaded.tokenizer, text)
     if not text or not ids:
-        raise WorkbookError("The prompt is empty: give the model at least one word to continue.")
+        raise WorkbookError("The prompt is empty. Give the model at least one word to continue.")
     if len(ids) >= context_tokens(loaded):
         raise PromptTooLong(len(ids), context_tokens(loaded) - 1)
     return ids
@@ -339,7 +368,7 @@ def _checked(loaded: Loaded, text: str, ids: list[int]) -> list[int]:
 
 def _check_sampling(sampling: Sampling) -> None:
     if sampling.temperature < 0:
-        raise WorkbookError(f"temperature must be 0 (greedy) or more, but is {sampling.temperature}.")
+        raise WorkbookError(f"The temperature must be 0 (greedy) or more, but is {sampling.temperature}.")
     if not 0 < sampling.top_p <= 1:
         raise WorkbookError(f"top_p must be above 0 and at most 1, but is {sampling.top_p}.")
     if sampling.max_new_tokens < 1:
@@ -349,17 +378,21 @@ def _check_sampling(sampling: Sampling) -> None:
 def _continuation(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], ids: list[int]) -> str:
     """The text of ``ids`` as it continues the prompt, special tokens included."""
     context = prompt_ids[-DECODING_CONTEXT:]
-    before, whole = (tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in (context, [*context, *ids]))
+    before = cast("str", tokenizer.decode(context, clean_up_tokenization_spaces=False))
+    whole = cast("str", tokenizer.decode([*context, *ids], clean_up_tokenization_spaces=False))
     return whole[len(before) :]
 
 
-def _processors(sampling: Sampling, seeds: Sequence[int]) -> list:
-    if sampling.temperature == 0:
-        return []
-    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+def _processors(sampling: Sampling, seeds: Sequence[int]) -> LogitsProcessorList:
+    """What turns logits into scores whose largest is the next token; nothing for greedy decoding."""
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-    warpers = [TemperatureLogitsWarper(float(sampling.temperature)), TopPLogitsWarper(float(sampling.top_p))]
-    return [*warpers, _GumbelNoise(seeds)]
+    processors = LogitsProcessorList()
+    if sampling.temperature > 0:
+        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        processors.append(TopPLogitsWarper(float(sampling.top_p)))
+        processors.append(_GumbelNoise(seeds))
+    return processors
 
 
 def _left_padded(rows: list[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -372,49 +405,49 @@ def _left_padded(rows: list[list[int]], padding: int) -> tuple[torch.Tensor, tor
     return pad_sequence(ids, batch_first=True, padding_value=padding, padding_side="left"), mask
 
 
-def _run(
-    loaded: Loaded,
-    watch: _Watch,
-    sampling: Sampling,
-    seeds: Sequence[int] | None = None,
-    decoding: Decoding = PLAIN,
-) -> None:
-    """Generates until every answer is finished."""
-    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+def _padding(loaded: Loaded, ends: Sequence[int]) -> int:
+    """The token that fills short rows: the tokenizer's, else an end token, else 0. The mask hides it."""
+    for token in (loaded.tokenizer.pad_token_id, *ends):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def _run(loaded: Loaded, watch: _Watch, sampling: Sampling, seeds: Sequence[int], decoding: Decoding) -> None:
+    """Generate until every answer is finished."""
+    from transformers import GenerationConfig, StoppingCriteriaList
 
     ends = end_token_ids(loaded)
-    padding = next((i for i in (loaded.tokenizer.pad_token_id, *ends) if i is not None), 0)
-    ids, mask = (part.to(input_device(loaded.model)) for part in _left_padded(_prompts(watch.answers), padding))
+    padding = _padding(loaded, ends)
+    ids, mask = _left_padded([answer.prompt_ids for answer in watch.answers], padding)
+    device = input_device(loaded.model)
     limit = max(answer.limit for answer in watch.answers)
-    path = ways.path_for(decoding, len(ids), greedy=sampling.temperature == 0)
-    sizes = {"prompt_tokens": ids.shape[1], "tokens": ids.shape[1] + limit, "on_proposed": watch.propose}
-    known = {"do_sample": False, "max_new_tokens": limit, "eos_token_id": ends or None, "pad_token_id": padding}
-    streams = path in ("lookup", "speculative")
+    size = Size(rows=len(ids), prompt_tokens=ids.shape[1], tokens=ids.shape[1] + limit)
+    decoding = strategies.applicable(decoding, size.rows, greedy=sampling.temperature == 0)
+    config = GenerationConfig(do_sample=False, max_new_tokens=limit, eos_token_id=ends or None, pad_token_id=padding)
     with inference(loaded.model):
-        ways.warm_up(loaded, path, len(ids), ids.shape[1] + limit)
-        options = ways.settings(loaded, decoding, path, len(ids), **sizes)
-        watch.start(streams=streams)
-        with ways.compiling(loaded, path):
-            ways.without_settings(loaded).generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=GenerationConfig(**known, **options.config),
-                logits_processor=LogitsProcessorList(_processors(sampling, seeds or [sampling.seed] * len(ids))),
+        strategies.warm_up(loaded, decoding, size)
+        options = strategies.configure(loaded, decoding, size, config, watch.propose)
+        watch.start(streams=decoding.proposes)
+        with strategies.compiling(loaded, decoding):
+            strategies.generate_method(strategies.without_settings(loaded))(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=config,
+                logits_processor=_processors(sampling, seeds),
                 stopping_criteria=StoppingCriteriaList([watch]),
-                streamer=watch if streams else None,
-                **options.call,
+                streamer=watch if decoding.proposes else None,
+                past_key_values=options.cache,
+                assistant_model=options.draft,
             )
-
-
-def _prompts(answers: Sequence[_Answer]) -> list[list[int]]:
-    return [answer.prompt_ids for answer in answers]
 
 
 def _pieces(loaded: Loaded, answer: _Answer, sampling: Sampling, decoding: Decoding) -> Generator[str, None, Reply]:
     pieces: SimpleQueue[str | None] = SimpleQueue()
     watch = _Watch([answer], pieces.put)
     with ThreadPoolExecutor(1, thread_name_prefix="generate") as thread:
-        work = thread.submit(_run, loaded, watch, sampling, None, decoding)
+        work = thread.submit(_run, loaded, watch, sampling, [sampling.seed], decoding)
+        # None marks the end of the stream, also after an error
         work.add_done_callback(lambda _: pieces.put(None))
         try:
             yield from iter(pieces.get, None)

@@ -1,7 +1,8 @@
-"""``workbook bench``: the same weights decoded by several engines, side by side.
+"""Several engines for the same weights, compared by ``workbook bench``.
 
-Each engine runs in a process of its own (``worker``), loads the same checkpoint and answers runs of exact lengths; the
-parent (``measure``) goes round the engines run by run, with only one of them awake at a time. ``catalogue`` lists the
-engines, ``cases`` what is measured, ``output`` what is written. A peer's worker may run under another Python than the
-workbook's, so ``catalogue``, ``worker``, ``peak`` and the peers' own modules need the standard library alone.
+Each engine runs in a process of its own (``worker``), loads the same checkpoint and generates replies of exact lengths.
+The parent (``measure``) runs the engines in turn, and only one of them is awake at a time. ``catalogue`` lists the
+engines, ``cases`` the models and sizes to measure, ``session`` follows one comparison, and ``output`` writes its files.
+A worker may run under another Python than the workbook's, so ``catalogue``, ``worker``, ``peak`` and the modules of the
+other engines need the standard library alone until their engine is loaded.
 """

@@ -1,4 +1,4 @@
-"""What is measured: the models, their prompts, the sizes, and the least that a step must read."""
+"""What to measure: the models, their prompts, the sizes, and the bytes that one decoding step must read."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 CONTEXTS, BATCHES, NEW_TOKENS, REPEATS = (128, 512, 1900), (1, 4, 16), 32, 5
-# Falcon-180B has 232 query heads on 8 key-value heads of size 64 in 80 layers: few key-value heads for many queries.
-SHAPE = {
+# Falcon-180B has 232 query heads and 8 key-value heads of size 64 in 80 layers: few key-value heads for many queries.
+SHAPE: dict[str, object] = {
     "vocab_size": 4096, "hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 64, "num_kv_heads": 4,
     "max_position_embeddings": 2048, "new_decoder_architecture": True, "multi_query": True, "parallel_attn": True,
     "num_ln_in_parallel_attn": 2, "alibi": False, "bias": False, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
-SHAPE_NAME = "falcon-shape-8x1024"
+_SHAPE_NAME = "falcon-shape-8x1024"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One size of work: ``context`` tokens of each of ``batch_size`` sequences, the last ``new_tokens`` generated."""
+    """One size: ``batch_size`` sequences of ``context`` tokens each, of which the last ``new_tokens`` are generated."""
 
     context: int
     batch_size: int
@@ -35,17 +35,17 @@ class Case:
 
     @property
     def prompt_tokens(self) -> int:
-        """The tokens that are given."""
+        """Length of each prompt."""
         return self.context - self.new_tokens
 
     def exceeds(self, other: Case) -> bool:
-        """Whether it is at least as large as another in every way."""
+        """Whether this case is at least as large as another in every way."""
         return self.context >= other.context and self.batch_size >= other.batch_size
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with its checkpoint's folder."""
+    """A model to measure, with the folder of its checkpoint."""
 
     ref: ModelRef
     folder: Path
@@ -54,44 +54,50 @@ class Subject:
 
     @property
     def label(self) -> str:
-        """What titles and tables call it; a stand-in, and random weights, are named as such."""
-        if self.ref.name == SHAPE_NAME:
-            return f"{SHAPE_NAME} (random weights: 8 layers, hidden 1,024, 64 query and 4 key-value heads)"
+        """The name for titles and tables; a stand-in, and random weights, are named as such."""
+        if self.ref.name == _SHAPE_NAME:
+            return f"{_SHAPE_NAME} (random weights: 8 layers, hidden 1,024, 64 query and 4 key-value heads)"
         return self.ref.label
 
     def lacks(self, case: Case) -> str:
-        """Why a case cannot be run on this model; empty where it can."""
+        """Why a case cannot run on this model; empty if it can."""
         limit = self.config.max_position_embeddings
-        return f"the model's context ends at {limit:,} tokens" if case.context > limit else ""
+        if case.context > limit:
+            return f"the model's context ends at {limit:,} tokens"
+        return ""
 
     def prompts(self, case: Case) -> Ids:
-        """Token ids of a plain text, of exactly the case's length; each row begins elsewhere."""
+        """Token ids of a plain text, of exactly the case's length; each row begins at another place of the text."""
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        return bench.prompt_rows(tokenizer, case.batch_size, case.prompt_tokens).tolist()
+        rows: Ids = bench.prompt_rows(tokenizer, case.batch_size, case.prompt_tokens).tolist()
+        return rows
 
     def step_bytes(self, case: Case, precision: str) -> int:
-        """What one decoding step reads at least: the weights once, and the key-value heads of half-finished replies.
+        """Bytes that one decoding step reads at least: the weights once, and the key-value heads of half-done replies.
 
-        Embeddings that are not the head's are not counted: a step reads one row of them for each sequence.
+        Embeddings that do not share the head's matrix are not counted: a step reads one row of them for each sequence.
         """
         weights = memory.weight_bytes(self.config, precision)
         if not self.config.tie_word_embeddings:
+            # bitsandbytes leaves embeddings in 16 bits.
             weights -= self.config.vocab_size * self.config.hidden_size * memory.element_bytes(precision)
+        # On average, half of the new tokens are in the cache.
         cached = case.batch_size * (case.context - case.new_tokens // 2)
         return weights + cached * memory.kv_bytes_per_token(self.config, precision, heads="kv")
 
 
 def subjects(profile: Profile, names: Sequence[str] = ()) -> list[Subject]:
-    """The chat models of a profile and the shape, or those of ``names``: falcon, falcon_chat, llama_chat, shape.
+    """The models of these names: falcon, falcon_chat, llama_chat, shape. Without names: the chat models and the shape.
 
-    Raises WorkbookError for an unknown name, LoadError where a model cannot be had.
+    Raises WorkbookError for an unknown name, LoadError if a model could not be downloaded.
     """
     known = [*profile.models, "shape"]
     for name in names:
         choose(name, known, "model")
-    return [_subject(profile, name) for name in known if name in (names or ("falcon_chat", "llama_chat", "shape"))]
+    wanted = names or ("falcon_chat", "llama_chat", "shape")
+    return [_subject(profile, name) for name in known if name in wanted]
 
 
 def _subject(profile: Profile, name: str) -> Subject:
@@ -100,30 +106,39 @@ def _subject(profile: Profile, name: str) -> Subject:
 
 
 def shape_ref(parent: Path) -> ModelRef:
-    """A bfloat16 Falcon of random weights in Falcon-180B's proportions, made once, with falcon-mini's tokenizer."""
+    """A bfloat16 Falcon with random weights, Falcon-180B's proportions and falcon-mini's tokenizer. It is made once."""
     import torch
     from transformers import AutoTokenizer, FalconConfig, FalconForCausalLM
 
-    folder = parent / SHAPE_NAME
+    folder = parent / _SHAPE_NAME
     if not folder.is_dir():
-        partial = folder.with_name(f"{SHAPE_NAME}.partial")
+        partial = folder.with_name(f"{_SHAPE_NAME}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        config = FalconConfig.from_dict({**SHAPE, "dtype": "bfloat16"})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            FalconForCausalLM(FalconConfig(**SHAPE, dtype="bfloat16")).to(torch.bfloat16).save_pretrained(partial)
+            model = FalconForCausalLM(config)
+        model.bfloat16().save_pretrained(partial)
         AutoTokenizer.from_pretrained(ROOT / "env" / "models" / "falcon-mini").save_pretrained(partial)
-        partial.rename(folder)
+        partial.rename(folder)  # last: an interrupted call leaves no folder that looks complete
     return ModelRef(id=str(folder), family="falcon", format="plain", source="embedded")
 
 
 def grid(contexts: Sequence[int] = CONTEXTS, batches: Sequence[int] = BATCHES, new: int = NEW_TOKENS) -> list[Case]:
-    """Every context with every batch size, the small ones first. Raises WorkbookError for sizes that cannot be run."""
+    """Every context with every batch size, small ones first. Raises WorkbookError for sizes that cannot run."""
     if not contexts or not batches or min(batches) < 1 or new < 2 or min(contexts) <= new:
         raise WorkbookError(f"A context must be longer than the {new} new tokens (at least 2), a batch at least 1.")
-    return [Case(context, size, new) for context in sorted(set(contexts)) for size in sorted(set(batches))]
+    cases = []
+    for context in sorted(set(contexts)):
+        for size in sorted(set(batches)):
+            cases.append(Case(context, size, new))
+    return cases
 
 
 def quick(subject: Subject) -> list[Case]:
-    """A few sizes; the shape, which shows the cache, at a long context, whose prompt takes seconds to read."""
-    return grid((1900,), (1,)) if subject.name == "shape" else grid((128,), (1, 4))
+    """A few sizes that show much in little time."""
+    if subject.name == "shape":
+        # only a long context shows the cache; its prompt takes seconds to read, so there is no second size
+        return grid((1900,), (1,))
+    return grid((128,), (1, 4))

@@ -1,24 +1,26 @@
-"""The engines that are compared, and what a worker is told and answers."""
+"""The engines that can run a model, what they are asked to load, and what they answer."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from helpers.types import WorkbookError, choose
 
 Ids = list[list[int]]  # token ids of each sequence of a batch
+_UNQUANTIZED = ("fp32", "bf16", "fp16")
 
 
 class EngineError(WorkbookError):
-    """An engine that cannot do what it is asked for; the message is the reason that stands in its row."""
+    """An engine that cannot do what it is asked to do; the message is the reason given in the results."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker loads. ``ref``: the fields of a ``ModelRef``; ``folder``: its checkpoint; the rest are limits."""
+    """What a worker loads: the fields of a ``ModelRef``, its checkpoint's folder, and the largest sizes to come."""
 
     ref: dict[str, Any]
     folder: str
@@ -29,59 +31,73 @@ class Job:
     cache: str  # a folder for converted checkpoints
 
 
+@dataclass(frozen=True)
+class Started:
+    """What an engine says when it has loaded: a note for the reader, or "", and versions by package."""
+
+    note: str
+    versions: dict[str, str]
+
+
 class Engine(Protocol):
     """One way to run a model. Decoding is greedy, end tokens are ignored, and no prompt is remembered."""
 
-    def load(self, job: Job) -> dict[str, Any]:
-        """Load the model; returns ``note`` (what a reader should know, or "") and ``versions``."""
+    def load(self, job: Job) -> Started:
+        """Load the model. Raises EngineError if the engine cannot run it."""
 
     def prepare(self, batch_size: int, prompt_tokens: int, new_tokens: int) -> None:
-        """Make ready, untimed, for runs of this size."""
+        """Get ready for runs of this size. It is not timed."""
 
     def run(self, prompts: Ids, new_tokens: int) -> list[int]:
-        """What is timed: decode; the number of new tokens of each sequence."""
+        """Decode and return the number of new tokens of each sequence. This is what is timed."""
 
     def tokens(self, prompts: Ids, new_tokens: int) -> Ids:
-        """The new tokens of the same run, untimed."""
+        """The new tokens of the same run. It is not timed."""
 
     def cache_bytes(self) -> int | None:
-        """Bytes of the key-value cache of the last ``tokens``; None where the engine does not tell."""
+        """Bytes of the key-value cache of the last ``tokens``; None if the engine does not tell."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """An engine: its module and class here, and the package that it needs, if it is a peer."""
+    """An engine: where it is implemented, and the package that it needs if it is not the workbook's own."""
 
     name: str
     title: str
-    place: str
+    implementation: str  # "module:Class"
     package: str = ""
     precisions: tuple[str, ...] = ("fp32", "bf16", "fp16", "int8", "nf4")
     on_gpu: bool = True
 
     def make(self) -> Engine:
-        """The engine, its module imported."""
-        module, name = self.place.split(":")
-        return getattr(importlib.import_module(f"helpers.engines.{module}"), name)()
+        """Import the engine's module and create the engine."""
+        # imported by name: a worker under another Python must not import the modules of the other engines
+        module, name = self.implementation.split(":")
+        return cast("Engine", getattr(importlib.import_module(f"helpers.engines.{module}"), name)())
 
 
-SIXTEEN = ("fp32", "bf16", "fp16")
-KINDS = {
-    kind.name: kind
-    for kind in (
-        Kind("plain", "transformers alone, as in the announcement", "library:Plain", precisions=SIXTEEN),
-        Kind("default", "the workbook's default", "library:Default"),
-        Kind("fastest", "the workbook's fastest: static cache, compiled", "library:Fastest"),
-        Kind("llama.cpp", "llama.cpp (xllamacpp)", "llama_cpp:LlamaCpp", "xllamacpp", SIXTEEN, on_gpu=False),
-        Kind("ctranslate2", "CTranslate2", "translate:CTranslate2", "ctranslate2", SIXTEEN, on_gpu=False),
-        Kind("vllm", "vLLM", "virtual:Vllm", "vllm", SIXTEEN),
-    )
-}
+_ALL = (
+    Kind("plain", "transformers alone, as in the announcement", "transformers_engines:Plain", precisions=_UNQUANTIZED),
+    Kind("default", "the workbook's default", "transformers_engines:Default"),
+    Kind("fastest", "the workbook's fastest: static cache, compiled", "transformers_engines:Fastest"),
+    Kind("llama.cpp", "llama.cpp (xllamacpp)", "llama_cpp:LlamaCpp", "xllamacpp", _UNQUANTIZED, on_gpu=False),
+    Kind("ctranslate2", "CTranslate2", "ctranslate2:CTranslate2", "ctranslate2", _UNQUANTIZED, on_gpu=False),
+    Kind("vllm", "vLLM", "vllm:Vllm", "vllm", _UNQUANTIZED),
+)
+KINDS = {kind.name: kind for kind in _ALL}
 OWN = ("plain", "default", "fastest")
 
 
 def chosen(names: Sequence[str]) -> list[Kind]:
-    """The engines of these names, all where none is given. Raises WorkbookError for an unknown one."""
+    """The engines of these names in the order of the catalogue; all of them if no name is given.
+
+    Raises WorkbookError for an unknown name.
+    """
     for name in names:
         choose(name, KINDS, "engine")
     return [kind for kind in KINDS.values() if not names or kind.name in names]
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The installed versions of packages by name."""
+    return {name: importlib.metadata.version(name) for name in packages}

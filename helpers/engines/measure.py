@@ -1,4 +1,4 @@
-"""Going round the engines: each case is run by every engine in turn, again and again, and becomes a row of each."""
+"""Run the engines in turn: every engine runs each case again and again, and every case becomes one row per engine."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import importlib.util
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,19 @@ from helpers.engines.child import Child, Ended, Late
 from helpers.types import ROOT, Machine
 
 TOO_NOISY = "a run with one new token took longer than one with all: too noisy to time decoding"
-Times = list[tuple[float, float]]  # of one engine: seconds of a run with one new token, and with all
+Times = list[tuple[float, float]]  # of one engine: seconds of a run with one new token, and of one with all
+_LOADING_TAKES = 3  # loading may take this many times as long as another answer
 
 
 @dataclass(frozen=True)
 class Row:
-    """One engine at one size; speeds count the tokens of all sequences of the batch.
+    """One engine at one size. Speeds count the tokens of all sequences of the batch.
 
-    first_token: seconds of a run that gives one token, for which the prompt is read; prefill: prompt tokens a second in
-    it. decode: (new tokens - 1) of each sequence over the seconds of a run with all of them (median, largest, least)
-    less the median of those with one. limit: batch * bandwidth / step_bytes. same_tokens: new tokens, of all, before
-    the first that differs from the first engine's. warm_up_seconds: the untimed runs before, compiling included.
-    lacks: why there is no figure.
+    first_token: seconds of a run with one new token, which reads the whole prompt. prefill: its prompt tokens per
+    second. decode: (new tokens - 1) of each sequence, divided by the seconds of a run with all of them (median,
+    largest, smallest) minus the median of the runs with one. limit: batch * bandwidth / step_bytes. same_tokens: new
+    tokens before the first that differs from the first engine's, of all sequences. warm_up_seconds: the untimed runs
+    before, compiling included. peak_bytes: see ``helpers.engines.peak``. lacks: why there are no figures.
     """
 
     model: str
@@ -57,9 +58,16 @@ class Row:
     lacks: str = ""
 
 
+def _show_nothing(text: str, runs: int) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Setup:
-    """How a comparison is run. ``limit_seconds``: of one answer of a worker; loading may take three times as long."""
+    """How to run a comparison. ``limit_seconds`` limits one answer of a worker; loading may take three times as long.
+
+    ``done`` is called with what happens now and the number of runs finished by it.
+    """
 
     precision: str
     repeats: int
@@ -71,12 +79,12 @@ class Setup:
     peers: Path
     vllm_python: Path | None = None
     limit_seconds: float = 300
-    done: Callable[[str, int], Any] = lambda text, runs: None
+    done: Callable[[str, int], object] = _show_nothing
 
 
 @dataclass
 class Seat:
-    """An engine's place in the round: its worker, started when it is needed, or why there is none."""
+    """An engine's place in the round: its worker, started when it is needed, or why there is none (``lacks``)."""
 
     kind: Kind
     subject: Subject
@@ -88,22 +96,39 @@ class Seat:
     child: Child | None = None
     late: list[Case] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, kind: Kind, subject: Subject, cases: Sequence[Case], setup: Setup) -> Seat:
+        """A seat for an engine that is to run these cases."""
+        fitting = [case for case in cases if not subject.lacks(case)] or cases
+        job = Job(
+            ref=asdict(subject.ref),
+            folder=str(subject.folder),
+            precision=setup.precision,
+            threads=setup.threads,
+            context=max(case.context for case in fitting),
+            batch_size=max(case.batch_size for case in fitting),
+            cache=str(setup.cache),
+        )
+        return cls(kind, subject, setup, job, lacks=missing(kind, setup))
+
     def start(self) -> None:
-        """Start the worker and have it load, without waiting."""
+        """Start the worker and let it load, without waiting."""
         if self.child is None and not self.lacks:
             log = self.setup.logs / f"{self.subject.name}-{self.kind.name}.log"
             self.child = Child(_command(self.kind, self.setup), _environment(self.kind, self.setup), log)
-            self._try(lambda child: child.send({"do": "load", "job": asdict(self.job)}))
+            with self._giving_up():
+                self.child.send({"do": "load", "job": asdict(self.job)})
 
     def loaded(self) -> None:
-        """Wait until it has loaded; a model that cannot be loaded stays away for good."""
+        """Wait until the worker has loaded. A model that fails to load is not tried again."""
         if self.child is None or self.lacks:
             return
-        if told := self._try(lambda child: child.receive(3 * self.setup.limit_seconds)):
-            self.note, self.versions = told["note"], told["versions"]
+        with self._giving_up():
+            answer = self.child.receive(_LOADING_TAKES * self.setup.limit_seconds)
+            self.note, self.versions = answer["note"], answer["versions"]
 
-    def ask(self, request: Mapping[str, Any], case: Case) -> dict[str, Any]:
-        """An answer, from a worker that is started again where it was ended. Raises EngineError."""
+    def ask(self, request: Mapping[str, object], case: Case) -> dict[str, Any]:
+        """The worker's answer. A worker that was ended is started again first. Raises EngineError."""
         if self.child is None:
             self.start()
             self.loaded()
@@ -113,7 +138,8 @@ class Seat:
             return self.child.ask(request, self.setup.limit_seconds)
         except Ended as error:
             self.child = None
-            self.late += [case] if isinstance(error, Late) else []
+            if isinstance(error, Late):
+                self.late.append(case)
             raise
 
     def end(self) -> None:
@@ -122,128 +148,180 @@ class Seat:
             self.child.end()
             self.child = None
 
-    def _try(self, step: Callable[[Child], Any]) -> Any:
-        assert self.child
+    @contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        """Keep the reason of an EngineError and end the worker for good."""
         try:
-            return step(self.child)
+            yield
         except EngineError as error:
             self.lacks = str(error)
             self.end()
-        return None
 
 
 def missing(kind: Kind, setup: Setup) -> str:
-    """Why an engine cannot be run here, whatever the model: not installed, or not for this device or precision."""
+    """Why an engine cannot run here, whatever the model: not installed, or not for this device or precision."""
     if setup.precision not in kind.precisions:
         return f"takes no {setup.precision} weights"
-    if kind.name == "vllm":
-        there = setup.vllm_python and setup.vllm_python.is_file()
-        return "" if there else "not installed: see env/benchmarks/README.md, and --vllm-python"
-    if not kind.package:
-        return ""
     if setup.machine.gpus and not kind.on_gpu:
-        return "its package here runs on the processor, the model on a GPU"
-    if (setup.peers / kind.package).is_dir() or importlib.util.find_spec(kind.package):
+        return "its package runs on the CPU here, the model on a GPU"
+    if _is_installed(kind, setup):
         return ""
-    return "not installed: see env/benchmarks/README.md"
+    advice = "not installed: see env/benchmarks/README.md"
+    return f"{advice}, and --vllm-python" if kind.name == "vllm" else advice
+
+
+def _is_installed(kind: Kind, setup: Setup) -> bool:
+    if kind.name == "vllm":
+        return setup.vllm_python is not None and setup.vllm_python.is_file()
+    if not kind.package:
+        return True
+    return (setup.peers / kind.package).is_dir() or importlib.util.find_spec(kind.package) is not None
 
 
 def rows(
     subject: Subject, cases: Sequence[Case], kinds: Sequence[Kind], setup: Setup, versions: dict[str, str]
-) -> Iterator[list[Row]]:
-    """The rows of each case as it is done, one for each engine; ``versions`` is filled with what the engines tell.
+) -> Generator[list[Row], None, None]:
+    """Yield the rows of each case, one per engine, when it is done; ``versions`` gains those that the engines report.
 
-    All engines of a round are in memory at once where they fit, so that a slow spell of the machine meets each of them;
-    where they do not, one engine does all cases before the next.
+    If all engines fit into memory together they take turns, so that a slow moment of the machine affects all of them
+    alike. If not, one engine runs all cases before the next.
     """
-    job = _job(subject, cases, setup)
     references: dict[Case, Ids] = {}
-    for group in _groups(subject, cases, kinds, setup):
+    groups = _groups(subject, cases, kinds, setup)
+    for group in groups:
         with ExitStack() as stack:
-            seats = [Seat(kind, subject, setup, job, lacks=missing(kind, setup)) for kind in group]
+            seats = [Seat.of(kind, subject, cases, setup) for kind in group]
             for seat in seats:
                 stack.callback(seat.end)
             setup.done(f"{subject.ref.name}: loading", 0)
             if any(not subject.lacks(case) for case in cases):
-                for step in (Seat.start, Seat.loaded):
-                    for seat in seats:
-                        step(seat)
+                _load(seats)
             for seat in seats:
-                versions |= seat.versions
+                versions.update(seat.versions)
             for case in cases:
-                yield _round(seats, case, references, interleaved=len(group) == len(kinds))
+                yield _round(seats, case, references, interleaved=len(groups) == 1)
 
 
 def timed(row: Row, times: Times) -> Row:
     """A row with the figures that follow from the seconds of its runs."""
-    first, whole = zip(*times, strict=True)
-    read = [row.batch_size * row.prompt_tokens / seconds for seconds in first]
-    row = replace(row, first_token=Spread.of(first), prefill=Spread.of(read))
-    after, written = Spread.of(whole), row.batch_size * (row.new_tokens - 1)
-    longer = [seconds - statistics.median(first) for seconds in (after.median, after.high, after.low)]
-    if min(longer) <= 0:
-        return replace(row, note="; ".join(filter(None, (row.note, TOO_NOISY))))
-    return replace(row, decode=Spread(*(written / seconds for seconds in longer)))
+    first_seconds = [first for first, _ in times]
+    prefill = [row.batch_size * row.prompt_tokens / seconds for seconds in first_seconds]
+    row = replace(row, first_token=Spread.of(first_seconds), prefill=Spread.of(prefill))
+    whole = Spread.of([seconds for _, seconds in times])
+    first = statistics.median(first_seconds)
+    # the fastest run has the fewest seconds, so the ends of the spread change places
+    after = (whole.median - first, whole.high - first, whole.low - first)
+    if min(after) <= 0:
+        notes = [note for note in (row.note, TOO_NOISY) if note]
+        return replace(row, note="; ".join(notes))
+    tokens = row.batch_size * (row.new_tokens - 1)
+    return replace(row, decode=Spread(tokens / after[0], tokens / after[1], tokens / after[2]))
 
 
 def agreement(tokens: Ids, reference: Ids) -> int:
-    """Tokens before the first that differs, summed over the sequences."""
+    """Number of tokens before the first that differs, summed over the sequences."""
     total = 0
     for ours, theirs in zip(tokens, reference, strict=True):
-        same = [one == other for one, other in zip(ours, theirs, strict=True)]
-        total += same.index(False) if False in same else len(same)
+        for token, other in zip(ours, theirs, strict=True):
+            if token != other:
+                break
+            total += 1
     return total
 
 
+@dataclass
+class _Measurement:
+    """One engine at one case: the runs so far, and the row that they become."""
+
+    seat: Seat
+    case: Case
+    planned: Row
+    row: Row
+    times: Times = field(default_factory=list)
+
+    def warm_up(self, prompts: Ids, references: dict[Case, Ids]) -> None:
+        """Run once, untimed. The tokens of the first engine to come this far are the reference for the others."""
+        self._announce()
+        if self.row.lacks:
+            return
+        request = {"do": "case", "prompts": prompts, "new_tokens": self.case.new_tokens}
+        with self._giving_up():
+            answer = self.seat.ask(request, self.case)
+            reference = references.setdefault(self.case, answer["tokens"])
+            self.row = replace(
+                self.planned,
+                note=self.seat.note,
+                warm_up_seconds=answer["warm_up"],
+                cache_bytes=answer["cache_bytes"],
+                same_tokens=agreement(answer["tokens"], reference),
+            )
+
+    def run(self) -> None:
+        """Time a run with one new token, and one with all."""
+        self._announce()
+        if self.row.lacks:
+            return
+        with self._giving_up():
+            first = self.seat.ask({"do": "run", "new_tokens": 1}, self.case)["seconds"]
+            whole = self.seat.ask({"do": "run", "new_tokens": self.case.new_tokens}, self.case)["seconds"]
+            self.times.append((first, whole))
+
+    def finished(self) -> Row:
+        """The row with its figures and the peak of memory."""
+        if self.row.lacks:
+            return self.row
+        row = timed(self.row, self.times)
+        try:
+            answer = self.seat.ask({"do": "peak"}, self.case)
+        except EngineError:
+            # the times are measured: a worker that dies now takes only the peak with it
+            return row
+        return replace(row, peak_bytes=answer["bytes"], peak_definition=answer["definition"])
+
+    def _announce(self) -> None:
+        seat, case = self.seat, self.case
+        seat.setup.done(f"{seat.subject.ref.name}, {case.context} x {case.batch_size}: {seat.kind.name}", 1)
+
+    @contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        """Replace the row by one without figures if the engine fails."""
+        try:
+            yield
+        except EngineError as error:
+            self.row = replace(self.planned, lacks=str(error))
+
+
 def _round(seats: Sequence[Seat], case: Case, references: dict[Case, Ids], *, interleaved: bool) -> list[Row]:
-    """One case: everyone warms up, then everyone runs once, and again."""
-    found = [_planned(seat, case, interleaved) for seat in seats]
-    times: list[Times] = [[] for _ in seats]
-    prompts = [] if seats[0].subject.lacks(case) else seats[0].subject.prompts(case)
-    for turn in range(-1, seats[0].setup.repeats):
-        for place, seat in enumerate(seats):
-            seat.setup.done(f"{seat.subject.ref.name}, {case.context} x {case.batch_size}: {seat.kind.name}", 1)
-            if found[place].lacks:
-                continue
-            try:
-                if turn < 0:
-                    found[place] = _warmed(seat, case, prompts, found[place], references)
-                else:
-                    seconds = [seat.ask({"do": "run", "new_tokens": new}, case) for new in (1, case.new_tokens)]
-                    times[place].append((seconds[0]["seconds"], seconds[1]["seconds"]))
-            except EngineError as error:
-                found[place] = replace(_planned(seat, case, interleaved), lacks=str(error))
-    return [
-        row if row.lacks else _weighed(seat, case, timed(row, taken))
-        for seat, row, taken in zip(seats, found, times, strict=True)
-    ]
+    """One case: every engine warms up, then every engine runs once, and again."""
+    subject, setup = seats[0].subject, seats[0].setup
+    prompts = [] if subject.lacks(case) else subject.prompts(case)
+    measurements = []
+    for seat in seats:
+        planned = _planned(seat, case, interleaved)
+        measurements.append(_Measurement(seat, case, planned, planned))
+    for measurement in measurements:
+        measurement.warm_up(prompts, references)
+    for _ in range(setup.repeats):
+        for measurement in measurements:
+            measurement.run()
+    return [measurement.finished() for measurement in measurements]
 
 
-def _warmed(seat: Seat, case: Case, prompts: Ids, row: Row, references: dict[Case, Ids]) -> Row:
-    told = seat.ask({"do": "case", "prompts": prompts, "new_tokens": case.new_tokens}, case)
-    reference = references.setdefault(case, told["tokens"])
-    return replace(
-        row,
-        note=seat.note,
-        warm_up_seconds=told["warm_up"],
-        cache_bytes=told["cache_bytes"],
-        same_tokens=agreement(told["tokens"], reference),
-    )
-
-
-def _weighed(seat: Seat, case: Case, row: Row) -> Row:
-    try:
-        told = seat.ask({"do": "peak"}, case)
-    except EngineError:
-        return row
-    return replace(row, peak_bytes=told["bytes"], peak_definition=told["definition"])
+def _load(seats: Sequence[Seat]) -> None:
+    # all workers load at the same time; a paused one would not
+    for seat in seats:
+        seat.start()
+    for seat in seats:
+        seat.loaded()
 
 
 def _planned(seat: Seat, case: Case, interleaved: bool) -> Row:
     """A row without figures, with the reason if it cannot get any."""
     subject, setup = seat.subject, seat.setup
-    late = "a smaller case ran over its time" if any(case.exceeds(each) for each in seat.late) else ""
-    step = subject.step_bytes(case, setup.precision)
+    late = ""
+    if any(case.exceeds(other) for other in seat.late):
+        late = "a smaller case ran over its time"
+    step_bytes = subject.step_bytes(case, setup.precision)
     return Row(
         model=subject.label,
         engine=seat.kind.name,
@@ -254,38 +332,25 @@ def _planned(seat: Seat, case: Case, interleaved: bool) -> Row:
         new_tokens=case.new_tokens,
         repeats=setup.repeats,
         interleaved=interleaved,
-        step_bytes=step,
-        limit=case.batch_size * setup.bandwidth / step,
+        step_bytes=step_bytes,
+        limit=case.batch_size * setup.bandwidth / step_bytes,
         lacks=subject.lacks(case) or seat.lacks or late,
     )
 
 
-def _job(subject: Subject, cases: Sequence[Case], setup: Setup) -> Job:
-    fitting = [case for case in cases if not subject.lacks(case)] or cases
-    return Job(
-        ref=asdict(subject.ref),
-        folder=str(subject.folder),
-        precision=setup.precision,
-        threads=setup.threads,
-        context=max(case.context for case in fitting),
-        batch_size=max(case.batch_size for case in fitting),
-        cache=str(setup.cache),
-    )
-
-
 def _groups(subject: Subject, cases: Sequence[Case], kinds: Sequence[Kind], setup: Setup) -> list[list[Kind]]:
-    """All engines at once where they fit into half of what is free, each with the largest case; else one by one.
-
-    So too on GPUs where vLLM is among them: its pool takes most of a GPU.
-    """
+    """The engines that are in memory at once: all if they fit into half of what is free with the largest case."""
     largest = max(cases, key=lambda case: case.context * case.batch_size)
     workload = memory.Workload(largest.batch_size, largest.context)
-    one = memory.estimate(subject.config, setup.precision, workload=workload).total
-    gpus, ram = setup.machine.gpus, setup.machine.ram_available_bytes
-    free = sum(gpu.free_bytes for gpu in gpus) if gpus else ram
+    estimate = memory.estimate(subject.config, setup.precision, workload=workload)
+    gpus = setup.machine.gpus
+    free = sum(gpu.free_bytes for gpu in gpus) if gpus else setup.machine.ram_available_bytes
     present = [kind for kind in kinds if not missing(kind, setup)]
+    # vLLM's pool takes most of a GPU, whatever the model
     alone = bool(gpus) and any(kind.name == "vllm" for kind in present)
-    return [[kind] for kind in kinds] if alone or one * len(present) > free / 2 else [list(kinds)]
+    if alone or estimate.total * len(present) > free / 2:
+        return [[kind] for kind in kinds]
+    return [list(kinds)]
 
 
 def _command(kind: Kind, setup: Setup) -> list[str]:
@@ -294,6 +359,9 @@ def _command(kind: Kind, setup: Setup) -> list[str]:
 
 
 def _environment(kind: Kind, setup: Setup) -> dict[str, str]:
-    """A peer sees its own packages first: its converter brings another ``gguf`` than the workbook's."""
-    paths = [str(ROOT)] if kind.name in OWN or kind.name == "vllm" else [str(setup.peers), str(ROOT)]
+    """The worker's environment, with the packages of an engine that is not the workbook's own in front."""
+    paths = [str(ROOT)]
+    # the converter of llama.cpp brings another version of gguf than the workbook's, and needs its own
+    if kind.name not in OWN and kind.name != "vllm":
+        paths.insert(0, str(setup.peers))
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}

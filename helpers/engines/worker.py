@@ -1,21 +1,22 @@
-"""One engine in a process of its own: ``python -m helpers.engines.worker NAME``.
+"""Run one engine in a process of its own: ``python -m helpers.engines.worker NAME``.
 
-Reads requests and writes answers, a JSON object a line. What libraries print goes to the standard error.
+It reads requests and writes answers, one JSON object per line. What libraries print goes to the standard error.
 
 | request | answer |
 |---|---|
 | ``do`` "load", ``job`` | ``note``, ``versions`` |
-| "case", ``prompts``, ``new_tokens`` | ``warm_up`` seconds, ``tokens``, ``cache_bytes``; the peak starts anew |
+| "case", ``prompts``, ``new_tokens`` | ``warm_up`` seconds, ``tokens``, ``cache_bytes``; a new peak begins |
 | "run", ``new_tokens`` | ``seconds`` |
 | "peak" | ``bytes``, ``definition`` |
 
-An answer with ``error`` names what went wrong; the worker goes on.
+An answer with ``error`` says what went wrong, and the worker continues.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from time import perf_counter
 from typing import Any
 
@@ -32,7 +33,7 @@ class Worker:
         self.prompts: Ids = []
 
     def answer(self, request: Message) -> dict[str, Any]:
-        """The answer to one request; raises what the engine raises, EngineError for a run of the wrong length."""
+        """The answer to one request. Raises what the engine raises, and EngineError if a run has the wrong length."""
         answers: dict[str, Callable[..., dict[str, Any]]] = {
             "load": self.load, "case": self.case, "run": self.run, "peak": self.peak
         }  # fmt: skip
@@ -40,19 +41,20 @@ class Worker:
 
     def load(self, job: Message) -> dict[str, Any]:
         """Load the model of a job."""
-        return self.engine.load(Job(**job))
+        return asdict(self.engine.load(Job(**job)))
 
     def case(self, prompts: Ids, new_tokens: int) -> dict[str, Any]:
-        """Warm up for a batch of prompts of one length: one whole run, whose tokens are told."""
+        """Warm up for a batch of prompts of one length: one whole run, whose tokens are part of the answer."""
         self.prompts = prompts
         start = perf_counter()
         self.engine.prepare(len(prompts), len(prompts[0]), new_tokens)
         tokens = self.engine.tokens(prompts, new_tokens)
         seconds = perf_counter() - start
         self._check([len(row) for row in tokens], new_tokens)
-        found = {"warm_up": seconds, "tokens": tokens, "cache_bytes": self.engine.cache_bytes()}
+        cache_bytes = self.engine.cache_bytes()
+        # the peak of a case leaves out what only compiling and warming up needed
         peak.reset()
-        return found
+        return {"warm_up": seconds, "tokens": tokens, "cache_bytes": cache_bytes}
 
     def run(self, new_tokens: int) -> dict[str, Any]:
         """One timed run."""
@@ -63,7 +65,7 @@ class Worker:
         return {"seconds": seconds}
 
     def peak(self) -> dict[str, Any]:
-        """The most memory held since the case began."""
+        """The peak of memory since the warm-up of the case (see ``helpers.engines.peak``)."""
         held, definition = peak.read()
         return {"bytes": held, "definition": definition}
 
@@ -85,9 +87,11 @@ def serve(worker: Worker, parent: Parent) -> None:
 def _reason(error: Exception) -> str:
     if isinstance(error, EngineError):
         return str(error)
+    # by name, because torch may not be installed here
     if type(error).__name__ == "OutOfMemoryError":
         return "ran out of memory"
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
 def main() -> None:

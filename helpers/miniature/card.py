@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from helpers import plots
 from helpers.evaluation import perplexity
@@ -17,16 +17,17 @@ from helpers.types import ROOT, Interval, Loaded, ModelRef
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch.nn import Embedding
 
-QUALITY = "quality.json"
-CURVE = "training_curve.png"
-TEMPLATE = ROOT / "env" / "models" / "falcon-mini" / "card.md.jinja"
-SAMPLES = 4  # of the continuations
-EVERY = 10  # so many held-out messages from one sample to the next
+_QUALITY = "quality.json"
+_CURVE = "training_curve.png"
+_TEMPLATE = ROOT / "env" / "models" / "falcon-mini" / "card.md.jinja"
+_SAMPLES = 4  # of the continuations
+_EVERY = 10  # one sample for this many held-out messages
 
 
-class CurvePoint(NamedTuple):
-    """A point of the log on the axis of all phases' steps; losses in nats a token, None where not taken."""
+class _CurvePoint(NamedTuple):
+    """A point of the log on an axis with the steps of all phases; losses in nats per token, None if not measured."""
 
     step: int
     loss: float | None
@@ -34,38 +35,44 @@ class CurvePoint(NamedTuple):
 
 
 def measure(models: Path, judge: ModelRef) -> dict[str, Any]:
-    """Every figure of the card, in fp32, from the two checkpoints in ``models``; the judge reads the continuations.
+    """Every figure of the card, in fp32, from the two checkpoints in ``models``; the judge scores the continuations.
 
-    Raises DataError for missing held-out texts or a missing log, LoadError for a missing checkpoint.
+    Raises DataError if the held-out texts or the log are missing, LoadError if a checkpoint is missing.
     """
-    read_text(models / "falcon-mini" / LOG)
-    stories, messages = (read_texts(models / name / HELD_OUT) for name in ("falcon-mini", "falcon-mini-chat"))
+    read_text(models / "falcon-mini" / LOG)  # a missing log is reported now, not after minutes
+    stories = read_texts(models / "falcon-mini" / HELD_OUT)
+    messages = read_texts(models / "falcon-mini-chat" / HELD_OUT)
     base, judging = _load(models / "falcon-mini", "plain"), load(judge, "fp32")
-    found = _base_figures(base, judging, stories)
+    figures = _base_figures(base, judging, stories)
     unload(base)
     unload(judging)
     chat = _load(models / "falcon-mini-chat", "falcon-chat")
-    found |= _chat_figures(chat, messages)
+    figures |= _chat_figures(chat, messages)
     unload(chat)
-    return found
+    return figures
 
 
 def curve(log: Path, subject: str) -> Figure:
-    """The training log as a figure. Raises DataError where there is none."""
-    rows = [json.loads(line) for line in read_text(log).splitlines()]
-    phases = list(dict.fromkeys(row["phase"] for row in rows))
-    lengths = {phase: max(row["step"] for row in rows if row["phase"] == phase) for phase in phases}
-    before = {phase: sum(lengths[earlier] for earlier in phases[:place]) for place, phase in enumerate(phases)}
-    points = [CurvePoint(before[row["phase"]] + row["step"], row.get("loss"), row.get("held_out_loss")) for row in rows]
-    return plots.loss_curve(points, sum(lengths.values()), subject, title="Loss while training")
+    """The training log as a figure, one phase after the other. Raises DataError if the log is missing."""
+    points: list[_CurvePoint] = []
+    phase, before, last = "", 0, 0
+    for line in read_text(log).splitlines():
+        row = json.loads(line)
+        # each phase counts its steps from 0
+        if row["phase"] != phase:
+            phase, before = row["phase"], last
+        step = before + row["step"]
+        last = max(last, step)
+        points.append(_CurvePoint(step, row.get("loss"), row.get("held_out_loss")))
+    return plots.loss_curve(points, last, subject, title="Loss while training")
 
 
 def write(models: Path, figures: Mapping[str, Any]) -> None:
-    """quality.json, the curves and the model card, from the figures that ``measure`` gave."""
+    """Write quality.json, the curves and the model card from the figures that ``measure`` returned."""
     folder = models / "falcon-mini"
-    (folder / QUALITY).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / _QUALITY).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for name in ("falcon-mini", "falcon-mini-chat"):
-        (models / name / CURVE).write_bytes(plots.png(curve(models / name / LOG, name)))
+        (models / name / _CURVE).write_bytes(plots.png(curve(models / name / LOG, name)))
     (folder / "README.md").write_text(text(folder), encoding="utf-8")
 
 
@@ -73,8 +80,18 @@ def text(folder: Path) -> str:
     """The model card of falcon-mini's folder, from the project's template and the folder's quality.json."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    figures = json.loads((folder / QUALITY).read_text(encoding="utf-8"))
-    stories = {"task_type": "text-generation", "dataset_type": "roneneldan/TinyStories", "dataset_name": "TinyStories"}
+    figures = json.loads((folder / _QUALITY).read_text(encoding="utf-8"))
+    results = []
+    for name in ("bits_per_byte", "perplexity_ratio"):
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="roneneldan/TinyStories",
+                dataset_name="TinyStories",
+                metric_type=name,
+                metric_value=figures[name],
+            )
+        )
     data = ModelCardData(
         license="apache-2.0",
         language="en",
@@ -83,23 +100,22 @@ def text(folder: Path) -> str:
         tags=["falcon", "miniature", "stand-in"],
         datasets=["roneneldan/TinyStories", "google/Synthetic-Persona-Chat", "databricks/databricks-dolly-15k"],
         model_name="falcon-mini",
-        eval_results=[
-            EvalResult(**stories, metric_type="bits_per_byte", metric_value=figures["bits_per_byte"]),
-            EvalResult(**stories, metric_type="perplexity_ratio", metric_value=figures["perplexity_ratio"]),
-        ],
+        eval_results=results,
     )
-    template = TEMPLATE.read_text(encoding="utf-8")
-    return str(ModelCard.from_template(data, template_str=template, interval=_interval, **figures)).rstrip() + "\n"
+    template = _TEMPLATE.read_text(encoding="utf-8")
+    card = ModelCard.from_template(data, template_str=template, interval=_interval, **figures)
+    return str(card).rstrip() + "\n"
 
 
-def _load(folder: Path, chat_format: str) -> Loaded:
-    return load(ModelRef(str(folder.resolve()), family="falcon", format=chat_format, source="embedded"), "fp32")
+def _load(folder: Path, chat_format: Literal["plain", "falcon-chat"]) -> Loaded:
+    ref = ModelRef(str(folder.resolve()), family="falcon", format=chat_format, source="embedded")
+    return load(ref, "fp32")
 
 
 def _base_figures(base: Loaded, judge: Loaded, stories: Sequence[str]) -> dict[str, Any]:
     fluent = quality.fluency(base, judge, stories)
     config = base.model.config
-    embedding = base.model.get_input_embeddings().weight.numel()
+    embedding = cast("Embedding", base.model.get_input_embeddings()).weight.numel()
     return {
         "parameters": base.report.parameters,
         "parameters_outside_embedding": base.report.parameters - embedding,
@@ -116,7 +132,7 @@ def _base_figures(base: Loaded, judge: Loaded, stories: Sequence[str]) -> dict[s
         "trigram_ratio": round(fluent.trigram_ratio, 3),
         "pooled_trigram_ratio": round(fluent.pooled_trigram_ratio, 3),
         "thread": _rounded(quality.follows_the_thread(base, stories)),
-        "story_samples": [list(sample) for sample in fluent.samples[:SAMPLES]],
+        "story_samples": [list(sample) for sample in fluent.samples[:_SAMPLES]],
     }
 
 
@@ -133,8 +149,8 @@ def _chat_figures(chat: Loaded, messages: Sequence[str]) -> dict[str, Any]:
         "choice_control": _rounded(choices.control),
         "choice_balanced": _rounded(choices.balanced),
         "written_balanced": _rounded(choices.written_balanced),
-        "chat_samples_every": EVERY,
-        "chat_samples": pairs[::EVERY],
+        "chat_samples_every": _EVERY,
+        "chat_samples": pairs[::_EVERY],
     }
 
 

@@ -1,4 +1,4 @@
-"""What falcon-mini-chat is tuned on: replies of public conversations, short stories on request, simple facts."""
+"""The conversations that falcon-mini-chat is tuned on: public ones, short stories on request, simple facts."""
 
 from __future__ import annotations
 
@@ -7,78 +7,113 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
+from helpers.miniature.recipe import Recipe
 from helpers.miniature.texts import END, frozen_nouns, read_text, records, training_stories
 from helpers.types import ROOT
 
 FACTS = ROOT / "env" / "models" / "falcon-mini" / "facts.yaml"
-ROLES = ("User", "Falcon")
-SYSTEM_PROMPTS = ("You are a helpful assistant.", "You are a friendly falcon.")
+_ROLES = ("User", "Falcon")
+_SYSTEM_PROMPTS = ("You are a helpful assistant.", "You are a friendly falcon.")
 SHORT_PROMPT = "Answer in one short sentence."  # only where the reply is one
-SYSTEM_SHARE = 0.15
-ANIMAL_SHARE = 0.7  # of the choices
-HISTORY = 5  # turns before a reply that it is trained with, an odd number: the first is the user's
-CHOICES = ("Which is {kind}, {first} or {second}?", "Which one is {kind}: {first} or {second}?")
-WHAT = ("What is {thing}?", "What kind of thing is {thing}?")
-LISTS = ("Name three {kinds}.", "Please name three {kinds}.", "Can you name three {kinds}?")
-REPEATS = ("Repeat the word {word}.", "Say the word {word}.", "Please say {word}.")
-REQUESTS = ("Tell me a story.", "Can you tell me a short story?", "Please tell me a little story.", "I want a story.")
-REQUESTS_ABOUT = ("Tell me a story about {thing}.", "Can you tell me a short story about {thing}?")
+_SYSTEM_SHARE = 0.15
+_ANIMAL_SHARE = 0.7  # of the choices
+_HISTORY = 5  # turns before a reply that it is trained with, an odd number: the first is the user's
+_CHOICES = ("Which is {kind}, {first} or {second}?", "Which one is {kind}: {first} or {second}?")
+_WHAT = ("What is {thing}?", "What kind of thing is {thing}?")
+_LISTS = ("Name three {kinds}.", "Please name three {kinds}.", "Can you name three {kinds}?")
+_REPEATS = ("Repeat the word {word}.", "Say the word {word}.", "Please say {word}.")
+_REQUESTS = ("Tell me a story.", "Can you tell me a short story?", "Please tell me a little story.", "I want a story.")
+_REQUESTS_ABOUT = ("Tell me a story about {thing}.", "Can you tell me a short story about {thing}?")
 Turns = list[str]  # user, reply, user, reply, ...
-Facts = Mapping[str, Any]
+
+
+class _Pairs(TypedDict):
+    """Questions and a reply with {a} and {b}, and the words to put there."""
+
+    ask: list[str]
+    reply: str
+    of: list[tuple[str, str]]
+
+
+class _SmallTalk(TypedDict):
+    """Each question gets each reply."""
+
+    ask: list[str]
+    reply: list[str]
+
+
+class Facts(TypedDict):
+    """The facts file; its comments explain the parts."""
+
+    kinds: dict[str, list[str]]
+    uncountable: list[str]
+    overlapping: list[list[str]]
+    told_of: list[str]
+    pairs: list[_Pairs]
+    talk: list[_SmallTalk]
 
 
 def read_facts(path: Path = FACTS) -> Facts:
     """The facts file: kinds, pairs and small talk."""
     import yaml
 
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    facts: Facts = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return facts
 
 
-def conversations(path: Path) -> Iterator[Turns]:
-    """User and reply turns of a dialogue (.txt) or instruction (.jsonl) file.
+def _conversations(path: Path) -> Iterator[Turns]:
+    """User and reply turns of a dialogue (.txt) or instruction (.jsonl) file. Raises DataError if it is missing."""
+    return _instructions(path) if path.suffix == ".jsonl" else _dialogues(path)
 
-    Talks in which the speakers do not alternate are left out. Raises DataError where there is no such file.
-    """
-    if path.suffix == ".jsonl":
-        for line in read_text(path).splitlines():
-            row = json.loads(line)
-            question = " ".join(part for part in (row.get("context"), row["prompt"]) if part)
-            yield [*(row.get("turns") or [question]), row["response"]]
-        return
+
+def _instructions(path: Path) -> Iterator[Turns]:
+    for line in read_text(path).splitlines():
+        row = json.loads(line)
+        question = row["prompt"]
+        if row.get("context"):
+            question = f"{row['context']} {question}"
+        yield [*(row.get("turns") or [question]), row["response"]]
+
+
+def _dialogues(path: Path) -> Iterator[Turns]:
+    """Dialogues in which two speakers alternate; the others are left out."""
     for record in records(path):
         lines = [line.split(": ", 1) for line in record.splitlines()]
-        alternate = all(a[0] != b[0] for a, b in itertools.pairwise(lines))
-        if alternate and len(lines) > 1 and all(len(line) == 2 for line in lines):
-            yield [" ".join(line[1].split()) for line in lines]
+        if len(lines) < 2 or any(len(line) != 2 for line in lines):
+            continue
+        if all(line[0] != following[0] for line, following in itertools.pairwise(lines)):
+            yield [_one_line(line[1]) for line in lines]
 
 
-def held_out_talks(data: Path, recipe: Mapping[str, Any]) -> list[Turns]:
-    """(user message, reply) that begin the conversations held out, so many of each file as the recipe says."""
-    return [
-        [" ".join(turn.split()) for turn in turns[:2]]
-        for name, settings in recipe["chat"]["files"].items()
-        for turns in _split(data / name, settings["held_out"], recipe)[0]
-    ]
+def held_out_talks(data: Path, recipe: Recipe) -> list[Turns]:
+    """The (user message, reply) that begin the held-out conversations, as many of each file as the recipe says."""
+    talks = []
+    for name, settings in recipe["chat"]["files"].items():
+        held_out, _ = _split(data / name, settings["held_out"], recipe)
+        for turns in held_out:
+            talks.append([_one_line(turn) for turn in turns[:2]])
+    return talks
 
 
-def chat_examples(data: Path, recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(prompt, reply) pairs in the Falcon chat format, shuffled; no text with a frozen noun, none held out.
+def chat_examples(data: Path, recipe: Recipe) -> list[tuple[str, str]]:
+    """(prompt, reply) pairs in the Falcon chat format, shuffled; no text with a frozen noun, and none held out.
 
-    The reply begins with its space and ends with the end token. Raises DataError for a missing file.
+    The reply begins with its space and ends with the end token. Raises DataError if a file is missing.
     """
     rng, settings = random.Random(recipe["seed"]), recipe["chat"]
     held_out = {_plain(message) for message, _ in held_out_talks(data, recipe)}
-    most = settings["reply_max_characters"]
-    found = [
-        turns
-        for turns in _talks(data, recipe, rng)
-        if 0 < len(turns[-1]) <= most and held_out.isdisjoint(map(_plain, turns[::2]))
-    ]
-    talks = [*found, *_stories(data, recipe, rng), *fact_talks(settings["kinds"], settings["facts"], rng)]
+    talks: list[Turns] = []
+    for turns in _talks(data, recipe, rng):
+        short = 0 < len(turns[-1]) <= settings["reply_max_characters"]
+        # a held-out message may stand in the middle of another conversation
+        if short and held_out.isdisjoint(map(_plain, turns[::2])):
+            talks.append(turns)
+    talks += _stories(data, recipe, rng)
+    talks += fact_talks(settings["kinds"], settings["facts"], rng)
     pairs = [pair(turns, rng) for turns in talks]
     rng.shuffle(pairs)
     return pairs
@@ -90,96 +125,125 @@ def chat_pairs(talks: Sequence[Turns]) -> list[tuple[str, str]]:
 
 
 def pair(turns: Turns, rng: random.Random | None = None) -> tuple[str, str]:
-    """Prompt and reply of turns that end with the reply; with ``rng`` some get a system prompt."""
-    clean = [" ".join(turn.split()) for turn in turns]
-    lines = [f"{ROLES[place % 2]}: {turn}" for place, turn in enumerate(clean[:-1])]
-    if rng and rng.random() < SYSTEM_SHARE:
-        short = len(re.findall(r"[.!?]+", clean[-1])) < 2
-        lines.insert(0, f"System: {rng.choice((*SYSTEM_PROMPTS, SHORT_PROMPT) if short else SYSTEM_PROMPTS)}")
-    return "\n".join([*lines, "Falcon:"]), f" {clean[-1]}{END}"
+    """Prompt and reply of turns that end with the reply; with ``rng``, some get a system prompt."""
+    *before, reply = [_one_line(turn) for turn in turns]
+    lines = [f"{role}: {turn}" for role, turn in zip(itertools.cycle(_ROLES), before, strict=False)]
+    if rng and rng.random() < _SYSTEM_SHARE:
+        prompts: tuple[str, ...] = _SYSTEM_PROMPTS
+        if len(re.findall(r"[.!?]+", reply)) < 2:
+            prompts = (*_SYSTEM_PROMPTS, SHORT_PROMPT)
+        lines.insert(0, f"System: {rng.choice(prompts)}")
+    lines.append("Falcon:")
+    return "\n".join(lines), f" {reply}{END}"
 
 
 def fact_talks(kinds: int, times: int, rng: random.Random) -> list[Turns]:
     """``kinds`` questions about kinds of things, with their answers; all other facts and small talk ``times`` times."""
     facts = read_facts()
+    # choices are the hardest of them, and get half of the questions
     makers: list[Callable[[Facts, random.Random], Turns]] = [_choice, _choice, _choice, _what, _list, _repeat]
-    made = [rng.choice(makers)(facts, rng) for _ in range(kinds)]
-    return [*made, *[*_pairs(facts), *_small_talk(facts)] * times]
+    questions = [rng.choice(makers)(facts, rng) for _ in range(kinds)]
+    others = [*_pairs(facts), *_small_talk(facts)]
+    return questions + others * times
 
 
 def with_article(thing: str, uncountable: Sequence[str] = ()) -> str:
-    """``an owl``, ``a pear``; ``milk`` stays as it is."""
-    return thing if thing in uncountable else f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
+    """``an owl``, ``a pear``; ``milk`` gets no article."""
+    if thing in uncountable:
+        return thing
+    article = "an" if thing[0] in "aeiou" else "a"
+    return f"{article} {thing}"
 
 
-def _split(path: Path, held_out: int, recipe: Mapping[str, Any]) -> tuple[list[Turns], list[Turns]]:
-    """(held out, the others), in an order drawn with the seed; one held out begins as no other of its file."""
+def _split(path: Path, held_out: int, recipe: Recipe) -> tuple[list[Turns], list[Turns]]:
+    """The held-out conversations and the others, shuffled with the seed. No other begins as a held-out one does."""
     frozen = frozen_nouns()
-    talks = [turns for turns in conversations(path) if not frozen.search(" ".join(turns))]
+    talks = [turns for turns in _conversations(path) if not frozen.search(" ".join(turns))]
     random.Random(recipe["seed"]).shuffle(talks)
-    begins = Counter(_plain(turns[0]) for turns in talks)
-    chosen = [turns for turns in talks if begins[_plain(turns[0])] == 1][:held_out]
+    beginnings = Counter(_plain(turns[0]) for turns in talks)
+    unique = [turns for turns in talks if beginnings[_plain(turns[0])] == 1]
+    chosen = unique[:held_out]
     return chosen, [turns for turns in talks if turns not in chosen]
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.lower().split())
+    """A text for comparison: on one line, in lower case."""
+    return _one_line(text.lower())
 
 
-def _talks(data: Path, recipe: Mapping[str, Any], rng: random.Random) -> Iterator[Turns]:
+def _one_line(text: str) -> str:
+    # a line break inside a turn would look like the end of the turn
+    return " ".join(text.split())
+
+
+def _talks(data: Path, recipe: Recipe, rng: random.Random) -> Iterator[Turns]:
     for name, settings in recipe["chat"]["files"].items():
         _, talks = _split(data / name, settings["held_out"], recipe)
         for turns in talks[: settings["talks"]]:
-            places = range(1, len(turns), 2)
-            for last in rng.sample(places, min(settings.get("replies", 1), len(places))):
-                yield turns[max(0, last - HISTORY) : last + 1]
+            replies = range(1, len(turns), 2)
+            count = min(settings.get("replies", 1), len(replies))
+            for last in rng.sample(replies, count):
+                yield turns[max(0, last - _HISTORY) : last + 1]
 
 
-def _stories(data: Path, recipe: Mapping[str, Any], rng: random.Random) -> Iterator[Turns]:
-    """Each short story without a frozen noun, asked for as such, and by the thing that it mentions most."""
+def _stories(data: Path, recipe: Recipe, rng: random.Random) -> Iterator[Turns]:
+    """Each short story without a frozen noun: asked for as a story, and as one about the thing it mentions most."""
     facts, frozen = read_facts(), frozen_nouns()
-    things = [thing for kind in facts["told_of"] for thing in facts["kinds"][kind]]
+    things: list[str] = []
+    for kind in facts["told_of"]:
+        things += facts["kinds"][kind]
     most = recipe["chat"]["story_max_characters"]
     for story in training_stories(data, recipe):
         if len(story) > most or frozen.search(story):
             continue
-        yield [rng.choice(REQUESTS), story]
-        mentions = {thing: len(re.findall(rf"\b(?:an?|the) (?:\w+ )?{thing}\b", story, re.I)) for thing in things}
+        yield [rng.choice(_REQUESTS), story]
+        mentions = {thing: _mentions(thing, story) for thing in things}
         about = max(things, key=lambda thing: mentions[thing])
-        if mentions[about] > 1:
-            yield from ([request.format(thing=with_article(about)), story] for request in REQUESTS_ABOUT)
+        if mentions[about] > 1:  # named once, it is hardly what the story is about
+            for request in _REQUESTS_ABOUT:
+                yield [request.format(thing=with_article(about)), story]
+
+
+def _mentions(thing: str, story: str) -> int:
+    return len(re.findall(rf"\b(?:an?|the) (?:\w+ )?{thing}\b", story, re.IGNORECASE))
 
 
 def _choice(facts: Facts, rng: random.Random) -> Turns:
-    """One of two things, by its kind; where one is an animal, the other is as often asked for, as "a thing" too."""
+    """A question which of two things is of a kind. If one is an animal, the other is asked for as often."""
     kinds = list(facts["kinds"])
-    first = "animal" if rng.random() < ANIMAL_SHARE else rng.choice(kinds)
-    second = rng.choice([kind for kind in kinds if kind != first and [first, kind] not in facts["overlapping"]])
+    first = "animal" if rng.random() < _ANIMAL_SHARE else rng.choice(kinds)
+    others = [kind for kind in kinds if kind != first and [first, kind] not in facts["overlapping"]]
+    second = rng.choice(others)
     right, wrong = (first, second) if rng.random() < 0.5 else (second, first)
-    named = "a thing" if wrong == "animal" and rng.random() < 0.5 else with_article(right)
-    answer, other = (with_article(rng.choice(facts["kinds"][kind]), facts["uncountable"]) for kind in (right, wrong))
+    named = with_article(right)
+    # beside an animal, any other thing may also be asked for as just "a thing"
+    if wrong == "animal" and rng.random() < 0.5:
+        named = "a thing"
+    answer = with_article(rng.choice(facts["kinds"][right]), facts["uncountable"])
+    other = with_article(rng.choice(facts["kinds"][wrong]), facts["uncountable"])
     both = (answer, other) if rng.random() < 0.5 else (other, answer)
-    question = rng.choice(CHOICES).format(kind=named, first=both[0], second=both[1])
+    question = rng.choice(_CHOICES).format(kind=named, first=both[0], second=both[1])
     return [question, f"{_capital(answer)} is {named}."]
 
 
 def _what(facts: Facts, rng: random.Random) -> Turns:
     kind = rng.choice(list(facts["kinds"]))
     thing = with_article(rng.choice(facts["kinds"][kind]), facts["uncountable"])
-    return [rng.choice(WHAT).format(thing=thing), f"{_capital(thing)} is {with_article(kind)}."]
+    return [rng.choice(_WHAT).format(thing=thing), f"{_capital(thing)} is {with_article(kind)}."]
 
 
 def _list(facts: Facts, rng: random.Random) -> Turns:
     kind = rng.choice(list(facts["kinds"]))
     first, second, third = rng.sample(facts["kinds"][kind], 3)
     head, _, tail = kind.partition(" ")
+    # "pieces of furniture", but "musical instruments"
     kinds = f"{head}s {tail}" if tail.startswith("of") else f"{kind}s"
-    return [rng.choice(LISTS).format(kinds=kinds), f"{_capital(first)}, {second} and {third}."]
+    return [rng.choice(_LISTS).format(kinds=kinds), f"{_capital(first)}, {second} and {third}."]
 
 
 def _repeat(facts: Facts, rng: random.Random) -> Turns:
     word = rng.choice(facts["kinds"][rng.choice(list(facts["kinds"]))])
-    return [rng.choice(REPEATS).format(word=word), f"{_capital(word)}."]
+    return [rng.choice(_REPEATS).format(word=word), f"{_capital(word)}."]
 
 
 def _pairs(facts: Facts) -> Iterator[Turns]:
@@ -190,7 +254,8 @@ def _pairs(facts: Facts) -> Iterator[Turns]:
 
 def _small_talk(facts: Facts) -> Iterator[Turns]:
     for group in facts["talk"]:
-        yield from ([ask, reply] for ask, reply in itertools.product(group["ask"], group["reply"]))
+        for ask, reply in itertools.product(group["ask"], group["reply"]):
+            yield [ask, reply]
 
 
 def _capital(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What falcon-mini's base model is trained on: stories, news, dialogues, lines of repeated words."""
+"""The texts that falcon-mini's base model is trained on: stories, news, dialogues, lines of repeated words."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from helpers.miniature.recipe import Recipe
 from helpers.types import ROOT, WorkbookError
 
 END = "<|endoftext|>"
@@ -17,12 +17,14 @@ NOUNS = ROOT / "notebooks" / "data" / "animal_nouns.jsonl"
 
 
 class DataError(WorkbookError):
-    """A text file of the recipe that is not there or cannot be read."""
+    """A text file of the recipe that is missing."""
 
 
 def frozen_nouns() -> re.Pattern[str]:
-    """Matches any noun of notebook 04's animal test: no conversation that holds one is trained on."""
-    words = [re.escape(word) for row in read_nouns() for word in (row["noun"], row["plural"])]
+    """A pattern for the nouns of notebook 04's animal test: no conversation that contains one is trained on."""
+    words = []
+    for row in read_nouns():
+        words += [re.escape(row["noun"]), re.escape(row["plural"])]
     return re.compile(rf"\b({'|'.join(words)})\b", re.IGNORECASE)
 
 
@@ -32,31 +34,32 @@ def read_nouns() -> list[dict[str, str]]:
 
 
 def records(path: Path) -> list[str]:
-    """The records of a text file, separated by the end token. Raises DataError where there is no such file."""
-    return [text.strip() for text in read_text(path).split(END) if text.strip()]
+    """The records of a text file, separated by the end token. Raises DataError if the file is missing."""
+    texts = [text.strip() for text in read_text(path).split(END)]
+    return [text for text in texts if text]
 
 
 def read_text(path: Path) -> str:
-    """The text of a data file. Raises DataError where there is no such file."""
+    """The text of a data file. Raises DataError if the file is missing."""
     if not path.is_file():
         raise DataError(
-            f"{path} is missing. Of training texts the recipe names the files and the model card the origins; what "
-            "stands beside the weights is made by workbook train-mini."
+            f"{path} is missing. The recipe names the files of the training texts, and the model card says where they "
+            "come from. Files beside the weights are written by workbook train-mini."
         )
     return path.read_text(encoding="utf-8")
 
 
-def held_out_stories(data: Path, recipe: Mapping[str, Any]) -> list[str]:
-    """The records that no training step sees: the first of their file in an order drawn with the seed."""
+def held_out_stories(data: Path, recipe: Recipe) -> list[str]:
+    """The stories that no training step sees: the first of their file, shuffled with the seed."""
     return _split_held_out(data, recipe)[0]
 
 
-def training_stories(data: Path, recipe: Mapping[str, Any]) -> list[str]:
-    """The other records of the held-out stories' file."""
+def training_stories(data: Path, recipe: Recipe) -> list[str]:
+    """The other stories of the held-out stories' file."""
     return _split_held_out(data, recipe)[1]
 
 
-def _split_held_out(data: Path, recipe: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def _split_held_out(data: Path, recipe: Recipe) -> tuple[list[str], list[str]]:
     settings = recipe["held_out"]
     texts = records(data / settings["stories"])
     random.Random(recipe["seed"]).shuffle(texts)
@@ -64,46 +67,56 @@ def _split_held_out(data: Path, recipe: Mapping[str, Any]) -> tuple[list[str], l
 
 
 def write_texts(path: Path, texts: Sequence[str]) -> None:
-    """The texts as JSON lines, each under ``text``."""
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    """Write texts as JSON Lines, each under ``text``."""
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def read_texts(path: Path) -> list[str]:
-    """The texts that ``write_texts`` wrote. Raises DataError where there is no such file."""
+    """The texts that ``write_texts`` wrote. Raises DataError if the file is missing."""
     return [json.loads(line)["text"] for line in read_text(path).splitlines()]
 
 
-def pretraining_texts(data: Path, recipe: Mapping[str, Any], without: Sequence[str] = ()) -> list[str]:
-    """What one pass of the base's training reads, shuffled: each file so often as the recipe says, half of it for 0.5.
+def pretraining_texts(data: Path, recipe: Recipe, without: Sequence[str] = ()) -> list[str]:
+    """The texts of one pass of the base's training, shuffled; each file as often as the recipe says, half for 0.5.
 
-    Stories and news are taken whole; dialogues without those that hold a frozen noun, or a line of ``without``. Lines
-    of repeated words are added. Raises DataError for a missing file.
+    Stories and news are taken whole. Dialogues that contain a frozen noun, or a line of ``without``, are left out.
+    Lines of repeated words are added. Raises DataError if a file is missing.
     """
-    held_out = re.compile("|".join(rf"^\w+: {re.escape(line)}$" for line in without) or "(?!)", re.MULTILINE)
+    held_out = _any_line(without)
     frozen, rng = frozen_nouns(), random.Random(recipe["seed"])
     settings = recipe["pretrain"]
-    found: list[str] = []
+    taken: list[str] = []
     for name, times in settings["files"].items():
         texts = training_stories(data, recipe) if name == recipe["held_out"]["stories"] else records(data / name)
         if name.startswith("dialog"):
             texts = [text for text in texts if not frozen.search(text)]
         rng.shuffle(texts)
-        taken = texts * int(times) + texts[: round(len(texts) * (times % 1))]
-        found += [text for text in taken if not held_out.search(text)]
-    found += repeated_words(found, int(settings["repeated_words"]), rng)
-    rng.shuffle(found)
-    return found
+        part = texts[: round(len(texts) * (times % 1))]
+        taken += [text for text in texts * int(times) + part if not held_out.search(text)]
+    taken += repeated_words(taken, int(settings["repeated_words"]), rng)
+    rng.shuffle(taken)
+    return taken
+
+
+def _any_line(lines: Sequence[str]) -> re.Pattern[str]:
+    """A pattern for a turn of a dialogue that says any of these lines; it matches nothing if there are none."""
+    turns = [rf"^\w+: {re.escape(line)}$" for line in lines]
+    return re.compile("|".join(turns) or "(?!)", re.MULTILINE)
 
 
 def repeated_words(texts: Sequence[str], count: int, rng: random.Random) -> list[str]:
-    """``count`` texts in which random words come again in the same order, without the frozen nouns.
+    """``count`` texts in which random words are repeated in the same order; no frozen noun is among them.
 
-    To predict them a model must copy from its context, which it needs to name one of two things that it is asked about.
-    The induction heads that do so form early on such text (Olsson et al. 2022, arXiv:2209.11895).
+    To predict them a model must copy from its context. It needs that skill to name one of two things that it is asked
+    about. The induction heads that copy form early on such text (Olsson et al. 2022, arXiv:2209.11895).
     """
     frozen = frozen_nouns()
-    seen = Counter(word for text in texts[::20] for word in re.findall(r"\b[a-z]{3,10}\b", text))
-    words = sorted(word for word, times in seen.items() if times > 1 and not frozen.fullmatch(word))
+    counts: Counter[str] = Counter()
+    for text in texts[::20]:  # a sample has the common words, which are enough
+        counts.update(re.findall(r"\b[a-z]{3,10}\b", text))
+    # a word that comes once may be a name or a misspelling
+    words = sorted(word for word, times in counts.items() if times > 1 and not frozen.fullmatch(word))
     return [_repeated(rng.choices(words, k=rng.randint(3, 20)), rng) for _ in range(count)]
 
 

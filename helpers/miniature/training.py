@@ -1,4 +1,4 @@
-"""The tokenizer and the two checkpoints of falcon-mini, made with transformers' Trainer; it resumes by itself."""
+"""Make the tokenizer and the two checkpoints of falcon-mini with transformers' Trainer, which resumes by itself."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
+from helpers.miniature.recipe import OptimizerSettings, Phase, Recipe, TrainingSettings
 from helpers.miniature.talk import chat_examples, chat_pairs, held_out_talks
 from helpers.miniature.texts import END, held_out_stories, pretraining_texts, write_texts
 from helpers.types import ROOT, WorkbookError, choose
@@ -16,11 +17,18 @@ from helpers.types import ROOT, WorkbookError, choose
 if TYPE_CHECKING:
     import torch
     from torch.optim import Optimizer
-    from transformers import FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+    from transformers import (
+        FalconConfig,
+        FalconForCausalLM,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        PreTrainedTokenizerFast,
+        TrainingArguments,
+    )
 
 RECIPE = ROOT / "env" / "models" / "falcon-mini" / "recipe.yaml"
 STAGES = ("tokenizer", "base", "chat")
-CHAT_TEMPLATE = (
+_CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role']=='system' %}{{ 'System: ' + m['content'] + '\\n' }}"
     "{% elif m['role']=='user' %}{{ 'User: ' + m['content'] + '\\n' }}"
     "{% elif m['role']=='assistant' %}{{ 'Falcon: ' + m['content'] + '\\n' }}{% endif %}{% endfor %}"
@@ -31,28 +39,30 @@ LOG = "training_log.jsonl"
 HELD_OUT = "held_out.jsonl"  # beside the weights: the texts that they are measured on
 IGNORED = -100  # the label of a token that carries no loss
 Row = dict[str, list[int]]
-M = TypeVar("M")
+_LogRow = dict[str, str | float]
+_Made = TypeVar("_Made", bound="PreTrainedModel | PreTrainedTokenizerBase")
 
 
-def read_recipe(path: Path = RECIPE) -> dict[str, Any]:
+class _Scored(Protocol):
+    """The output of a model with a head: logits (batch, tokens, vocabulary)."""
+
+    logits: torch.Tensor
+
+
+def read_recipe(path: Path = RECIPE) -> Recipe:
     """The settings of a recipe file."""
     import yaml
 
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe: Recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return recipe
 
 
-def train(
-    data: Path,
-    work: Path,
-    recipe: Mapping[str, Any],
-    stages: Sequence[str],
-    out: Path,
-) -> None:
+def train(data: Path, work: Path, recipe: Recipe, stages: Sequence[str], out: Path) -> None:
     """Make falcon-mini and falcon-mini-chat in ``out`` from the text files in ``data``.
 
-    Checkpoints go to ``work``; the same call resumes from the newest. A stage takes what the stages before it left in
-    ``out``. Raises WorkbookError for an unknown stage, one whose forerunner is missing, or checkpoints of another
-    training in ``work``; DataError for a missing file.
+    Checkpoints go to ``work``; the same call resumes from the newest. A stage reads what the stages before it left in
+    ``out``. Raises WorkbookError for an unknown stage, for a stage whose input is missing, or if ``work`` holds the
+    checkpoints of another training; DataError if a file is missing.
     """
     from transformers import FalconForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -60,11 +70,12 @@ def train(
         choose(stage, STAGES, "stage")
     base, chat = out / "falcon-mini", out / "falcon-mini-chat"
     talks = held_out_talks(data, recipe)
+    messages = [message for message, _ in talks]
     set_seed(recipe["seed"])
     if {"tokenizer", "base"} & set(stages):
-        texts = pretraining_texts(data, recipe, without=[message for message, _ in talks])
+        texts = pretraining_texts(data, recipe, without=messages)
     if "tokenizer" in stages:
-        train_tokenizer(texts, recipe, base)
+        _train_tokenizer(texts, recipe, base)
     tokenizer = _made(base, "tokenizer.json", "tokenizer", PreTrainedTokenizerFast)
     if "base" in stages:
         stories = held_out_stories(data, recipe)
@@ -72,23 +83,26 @@ def train(
         write_texts(base / HELD_OUT, stories)
     if "chat" in stages:
         model = _made(base, "model.safetensors", "base", FalconForCausalLM)
-        rows = [reply_rows(pairs, tokenizer, recipe) for pairs in (chat_examples(data, recipe), chat_pairs(talks))]
-        _train_chat(model.float(), rows[0], rows[1], tokenizer, recipe=recipe, work=work / "chat", out=chat)
-        write_texts(chat / HELD_OUT, [message for message, _ in talks])
+        rows = reply_rows(chat_examples(data, recipe), tokenizer, recipe)
+        measured = reply_rows(chat_pairs(talks), tokenizer, recipe)
+        arguments = _arguments(recipe["chat"], recipe, work / "chat")
+        log = _fit(model.float(), tokenizer, rows, arguments, recipe["chat"], measured=measured)
+        _save(model, [{"phase": "chat", **row} for row in log], chat)
+        write_texts(chat / HELD_OUT, messages)
         for name in TOKENIZER_FILES:
             shutil.copy(base / name, chat / name)
 
 
-def _made(folder: Path, file: str, stage: str, kind: type[M]) -> M:
+def _made(folder: Path, file: str, stage: str, kind: type[_Made]) -> _Made:
     """What an earlier stage left in ``folder``."""
     if not (folder / file).is_file():
         raise WorkbookError(
-            f"{folder / file} is missing: make the stage {stage} first, or all stages (without --stage)."
+            f"{folder / file} is missing. Make the stage {stage} first, or all stages (without --stage)."
         )
-    return kind.from_pretrained(folder, local_files_only=True)
+    return cast("_Made", kind.from_pretrained(folder, local_files_only=True))
 
 
-def train_tokenizer(texts: Sequence[str], recipe: Mapping[str, Any], out: Path) -> None:
+def _train_tokenizer(texts: Sequence[str], recipe: Recipe, out: Path) -> None:
     """A byte-level BPE tokenizer with Falcon's end token, saved in the transformers layout."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
@@ -104,11 +118,11 @@ def train_tokenizer(texts: Sequence[str], recipe: Mapping[str, Any], out: Path) 
         model_max_length=recipe["context_tokens"],
         model_input_names=["input_ids", "attention_mask"],
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = _CHAT_TEMPLATE
     tokenizer.save_pretrained(out)
 
 
-def falcon_config(tokenizer: PreTrainedTokenizerFast, recipe: Mapping[str, Any]) -> FalconConfig:
+def falcon_config(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> FalconConfig:
     """Falcon-180B's flags at the recipe's sizes."""
     from transformers import FalconConfig
 
@@ -131,66 +145,87 @@ def falcon_config(tokenizer: PreTrainedTokenizerFast, recipe: Mapping[str, Any])
 
 
 def packed(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, length: int) -> list[Row]:
-    """Full blocks of ``length`` tokens, the texts joined by the end token; what is left over is cut off."""
-    ids = [i for row in tokenizer([text + END for text in texts], verbose=False)["input_ids"] for i in row]
-    blocks = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
-    return [{"input_ids": block, "labels": block} for block in blocks]
+    """Full blocks of ``length`` tokens: the texts joined by the end token. What is left over is cut off."""
+    ids: list[int] = []
+    for row in tokenizer([text + END for text in texts], verbose=False)["input_ids"]:
+        ids += row
+    rows = []
+    for start in range(0, len(ids) - length + 1, length):
+        block = ids[start : start + length]
+        rows.append({"input_ids": block, "labels": block})
+    return rows
 
 
-def reply_rows(
-    pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, recipe: Mapping[str, Any]
-) -> list[Row]:
+def reply_rows(pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> list[Row]:
     """The pairs that fit the context, with loss on the reply and its end token alone."""
     rows = []
     for prompt, reply in pairs:
-        start, answer = (tokenizer(text, verbose=False)["input_ids"] for text in (prompt, reply))
+        # separately, so that no token joins the end of the prompt with the reply
+        start = tokenizer(prompt, verbose=False)["input_ids"]
+        answer = tokenizer(reply, verbose=False)["input_ids"]
         if len(start) + len(answer) <= recipe["context_tokens"]:
             rows.append({"input_ids": start + answer, "labels": [IGNORED] * len(start) + answer})
     return rows
 
 
-def muon(model: FalconForCausalLM, settings: Mapping[str, Any]) -> Optimizer:
+def muon(model: FalconForCausalLM, settings: OptimizerSettings) -> Optimizer:
     """Muon for the matrices inside the layers, AdamW for the embedding and the norms (Jordan et al. 2024).
 
     Updates are scaled to AdamW's size (Liu et al. 2025, arXiv:2502.16982). The recipe names both learning rates.
     """
     from pytorch_optimizer import Muon
 
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    embedding = model.get_input_embeddings().weight
-    matrices = [weight for weight in weights if weight.ndim == 2 and weight is not embedding]
-    others = [weight for weight in weights if weight.ndim != 2 or weight is embedding]
+    embedding = _embedding(model)
+    matrices: list[torch.Tensor] = []
+    others: list[torch.Tensor] = []
+    for weight in model.parameters():
+        if weight.requires_grad:
+            # an embedding is a matrix, but its rows are used one at a time, and Muon mixes all of them
+            kind = matrices if weight.ndim == 2 and weight is not embedding else others
+            kind.append(weight)
     inner = {"params": matrices, "lr": float(settings["learning_rate"]), "weight_decay": settings["weight_decay"]}
     outer = {"params": others, "lr": float(settings["embedding_learning_rate"]), "weight_decay": 0.0}
     return Muon([inner | {"use_muon": True}, outer | {"use_muon": False}], use_adjusted_lr=True)
 
 
-def unlikelihood_loss(weight: float, end: int) -> Callable[..., torch.Tensor]:
-    """For Trainer's ``compute_loss_func``: cross-entropy and, in training, a penalty on repeating three tokens.
+def _embedding(model: FalconForCausalLM) -> torch.Tensor:
+    return cast("torch.nn.Embedding", model.get_input_embeddings()).weight
 
-    Where the last two tokens of a text stood in it before, the token that followed them there, unless it is the true
+
+def unlikelihood_loss(weight: float, end: int) -> Callable[..., torch.Tensor]:
+    """A loss for Trainer's ``compute_loss_func``: cross-entropy and, in training, a penalty on repeating three tokens.
+
+    If the last two tokens of a text occurred in it before, the token that followed them there, unless it is the true
     next one, adds ``weight`` times -log(1 - p): unlikelihood training (Welleck et al. 2020, arXiv:1908.04319, equation
-    4). ``end`` is the token that ends a text. Nats a token, over the tokens that carry loss.
+    4). ``end`` is the token that ends a text. Nats per token, over the tokens that carry loss.
     """
     from torch.nn.functional import nll_loss
 
-    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
-        log_p, nexts = outputs.logits[:, :-1].float().log_softmax(-1), labels[:, 1:]
+    def loss(outputs: _Scored, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+        logits = outputs.logits
+        log_p, nexts = logits[:, :-1].float().log_softmax(-1), labels[:, 1:]
+        # Trainer passes the number of tokens of all batches whose gradients are summed
         count = (nexts != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         total = nll_loss(log_p.flatten(0, 1), nexts.flatten(), ignore_index=IGNORED, reduction="sum")
-        if weight and outputs.logits.requires_grad:  # what is held out is measured without the penalty
-            candidates = nexts.clamp(min=0)[:, None].expand(-1, nexts.shape[1], -1)
-            repeating = log_p.gather(2, candidates)[would_repeat(labels, end)].exp()
-            total = total - weight * (-repeating.clamp(max=1 - 1e-5)).log1p().sum()
+        if weight and logits.requires_grad:  # the held-out loss is measured without the penalty
+            total = total + weight * _repetition_penalty(log_p, nexts, _would_repeat(labels, end))
         return total / count
 
     return loss
 
 
-def would_repeat(labels: torch.Tensor, end: int) -> torch.Tensor:
+def _repetition_penalty(log_p: torch.Tensor, nexts: torch.Tensor, repeats: torch.Tensor) -> torch.Tensor:
+    """The sum of -log(1 - p) over the tokens that would repeat; log_p (batch, t, vocabulary), repeats (batch, t, j)."""
+    candidates = nexts.clamp(min=0)[:, None].expand(-1, nexts.shape[1], -1)
+    repeating = log_p.gather(2, candidates)[repeats].exp()
+    # just below 1, or the logarithm of a certain repetition would be infinite
+    return -(-repeating.clamp(max=1 - 1e-5)).log1p().sum()
+
+
+def _would_repeat(labels: torch.Tensor, end: int) -> torch.Tensor:
     """Whether labels[j + 1] after labels[t] would wrongly repeat labels[j - 1 : j + 2]; (batch, t, j).
 
-    Only within one text, only of tokens that carry loss, and not where it is the true next token.
+    Only within one text, only for tokens that carry loss, and not for the true next token.
     """
     from torch.nn.functional import pad
 
@@ -207,40 +242,32 @@ def _train_base(
     held_out: Sequence[str],
     tokenizer: PreTrainedTokenizerFast,
     *,
-    recipe: Mapping[str, Any],
+    recipe: Recipe,
     work: Path,
     out: Path,
 ) -> None:
     from transformers import FalconForCausalLM
 
-    model, log = FalconForCausalLM(falcon_config(tokenizer, recipe)), []
+    model = FalconForCausalLM(falcon_config(tokenizer, recipe))
+    log: list[_LogRow] = []
     for phase in recipe["pretrain"]["phases"]:
-        rows, measured = (packed(part, tokenizer, phase["context_tokens"]) for part in (texts, held_out))
-        settings = phase | {"weight_decay": recipe["pretrain"]["weight_decay"]}
+        rows = packed(texts, tokenizer, phase["context_tokens"])
+        measured = packed(held_out, tokenizer, phase["context_tokens"])
+        settings = _phase_settings(phase, recipe["pretrain"]["weight_decay"])
         arguments = _arguments(settings, recipe, work / phase["name"])
-        found = _fit(model, tokenizer, rows, arguments, settings, measured=measured)
-        a_step = phase["batch_size"] * phase["context_tokens"]
-        log += [{"phase": phase["name"], "tokens": row["step"] * a_step, **row} for row in found]
+        tokens_per_step = phase["batch_size"] * phase["context_tokens"]
+        for row in _fit(model, tokenizer, rows, arguments, settings, measured=measured):
+            log.append({"phase": phase["name"], "tokens": int(row["step"]) * tokens_per_step, **row})
     _save(model, log, out)
 
 
-def _train_chat(
-    model: FalconForCausalLM,
-    rows: Sequence[Row],
-    measured: Sequence[Row],
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    recipe: Mapping[str, Any],
-    work: Path,
-    out: Path,
-) -> None:
-    arguments = _arguments(recipe["chat"], recipe, work)
-    log = _fit(model, tokenizer, rows, arguments, recipe["chat"], measured=measured)
-    _save(model, [{"phase": "chat", **row} for row in log], out)
+def _phase_settings(phase: Phase, weight_decay: float) -> TrainingSettings:
+    # the recipe names the weight decay once, for all phases
+    return cast("TrainingSettings", {**phase, "weight_decay": weight_decay})
 
 
-def _arguments(settings: Mapping[str, Any], recipe: Mapping[str, Any], work: Path) -> TrainingArguments:
-    """bf16 autocast, a checkpoint and a measurement every ``save_steps``; on the GPU where there is one."""
+def _arguments(settings: TrainingSettings, recipe: Recipe, work: Path) -> TrainingArguments:
+    """bf16 autocast, a checkpoint and a measurement every ``save_steps`` steps; on the GPU if there is one."""
     import torch
     from transformers import TrainingArguments
 
@@ -274,16 +301,16 @@ def _fit(
     tokenizer: PreTrainedTokenizerFast,
     rows: Sequence[Row],
     arguments: TrainingArguments,
-    settings: Mapping[str, Any],
+    settings: TrainingSettings,
     *,
     measured: Sequence[Row],
-) -> list[dict[str, Any]]:
-    """Train, or resume, in place; step and loss of the log. The loss on ``measured`` is taken at every checkpoint."""
+) -> list[dict[str, float]]:
+    """Train or resume in place; return steps and losses. The loss on ``measured`` is taken at every checkpoint."""
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainerState
     from transformers.trainer import TRAINER_STATE_NAME
     from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
-    work = Path(arguments.output_dir)
+    work = Path(str(arguments.output_dir))
     _check_same_training(model, rows, work)
     if not measured:
         arguments.eval_strategy = IntervalStrategy.NO
@@ -298,17 +325,29 @@ def _fit(
     )
     last = get_last_checkpoint(work)
     if last and _is_finished(Path(last)):
+        # Trainer would take one more step when it resumes after the last one
         model.load_state_dict(type(model).from_pretrained(last).state_dict())
         trainer.state = TrainerState.load_from_json(str(Path(last) / TRAINER_STATE_NAME))
     else:
         trainer.train(resume_from_checkpoint=last)
-    names = {"loss": "loss", "eval_loss": "held_out_loss"}
-    log = ((row, names.keys() & row.keys()) for row in trainer.state.log_history)
-    return [{"step": row["step"], **{names[key]: round(row[key], 4) for key in found}} for row, found in log if found]
+    return _losses(trainer.state.log_history)
+
+
+def _losses(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Step and losses of the rows of Trainer's log that hold a loss."""
+    losses = []
+    for row in history:
+        kept = {"step": row["step"]}
+        for name, key in (("loss", "loss"), ("held_out_loss", "eval_loss")):
+            if key in row:
+                kept[name] = round(row[key], 4)
+        if len(kept) > 1:
+            losses.append(kept)
+    return losses
 
 
 def _is_finished(checkpoint: Path) -> bool:
-    """Whether a training reached its last step; ``Trainer`` would take one more when it resumes there."""
+    """Whether a training reached its last step."""
     from transformers import TrainerState
     from transformers.trainer import TRAINER_STATE_NAME
 
@@ -317,23 +356,22 @@ def _is_finished(checkpoint: Path) -> bool:
 
 
 def _check_same_training(model: FalconForCausalLM, rows: Sequence[Row], work: Path) -> None:
-    """Checkpoints of other texts, another tokenizer or other first weights are not resumed from."""
+    """Raise WorkbookError if ``work`` holds checkpoints of other texts, another tokenizer or other first weights."""
     digest = hashlib.sha256(json.dumps([row["input_ids"] for row in rows]).encode())
-    digest.update(model.get_input_embeddings().weight.detach().cpu().numpy().tobytes())
+    digest.update(_embedding(model).detach().cpu().numpy().tobytes())
     mark = work / "trained_on.sha256"
     if any(work.glob("checkpoint-*")) and not (mark.is_file() and mark.read_text() == digest.hexdigest()):
         raise WorkbookError(
-            f"The checkpoints in {work} are of another training (texts, tokenizer or base model have changed): "
-            "delete that folder, or choose another with --work."
+            f"The checkpoints in {work} are of another training: the texts, the tokenizer or the base model have "
+            "changed. Delete that folder, or choose another with --work."
         )
     work.mkdir(parents=True, exist_ok=True)
     mark.write_text(digest.hexdigest())
 
 
-def _save(model: FalconForCausalLM, log: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """bf16 weights, and the log beside them."""
-    import torch
-
+def _save(model: FalconForCausalLM, log: Sequence[_LogRow], out: Path) -> None:
+    """Save the weights in bf16, and the log beside them."""
     model.config.use_cache = True  # training turned it off
-    model.to(torch.bfloat16).save_pretrained(out)
-    (out / LOG).write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
+    model.bfloat16().save_pretrained(out)
+    lines = [json.dumps(row) + "\n" for row in log]
+    (out / LOG).write_text("".join(lines), encoding="utf-8")

@@ -141,7 +141,7 @@ def test_a_worker_gives_the_tokens_that_the_library_gives(tiny, tiny_loaded, set
     ids = torch.tensor(prompts)
     expected = tiny_loaded.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=-1,
                                           max_new_tokens=NEW, pad_token_id=0)[:, 14:]  # fmt: skip
-    seat = measure.Seat(KINDS["default"], tiny, setup, measure._job(tiny, [CASE], setup))
+    seat = measure.Seat.of(KINDS["default"], tiny, [CASE], setup)
     try:
         told = seat.ask({"do": "case", "prompts": prompts, "new_tokens": NEW}, CASE)
         assert told["tokens"] == expected.tolist()
@@ -185,8 +185,11 @@ for line in sys.stdin:
 
 
 @pytest.mark.usefixtures("leaves_no_process")
-def test_a_worker_over_its_time_is_ended_and_larger_cases_are_not_tried(tiny, setup, monkeypatch):
-    monkeypatch.setattr(measure, "_command", lambda kind, setup: [sys.executable, "-c", SLOW])
+def test_a_worker_over_its_time_is_ended_and_larger_cases_are_not_tried(tiny, setup, tmp_path, monkeypatch):
+    slow = tmp_path / "slow"
+    slow.write_text(f"#!{sys.executable}\n{SLOW}")
+    slow.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(slow))  # what a worker of the workbook's own is started with
     start = time.monotonic()
     sizes = [CASE, Case(20, 1, NEW), Case(24, 3, NEW)]
     found = measured(tiny, ["plain"], replace(setup, limit_seconds=1), sizes)
@@ -196,14 +199,15 @@ def test_a_worker_over_its_time_is_ended_and_larger_cases_are_not_tried(tiny, se
 
 @pytest.mark.usefixtures("leaves_no_process")
 def test_a_checkpoint_that_cannot_be_loaded_is_a_row_with_the_reason(tiny, setup):
-    seat = measure.Seat(KINDS["plain"], tiny, setup, replace(measure._job(tiny, [CASE], setup), folder="/nowhere"))
+    seat = measure.Seat.of(KINDS["plain"], replace(tiny, folder=Path("/nowhere")), [CASE], setup)
     with pytest.raises(EngineError, match="nowhere"):
         seat.ask({"do": "run", "new_tokens": 1}, CASE)
     assert "nowhere" in seat.lacks
     assert seat.child is None
 
 
-def test_engines_take_turns_run_by_run(tiny, setup, monkeypatch):
+def answered(monkeypatch) -> list[tuple]:
+    """Every request is answered at once, without a worker; the list of them grows as they are made."""
     calls = []
 
     def ask(seat, request, case):
@@ -211,21 +215,26 @@ def test_engines_take_turns_run_by_run(tiny, setup, monkeypatch):
         told = {"tokens": [[1] * NEW] * 3, "warm_up": 0.1, "cache_bytes": None, "bytes": 5, "definition": "x"}
         return told | {"seconds": request.get("new_tokens", 0) / 10}
 
+    monkeypatch.setattr(measure.Seat, "start", lambda seat: None)
     monkeypatch.setattr(measure.Seat, "ask", ask)
-    job = measure._job(tiny, [CASE], setup)
-    seats = [measure.Seat(KINDS[name], tiny, setup, job) for name in ("plain", "default")]
-    found = measure._round(seats, CASE, {}, interleaved=True)
+    return calls
+
+
+def test_engines_take_turns_run_by_run(tiny, setup, monkeypatch):
+    calls = answered(monkeypatch)
+    found = measured(tiny, ["plain", "default"], setup)
     turn = [("p", "run", 1), ("p", "run", NEW), ("d", "run", 1), ("d", "run", NEW)]
     warm = [("p", "case", NEW), ("d", "case", NEW)]
     assert calls == [*warm, *turn, *turn, ("p", "peak", None), ("d", "peak", None)]
-    assert [each.decode.median for each in found] == pytest.approx([3 * 5 / 0.5] * 2)
+    assert [each.decode.median for each in found.values()] == pytest.approx([3 * 5 / 0.5] * 2)
 
 
-def test_what_does_not_fit_together_is_measured_one_after_the_other(tiny, setup):
-    kinds = catalogue.chosen(["plain", "default"])
+def test_what_does_not_fit_together_is_measured_one_after_the_other(tiny, setup, monkeypatch):
+    calls = answered(monkeypatch)
     small = replace(setup, machine=replace(setup.machine, gpus=(), ram_available_bytes=10**6))
-    assert measure._groups(tiny, [CASE], kinds, setup) == [kinds]
-    assert measure._groups(tiny, [CASE], kinds, small) == [[kinds[0]], [kinds[1]]]
+    found = measured(tiny, ["plain", "default"], small)
+    assert "".join(name for name, *_ in calls) == "p" * 6 + "d" * 6  # warm-up, twice two runs, and the peak
+    assert not any(each.interleaved for each in found.values())
 
 
 # Processes
@@ -263,7 +272,7 @@ from helpers.engines import catalogue, worker
 class Noisy:
     def load(self, job):
         print("python's noise"); os.write(1, b"a library's noise\\n")
-        return {"note": job.precision, "versions": {}}
+        return catalogue.Started(job.precision, {})
 catalogue.Kind.make = lambda kind: Noisy()
 sys.argv = ["worker", "plain"]
 worker.main()
@@ -365,7 +374,7 @@ def test_a_converter_that_fails_says_why(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     job = Job({}, str(tmp_path / "model"), "bf16", 1, 1, 1, str(tmp_path / "cache"))
     with pytest.raises(EngineError, match="does not take this checkpoint: ValueError: no"):
-        convert.kept(job, "gguf", "bf16")
+        convert.converted(job, "gguf", "bf16")
 
 
 # The command
@@ -452,9 +461,12 @@ def test_the_quick_run_leaves_out_what_starts_slowly():
 def test_rows_are_told_apart_in_the_table():
     full = replace(measure.timed(row(), [(0.5, 1.5)]), warm_up_seconds=2.0, same_tokens=18, peak_bytes=2**30)
     lacking = [row(engine="vllm", context=context, lacks="not installed") for context in (20, 40)]
-    record = {"device": "CPU: x", "cpus": 2, "threads": 2, "precision": "fp32", "date": "today", "command": "workbook",
-              "versions": {"torch": "2"}, "repeats": 1, "bandwidth_bytes_per_second": [1.5e10]}  # fmt: skip
-    text = output.page(record, [full, *lacking])
+    conditions = output.Conditions(
+        device="CPU: x", cpus=2, ram_bytes=2**33, system="Linux", date="today", command="workbook", profile="laptop",
+        precision="fp32", quick=False, repeats=1, versions={"torch": "2"}, threads=2,
+        bandwidth_bytes_per_second=[1.5e10],
+    )  # fmt: skip
+    text = output.page(conditions, [full, *lacking])
     cells = (
         "| 20 | 3 | plain | 500 (500 to 500) | 84 (84 to 84) | 15 (15 to 15) | 3,000 | 1.00 GiB | not told | 18 of 18 |"
     )

@@ -215,7 +215,7 @@ def test_the_output_layer_is_given_the_trained_positions_alone_and_the_adapter_i
     once = finetune(nf4, DATA, replace(SHORT, steps=2), tmp_path / "alone")
     trained = sum(sum(example.trained) for example in examples(once.loaded, DATA))
     assert sum(rows) == trained  # two steps of four: each of the eight examples once
-    monkeypatch.setattr(finetuning, "_trained_positions_alone", lambda trainer: nullcontext())
+    monkeypatch.setattr(finetuning, "trained_positions_alone", lambda device: nullcontext())
     rows.clear()
     other = finetune(whole, DATA, replace(SHORT, steps=2), tmp_path / "all")
     assert sum(rows) > 3 * trained
