@@ -1,7 +1,8 @@
-"""The same prompts to two models: replies, scores by rule, intervals, the paired difference and its test."""
+"""The same prompts to several models: replies, scores by rule, intervals, the paired difference and its test."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from helpers import stats
 from helpers.generation import generate_batch
-from helpers.types import Interval, Loaded, ModelRef, Profile, Reply, Sampling, WorkbookError, choose
+from helpers.types import Interval, Loaded, Message, ModelRef, Profile, Reply, Sampling, WorkbookError, choose
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -25,7 +26,7 @@ Side = Loaded | ModelRef
 
 @dataclass(frozen=True)
 class Item:
-    """A question with its key: what a right reply names, and what it must not. Without an answer it is not scored.
+    """A question with its key: what a correct reply names, and what it must not name. Without an answer: not scored.
 
     Raises ValueError for a key that is one text instead of several words.
     """
@@ -39,14 +40,14 @@ class Item:
     def __post_init__(self) -> None:
         for words in (self.answer, self.others):
             if isinstance(words, str) or not all(isinstance(word, str) and word for word in words):
-                raise ValueError(f"{words!r} is no list of words")
+                raise ValueError(f"{words!r} is not a list of words")
 
 
 @dataclass(frozen=True)
 class Difference:
     """First side minus second side over the same items.
 
-    p_value: of the exact McNemar test; only_first, only_second: the items that one side alone got right.
+    p_value: of the exact McNemar test; only_first, only_second: how many items only this side got right.
     """
 
     first: str
@@ -58,33 +59,34 @@ class Difference:
 
 
 def read_items(path: Path) -> list[Item]:
-    """The items of a JSON-lines file. Raises WorkbookError, naming the line, for one that is no item."""
+    """The items of a JSON-lines file. Raises WorkbookError, naming the line, if one is not a valid item."""
     items = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
             keys = {name: row.pop(name, []) for name in ("answer", "others")}
+            # Item itself refuses a key that is a text, which a tuple would take apart into letters.
             item = Item(**row, **keys)
             items.append(replace(item, answer=tuple(item.answer), others=tuple(item.others)))
         except (ValueError, TypeError, AttributeError) as error:
-            raise WorkbookError(f"{path.name}, line {number} is no item: {error}") from error
+            raise WorkbookError(f"{path.name}, line {number} is not a valid item: {error}.") from error
     return items
 
 
 def names(text: str, word: str) -> bool:
-    """True when the text holds the word, in singular or plural, in any case."""
+    """True if the text contains the word, in singular or plural, ignoring case."""
     return re.search(rf"\b{re.escape(word)}(e?s)?\b", text, re.IGNORECASE) is not None
 
 
 def is_correct(item: Item, text: str) -> bool:
-    """The rule of correctness: every word of the answer is named, and none of the others."""
+    """The rule of correctness: the reply names every word of the answer, and none of the others."""
     missing = [word for word in item.answer if not names(text, word)]
     wrong = [word for word in item.others if names(text, word)]
     return not missing and not wrong
 
 
 def is_concise(reply: Reply) -> bool:
-    """The rule of conciseness: it ended by itself, with at least one word and at most CONCISE_WORDS."""
+    """The rule of conciseness: the reply ended by itself, with at least one word and at most CONCISE_WORDS."""
     return reply.finish_reason != "length" and 1 <= len(reply.text.split()) <= CONCISE_WORDS
 
 
@@ -96,7 +98,7 @@ RULES: dict[str, Callable[[Item, Reply], bool]] = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """The replies of each side to the same items, in their order. ``labels``: each side's model, named in full."""
+    """The replies of each side to the same items, in their order. ``labels``: the full name of each side's model."""
 
     items: tuple[Item, ...]
     replies: Mapping[str, tuple[Reply, ...]]
@@ -109,27 +111,33 @@ class Comparison:
         return tuple(self.replies)
 
     def table(self) -> DataFrame:
-        """The replies side by side: one row an item."""
+        """The replies side by side: one row per item."""
         import pandas as pd
 
-        texts = {side: [reply.text.strip() for reply in replies] for side, replies in self.replies.items()}
-        return pd.DataFrame({"question": [item.question for item in self.items], **texts}).rename_axis("item")
+        columns = {"question": [item.question for item in self.items]}
+        for side, replies in self.replies.items():
+            columns[side] = [reply.text.strip() for reply in replies]
+        return pd.DataFrame(columns).rename_axis("item")
 
     def verdicts(self, side: str, rule: str = "correct", kind: str | None = None) -> tuple[bool, ...]:
         """What a rule ("correct", "concise") says of one side's replies to the items with a key, of one kind or all.
 
-        Raises WorkbookError for an unknown side or rule, or where no item has a key.
+        Raises WorkbookError for an unknown side or rule, or if no item has a key.
         """
         choose(side, self.replies, "side")
-        choose(rule, RULES, "rule")
-        pairs = zip(self.items, self.replies[side], strict=True)
-        scored = [(i, reply) for i, reply in pairs if i.answer and kind in (None, i.kind)]
-        if not scored:
+        passes = RULES[choose(rule, RULES, "rule")]
+        verdicts = []
+        for item, reply in zip(self.items, self.replies[side], strict=True):
+            # Items without a key are asked and shown, but no rule can judge them.
+            if item.answer and kind in (None, item.kind):
+                verdicts.append(passes(item, reply))
+        if not verdicts:
+            of_kind = f" of kind {kind!r}" if kind else ""
             raise WorkbookError(
-                f"No item{f' of kind {kind!r}' if kind else ''} has an answer to score by: ask an "
+                f"No item{of_kind} has an answer to score by. Ask an "
                 "Item(id, kind, question, answer=('goat',), others=('saddle',))."
             )
-        return tuple(RULES[rule](item, reply) for item, reply in scored)
+        return tuple(verdicts)
 
     def score(self, side: str, rule: str = "correct", kind: str | None = None) -> Interval:
         """The share of items that one side's replies pass, with its 95% Wilson interval."""
@@ -137,22 +145,22 @@ class Comparison:
         return stats.proportion(sum(verdicts), len(verdicts))
 
     def scores(self) -> DataFrame:
-        """Shares with 95% intervals by side, kind and rule, in the order of the items; "all" where kinds differ.
+        """Shares with 95% intervals by side, kind and rule, in the order of the items; "all" if kinds differ.
 
-        Raises WorkbookError where no item has an answer.
+        Raises WorkbookError if no item has an answer.
         """
         import pandas as pd
 
-        kinds: list[str | None] = list(dict.fromkeys(item.kind for item in self.items if item.answer)) or [None]
+        scored_kinds = dict.fromkeys(item.kind for item in self.items if item.answer)
+        kinds: list[str | None] = list(scored_kinds)
+        # With a single kind, a row over all items would only repeat it.
+        if len(kinds) != 1:
+            kinds.append(None)
         rows = []
-        for kind in [*kinds, None] if len(kinds) > 1 else kinds:
-            for side in self.sides:
-                for rule in RULES:
-                    verdicts, share = self.verdicts(side, rule, kind), self.score(side, rule, kind)
-                    row = {"items": kind or "all", "side": side, "rule": rule, "passed": sum(verdicts)}
-                    rows.append(
-                        row | {"of": len(verdicts), "share": share.estimate, "low": share.low, "high": share.high}
-                    )
+        for kind, side, rule in itertools.product(kinds, self.sides, RULES):
+            verdicts, share = self.verdicts(side, rule, kind), self.score(side, rule, kind)
+            row = {"items": kind or "all", "side": side, "rule": rule, "passed": sum(verdicts), "of": len(verdicts)}
+            rows.append(row | {"share": share.estimate, "low": share.low, "high": share.high})
         return pd.DataFrame(rows)
 
     def difference(self, first: str, second: str, rule: str = "correct", kind: str | None = None) -> Difference:
@@ -162,65 +170,86 @@ class Comparison:
         """
         one, two = self.verdicts(first, rule, kind), self.verdicts(second, rule, kind)
         _check_several(one)
-        alone = [sum(a and not b for a, b in zip(x, y, strict=True)) for x, y in ((one, two), (two, one))]
-        interval = _within(stats.paired_difference(one, two), -1, 1)
-        return Difference(first, second, interval, stats.mcnemar(one, two), *alone)
+        only_first, only_second = stats.discordant_pairs(one, two)
+        interval = stats.paired_difference(one, two)
+        return Difference(first, second, interval, stats.mcnemar(one, two), only_first, only_second)
 
     def win_rate(self, first: str | None = None, second: str | None = None) -> Interval:
         """How often the first side's reply is the better one, with its 95% interval; a tie counts half.
 
-        A correct reply is better than a wrong one, and of two correct ones a concise one; two wrong ones tie. The sides
-        are the first two unless named. Raises WorkbookError where there is one side alone, or fewer than two items.
+        A correct reply is better than a wrong one, and of two correct replies a concise one; two wrong ones tie. By
+        default the sides are the first two. Raises WorkbookError for a single side, or for fewer than two items.
         """
         if len(self.sides) < 2:
             raise WorkbookError(f"A win rate needs two sides, but there is only {', '.join(self.sides)}.")
-        chosen = (first or self.sides[0], second or self.sides[1])
-        verdicts = [zip(*(self.verdicts(side, rule) for rule in RULES), strict=True) for side in chosen]
-        grades = [[correct + (correct and concise) for correct, concise in side] for side in verdicts]
-        _check_several(grades[0])
-        return _within(stats.mean([(a > b) + (a == b) / 2 for a, b in zip(*grades, strict=True)]), 0, 1)
+        grades = self._grades(first or self.sides[0])
+        _check_several(grades)
+        points = []
+        for grade, other in zip(grades, self._grades(second or self.sides[1]), strict=True):
+            if grade == other:
+                points.append(0.5)
+            elif grade > other:
+                points.append(1.0)
+            else:
+                points.append(0.0)
+        rate = stats.mean(points)
+        # Student's t knows no bounds, but a rate has them.
+        return replace(rate, low=max(rate.low, 0.0), high=min(rate.high, 1.0))
+
+    def _grades(self, side: str) -> list[int]:
+        """0 for a wrong reply, 1 for a correct one, 2 for one that is concise too."""
+        grades = []
+        for correct, concise in zip(self.verdicts(side, "correct"), self.verdicts(side, "concise"), strict=True):
+            if not correct:
+                grades.append(0)
+            elif not concise:
+                grades.append(1)
+            else:
+                grades.append(2)
+        return grades
 
     def speed(self) -> DataFrame:
         """Medians over the replies: seconds to the first token, tokens per second after it; and bytes of the weights.
 
-        The times mean something for replies generated one at a time (``batch_size=1``).
+        The times are meaningful only for replies generated one at a time (``batch_size=1``).
         """
         import pandas as pd
 
-        rows = {
-            side: {
+        rows = {}
+        for side, replies in self.replies.items():
+            # A reply of one token has no time after its first token.
+            speeds = [reply.tokens_per_second for reply in replies if reply.tokens > 1]
+            rows[side] = {
                 "model": self.labels[side],
                 "first token (s)": median(reply.first_token_seconds for reply in replies),
-                "tokens/s": median([r.tokens_per_second for r in replies if r.tokens > 1] or [float("nan")]),
+                "tokens/s": median(speeds or [float("nan")]),
                 "words a reply": median(len(reply.text.split()) for reply in replies),
                 "weights (MiB)": self.stored_bytes[side] / 2**20,
             }
-            for side, replies in self.replies.items()
-        }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("side")
 
     def beside(self, other: Comparison) -> Comparison:
-        """Both comparisons as one, as of a model before and after.
+        """Both comparisons as one, for example of a model before and after training.
 
-        Raises ValueError where the items differ, or a side of the same name is in both.
+        Raises ValueError if the items differ, or if a side of the same name is in both.
         """
         if self.items != other.items:
-            raise ValueError("the two comparisons are over different items")
-        if both := set(self.sides) & set(other.sides):
-            raise ValueError(f"both comparisons have a side called {', '.join(both)}")
-        parts = ("replies", "labels", "stored_bytes")
-        return replace(self, **{part: {**getattr(self, part), **getattr(other, part)} for part in parts})
+            raise ValueError("The two comparisons are over different items.")
+        both = set(self.sides) & set(other.sides)
+        if both:
+            raise ValueError(f"Both comparisons have a side called {', '.join(both)}.")
+        return Comparison(
+            self.items,
+            {**self.replies, **other.replies},
+            {**self.labels, **other.labels},
+            {**self.stored_bytes, **other.stored_bytes},
+        )
 
     def rescored(self, items: Sequence[Item]) -> Comparison:
-        """The same replies under another answer key. Raises ValueError where the number of items differs."""
+        """The same replies under another answer key. Raises ValueError if the number of items differs."""
         if len(items) != len(self.items):
-            raise ValueError(f"there are {len(self.items)} items, but {len(items)} keys")
+            raise ValueError(f"There are {len(self.items)} items, but {len(items)} keys.")
         return replace(self, items=tuple(items))
-
-
-def _within(interval: Interval, least: float, most: float) -> Interval:
-    """The part of an interval that is possible: Student's t knows no bounds."""
-    return replace(interval, low=max(interval.low, least), high=min(interval.high, most))
 
 
 def _check_several(verdicts: Sequence[object]) -> None:
@@ -236,20 +265,20 @@ def compare(
     precision: str = "bf16",
     batch_size: int = 1,
 ) -> Comparison:
-    """Asks every model every prompt, each in its own chat format.
+    """Ask every model every prompt, each in its own chat format.
 
     A model given as ModelRef is loaded in ``precision`` for its turn only, so that models that do not fit together
     can be compared. ``batch_size`` prompts are generated at once: more is faster, but times then describe the batch.
     Raises WorkbookError for no prompts, no models or no batch, and what ``generation.generate`` raises.
     """
     if isinstance(prompts, str) or not prompts:
-        raise WorkbookError("Give a list of prompts, not one text and not none.")
+        raise WorkbookError("Give a list of prompts, not a single text and not an empty list.")
     named = isinstance(models, Mapping) and models
     if not named or not all(isinstance(model, Loaded | ModelRef) for model in models.values()):
         raise WorkbookError('Give the models by name, loaded or as entries of a profile: {"falcon": loaded, ...}.')
     if batch_size < 1:
         raise WorkbookError(f"batch_size must be at least 1, but is {batch_size}.")
-    items = tuple(p if isinstance(p, Item) else Item(f"prompt-{n}", "prompt", p) for n, p in enumerate(prompts, 1))
+    items = tuple(_item(prompt, number) for number, prompt in enumerate(prompts, 1))
     replies, labels, sizes = {}, {}, {}
     for side, model in models.items():
         with opened(model, precision) as loaded:
@@ -258,8 +287,14 @@ def compare(
     return Comparison(items, replies, labels, sizes)
 
 
+def _item(prompt: str | Item, number: int) -> Item:
+    if isinstance(prompt, Item):
+        return prompt
+    return Item(f"prompt-{number}", "prompt", prompt)
+
+
 def sides(profile: Profile) -> dict[str, Side]:
-    """The chat models of a profile as ``compare`` takes them: loaded where both fit, else to be loaded in turn."""
+    """The chat models of a profile as ``compare`` takes them: loaded if both fit, else to be loaded in turn."""
     from helpers import loading
 
     refs = {"falcon": profile.falcon_chat, "llama": profile.llama_chat}
@@ -270,7 +305,7 @@ def sides(profile: Profile) -> dict[str, Side]:
 
 @contextmanager
 def opened(model: Side, precision: str) -> Iterator[Loaded]:
-    """A model that is loaded: as it is, or for the length of the block."""
+    """The model, loaded: as it is if it was loaded before, else for the length of the block."""
     from helpers import loading
 
     if isinstance(model, Loaded):
@@ -289,6 +324,6 @@ def _replies(loaded: Loaded, items: Sequence[Item], sampling: Sampling, batch_si
     with tqdm(total=len(items), desc=f"replies of {side}", unit="reply", delay=2, leave=False) as bar:
         for begin in range(0, len(items), batch_size):
             batch = items[begin : begin + batch_size]
-            messages = [[{"role": "user", "content": item.question}] for item in batch]
+            messages = [[Message(role="user", content=item.question)] for item in batch]
             yield from generate_batch(loaded, messages, sampling)
             bar.update(len(batch))

@@ -303,3 +303,15 @@ class Interval:
     low: float
     high: float
     confidence: float = 0.95
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A value to record with what is known about it; ``results.record`` says what the fields mean."""
+
+    value: bool | int | float | str
+    unit: str = ""
+    claim: str | None = None
+    tolerance: float | None = None
+    agrees: bool | None = None
+    model: str | None = None

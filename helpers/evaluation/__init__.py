@@ -1,13 +1,11 @@
-"""How well a model predicts text: perplexity, multiple choice, tasks of EleutherAI's lm-evaluation-harness, pairs.
+"""How well a model does: perplexity, multiple choice, tasks of EleutherAI's lm-evaluation-harness, precisions.
 
-Every result keeps what it measured item by item, so that ``paired`` can compare two models, or two precisions of one,
-on the same items.
+Every result keeps what it measured item by item, so that ``paired`` can compare two models, or two precisions of one
+model, on the same items.
 """
 
-from helpers.evaluation.choices import BATCH_SIZE, MultipleChoice, Question, Scored, multiple_choice
+from helpers.evaluation.choices import MultipleChoice, Question, multiple_choice
 from helpers.evaluation.harness import (
-    TASKS,
-    DataUnavailable,
     Evaluation,
     EvaluationRow,
     ItemScores,
@@ -17,9 +15,17 @@ from helpers.evaluation.harness import (
 from helpers.evaluation.leaderboard import PUBLISHED, Leaderboard, LeaderboardScore, leaderboard_average
 from helpers.evaluation.likelihood import Perplexity, perplexity, windows
 from helpers.evaluation.pairs import Paired, paired
+from helpers.evaluation.precisions import (
+    ALMOST_NONE,
+    PrecisionResult,
+    PrecisionStudy,
+    almost_none,
+    measure_precisions,
+)
+from helpers.evaluation.tasks import TASKS, DataUnavailable
 
 __all__ = [
-    "BATCH_SIZE",
+    "ALMOST_NONE",
     "PUBLISHED",
     "TASKS",
     "DataUnavailable",
@@ -31,11 +37,14 @@ __all__ = [
     "MultipleChoice",
     "Paired",
     "Perplexity",
+    "PrecisionResult",
+    "PrecisionStudy",
     "Question",
-    "Scored",
+    "almost_none",
     "choice_rows",
     "evaluate",
     "leaderboard_average",
+    "measure_precisions",
     "multiple_choice",
     "paired",
     "perplexity",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,15 +19,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH_SIZE = 16
-Scored = tuple[tuple[int, ...], tuple[int, ...]]  # the tokens before an option, and the option's own, which are scored
+_Scored = tuple[tuple[int, ...], tuple[int, ...]]  # the tokens before an option, and the option's own, which are scored
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with two options or more, of which ``options[answer]`` is right.
+    """A question with two or more options, of which ``options[answer]`` is right.
 
-    A prompt of text is used as it is, and an option is the text that follows it. A prompt of messages is rendered in
-    the model's chat format, and an option is a reply: it begins as that format's replies do.
+    A text prompt is used as it is, and an option is the text that follows it. A prompt of messages is rendered in the
+    model's chat format, and an option is a reply: it begins as that format's replies do.
     """
 
     prompt: Prompt
@@ -36,9 +37,9 @@ class Question:
 
 @dataclass(frozen=True)
 class MultipleChoice:
-    """What ``multiple_choice`` measured: each option's log-likelihood in nats by question, and the right options.
+    """What ``multiple_choice`` measured: for each question its options' log-likelihoods in nats, and the right option.
 
-    keys: a hash of each question, by which ``paired`` knows that two results are of the same ones.
+    keys: a hash of each question, by which ``paired`` checks that two results are of the same questions.
     """
 
     log_likelihoods: tuple[tuple[float, ...], ...]
@@ -47,7 +48,7 @@ class MultipleChoice:
 
     @property
     def chosen(self) -> tuple[int, ...]:
-        """The likeliest option of each question, the first of equals."""
+        """The most likely option of each question; of equal ones the first."""
         return tuple(values.index(max(values)) for values in self.log_likelihoods)
 
     @property
@@ -57,17 +58,17 @@ class MultipleChoice:
 
     @property
     def accuracy(self) -> Interval:
-        """The share of questions answered right, with its Wilson interval."""
+        """The share of questions answered correctly, with its Wilson interval."""
         return stats.proportion(sum(self.correct), len(self.correct))
 
 
 def multiple_choice(loaded: Loaded, questions: Sequence[Question], *, batch_size: int = BATCH_SIZE) -> MultipleChoice:
-    """Asks a model by likelihood: the option it finds likeliest, after the prompt, is the one it chooses.
+    """Ask a model by likelihood: its choice is the option that it finds most likely after the prompt.
 
     The log-likelihood of an option is the sum of ln p(token | tokens before it) over its tokens. As in
-    lm-evaluation-harness (``_encode_pair``), prompt and option are encoded together, white space at the prompt's end
-    counts to the option, and the option's tokens are those after as many as the prompt has alone. In fp32 the values
-    do not depend on ``batch_size``, which counts options.
+    lm-evaluation-harness (``_encode_pair``), prompt and option are encoded together, white space at the end of the
+    prompt belongs to the option, and the option's tokens are those after as many as the prompt has alone. In fp32 the
+    values do not depend on ``batch_size``, which counts options.
     Raises WorkbookError for no questions, fewer than two options, an answer out of range, an empty prompt or option,
     or more tokens than the context; MessageError for malformed messages.
     """
@@ -77,19 +78,24 @@ def multiple_choice(loaded: Loaded, questions: Sequence[Question], *, batch_size
         raise WorkbookError("Give at least one question.")
     if batch_size < 1:
         raise WorkbookError(f"batch_size must be at least 1, but is {batch_size}.")
-    scored = [row for number, question in enumerate(questions) for row in _options(loaded, question, number)]
-    order = sorted(dict.fromkeys(scored), key=lambda row: -len(row[0]) - len(row[1]))  # equal rows are scored once
-    batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
-    values: dict[Scored, float] = {}
-    for batch in tqdm(batches, desc="multiple choice", unit="batch", delay=2, leave=False):
+    encoded = [_options(loaded, question, number) for number, question in enumerate(questions)]
+    # Equal rows are scored once. The longest come first, so that a batch too large for the memory fails at the start.
+    distinct = dict.fromkeys(itertools.chain.from_iterable(encoded))
+    order = sorted(distinct, key=lambda row: -len(row[0]) - len(row[1]))
+    values: dict[_Scored, float] = {}
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, desc="multiple choice", unit="batch", delay=2, leave=False):
+        batch = order[start : start + batch_size]
         values |= zip(batch, _log_likelihoods(loaded.model, batch), strict=True)
-    in_order = (values[row] for row in scored)
-    found = tuple(tuple(next(in_order) for _ in question.options) for question in questions)
-    return MultipleChoice(found, tuple(question.answer for question in questions), tuple(map(_key, questions)))
+    log_likelihoods = []
+    for options in encoded:
+        log_likelihoods.append(tuple(values[option] for option in options))
+    answers = tuple(question.answer for question in questions)
+    return MultipleChoice(tuple(log_likelihoods), answers, tuple(map(_key, questions)))
 
 
 def check_room(tokens: int, context: int) -> None:
-    """Raises WorkbookError where a question takes more tokens than the context holds."""
+    """Raise WorkbookError for a question with more tokens than the context holds."""
     if tokens > context:
         raise WorkbookError(f"A question takes {tokens} tokens with an option, but the context holds {context}.")
 
@@ -99,7 +105,7 @@ def _key(question: Question) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _options(loaded: Loaded, question: Question, number: int) -> list[Scored]:
+def _options(loaded: Loaded, question: Question, number: int) -> list[_Scored]:
     """The options of a question as tokens, each of them checked to be one that can be scored."""
     if len(question.options) < 2:
         raise WorkbookError(f"Question {number} has fewer than two options.")
@@ -107,9 +113,10 @@ def _options(loaded: Loaded, question: Question, number: int) -> list[Scored]:
         raise WorkbookError(f"Question {number} names option {question.answer}; they count from 0.")
     if not all(question.options):
         raise WorkbookError(f"Question {number} has an empty option.")
-    is_text = isinstance(question.prompt, str)
-    prompt = question.prompt if is_text else loaded.format.render(question.prompt)
-    start = "" if is_text else loaded.format.reply_start
+    if isinstance(question.prompt, str):
+        prompt, start = question.prompt, ""
+    else:
+        prompt, start = loaded.format.render(question.prompt), loaded.format.reply_start
     before = prompt.rstrip()
     if not before:
         raise WorkbookError(f"Question {number} has an empty prompt.")
@@ -121,26 +128,28 @@ def _options(loaded: Loaded, question: Question, number: int) -> list[Scored]:
     return [(tuple(ids[:length]), tuple(ids[length:])) for ids in whole]
 
 
-def _log_likelihoods(model: PreTrainedModel, scored: Sequence[Scored]) -> list[float]:
+def _log_likelihoods(model: PreTrainedModel, scored: Sequence[_Scored]) -> list[float]:
     """Sum of ln p(token | tokens before it) over the second part of each row, in nats, from one padded forward."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    rows = [torch.tensor([*before, *option], device=input_device(model)) for before, option in scored]
+    device = input_device(model)
+    rows = [torch.tensor([*before, *option], device=device) for before, option in scored]
     ids = pad_sequence(rows, batch_first=True)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    # Logits of positions that predict no option are not computed: a large vocabulary makes them expensive.
     first = min(len(before) for before, _ in scored) - 1
+    sums = []
     with inference(model):
         kept = ids.shape[1] - first
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
-        return [
-            _option_sum(row[len(before) - 1 - first :], option)
-            for row, (before, option) in zip(logits, scored, strict=True)
-        ]
+        for row, (before, option) in zip(logits, scored, strict=True):
+            sums.append(_option_sum(row[len(before) - 1 - first :], option))
+    return sums
 
 
 def _option_sum(logits: torch.Tensor, option: Sequence[int]) -> float:
-    """The sum over the option's tokens, of which ``logits`` (positions, vocabulary) predict one after the other."""
+    """The sum over the option's tokens, which ``logits`` (positions, vocabulary) predict one after the other."""
     import torch
     from torch.nn.functional import cross_entropy
 

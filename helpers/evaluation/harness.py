@@ -8,43 +8,36 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from helpers.evaluation.choices import BATCH_SIZE, check_room
+from helpers.evaluation.tasks import TASKS, PreparedTasks, only_errors, prepared
 from helpers.generation import context_tokens, inference, input_device
-from helpers.types import ROOT, Loaded, Message, WorkbookError
+from helpers.types import Loaded, Message, WorkbookError
 from helpers.workarounds.lm_eval_model import logits_without_cache, same_random_state, slow_bars_only, untied_copy
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
-    from lm_eval.api.task import Task
+    from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
     from lm_eval.tasks.manager import TaskDict
     from pandas import DataFrame
 
-TASKS = ROOT / "notebooks/data/tasks"
-FEWSHOT_SEED = 1234  # the harness' own
-BOOTSTRAPS = 1000  # for the errors of metrics without a formula, such as LAMBADA's perplexity
+ItemValues = tuple[float, ...] | tuple[tuple[float, float], ...]
+_Request = tuple[object, list[int], list[int]]  # what the harness asked, and the tokens before the reply and of it
 
-
-class DataUnavailable(WorkbookError):
-    """A task's data set is neither on this machine nor to be had from the hub."""
-
-    exit_code = 1
+_BOOTSTRAPS = 1000  # for the errors of metrics without a formula, such as LAMBADA's perplexity
 
 
 @dataclass(frozen=True)
 class EvaluationRow:
-    """One metric of one task, over ``count`` items; ``standard_error`` is the harness' own, None where it has none.
+    """One metric of one task, over ``count`` items; ``standard_error`` is the harness' own, None if it gives none.
 
-    shots: the solved examples before each item.
+    shots: the number of solved examples before each item.
     """
 
     task: str
@@ -57,21 +50,21 @@ class EvaluationRow:
 
 @dataclass(frozen=True)
 class ItemScores:
-    """One task item by item: ``keys`` are the harness' hashes of the items, ``values`` what each metric made of each.
+    """One task item by item: ``keys`` are the harness' hashes of the items, ``values`` by metric those of the items.
 
     The value of an item is a number, or for bits_per_byte a pair: its log-likelihood in nats and its bytes.
     """
 
     keys: tuple[str, ...]
-    values: Mapping[str, tuple[float, ...] | tuple[tuple[float, float], ...]]
+    values: Mapping[str, ItemValues]
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What lm-evaluation-harness measured; ``version`` is the harness' own.
 
-    log_likelihoods: by task of multiple choice, the log-likelihoods (nats) of each item's options; items: every task
-    item by item; groups: the tasks of each group; truncated: the requests that lost their beginning to fit the context.
+    log_likelihoods: for each multiple-choice task, the log-likelihoods (nats) of each item's options; items: every task
+    item by item; groups: the tasks of each group; truncated: how many requests lost their beginning to fit the context.
     """
 
     rows: tuple[EvaluationRow, ...]
@@ -88,14 +81,6 @@ class Evaluation:
         return pd.DataFrame(self.rows)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Tasks with their data: those asked as plain text, and those asked in the chat format (``prepared``)."""
-
-    plain: TaskDict
-    chat: TaskDict
-
-
 def evaluate(
     loaded: Loaded,
     tasks: Sequence[str],
@@ -105,42 +90,30 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     truncate: bool = False,
 ) -> Evaluation:
-    """Runs EleutherAI's lm-evaluation-harness over tasks or groups, by the name that their file gives them.
+    """Run EleutherAI's lm-evaluation-harness over tasks or groups, by the name that their file gives them.
 
-    They are looked for in ``folder``, then in notebooks/data/tasks/, then among the harness' own, which takes half a
-    minute, and whose data sets come from the hub. ``data_files`` of a task in the two folders map each split to one
+    A name is looked up in ``folder``, then in notebooks/data/tasks/, then among the harness' own tasks, which takes
+    half a minute; their data sets come from the hub. ``data_files`` of a task in the two folders map each split to one
     file name, relative to the task's file. Tasks with ``chat: true`` in their ``metadata`` are asked in the model's
-    chat format, and answers begin as its replies do; all others as plain text. ``limit`` takes the first items of each
-    task only. With ``truncate`` an item that takes more tokens than the context loses its beginning, as is usual, and
-    is counted. The harness' own command line would not know the chat format. The random state stays as it was.
-    Raises WorkbookError for an unknown task, listing the tasks there are, for a limit below 1, or where an item takes
-    more tokens than the context; DataUnavailable where a data set cannot be had.
+    chat format, and answers begin as its replies do; all others are asked as plain text. ``limit`` takes only the first
+    items of each task. With ``truncate``, an item with more tokens than the context loses its beginning, as is usual,
+    and is counted. (The harness' own command line does not know the chat format.) The random state stays as it was.
+    Raises WorkbookError for an unknown task, listing the known ones, for a limit below 1, or if an item has more tokens
+    than the context; DataUnavailable if a data set cannot be downloaded.
     """
-    check_limit(limit)
+    if limit is not None and limit < 1:
+        raise WorkbookError(f"limit must be at least 1, but is {limit}.")
     with prepared(tasks, folder) as found:
         return measure(loaded, found, limit, batch_size=batch_size, truncate=truncate)
 
 
-def check_limit(limit: int | None) -> None:
-    """Raises WorkbookError for a limit below 1."""
-    if limit is not None and limit < 1:
-        raise WorkbookError(f"limit must be at least 1, but is {limit}.")
-
-
-@contextmanager
-def prepared(names: Sequence[str], folder: Path = TASKS) -> Iterator[Prepared]:
-    """The tasks or groups of these names with their data, which needs no model. Local data lie in a temporary cache.
-
-    Raises WorkbookError for an unknown task, DataUnavailable where a data set cannot be had, both as ``evaluate``.
-    """
-    with same_random_state(), TemporaryDirectory() as cache:
-        manager = _manager(names, folder, cache)
-        loaded = [_loaded(manager, name) for name in dict.fromkeys(names)]
-        yield Prepared(*(_merged([each for each in loaded if _in_chat(each) == chat]) for chat in (False, True)))
-
-
 def measure(
-    loaded: Loaded, tasks: Prepared, limit: int | None = None, *, batch_size: int = BATCH_SIZE, truncate: bool = False
+    loaded: Loaded,
+    tasks: PreparedTasks,
+    limit: int | None = None,
+    *,
+    batch_size: int = BATCH_SIZE,
+    truncate: bool = False,
 ) -> Evaluation:
     """``evaluate`` over tasks that are prepared."""
     import lm_eval.api.model
@@ -150,141 +123,35 @@ def measure(
 
     parts = []
     bars = slow_bars_only(lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
-    with bars, same_random_state(), inference(loaded.model), _only_errors(logging.getLogger("lm_eval")):
+    with bars, same_random_state(), inference(loaded.model), only_errors(logging.getLogger("lm_eval")):
         for chat, chosen in ((False, tasks.plain), (True, tasks.chat)):
-            if chosen["tasks"]:
-                model = _harness_model(loaded, chat, batch_size, truncate)
-                results = lm_eval.evaluator.evaluate(
-                    model,
-                    chosen,
-                    limit=limit,
-                    bootstrap_iters=BOOTSTRAPS,
-                    apply_chat_template=chat,
-                    fewshot_as_multiturn=chat,
-                )
-                parts.append(_evaluation(results, chosen, model.truncated, lm_eval.__version__))
+            if not chosen["tasks"]:
+                continue
+            model = _harness_model(loaded, chat, batch_size, truncate)
+            results = lm_eval.evaluator.evaluate(
+                model,
+                chosen,
+                limit=limit,
+                bootstrap_iters=_BOOTSTRAPS,
+                apply_chat_template=chat,
+                fewshot_as_multiturn=chat,
+            )
+            parts.append(_evaluation(results, chosen, model.truncated, lm_eval.__version__))
     return _joined(parts)
 
 
 def choice_rows(rows: Dataset) -> Dataset:
     """The rows of animal_items.jsonl that are a choice: ``process_docs`` of the harness' task animal_choice."""
-    return rows.select([place for place, kind in enumerate(rows["kind"]) if kind == "choice"])
-
-
-def _manager(names: Sequence[str], folder: Path, cache: str) -> TaskManager:
-    """Knows the tasks of the folders, and the harness' own where a name or a member of a group is not among them."""
-    from lm_eval.tasks import TaskManager
-
-    folders = list(dict.fromkeys((TASKS, folder.resolve())))  # the later takes the earlier's place
-    with _only_errors(logging.getLogger("lm_eval")):
-        manager = TaskManager(include_path=folders, include_defaults=False)
-        known = ", ".join(manager.all_subtasks + manager.all_groups)
-        if isinstance(names, str) or not names:
-            raise WorkbookError(f"Give a list of tasks, of these: {known}; you gave {names!r}.")
-        if not all(_is_known(manager, name) for name in names):
-            manager = TaskManager(include_path=folders, include_defaults=True)
-    if unknown := [name for name in names if not _is_known(manager, name)]:
-        raise WorkbookError(
-            f"Give a list of tasks, of these: {known}, or of the lm-evaluation-harness' own; "
-            f"none has the name {', '.join(map(repr, unknown))}."
-        )
-    _find_files(manager, folders, cache)
-    return manager
-
-
-def _is_known(manager: TaskManager, name: str) -> bool:
-    """Whether a task or group is there, and so are all members of a group."""
-    entry = manager.task_index.get(name)
-    if entry is None:
-        return False
-    members = (entry.cfg or {}).get("task")
-    if not isinstance(members, list):
-        return True
-    named = [m if isinstance(m, str) else m.get("group") or m["task"] for m in members]
-    return all(_is_known(manager, member) for member in named)
-
-
-def _find_files(manager: TaskManager, folders: Sequence[Path], cache: str) -> None:
-    """Makes the data files of the folders' tasks absolute, read by ``datasets`` through a cache of their own."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    for entry in manager.task_index.values():
-        if entry.yaml_path is None or not any(map(entry.yaml_path.is_relative_to, folders)):
-            continue
-        config = load_yaml(entry.yaml_path)
-        options = config.get("dataset_kwargs", {})
-        if "data_files" in options:
-            files = {split: str(entry.yaml_path.parent / file) for split, file in options["data_files"].items()}
-            config["dataset_kwargs"] = {**options, "data_files": files, "cache_dir": cache}
-            entry.cfg, entry.yaml_path = config, None  # without a path the configuration itself is used
-
-
-def _loaded(manager: TaskManager, name: str) -> TaskDict:
-    """A task or group with its data, drawing examples with the harness' seed."""
-    import datasets
-    from lm_eval.api.task import ConfigurableTask
-
-    try:
-        with _no_dataset_bars(datasets), _only_errors(logging.getLogger("lm_eval")):
-            found = manager.load([name])
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataUnavailable(
-            f"The data of {name} cannot be had: {error}. On a machine with a network, unset HF_HUB_OFFLINE and "
-            "HF_DATASETS_OFFLINE and run this again, or try later; on one without, copy the Hugging Face cache "
-            "(HF_HOME) of a machine where it has run, or give a folder of task files with local data "
-            "(workbook leaderboard --tasks)."
-        ) from error
-    for task in found["tasks"].values():
-        if isinstance(task, ConfigurableTask) and task.get_config("num_fewshot") is None:
-            task.set_config("num_fewshot", 0)
-        task.set_fewshot_seed(FEWSHOT_SEED)
-    return found
-
-
-def _in_chat(found: TaskDict) -> bool:
-    """Whether the tasks say that they are asked in a chat format. Raises WorkbookError for a group in which some do."""
-    asked = {bool((task.config.metadata or {}).get("chat")) for task in found["tasks"].values()}
-    if len(asked) > 1:
-        mixed = ", ".join(found["groups"])
-        raise WorkbookError(f"Of the tasks of {mixed} some are in chat format, others not: name them one by one.")
-    return asked == {True}
-
-
-def _merged(found: Sequence[TaskDict]) -> TaskDict:
-    return {part: {k: v for each in found for k, v in each[part].items()} for part in ("tasks", "groups", "group_map")}
+    return rows.select([number for number, kind in enumerate(rows["kind"]) if kind == "choice"])
 
 
 def _harness_model(loaded: Loaded, chat: bool, batch_size: int, truncate: bool) -> HFLM:
-    """The model as the harness sees it, in its chat format; it counts in ``truncated`` what it has to shorten.
+    """The model as the harness sees it, in its chat format; ``truncated`` counts the requests that were shortened.
 
-    The harness sets a padding token and ties the output layer to the embeddings where the configuration says so, even
+    The harness sets a padding token and ties the output layer to the embeddings if the configuration says so, even
     if the checkpoint has an output layer of its own: it gets copies (the weights are shared) that keep it from both.
-    It would also keep the keys and values of each batch, which nothing reads.
     """
-    from lm_eval.models.huggingface import HFLM
-
-    class Model(HFLM):
-        truncated = 0
-
-        def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
-            return loaded.format.render(chat_history, add_generation_prompt)
-
-        def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            start = loaded.format.reply_start if chat else ""
-            asked = [replace(one, arguments=(one.args[0], start + one.args[1])) for one in requests]
-            return super().loglikelihood(asked, disable_tqdm)
-
-        def _loglikelihood_tokens(self, requests: list, **options: Any) -> list[tuple[float, bool]]:
-            given = [len(before) + len(reply) - 1 for _, before, reply in requests]  # the last is only predicted
-            if not truncate:
-                check_room(max(given), self.max_length)
-            self.truncated += sum(tokens > self.max_length for tokens in given)
-            return super()._loglikelihood_tokens(requests, **options)
-
-        def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
-            return logits_without_cache(self.model, inps)
-
-    harness = Model(
+    harness = _harness_class(loaded, chat, truncate)(
         pretrained=untied_copy(loaded.model),
         tokenizer=copy.deepcopy(loaded.tokenizer),
         backend="causal",
@@ -292,83 +159,105 @@ def _harness_model(loaded: Loaded, chat: bool, batch_size: int, truncate: bool) 
         max_length=context_tokens(loaded),
         softmax_dtype="float32",
     )
+    # The harness would put its inputs on the device of its own choice, not on that of the model's first layer.
     harness._device = input_device(loaded.model)
     return harness
 
 
+def _harness_class(loaded: Loaded, chat: bool, truncate: bool) -> type[HFLM]:
+    from lm_eval.models.huggingface import HFLM
+
+    class Model(HFLM):  # type: ignore[misc]  # the harness has no types
+        truncated = 0
+
+        def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
+            return loaded.format.render(chat_history, add_generation_prompt)
+
+        def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            start = loaded.format.reply_start if chat else ""
+            asked = [replace(request, arguments=(request.args[0], start + request.args[1])) for request in requests]
+            results: list[tuple[float, bool]] = super().loglikelihood(asked, disable_tqdm)
+            return results
+
+        def _loglikelihood_tokens(self, requests: list[_Request], **options: Any) -> list[tuple[float, bool]]:
+            too_long = _longer_than(self.max_length, requests)
+            if too_long and not truncate:
+                check_room(max(too_long), self.max_length)
+            self.truncated += len(too_long)
+            results: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **options)
+            return results
+
+        def _model_call(self, inps: torch.Tensor, attn_mask: None = None, labels: None = None) -> torch.Tensor:
+            return logits_without_cache(self.model, inps)
+
+    return Model
+
+
+def _longer_than(context: int, requests: Sequence[_Request]) -> list[int]:
+    """The numbers of tokens that requests take, of those that take more than the context holds."""
+    # The last token of a reply is only predicted, never read.
+    sizes = [len(before) + len(reply) - 1 for _, before, reply in requests]
+    return [size for size in sizes if size > context]
+
+
 def _evaluation(results: Mapping[str, Any], tasks: TaskDict, truncated: int, version: str) -> Evaluation:
-    samples: Mapping[str, list[dict]] = results["samples"]
-    groups = {name: tuple(task.task_name for task in group.get_all_tasks()) for name, group in tasks["groups"].items()}
-    return Evaluation(
-        rows=tuple(row for name in (*groups, *tasks["tasks"]) for row in _rows(name, results)),
-        log_likelihoods={
-            name: tuple(tuple(value for value, _ in item["filtered_resps"]) for item in samples[name])
-            for name, task in tasks["tasks"].items()
-            if task.OUTPUT_TYPE == "multiple_choice"
-        },
-        version=version,
-        items={name: _items(name, samples[name], task) for name, task in tasks["tasks"].items()},
-        groups=groups,
-        truncated=truncated,
-    )
+    samples: Mapping[str, list[dict[str, Any]]] = results["samples"]
+    groups, rows, items, log_likelihoods = {}, [], {}, {}
+    for name, group in tasks["groups"].items():
+        groups[name] = tuple(task.task_name for task in group.get_all_tasks())
+        rows += _rows(name, results)
+    for name, task in tasks["tasks"].items():
+        rows += _rows(name, results)
+        items[name] = _items(name, samples[name])
+        if task.OUTPUT_TYPE == "multiple_choice":
+            log_likelihoods[name] = tuple(_option_values(item) for item in samples[name])
+    return Evaluation(tuple(rows), log_likelihoods, version, items, groups, truncated)
+
+
+def _option_values(item: Mapping[str, Any]) -> tuple[float, ...]:
+    """The log-likelihood of each option; the harness pairs it with whether the option is the greedy reply."""
+    return tuple(log_likelihood for log_likelihood, _ in item["filtered_resps"])
 
 
 def _joined(parts: Sequence[Evaluation]) -> Evaluation:
-    return Evaluation(
-        rows=tuple(row for part in parts for row in part.rows),
-        log_likelihoods={name: values for part in parts for name, values in part.log_likelihoods.items()},
-        version=parts[0].version,
-        items={name: values for part in parts for name, values in part.items.items()},
-        groups={name: members for part in parts for name, members in part.groups.items()},
-        truncated=sum(part.truncated for part in parts),
-    )
+    rows: list[EvaluationRow] = []
+    log_likelihoods: dict[str, tuple[tuple[float, ...], ...]] = {}
+    items: dict[str, ItemScores] = {}
+    groups: dict[str, tuple[str, ...]] = {}
+    for part in parts:
+        rows += part.rows
+        log_likelihoods |= part.log_likelihoods
+        items |= part.items
+        groups |= part.groups
+    truncated = sum(part.truncated for part in parts)
+    return Evaluation(tuple(rows), log_likelihoods, parts[0].version, items, groups, truncated)
 
 
 def _rows(name: str, results: Mapping[str, Any]) -> list[EvaluationRow]:
     """The metrics of a task or group: the harness keys each "metric,filter", and its error "metric_stderr,filter"."""
     values = results["results"][name]
+    shots = results["n-shot"].get(name, 0)
     rows = []
     for key in values:
         metric, _, kind = key.partition(",")
-        if kind and not metric.endswith("_stderr"):
-            error = values.get(f"{metric}_stderr,{kind}")
-            shown = float(error) if isinstance(error, float) else None
-            shots = results["n-shot"].get(name, 0)
-            rows.append(EvaluationRow(name, metric, values[key], shown, values["sample_len"], shots))
+        if not kind or metric.endswith("_stderr"):
+            continue
+        error = values.get(f"{metric}_stderr,{kind}")
+        # A metric without an error has the text "N/A" in its place.
+        standard_error = float(error) if isinstance(error, float) else None
+        rows.append(EvaluationRow(name, metric, values[key], standard_error, values["sample_len"], shots))
     return rows
 
 
-def _items(name: str, samples: Sequence[Mapping[str, Any]], task: Task) -> ItemScores:
+def _items(name: str, samples: Sequence[Mapping[str, Any]]) -> ItemScores:
     """The items of a task in their order, under its first filter."""
     first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
-    values = {}
+    keys = tuple(f"{name}:{sample['doc_id']}:{sample['doc_hash']}" for sample in first)
+    values: dict[str, ItemValues] = {}
     for metric in first[0]["metrics"]:
-        found = [sample[metric] for sample in first]
+        of_items = [sample[metric] for sample in first]
         if metric == "bits_per_byte":
-            values[metric] = tuple((float(total), float(size)) for total, size in found)
-        elif not isinstance(found[0], tuple):
-            values[metric] = tuple(map(float, found))
-    return ItemScores(tuple(f"{name}:{sample['doc_id']}:{sample['doc_hash']}" for sample in first), values)
-
-
-@contextmanager
-def _no_dataset_bars(datasets: ModuleType) -> Iterator[None]:
-    """``datasets`` reads the small local files without progress bars."""
-    hidden = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not hidden:
-            datasets.enable_progress_bars()
-
-
-@contextmanager
-def _only_errors(logger: logging.Logger) -> Iterator[None]:
-    """Without the harness' warnings: that a model object, not a name, was passed, and of every item it shortens."""
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+            values[metric] = tuple((float(log_likelihood), float(size)) for log_likelihood, size in of_items)
+        elif not isinstance(of_items[0], tuple):
+            values[metric] = tuple(float(value) for value in of_items)
+    return ItemScores(keys, values)

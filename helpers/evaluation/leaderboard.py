@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers.evaluation.harness import TASKS, Evaluation, EvaluationRow, measure, prepared
+from helpers.evaluation.harness import Evaluation, EvaluationRow, measure
+from helpers.evaluation.tasks import TASKS, prepared
 from helpers.types import Loaded, WorkbookError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-GROUP = "leaderboard_2023"
-METRICS = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "mmlu": "acc", "truthfulqa_mc2": "acc"}
+_GROUP = "leaderboard_2023"
+_METRICS = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "mmlu": "acc", "truthfulqa_mc2": "acc"}
 PUBLISHED = {"Falcon-180B": 68.74, "Llama 2": 67.35}  # averages when Falcon-180B was announced, September 2023
-BATCH = 4  # requests of 25 examples are long
+_BATCH_SIZE = 4  # requests of 25 examples are long
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class LeaderboardScore:
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """The four scores of a model; ``version`` is the harness', ``limit`` the items of each task, None: all of them.
+    """The four scores of a model; ``version`` is the harness', ``limit`` the items of each task (None: all of them).
 
-    truncated: the requests that lost their beginning because they take more tokens than the context.
+    truncated: how many requests lost their beginning because they take more tokens than the context.
     """
 
     model: str
@@ -53,18 +54,21 @@ class Leaderboard:
 
     @property
     def standard_error(self) -> float:
-        """Of the average: the four tasks' items are independent, so their variances add up, over 4 squared."""
+        """Standard error of the average of four independent tasks: the root of their summed variances, over four."""
         return math.sqrt(math.fsum(score.standard_error**2 for score in self.scores)) / len(self.scores)
 
     @property
     def published(self) -> dict[str, float]:
-        """The averages to put it beside, in percent."""
+        """The published averages to compare with, in percent."""
         return dict(PUBLISHED)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the average has to know."""
-        notes = [f"lm-evaluation-harness {self.version}; the leaderboard's was of 2023, so some tenths are no finding"]
+        """What a reader of the average needs to know."""
+        notes = [
+            f"lm-evaluation-harness {self.version}; the leaderboard used that of 2023, so differences of a few tenths "
+            "are not meaningful"
+        ]
         if self.limit:
             notes.append(f"the first {self.limit} items of each task only: this is not the leaderboard's average")
         if self.truncated:
@@ -82,32 +86,35 @@ class Leaderboard:
 
 
 def leaderboard_average(
-    load: Callable[[], Loaded], *, limit: int | None = None, folder: Path = TASKS, batch_size: int = BATCH
+    load: Callable[[], Loaded], *, limit: int | None = None, folder: Path = TASKS, batch_size: int = _BATCH_SIZE
 ) -> Leaderboard:
-    """The leaderboard's four tasks with its shots and metrics of 2023, through the harness that is installed here.
+    """Measure the leaderboard's four tasks with its shots and metrics of 2023, through the installed harness.
 
-    ARC-challenge 25-shot acc_norm, HellaSwag 10-shot acc_norm, MMLU 5-shot acc, TruthfulQA-MC2 0-shot. As there, MMLU
-    is the mean of its subjects, each weighing the same. The harness of 2023 drew other examples, so a difference of
-    some tenths is no finding. ``load`` gives the model and is called when the data are there. ``folder`` may hold task
-    files of the four names that take the place of the harness' own, with local data perhaps.
-    Raises DataUnavailable where a data set cannot be had, WorkbookError for a limit below 2, which has no error.
+    ARC-challenge 25-shot acc_norm, HellaSwag 10-shot acc_norm, MMLU 5-shot acc, TruthfulQA-MC2 0-shot. As on the
+    leaderboard, MMLU is the mean of its subjects, each with the same weight. The harness of 2023 drew other examples,
+    so differences of a few tenths are not meaningful. ``load`` returns the model; it is called once the data are there.
+    ``folder`` may hold task files of the four names, for example with local data, which replace the harness' own.
+    Raises DataUnavailable if a data set cannot be downloaded, WorkbookError for a limit below 2, which has no error.
     """
     if limit is not None and limit < 2:
         raise WorkbookError(f"limit must be at least 2, or there is no standard error, but is {limit}.")
-    with prepared([GROUP], folder) as tasks:
+    with prepared([_GROUP], folder) as tasks:
         loaded = load()
         found = measure(loaded, tasks, limit, batch_size=batch_size, truncate=True)
-    scores = tuple(_score(found, task, metric) for task, metric in METRICS.items())
+    scores = tuple(_score(found, task, metric) for task, metric in _METRICS.items())
     return Leaderboard(loaded.ref.label, loaded.report.precision, scores, found.version, limit, found.truncated)
 
 
 def _score(found: Evaluation, task: str, metric: str) -> LeaderboardScore:
-    """The unweighted mean over the members of a group (a single task: itself), in percent."""
+    """The unweighted mean over the members of a group (of a single task: itself), in percent."""
     members = found.groups.get(task, (task,))
     rows = [_row(found, member, metric) for member in members]
     value = math.fsum(row.value for row in rows) / len(rows)
-    error = math.sqrt(math.fsum(row.standard_error**2 for row in rows)) / len(rows)
-    return LeaderboardScore(task, rows[0].shots, metric, 100 * value, 100 * error, sum(row.count for row in rows))
+    # A limit of 1 is refused, and all four metrics are means: each of them has a standard error.
+    errors = [row.standard_error or 0.0 for row in rows]
+    error = math.sqrt(math.fsum(each**2 for each in errors)) / len(rows)
+    count = sum(row.count for row in rows)
+    return LeaderboardScore(task, rows[0].shots, metric, 100 * value, 100 * error, count)
 
 
 def _row(found: Evaluation, task: str, metric: str) -> EvaluationRow:

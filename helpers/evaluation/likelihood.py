@@ -16,16 +16,16 @@ from helpers.types import Interval, Loaded, WorkbookError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BATCH = 4  # windows of one forward: their logits take a gigabyte where 2048 tokens meet a vocabulary of 65024
-Span = tuple[list[int], int]  # the tokens of a window, and how many at its beginning are context only
+_BATCH_SIZE = 4  # windows of one forward: with 2048 tokens and a vocabulary of 65024 their logits take a gigabyte
+_Span = tuple[list[int], int]  # the tokens of a window, and how many at its beginning are only context
 
 
 @dataclass(frozen=True)
 class Perplexity:
     """What ``perplexity`` measured. ``tokens`` and ``bytes`` (UTF-8) count the text that was scored.
 
-    nll: the negative log-likelihood of each text, in nats, summed over its tokens; text_tokens, text_bytes: how many
-    tokens and bytes those are; text_keys: a hash of each text as far as it was scored.
+    nll: the negative log-likelihood of each text, in nats, summed over its tokens; text_tokens, text_bytes: the number
+    of tokens and bytes of each text; text_keys: a hash of the part of each text that was scored.
     """
 
     tokens: int
@@ -37,7 +37,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """exp(sum of nll / tokens): every token weighs the same. Comparable between models of one tokenizer."""
+        """exp(sum of nll / tokens): every token has the same weight. Comparable between models with one tokenizer."""
         return math.exp(math.fsum(self.nll) / self.tokens)
 
     @property
@@ -47,7 +47,7 @@ class Perplexity:
 
     @property
     def standard_error(self) -> float:
-        """Of ``bits_per_byte``, over the texts: what another sample of such texts would change (``stats.ratio``).
+        """Standard error of ``bits_per_byte`` over the texts: how far other such texts would move it (``stats.ratio``).
 
         Raises ValueError for fewer than two texts.
         """
@@ -60,7 +60,7 @@ class Perplexity:
 
     @property
     def perplexity_interval(self) -> Interval:
-        """``perplexity`` with its interval over the texts: exp of the interval of the mean nll of a token.
+        """``perplexity`` with its interval over the texts: exp of the interval of the mean nll per token.
 
         Raises ValueError for fewer than two texts.
         """
@@ -79,17 +79,17 @@ def perplexity(
     *,
     window: int | None = None,
     stride: int | None = None,
-    batch_size: int = BATCH,
+    batch_size: int = _BATCH_SIZE,
     max_tokens: int | None = None,
 ) -> Perplexity:
-    """The perplexity of a model on texts, each starting after the begin token, so that its first token counts too.
+    """The perplexity of a model on texts. Each text starts after the begin token, so that its first token counts too.
 
-    A text longer than ``window`` tokens (unless given, the model's context) is cut into windows that advance by
-    ``stride`` (unless given, half a window): a token is scored once, with at least ``window - stride`` tokens before
-    it, or all there are (transformers' documentation, "Perplexity of fixed-length models"). ``batch_size`` counts
-    windows and does not change the values, up to rounding; in int8 a little more, as bitsandbytes looks for outlying
-    columns in the batch as a whole. ``max_tokens`` limits the tokens scored in all: the text in which the limit falls
-    is cut there, later ones are left out.
+    A text longer than ``window`` tokens (default: the model's context) is cut into windows that advance by ``stride``
+    (default: half a window). Each token is scored once, with at least ``window - stride`` tokens before it, or all
+    there are (transformers' documentation, "Perplexity of fixed-length models"). ``batch_size`` counts windows and
+    does not change the values, up to rounding; in int8 they change a little more, because bitsandbytes looks for
+    outlier columns in the batch as a whole. ``max_tokens`` limits the tokens scored over all texts: the text that
+    reaches the limit is cut there, and later ones are left out.
     Raises WorkbookError for no texts, an empty text, an impossible number, or a tokenizer without a begin or end token.
     """
     if isinstance(texts, str) or not texts or not all(texts):
@@ -98,27 +98,32 @@ def perplexity(
     size = context if window is None else window
     step = size // 2 if stride is None else stride
     _check(context, size, step, batch_size, max_tokens)
-    encoded = _encoded_up_to(loaded.tokenizer, texts, sys.maxsize if max_tokens is None else max_tokens)
-    nll = _nll_of_each(loaded.model, [ids for ids, _ in encoded], size, step, batch_size)
-    tokens = tuple(len(ids) - 1 for ids, _ in encoded)
-    sizes = tuple(len(text.encode()) for _, text in encoded)
-    keys = tuple(hashlib.sha256(text.encode()).hexdigest()[:16] for _, text in encoded)
-    return Perplexity(sum(tokens), sum(sizes), nll, tokens, sizes, keys)
+    most = sys.maxsize if max_tokens is None else max_tokens
+    encoded = _encoded_up_to(loaded.tokenizer, texts, most)
+    nll = _nll_by_text(loaded.model, [ids for ids, _ in encoded], size, step, batch_size)
+    tokens, sizes, keys = [], [], []
+    for ids, text in encoded:
+        content = text.encode()
+        tokens.append(len(ids) - 1)  # the begin token is not scored
+        sizes.append(len(content))
+        keys.append(hashlib.sha256(content).hexdigest()[:16])
+    return Perplexity(sum(tokens), sum(sizes), nll, tuple(tokens), tuple(sizes), tuple(keys))
 
 
 def windows(length: int, context: int, stride: int | None = None) -> list[tuple[int, int, int]]:
     """(begin, first scored position, end) of each window over ``length`` tokens, with ``context`` of at least 2.
 
-    The windows advance by ``stride``, at least 1 and less than ``context``; unless given, by half a context. Position
-    0, which follows nothing, is never scored; every other position is, exactly once.
+    The windows advance by ``stride``, at least 1 and less than ``context``; by default half a context. Position 0,
+    which follows nothing, is never scored; every other position is scored exactly once.
     """
-    stride = context // 2 if stride is None else stride
-    found, scored, begin = [], 1, 0
+    step = context // 2 if stride is None else stride
+    spans = []
+    scored, begin = 1, 0
     while scored < length:
         end = min(begin + context, length)
-        found.append((begin, scored, end))
-        scored, begin = end, begin + stride
-    return found
+        spans.append((begin, scored, end))
+        scored, begin = end, begin + step
+    return spans
 
 
 def _check(context: int, size: int, step: int, batch_size: int, max_tokens: int | None) -> None:
@@ -133,64 +138,67 @@ def _check(context: int, size: int, step: int, batch_size: int, max_tokens: int 
 
 
 def _encoded_up_to(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], most: int) -> list[tuple[list[int], str]]:
-    """The texts as ``_encoded``, of ``most`` tokens in all."""
-    found: list[tuple[list[int], str]] = []
+    """The texts as ``_encoded``, with at most ``most`` tokens over all of them."""
+    encoded: list[tuple[list[int], str]] = []
+    left = most
     for text in texts:
-        if most == 0:
+        if left == 0:
             break
-        found.append(_encoded(tokenizer, text, most))
-        most -= len(found[-1][0]) - 1
-    return found
+        ids, covered = _encoded(tokenizer, text, left)
+        encoded.append((ids, covered))
+        left -= len(ids) - 1
+    return encoded
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, most: int) -> tuple[list[int], str]:
-    """The begin token with at most ``most`` tokens of the text, and the part of the text these cover."""
+    """The begin token with at most ``most`` tokens of the text, and the part of the text that they cover."""
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if begin is None:
         raise WorkbookError("The tokenizer has neither a begin nor an end token to start a text with.")
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = found["input_ids"]
-    covered = text if len(ids) <= most else text[: found["offset_mapping"][most - 1][1]]
-    return [begin, *ids[:most]], covered
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids = encoding["input_ids"]
+    if len(ids) <= most:
+        return [begin, *ids], text
+    end = encoding["offset_mapping"][most - 1][1]
+    return [begin, *ids[:most]], text[:end]
 
 
-def _nll_of_each(
+def _nll_by_text(
     model: PreTrainedModel, rows: Sequence[list[int]], size: int, step: int, batch_size: int
 ) -> tuple[float, ...]:
     """Sum of -ln p(token | tokens before it) over all tokens of each row but its first, in nats."""
     from transformers.utils.logging import tqdm
 
-    spans = [
-        (number, (ids[begin:end], scored - begin))
-        for number, ids in enumerate(rows)
-        for begin, scored, end in windows(len(ids), size, step)
-    ]
+    spans: list[tuple[int, _Span]] = []
+    for number, ids in enumerate(rows):
+        for begin, scored, end in windows(len(ids), size, step):
+            spans.append((number, (ids[begin:end], scored - begin)))
+    # Windows of like length share a batch, and the longest, which take the most memory, come first.
     spans.sort(key=lambda span: (-len(span[1][0]), -span[1][1]))
     parts: list[list[float]] = [[] for _ in rows]
     for start in tqdm(range(0, len(spans), batch_size), desc="perplexity", unit="batch", delay=2, leave=False):
         batch = spans[start : start + batch_size]
-        for (number, _), value in zip(batch, _nll(model, [span for _, span in batch]), strict=True):
+        values = _nll(model, [span for _, span in batch])
+        for (number, _), value in zip(batch, values, strict=True):
             parts[number].append(value)
     return tuple(map(math.fsum, parts))
 
 
-def _nll(model: PreTrainedModel, spans: Sequence[Span]) -> list[float]:
-    """Sum of -ln p(token | tokens before it) over the scored tokens of each window, in nats, from one forward.
-
-    The windows are filled up on the right, where a causal model does not look, so they need no mask.
-    """
+def _nll(model: PreTrainedModel, spans: Sequence[_Span]) -> list[float]:
+    """Sum of -ln p(token | tokens before it) over the scored tokens of each window, in nats, from one forward."""
     import torch
     from torch.nn.functional import cross_entropy
     from torch.nn.utils.rnn import pad_sequence
 
     device = input_device(model)
+    # The windows are padded on the right, where a causal model does not look, so they need no mask.
     rows = pad_sequence([torch.tensor(ids, device=device) for ids, _ in spans], batch_first=True)
     first = min(skipped for _, skipped in spans) - 1
+    sums = []
     with inference(model):
         logits = model(input_ids=rows, use_cache=False, logits_to_keep=rows.shape[1] - first).logits
-        found = []
         for row, (ids, skipped) in zip(logits, spans, strict=True):
             targets = torch.tensor(ids[skipped:], device=row.device)
             predicted = row[skipped - 1 - first : len(ids) - 1 - first].float()
-            found.append(cross_entropy(predicted, targets, reduction="sum").item())
-    return found
+            sums.append(cross_entropy(predicted, targets, reduction="sum").item())
+    return sums

@@ -1,14 +1,14 @@
-"""Two results on the same items: the difference with its width."""
+"""Two results on the same items: their difference, with its interval."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from helpers import stats
 from helpers.evaluation.choices import MultipleChoice
-from helpers.evaluation.harness import Evaluation
+from helpers.evaluation.harness import Evaluation, ItemValues
 from helpers.evaluation.likelihood import Perplexity
 from helpers.types import Interval, WorkbookError, choose
 
@@ -17,11 +17,11 @@ Result = MultipleChoice | Perplexity | Evaluation
 
 @dataclass(frozen=True)
 class Paired:
-    """The first result beside the second on the same ``count`` items; ``difference`` is first minus second.
+    """Two results on the same ``count`` items; ``difference`` is the first minus the second.
 
     ``measure`` names what is compared: accuracy, bits per byte (less is better), or a metric of the harness.
-    only_first, only_second: where items are right or wrong, how many only the one got right; ``p_value`` is that of
-    McNemar's exact test on these. None for all other measures.
+    If items are right or wrong, ``only_first`` and ``only_second`` count those that only this result got right, and
+    ``p_value`` is that of McNemar's exact test on these. For all other measures the three are None.
     """
 
     measure: str
@@ -35,18 +35,27 @@ class Paired:
 
     @property
     def detected(self) -> bool:
-        """Whether the interval of the difference leaves out zero."""
+        """Whether zero lies outside the interval of the difference."""
         return not self.difference.low <= 0 <= self.difference.high
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """What one result gives to a pair: a value and a weight for each item; the measure is their quotient of sums."""
+    """What one result gives to a pair: a value and a weight per item. The measure is the quotient of their sums."""
 
     measure: str
     keys: tuple[str, ...]
     values: tuple[float, ...]
     weights: tuple[float, ...]
+
+    @property
+    def quotient(self) -> float:
+        return sum(self.values) / sum(self.weights)
+
+    @property
+    def are_outcomes(self) -> bool:
+        """Whether every item is simply right (1) or wrong (0)."""
+        return set(self.values) <= {0.0, 1.0}
 
 
 def paired(
@@ -58,68 +67,92 @@ def paired(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Paired:
-    """Compares two results of ``multiple_choice``, ``perplexity`` or ``evaluate`` item by item.
+    """Compare two results of ``multiple_choice``, ``perplexity`` or ``evaluate`` item by item.
 
-    For results of the harness ``task`` names one task or group, unless given all tasks' items are taken together, each
-    weighing the same; ``metric`` is, unless given, acc, or the first that every task has. For ``perplexity`` the
-    measure is bits per byte and the items are texts. The interval of the difference is a bootstrap over the items,
-    drawn in pairs (``stats.paired_bootstrap``). Right and wrong answers that differ on no item leave a bootstrap
-    nothing to draw: then the interval is that of Clopper and Pearson for the share of items that would differ, both
-    ways, which no difference can exceed.
-    Raises WorkbookError for results of different kinds, or not of the same items, and for a task or metric that is not
-    in them; ValueError for fewer than two items.
+    For results of the harness, ``task`` names one task or group; without it, the items of all tasks are taken together,
+    each with the same weight. ``metric`` is acc by default, or the first metric that every task has. For
+    ``perplexity`` the measure is bits per byte and the items are texts. The interval of the difference is that of
+    ``stats.paired_difference``: a bootstrap over the items.
+    Raises WorkbookError for results of different kinds or of different items, and for a task or metric that they do
+    not have; ValueError for fewer than two items.
     """
-    one, other = (_measured(result, task, metric) for result in (first, second))
+    one, other = _measured(first, task, metric), _measured(second, task, metric)
     if one.measure != other.measure:
-        raise WorkbookError(f"One result is of {one.measure}, the other of {other.measure}: compare like with like.")
+        raise WorkbookError(
+            f"One result is of {one.measure}, the other of {other.measure}. Compare results of the same measure."
+        )
+    # A text cut at another length has the same beginning but other bytes, so the weights are compared too.
     if one.keys != other.keys or one.weights != other.weights:
-        raise WorkbookError("The results are not of the same items in the same order: measure both on the same ones.")
-    difference = stats.paired_bootstrap(one.values, other.values, one.weights, confidence=confidence, seed=seed)
-    found = Paired(one.measure, len(one.keys), _total(one), _total(other), difference)
-    if not {*one.values, *other.values} <= {0.0, 1.0}:
-        return found
-    alone = [
-        sum(a > b for a, b in zip(left, right, strict=True))
-        for left, right in ((one.values, other.values), (other.values, one.values))
-    ]
-    if not any(alone):
-        most = stats.most_without_one(len(one.keys), confidence)
-        difference = Interval(0.0, -most, most, confidence)
-    p_value = stats.mcnemar([v > 0 for v in one.values], [v > 0 for v in other.values])
-    return Paired(one.measure, found.count, found.first, found.second, difference, *alone, p_value)
-
-
-def _total(measured: _Measured) -> float:
-    return sum(measured.values) / sum(measured.weights)
+        raise WorkbookError("The results are not of the same items in the same order. Measure both on the same items.")
+    difference = stats.paired_difference(one.values, other.values, one.weights, confidence=confidence, seed=seed)
+    count = len(one.keys)
+    if not (one.are_outcomes and other.are_outcomes):
+        return Paired(one.measure, count, one.quotient, other.quotient, difference)
+    first_right = [value > 0 for value in one.values]
+    second_right = [value > 0 for value in other.values]
+    only_first, only_second = stats.discordant_pairs(first_right, second_right)
+    p_value = stats.mcnemar(first_right, second_right)
+    return Paired(one.measure, count, one.quotient, other.quotient, difference, only_first, only_second, p_value)
 
 
 def _measured(result: Result, task: str | None, metric: str | None) -> _Measured:
     if isinstance(result, Evaluation):
         return _of_tasks(result, task, metric)
     if task is not None or metric is not None:
-        raise WorkbookError("task and metric are for results of evaluate.")
+        raise WorkbookError("task and metric are for results of evaluate. Leave them out for other results.")
     if isinstance(result, Perplexity):
-        return _Measured("bits per byte", result.text_keys, result.bits, tuple(map(float, result.text_bytes)))
-    keys = result.keys or tuple(f"{place}:{answer}" for place, answer in enumerate(result.answers))
-    return _Measured("accuracy", keys, tuple(map(float, result.correct)), (1.0,) * len(keys))
+        sizes = tuple(float(size) for size in result.text_bytes)
+        return _Measured("bits per byte", result.text_keys, result.bits, sizes)
+    outcomes = tuple(float(correct) for correct in result.correct)
+    # A result made by hand may have no keys; its items are then known by their order and answers.
+    keys = result.keys or tuple(f"{number}:{answer}" for number, answer in enumerate(result.answers))
+    return _Measured("accuracy", keys, outcomes, (1.0,) * len(keys))
 
 
 def _of_tasks(result: Evaluation, task: str | None, metric: str | None) -> _Measured:
-    names = tuple(result.items) if task is None else result.groups.get(task, (task,))
+    names = _task_names(result, task)
+    chosen = _shared_metric(result, names, metric)
+    keys: list[str] = []
+    values: list[float] = []
+    weights: list[float] = []
+    for name in names:
+        scores = result.items[name]
+        keys += scores.keys
+        for value, weight in _weighted(scores.values[chosen]):
+            values.append(value)
+            weights.append(weight)
+    measure = "bits per byte" if chosen == "bits_per_byte" else chosen
+    return _Measured(measure, tuple(keys), tuple(values), tuple(weights))
+
+
+def _task_names(result: Evaluation, task: str | None) -> tuple[str, ...]:
+    """The tasks that ``task`` names: itself, the members of a group, or for None all."""
+    if task is None:
+        return tuple(result.items)
+    names = result.groups.get(task, (task,))
     if not set(names) <= result.items.keys():
         choose(str(task), [*result.groups, *result.items], "task")
-    shared = [m for m in result.items[names[0]].values if all(m in result.items[name].values for name in names)]
-    chosen = metric or ("acc" if "acc" in shared else next(iter(shared), None))
-    if chosen not in shared:
+    return names
+
+
+def _shared_metric(result: Evaluation, names: Sequence[str], metric: str | None) -> str:
+    """The metric to compare by, checked to be one of every task."""
+    # A list, not a set: without acc the first metric is taken, in the order of the harness.
+    shared = list(result.items[names[0]].values)
+    for name in names[1:]:
+        shared = [each for each in shared if each in result.items[name].values]
+    if metric is None and shared:
+        return "acc" if "acc" in shared else shared[0]
+    if metric is None or metric not in shared:
         choose(str(metric), shared, "metric")
-    pairs = [pair for name in names for pair in _pairs(result.items[name].values[chosen], chosen)]
-    keys = tuple(key for name in names for key in result.items[name].keys)
-    measure = "bits per byte" if chosen == "bits_per_byte" else chosen
-    return _Measured(measure, keys, tuple(value for value, _ in pairs), tuple(weight for _, weight in pairs))
+    return metric
 
 
-def _pairs(values: Sequence, metric: str) -> list[tuple[float, float]]:
+def _weighted(values: ItemValues) -> Iterator[tuple[float, float]]:
     """(value, weight) of each item; a log-likelihood in nats becomes a loss in bits."""
-    if metric == "bits_per_byte":
-        return [(-total / math.log(2), size) for total, size in values]
-    return [(value, 1.0) for value in values]
+    for value in values:
+        if isinstance(value, tuple):
+            log_likelihood, size = value
+            yield -log_likelihood / math.log(2), size
+        else:
+            yield value, 1.0

@@ -12,13 +12,14 @@ import torch
 from transformers import FalconConfig
 
 from helpers import bench, hardware, memory
-from helpers.bench import Benchmark, Spread
+from helpers.bench import Benchmark, SpeedSettings, Spread
+from helpers.peak import peak_memory
 from helpers.profiles import load_profile
 from helpers.types import Gpu, WorkbookError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MIB = 2**20
-SMALL = {"prompt_tokens": 6, "new_tokens": 4, "repeats": 2, "bandwidth": 1e9}
+SMALL = SpeedSettings(prompt_tokens=6, new_tokens=4, repeats=2, bandwidth=1e9)
 # The tiny model of conftest: 2 layers that cache 4 heads of 16, keys and values, in fp32.
 CACHE_BYTES = 2 * 2 * 4 * 16 * 4
 
@@ -35,8 +36,9 @@ def test_a_spread_is_median_least_and_largest():
 
 
 def test_every_figure_follows_from_times_and_sizes(tiny_loaded):
-    found = bench.measure(tiny_loaded, (1, 3), **SMALL)
+    found = bench.measure(tiny_loaded, (1, 3), SMALL)
     assert not found.interleaved
+    assert found.bandwidth == 1e9
     assert [row.batch_size for row in found.rows] == [1, 3]
     for row in found.rows:
         assert row.model == tiny_loaded.ref.label
@@ -54,7 +56,7 @@ def test_embeddings_that_a_step_does_not_read_are_not_counted(tiny_loaded):
         tiny_loaded.model.config.from_dict({**tiny_loaded.model.config.to_dict(), "tie_word_embeddings": False})
     )
     untied = replace(tiny_loaded, model=model.eval())
-    (row,) = bench.measure(untied, [1], **SMALL).rows
+    (row,) = bench.measure(untied, [1], SMALL).rows
     assert row.step_bytes == row.stored_bytes - len(untied.tokenizer) * 64 * 4 + 8 * CACHE_BYTES
 
 
@@ -75,7 +77,7 @@ def test_models_take_turns(tiny_loaded):
     models, calls = [replace(tiny_loaded, model=type(tiny_loaded.model)(tiny_loaded.model.config)) for _ in "ab"], []
     for name, one in zip("ab", models, strict=True):
         one.model.register_forward_pre_hook(lambda module, given, name=name: calls.append(name))
-    found = bench.measure(models, [1, 2], **SMALL)
+    found = bench.measure(models, [1, 2], SMALL)
     turns = "".join(name for name, _ in itertools.groupby(calls))
     assert turns == "ab" * (1 + 2 * 3)  # warming up, then for both batch sizes the untimed run and two repeats
     assert calls.count("a") == calls.count("b") == 2 + 2 * 3 * 4
@@ -93,7 +95,7 @@ def test_peak_memory_is_the_most_that_is_alive_at_once():
             torch.ones(3 * MIB, dtype=torch.uint8)
         return kept
 
-    assert bench.peak_memory(work, torch.device("cpu")) == 5 * MIB
+    assert peak_memory(work, torch.device("cpu")) == 5 * MIB
 
 
 def test_peak_memory_counts_from_where_it_starts():
@@ -103,8 +105,8 @@ def test_peak_memory_counts_from_where_it_starts():
         held.clear()
         torch.ones(MIB, dtype=torch.uint8)
 
-    assert bench.peak_memory(work, torch.device("cpu")) <= MIB
-    assert bench.peak_memory(lambda: None, torch.device("cpu")) == 0
+    assert peak_memory(work, torch.device("cpu")) <= MIB
+    assert peak_memory(lambda: None, torch.device("cpu")) == 0
 
 
 @pytest.mark.gpu
@@ -112,12 +114,12 @@ def test_peak_memory_counts_from_where_it_starts():
 def test_peak_memory_on_a_gpu_leaves_out_what_was_there():
     device = torch.device("cuda", torch.cuda.current_device())
     held = torch.ones(8 * MIB, dtype=torch.uint8, device=device)
-    assert bench.peak_memory(lambda: torch.ones(4 * MIB, dtype=torch.uint8, device=device), device) == 4 * MIB
+    assert peak_memory(lambda: torch.ones(4 * MIB, dtype=torch.uint8, device=device), device) == 4 * MIB
     assert held.sum() == 8 * MIB
 
 
 def test_the_peak_holds_weights_cache_and_logits(tiny_loaded):
-    small, large = bench.measure(tiny_loaded, [1, 8], prompt_tokens=64, new_tokens=4, repeats=1, bandwidth=1e9).rows
+    small, large = bench.measure(tiny_loaded, [1, 8], replace(SMALL, prompt_tokens=64, repeats=1)).rows
     vocabulary = len(tiny_loaded.tokenizer) * 4
     for row in (small, large):
         beside = row.peak_bytes - row.stored_bytes
@@ -127,7 +129,7 @@ def test_the_peak_holds_weights_cache_and_logits(tiny_loaded):
 
 
 def test_nothing_is_written_to_standard_error(tiny_loaded, capfd):
-    bench.measure(tiny_loaded, [1], **SMALL)
+    bench.measure(tiny_loaded, [1], SMALL)
     torch.zeros(1).sum()
     assert capfd.readouterr().err == ""
 
@@ -137,7 +139,7 @@ def test_standard_error_works_again_after_a_failure(capfd):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        bench.peak_memory(fails, torch.device("cpu"))
+        peak_memory(fails, torch.device("cpu"))
     print("here", file=sys.stderr)
     os.write(2, b" and here\n")
     assert capfd.readouterr().err == "here\n and here\n"
@@ -147,7 +149,7 @@ def test_standard_error_works_again_after_a_failure(capfd):
 
 
 def test_a_batch_that_cannot_fit_becomes_a_row_that_says_so(tiny_loaded):
-    fits, lacks = bench.measure(tiny_loaded, [1, 10**10], **SMALL).rows
+    fits, lacks = bench.measure(tiny_loaded, [1, 10**10], SMALL).rows
     assert fits.decode
     assert not lacks.decode
     assert lacks.peak_bytes is None
@@ -165,7 +167,7 @@ def test_running_out_of_memory_ends_one_row_only(tiny_loaded):
             raise torch.OutOfMemoryError
 
     failing.model.register_forward_pre_hook(fail, with_kwargs=True)
-    found = bench.measure([failing, tiny_loaded], [1, 2], **SMALL).rows
+    found = bench.measure([failing, tiny_loaded], [1, 2], SMALL).rows
     assert [row.lacks for row in found] == ["", "ran out of memory", "", ""]
     assert [bool(row.decode) for row in found] == [True, False, True, True]
 
@@ -181,13 +183,13 @@ def test_running_out_of_memory_ends_one_row_only(tiny_loaded):
 )
 def test_impossible_sizes_are_refused(tiny_loaded, sizes, says):
     with pytest.raises(WorkbookError, match=says):
-        bench.measure(tiny_loaded, [1], **{**SMALL, **sizes})
+        bench.measure(tiny_loaded, [1], replace(SMALL, **sizes))
 
 
 def test_no_batch_size_is_refused(tiny_loaded):
     for batch_sizes in ([], [0]):
         with pytest.raises(WorkbookError, match="batch size"):
-            bench.measure(tiny_loaded, batch_sizes, **SMALL)
+            bench.measure(tiny_loaded, batch_sizes, SMALL)
 
 
 # Which precisions are in memory together

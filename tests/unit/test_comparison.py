@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 
 from helpers import comparison
@@ -95,9 +96,19 @@ def test_the_paired_difference_by_hand():
     assert difference.interval.estimate == pytest.approx(0.3)
     # exact binomial, 1 of 5: 2 * (1 + 5) / 32
     assert difference.p_value == pytest.approx(2 * 6 / 32)
-    # the differences: four 1, one -1, five 0; standard error sqrt(4.1/9/10), t(0.975, 9) = 2.262157
-    half = 2.262157 * math.sqrt(4.1 / 90)
-    assert (difference.interval.low, difference.interval.high) == pytest.approx((0.3 - half, 0.3 + half), abs=1e-5)
+    # the differences: four 1, one -1, five 0. All sums of ten draws from them, with their probabilities:
+    sums = np.array([1.0])
+    for _ in range(10):
+        sums = np.convolve(sums, [0.1, 0.5, 0.4])
+    below = np.cumsum(sums)
+    by_hand = [(int(np.searchsorted(below, tail)) - 10) / 10 for tail in (0.025, 0.975)]
+    assert [difference.interval.low, difference.interval.high] == pytest.approx(by_hand)
+
+
+def test_two_sides_that_never_differ_still_leave_a_width():
+    interval = table([GOAT] * 10, falcon=["goat"] * 10, llama=["goats"] * 10).difference("falcon", "llama").interval
+    most = 1 - 0.025 ** (1 / 10)  # Clopper and Pearson: (1 - p)^n = 0.025
+    assert (interval.low, interval.estimate, interval.high) == pytest.approx((-most, 0, most))
 
 
 def test_the_win_rate_counts_correct_before_concise_and_ties_half():
@@ -215,8 +226,8 @@ def test_intervals_stay_within_what_is_possible():
     few = table([GOAT] * 2, falcon=["goat", "saddle"], llama=["saddle", "saddle"])
     win, difference = few.win_rate(), few.difference("falcon", "llama").interval
     assert (win.low, win.high) == (0, 1)
-    assert (difference.low, difference.high) == (-1, 1)
-    with pytest.raises(ValueError, match="no list of words"):
+    assert (difference.low, difference.high) == (0, 1)  # no draw of a gain and a tie is a loss
+    with pytest.raises(ValueError, match="not a list of words"):
         Item("1", "fact", "?", answer="Paris")
 
 
@@ -224,5 +235,5 @@ def test_intervals_stay_within_what_is_possible():
 def test_a_line_that_is_no_item_is_named(second, tmp_path):
     path = tmp_path / "items.jsonl"
     path.write_text(json.dumps({"id": "1", "kind": "list", "question": "?"}) + f"\n{second}\n")
-    with pytest.raises(WorkbookError, match=r"items\.jsonl, line 2 is no item"):
+    with pytest.raises(WorkbookError, match=r"items\.jsonl, line 2 is not a valid item"):
         comparison.read_items(path)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from helpers import decoding, generation, loading
-from helpers.bench import peak_memory
 from helpers.chat import Chat
 from helpers.decoding import PLAIN, Decoding
 from helpers.memory import Workload, estimate
+from helpers.peak import peak_memory
 from helpers.profiles import load_profile
 from helpers.types import Loaded, Sampling, WorkbookError
 

@@ -1,11 +1,8 @@
 """Quantization against bitsandbytes and bytes counted by hand; the proof against every way to fail it."""
 
-import ast
 import copy
-from functools import cache
 
 import bitsandbytes as bnb
-import jupytext
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +20,6 @@ from helpers.quantization import (
     verify_against_checkpoint,
     verify_quantized,
 )
-from helpers.types import ROOT
 from helpers.workarounds.falcon_linear import falcon_repair
 from helpers.workarounds.nf4_repacking import keep_unpacked, was_repacked
 
@@ -336,98 +332,10 @@ def test_configurations_are_the_documented_ones():
     assert (other.bnb_4bit_compute_dtype, other.bnb_4bit_use_double_quant) == (torch.float32, True)
 
 
-# The notebook's lines of torch
-
-
-@cache
-def by_hand(name):
-    """A function that notebook 02 defines, with the constants it uses."""
-    cells = jupytext.read(ROOT / "notebooks/source/02_quantization.py")["cells"]
-    code = [ast.parse(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    wanted = (ast.FunctionDef, ast.Assign)
-    names = {"absmax_int8", "int8_product", "nf4", "double_quantized", "SQUARE"}
-    body = [
-        node
-        for tree in code
-        for node in tree.body
-        if isinstance(node, wanted) and (getattr(node, "name", None) or getattr(node.targets[0], "id", "")) in names
-    ]
-    namespace = {"torch": torch}
-    exec(compile(ast.Module(body, []), "notebook 02", "exec"), namespace)
-    return namespace[name]
-
-
 @pytest.fixture(scope="module")
 def mini():
     """falcon-mini in bf16."""
     return loading.load(load_profile().falcon, "bf16")
-
-
-def drawn(*shape, spread=0.02, seed=0, tails=False):
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(*shape, generator=generator)
-    return ((values**3 if tails else values) * spread).to(torch.bfloat16)
-
-
-MATRICES = {
-    "normal": drawn(96, 128),
-    "heavy tails": drawn(64, 256, tails=True),
-    "large values": drawn(32, 64, spread=40.0),
-    "one row": drawn(1, 64),
-}
-matrices = pytest.mark.parametrize("weight", MATRICES.values(), ids=MATRICES.keys())
-
-
-@matrices
-def test_nf4_by_hand_is_bitsandbytes(weight):
-    packed, scales = by_hand("nf4")(weight, bnb.functional.get_4bit_type("nf4", device="cpu"))
-    theirs, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    assert torch.equal(packed, theirs)
-    assert torch.equal(scales, state.absmax)
-
-
-def test_all_of_falcon_mini_by_hand_is_bitsandbytes(mini):
-    """nf4 codes and scales, both levels of double quantization, int8 codes and scales: 32 matrices, bit for bit."""
-    for name in quantizable_layers(mini.model):
-        weight = mini.model.get_submodule(name).weight.detach()
-        theirs, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-        packed, scales = by_hand("nf4")(weight, state.code)
-        codes, largest, mean = by_hand("double_quantized")(scales, state.state2.code)
-        assert torch.equal(packed, theirs), name
-        assert torch.equal(codes, state.absmax), name
-        assert torch.equal(largest, state.state2.absmax), name
-        assert torch.equal(mean, state.offset), name
-        ours = by_hand("absmax_int8")(weight.half().float())
-        for mine, other in zip(ours, bnb.functional.int8_vectorwise_quant(weight.half())[:2], strict=True):
-            assert torch.equal(mine, other), name
-
-
-def test_without_the_table_of_places_some_scales_of_scales_differ(mini):
-    differing = total = 0
-    for name in quantizable_layers(mini.model):
-        weight = mini.model.get_submodule(name).weight.detach()
-        _, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-        scales = weight.float().view(-1, 64).abs().amax(1)
-        plain, _, _ = by_hand("double_quantized")(scales, state.state2.code, table=0)
-        differing, total = differing + (plain != state.absmax).sum().item(), total + len(plain)
-    assert 0 < differing < total / 100
-
-
-@matrices
-@pytest.mark.parametrize("outliers", [0, 3])
-def test_the_int8_product_by_hand_is_bitsandbytes(weight, outliers):
-    x = drawn(9, weight.shape[1], spread=1.0, seed=1)
-    x[2:5, 7 : 7 + outliers] = torch.tensor([6.0, -50.0, 7.5], dtype=x.dtype)[:outliers]
-    layer = bnb.nn.Linear8bitLt(*weight.shape[::-1], bias=False, has_fp16_weights=False, threshold=6.0).eval()
-    layer.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False).to("cpu")
-    with torch.inference_mode():
-        theirs = layer(x.clone())
-    product = by_hand("int8_product")
-    assert torch.equal(product(x, weight), theirs)
-    if outliers:
-        exact = x.float() @ weight.float().T
-        errors = [(product(x, weight, threshold).float() - exact).norm() for threshold in (6.0, 1e9)]
-        assert errors[0] < errors[1]
 
 
 # The codebook, and errors layer by layer

@@ -36,11 +36,10 @@ def test_mean_of_equal_values_and_of_one_value():
         stats.mean([1.0])
 
 
-def test_paired_difference_is_the_mean_of_differences():
-    interval = stats.paired_difference([3, 5, 9], [1, 2, 3])
-    assert interval == stats.mean([2, 3, 6])
+def test_discordant_pairs_are_those_that_only_one_got_right():
+    assert stats.discordant_pairs([True, True, False, False, True], [True, False, True, False, False]) == (2, 1)
     with pytest.raises(ValueError):
-        stats.paired_difference([1, 2], [1])
+        stats.discordant_pairs([True, True], [True])
 
 
 def test_mcnemar_by_hand():
@@ -78,7 +77,7 @@ def test_the_bootstrap_draws_what_all_draws_by_hand_give():
     differences, weights = [1.0, 0.0, -1.0], [1.0, 2.0, 1.0]
     draws = list(itertools.product(range(3), repeat=3))
     every = [sum(differences[i] for i in draw) / sum(weights[i] for i in draw) for draw in draws]
-    found = stats.paired_bootstrap([2, 2, 2], [1, 2, 3], weights, confidence=0.8)
+    found = stats.paired_difference([2, 2, 2], [1, 2, 3], weights, confidence=0.8)
     assert found.estimate == 0
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(every, [0.1, 0.9])))
 
@@ -87,21 +86,29 @@ def test_the_bootstrap_agrees_with_students_t_on_many_pairs():
     rng = np.random.default_rng(0)
     first = rng.normal(1, 1, 400)
     second = first - rng.normal(0.3, 0.5, 400)
-    found, student = stats.paired_bootstrap(first, second), stats.paired_difference(first, second)
+    found, student = stats.paired_difference(first, second), stats.mean(first - second)
     assert found.estimate == pytest.approx(student.estimate)
     assert (found.low, found.high) == pytest.approx((student.low, student.high), abs=0.005)
-    assert found == stats.paired_bootstrap(first, second)
-    assert found != stats.paired_bootstrap(first, second, seed=1)
+    assert found == stats.paired_difference(first, second)
+    assert found != stats.paired_difference(first, second, seed=1)
 
 
-def test_the_bootstrap_of_no_difference_is_a_point_and_refuses_what_has_no_pairs():
-    found = stats.paired_bootstrap([1, 0, 1], [1, 0, 1])
+def test_no_difference_in_measured_values_is_a_point():
+    found = stats.paired_difference([1, 0.5, 1], [1, 0.5, 1])
     assert (found.low, found.estimate, found.high) == (0, 0, 0)
+    found = stats.paired_difference([1, 0, 1], [1, 0, 1], [2, 2, 2])  # sums over texts, not right and wrong
+    assert (found.low, found.estimate, found.high) == (0, 0, 0)
+
+
+def test_outcomes_that_never_differ_leave_less_than_four_over_their_number():
+    # Clopper and Pearson: (1 - p)^n = 0.025
+    most = 1 - 0.025 ** (1 / 100)
+    found = stats.paired_difference([1, 0] * 50, [1, 0] * 50)
+    assert (found.low, found.estimate, found.high) == pytest.approx((-most, 0, most))
+    assert most < 4 / 100
+
+
+def test_a_paired_difference_refuses_what_has_no_pairs():
     for values in (([1], [1]), ([1, 2], [1]), ([1, 2], [1, 2], [1])):
         with pytest.raises(ValueError):
-            stats.paired_bootstrap(*values)
-
-
-def test_none_of_many_leaves_less_than_four_over_their_number():
-    # Clopper and Pearson: (1 - p)^n = 0.025
-    assert stats.most_without_one(100) == pytest.approx(1 - 0.025 ** (1 / 100))
+            stats.paired_difference(*values)
