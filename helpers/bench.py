@@ -239,15 +239,6 @@ def _filled_cache(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> Cac
     return cache
 
 
-def cache_bytes(cache: Cache) -> int:
-    """Bytes of a cache's tensors: the keys and values of all layers."""
-    total = 0
-    for layer in cache.layers:
-        for name in _CACHED:
-            total += getattr(layer, name).nbytes
-    return total
-
-
 def shortfalls(ref: ModelRef, precisions: Sequence[str], machine: Machine | None = None) -> dict[str, str]:
     """The precisions in which a model does not fit on a machine (this one, unless given), and what it needs."""
     config, machine = loading.config(ref), machine or hardware.detect()

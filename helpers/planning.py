@@ -662,25 +662,25 @@ def to_json(plan: Plan | Sequence[Suggestion]) -> str:
 
 def draw(plan: Plan) -> Figure:
     """Memory of every device by part, against its limit: a panel for all that is in memory together."""
-    from helpers import plots
+    from helpers.figures.memory import memory_per_device
 
     panels: dict[str, list[dict[str, int | str]]] = {}
     for group in plan.groups:
         panels[group.label] = [asdict(device) for device in group.devices]
     notes = [f"{name} stands in for {real}" for name, real in plan.stand_ins.items()]
     subject = "; ".join(filter(None, [plan.machine, ", ".join(notes)]))
-    return plots.memory_per_device(panels, subject, fits=plan.fits)
+    return memory_per_device(panels, subject, fits=plan.fits)
 
 
 def save_figure(plan: Plan, file: Path) -> None:
     """Write ``draw``'s figure as a PNG file. Raises WorkbookError for another kind of file, or if writing fails."""
-    from helpers import plots
+    from helpers.figures.style import png
 
     if file.suffix.lower() != ".png":
         name = file.with_suffix(".png")
         raise WorkbookError(f"The figure is a PNG file, and {file} is not named like one. Name it {name}.")
     try:
-        file.write_bytes(plots.png(draw(plan)))
+        file.write_bytes(png(draw(plan)))
     except OSError as error:
         raise WorkbookError(
             f"The figure cannot be written to {file}: {error.strerror}. Name a file in a folder you can write to."

@@ -1,9 +1,9 @@
-"""A profile rehearsed where its machine is missing: plans at the true size, and tiny checkpoints to run its code on.
+"""Rehearse a profile without its machine: plan at full size, and run its code on tiny random checkpoints.
 
 A rehearsal's folder holds ``machine.json`` (the machine that ``hardware.detect`` then reports) and ``hub``, a Hugging
-Face cache in the hub's own layout, with a checkpoint of random weights for each model of a hub: the real flags, tensor
-names, number of shards and files, shrunk in width, depth and vocabulary. ``environment`` points a notebook at both.
-What else is not as on the real machine is in ``substitutions``.
+Face cache in the hub's own layout, with a checkpoint of random weights for each model of the hub. It has the real
+flags, tensor names, number of shards and files, and is shrunk in width, depth and vocabulary. ``environment`` points a
+notebook at both. ``substitutions`` lists everything that differs from the real machine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from helpers import hardware, memory
 from helpers.hub_cache import repository
@@ -25,10 +25,12 @@ from helpers.types import GIB, Gpu, Machine, ModelRef, Placement, Profile, Workb
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-HEADS, KV_HEADS, HEAD_SIZE = 16, 8, 8  # of the tiny checkpoints, where the real ones have as many key-value heads
+# The tiny checkpoints keep the 8 key-value heads of Falcon-180B and Llama-2-70B, so their heads are grouped alike.
+HEADS, KV_HEADS, HEAD_SIZE = 16, 8, 8
 LEAST_LAYERS = 2
-TOKENIZERS = {"falcon": "falcon_chat", "llama": "llama_chat"}  # family: the role on the laptop whose tokenizer it takes
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_TENSORS_PER_LAYER = 8  # a layer of either family has at least as many
+_TOKENIZERS = {"falcon": "falcon_chat", "llama": "llama_chat"}  # family: the laptop's role whose tokenizer it takes
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class RehearsalError(WorkbookError):
@@ -39,7 +41,7 @@ class RehearsalError(WorkbookError):
 
 @dataclass(frozen=True)
 class Substitution:
-    """One thing that is not as it will be: what, how it really is, and how it is in the rehearsal."""
+    """One substitution: its name, the real value and the rehearsal's value."""
 
     what: str
     real: str
@@ -48,7 +50,7 @@ class Substitution:
 
 @dataclass(frozen=True)
 class Planned:
-    """A model at its true size, in the profile's precision, on the profile's machine: bytes on each device.
+    """A model at full size, in the profile's precision, on the profile's machine: bytes on each device.
 
     ``modules`` are those of the placement; ``limit_bytes`` is the memory of one device.
     """
@@ -63,50 +65,56 @@ class Planned:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What was prepared in ``folder``."""
+    """A prepared rehearsal in ``folder``."""
 
     folder: Path
     machine: Machine
     plans: tuple[Planned, ...]
     substitutions: tuple[Substitution, ...]
 
-    def described(self) -> dict[str, Any]:
-        """For the manifest of a run."""
+    def described(self) -> dict[str, object]:
+        """The entry in the manifest of a run."""
         return {
             "machine": asdict(self.machine),
             "plans": [asdict(plan) for plan in self.plans],
-            "substitutions": [asdict(each) for each in self.substitutions],
+            "substitutions": [asdict(substitution) for substitution in self.substitutions],
         }
 
     def environment(self) -> dict[str, str]:
-        """The variables that point a process at this rehearsal; it asks no hub, and sees no GPU that is really here."""
-        hub = str(self.folder / "hub")
-        alone = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        return {"WORKBOOK_REHEARSAL": str(self.folder), "HF_HUB_CACHE": hub, **alone}
+        """The variables that point a process at this rehearsal, without the hub and without this machine's GPUs."""
+        return {
+            "WORKBOOK_REHEARSAL": str(self.folder),
+            "HF_HUB_CACHE": str(self.folder / "hub"),
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
 
 
 def prepare(profile: Profile, folder: Path) -> Rehearsal:
-    """Plan the profile's models at their true size and lay out their tiny checkpoints in ``folder``.
+    """Plan the profile's models at full size and write their tiny checkpoints to ``folder``.
 
-    Raises RehearsalError where a model does not fit on the profile's machine.
+    Raises RehearsalError if a model does not fit on the profile's machine.
     """
     machine = machine_of(profile)
+    # Planned first: a profile that does not fit leaves an earlier rehearsal as it is.
     plans = plan(profile, machine)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "machine.json").write_text(json.dumps(asdict(machine)), encoding="utf-8")
     refs = [ref for ref in dict.fromkeys(profile.models.values()) if ref.source == "hub"]
-    shrunk = {ref: lay_out(ref, folder / "hub", seed) for seed, ref in enumerate(refs)}
+    shrunk = {}
+    for seed, ref in enumerate(refs):
+        shrunk[ref] = _write_checkpoint(ref, folder / "hub", seed)
     return Rehearsal(folder, machine, tuple(plans), tuple(_substitutions(profile, shrunk)))
 
 
 def machine_of(profile: Profile) -> Machine:
-    """The least machine of a profile, as ``hardware.detect`` would find it with nothing else running on it."""
+    """The smallest machine of a profile, as ``hardware.detect`` would report it with nothing else running on it."""
     need = profile.requires
-    gpus = [
-        Gpu(index, f"rehearsed GPU of {need.gpu_bytes / 1e9:.0f} GB", need.gpu_bytes, need.gpu_bytes, (8, 0))
-        for index in range(need.gpus)
-    ]
+    # Compute capability 8.0, that of an A100: the oldest that computes in bfloat16.
+    name = f"rehearsed GPU of {need.gpu_bytes / 1e9:.0f} GB"
+    gpus = [Gpu(index, name, need.gpu_bytes, need.gpu_bytes, (8, 0)) for index in range(need.gpus)]
     here = hardware.detect()
     return replace(
         here,
@@ -121,10 +129,10 @@ def machine_of(profile: Profile) -> Machine:
 
 
 def plan(profile: Profile, machine: Machine) -> list[Planned]:
-    """Every model at its true size on the meta device, placed beside those that are in memory at the same time.
+    """Plan every model at full size on the meta device, together with those in memory at the same time.
 
-    That is ``memory.place_together``, as in ``workbook plan``. Raises RehearsalError if one does not fit, or if the
-    placement leaves a weight out.
+    Uses ``memory.place_together``, as ``workbook plan`` does. Raises RehearsalError if a model does not fit, or if the
+    placement leaves out a weight.
     """
     devices, plans = memory.Devices.free(machine), []
     for group in profile.resident:
@@ -142,28 +150,30 @@ def plan(profile: Profile, machine: Machine) -> list[Planned]:
 
 
 def shrink(real: PretrainedConfig, tokens: int, end: int, shards: int) -> PretrainedConfig:
-    """A configuration with the same flags, narrow and shallow, that yields at least one tensor for each shard.
+    """Return a configuration with the same flags, narrow and shallow, with at least one tensor for each shard.
 
     ``tokens`` is the size of the vocabulary, ``end`` the token that begins and ends a text. Raises WorkbookError for a
     family that ``memory`` does not know.
     """
-    memory.anatomy(real)
-    layers = max(LEAST_LAYERS, math.ceil(shards / 8))  # a layer of either family has at least eight tensors
-    same = {"vocab_size": tokens, "bos_token_id": end, "eos_token_id": end, "num_hidden_layers": layers}
-    same |= {"hidden_size": HEADS * HEAD_SIZE, "num_attention_heads": HEADS}
-    fields = real.to_dict() | same
+    memory.anatomy(real)  # raises for an unknown family, whose widths the lines below would not shrink
+    hidden = HEADS * HEAD_SIZE
+    fields = real.to_dict()
+    fields["vocab_size"] = tokens
+    fields["bos_token_id"] = fields["eos_token_id"] = end
+    fields["num_hidden_layers"] = max(LEAST_LAYERS, math.ceil(shards / _TENSORS_PER_LAYER))
+    fields["hidden_size"], fields["num_attention_heads"] = hidden, HEADS
     if real.model_type == "llama":
         ratio = real.intermediate_size / real.hidden_size
-        fields |= {"intermediate_size": round(ratio * HEADS * HEAD_SIZE), "head_dim": HEAD_SIZE}
+        fields["intermediate_size"], fields["head_dim"] = round(ratio * hidden), HEAD_SIZE
         fields["num_key_value_heads"] = _kv_heads(real.num_key_value_heads, real.num_attention_heads)
     else:
-        fields["ffn_hidden_size"] = 4 * HEADS * HEAD_SIZE
+        fields["ffn_hidden_size"] = 4 * hidden
         fields["num_kv_heads"] = _kv_heads(real.num_kv_heads, real.num_attention_heads)
     return type(real).from_dict(fields)
 
 
-def lay_out(ref: ModelRef, hub: Path, seed: int) -> PretrainedConfig:
-    """Make the tiny checkpoint of a hub's model in a Hugging Face cache; its configuration is returned.
+def _write_checkpoint(ref: ModelRef, hub: Path, seed: int) -> PretrainedConfig:
+    """Write the tiny checkpoint of a hub's model to a Hugging Face cache and return its configuration.
 
     The layout is the hub's: blobs named by their SHA-256, links to them in the snapshot of the revision (or of a
     made-up commit to which the named revision refers), an index, and as many shards as the model is published in.
@@ -171,14 +181,17 @@ def lay_out(ref: ModelRef, hub: Path, seed: int) -> PretrainedConfig:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = resolve(getattr(load_profile(), TOKENIZERS[ref.family]))
+    source = resolve(load_profile().models[_TOKENIZERS[ref.family]])
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
     tiny = shrink(config(ref), len(tokenizer), tokenizer.eos_token_id, ref.shards or 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny, dtype=torch.bfloat16)
-    files = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()}
-    files |= {"config.json": tiny.to_json_string().encode(), **_shard_files(model, ref.shards or 1)}
+    files = _shard_files(model, ref.shards or 1)
+    files["config.json"] = tiny.to_json_string().encode()
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            files[name] = (source / name).read_bytes()
     repository(ref.id, hub).store(files, ref.revision)
     return tiny
 
@@ -189,8 +202,9 @@ def _planned(ref: ModelRef, profile: Profile, placement: Placement) -> Planned:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config(ref), dtype=torch.bfloat16)
-    if lost := [name for name, _ in model.named_parameters() if not _covered(name, placement.device_map)]:
-        raise RehearsalError(f"the placement of {ref.id} leaves out {len(lost)} weights, such as {lost[0]}")
+    lost = [name for name, _ in model.named_parameters() if not _is_placed(name, placement.device_map)]
+    if lost:
+        raise RehearsalError(f"The placement of {ref.id} leaves out {len(lost)} weights, such as {lost[0]}.")
     return Planned(
         ref.id,
         profile.precision,
@@ -201,13 +215,14 @@ def _planned(ref: ModelRef, profile: Profile, placement: Placement) -> Planned:
     )
 
 
-def _covered(name: str, device_map: Mapping[str, Any]) -> bool:
+def _is_placed(name: str, device_map: Mapping[str, int | str]) -> bool:
+    """True if the map names the weight itself or a module around it."""
     parts = name.split(".")
     return any(".".join(parts[:length]) in device_map for length in range(1, len(parts) + 1))
 
 
 def _kv_heads(real: int, queries: int) -> int:
-    """As many as the real model has, where it groups its queries; else one for each query head."""
+    """8 key-value heads if the real model groups its queries, otherwise one for each query head."""
     return KV_HEADS if real < queries else HEADS
 
 
@@ -216,22 +231,28 @@ def _shard_files(model: PreTrainedModel, count: int) -> dict[str, bytes]:
     from numpy import array_split
     from safetensors.torch import save
 
+    # Copies: safetensors refuses tensors that share memory, such as the tied head and embeddings.
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
-    files, places = {}, {}
+    if count == 1:
+        return {"model.safetensors": save(tensors, metadata={"format": "pt"})}
+    files, shard_names = {}, {}
     for number, names in enumerate(array_split(list(tensors), count), 1):
-        file = "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
-        files[file] = save({name: tensors[name] for name in names}, metadata={"format": "pt"})
-        places |= dict.fromkeys(map(str, names), file)
+        shard = f"model-{number:05}-of-{count:05}.safetensors"
+        # numpy turned the names into its own strings.
+        contents = {str(name): tensors[str(name)] for name in names}
+        files[shard] = save(contents, metadata={"format": "pt"})
+        shard_names.update(dict.fromkeys(contents, shard))
     size = sum(tensor.nbytes for tensor in tensors.values())
-    index = json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=1).encode()
-    return files if count == 1 else files | {"model.safetensors.index.json": index}
+    index = json.dumps({"metadata": {"total_size": size}, "weight_map": shard_names}, indent=1)
+    files["model.safetensors.index.json"] = index.encode()
+    return files
 
 
 def _substitutions(profile: Profile, shrunk: Mapping[ModelRef, PretrainedConfig]) -> Iterator[Substitution]:
     need = profile.requires
     gpus = f"{need.gpus} GPUs of {need.gpu_bytes / GIB:.1f} GiB"
-    yield Substitution("devices", gpus, "the processor of this machine, whatever GPUs it has")
-    yield Substitution("code for CUDA", "taken", "not taken: where code asks torch for its device, that is a processor")
+    yield Substitution("devices", gpus, "the CPU of this machine, whatever GPUs it has")
+    yield Substitution("code for CUDA", "taken", "not taken: if code asks torch for its device, that is the CPU")
     yield Substitution(
         "hub", "asked for files, with a token and an accepted licence", "not asked: no download, no token"
     )

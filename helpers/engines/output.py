@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from helpers import plots
 from helpers.engines.catalogue import KINDS
 from helpers.engines.measure import Row
+from helpers.figures.speed import engine_speeds
+from helpers.figures.style import png
 from helpers.files import write_json, write_text
 from helpers.progress import human
 
@@ -53,7 +54,7 @@ def write(folder: Path, conditions: Conditions, rows: Sequence[Row], *, figure: 
     write_json(folder / "bench.json", {**asdict(conditions), "rows": [asdict(row) for row in rows]})
     write_text(folder / "bench.md", page(conditions, rows))
     if figure and any(row.decode for row in rows):
-        (folder / "bench.png").write_bytes(plots.png(plots.engine_speeds(rows, titles(), conditions.subject)))
+        (folder / "bench.png").write_bytes(png(engine_speeds(rows, titles(), conditions.subject)))
 
 
 def titles() -> dict[str, str]:

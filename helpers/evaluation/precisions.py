@@ -179,7 +179,7 @@ class PrecisionStudy:
         return verdicts
 
     def figure_rows(self) -> list[dict[str, str | float | None]]:
-        """Rows for ``plots.precision_comparison``: size, speed of a single reply and perplexity by precision."""
+        """Rows for ``figures.precision_comparison``: size, speed of a single reply and perplexity by precision."""
         decoding = self._decoding_speeds()
         rows = []
         for precision in self.precisions:
@@ -193,7 +193,7 @@ class PrecisionStudy:
         return rows
 
     def quality_rows(self) -> list[dict[str, str | float | Interval]]:
-        """Rows for ``plots.quality_against_bytes``: the share of bf16's bytes and the change of bits per byte."""
+        """Rows for ``figures.quality_against_bytes``: the share of bf16's bytes and the change of bits per byte."""
         rows: list[dict[str, str | float | Interval]] = []
         for (measure, precision), pair in self.pairs.items():
             if measure == "text":

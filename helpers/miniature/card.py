@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
-from helpers import plots
 from helpers.evaluation import perplexity
+from helpers.figures.replies import loss_curve
+from helpers.figures.style import png
 from helpers.loading import load, unload
 from helpers.miniature import quality
 from helpers.miniature.texts import read_text, read_texts
@@ -64,7 +65,7 @@ def curve(log: Path, subject: str) -> Figure:
         step = before + row["step"]
         last = max(last, step)
         points.append(_CurvePoint(step, row.get("loss"), row.get("held_out_loss")))
-    return plots.loss_curve(points, last, subject, title="Loss while training")
+    return loss_curve(points, last, subject, title="Loss while training")
 
 
 def write(models: Path, figures: Mapping[str, Any]) -> None:
@@ -72,7 +73,7 @@ def write(models: Path, figures: Mapping[str, Any]) -> None:
     folder = models / "falcon-mini"
     (folder / _QUALITY).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for name in ("falcon-mini", "falcon-mini-chat"):
-        (models / name / _CURVE).write_bytes(plots.png(curve(models / name / LOG, name)))
+        (models / name / _CURVE).write_bytes(png(curve(models / name / LOG, name)))
     (folder / "README.md").write_text(text(folder), encoding="utf-8")
 
 

@@ -36,7 +36,7 @@ seed = 0  # nothing is drawn at random here; one -p seed=... serves all notebook
 # with the word *stand-in*.
 
 # %%
-from helpers import exercises, hardware, loading, memory, plots, profiles, results, widgets
+from helpers import exercises, figures, hardware, loading, memory, panels, profiles, results
 
 loading.tidy_output()
 settings = profiles.load_profile(profile)
@@ -122,7 +122,7 @@ results.record("compute_ratio_to_llama", ratio, "x", claim="A6", agrees=abs(rati
 
 # %%
 compute = {"Falcon-180B": falcon_flop, "Llama-2-70B": llama_flop}
-results.record_figure("training_compute", plots.training_compute(compute))
+results.record_figure("training_compute", figures.training_compute(compute))
 
 # %% [markdown]
 # *Four times* is rounded down. *Less than one epoch* (A2) can be checked too: 85% of the tokens are RefinedWeb's, which holds five
@@ -178,7 +178,7 @@ results.record("kv_bytes_232_heads", all_heads, "bytes/token", claim="A8")
 # %%
 ways = {"8 heads": eight, "232 heads": all_heads}
 results.record_figure(
-    "cache_growth", plots.cache_growth(ways, config.max_position_embeddings, "Falcon-180B")
+    "cache_growth", figures.cache_growth(ways, config.max_position_embeddings, "Falcon-180B")
 )
 
 # %% [markdown]
@@ -214,7 +214,7 @@ for row in machines_table.to_dict("records"):
 # %%
 estimates = {p: memory.estimate(config, p) for p in ("bf16", "int8", "nf4")}
 machines = {"8x A100 80GB": 8 * 80e9, "8x A100 40GB": 8 * 40e9, "2x A100 80GB": 2 * 80e9}
-figure = plots.memory_by_precision(list(estimates.values()), machines, "Falcon-180B")
+figure = figures.memory_by_precision(list(estimates.values()), machines, "Falcon-180B")
 results.record_figure("memory_by_precision", figure)
 
 # %%
@@ -229,7 +229,7 @@ results.recorded().tail(3)
 # settings instead of sliders.
 
 # %%
-widgets.memory_planner()
+panels.memory_planner()
 
 # %% [markdown]
 # ## 5 · What this machine can run

@@ -32,7 +32,7 @@ prompt = "My name is Pedro, I live in"
 max_new_tokens = 50
 
 # %%
-from helpers import exercises, generation, hardware, loading, memory, plots, profiles, results
+from helpers import exercises, figures, generation, hardware, loading, memory, profiles, results
 from helpers.types import Sampling
 
 loading.tidy_output()
@@ -111,7 +111,7 @@ for key in flags + sizes:
 
 # %%
 anatomy = memory.parameter_table(published)
-results.record_figure("anatomy", plots.parameter_breakdown(anatomy, "Falcon-180B"))
+results.record_figure("anatomy", figures.parameter_breakdown(anatomy, "Falcon-180B"))
 
 # %% [markdown]
 # Four fifths are in the MLPs. Attention's keys and values, the part that multi-query attention shrinks, are 0.7% of all: 80
@@ -146,7 +146,7 @@ device_map = infer_auto_device_map(
 # %%
 placement = memory.place(published, "bf16", gpus=[80e9] * 8)
 print("fits" if placement.fits else f"does not fit: it {placement.shortfall}")
-figure = plots.placement(
+figure = figures.placement(
     placement, dict.fromkeys(range(8), 80e9), "Falcon-180B in bf16 on 8x A100 80GB"
 )
 results.record_figure("placement", figure)
@@ -220,7 +220,7 @@ temperatures = (0.3, 0.6, 1.0, 1.5)
 by_temperature = {
     t: generation.next_token_probabilities(loaded, prompt, k=8, temperature=t) for t in temperatures
 }
-figure = plots.next_token_probabilities(by_temperature, settings.falcon.label)
+figure = figures.next_token_probabilities(by_temperature, settings.falcon.label)
 results.record_figure("temperature", figure)
 
 # %% [markdown]
@@ -252,7 +252,7 @@ for piece in generation.stream(loaded, prompt, sampling):
     print(piece, end="", flush=True)
 
 # %%
-results.record_figure("token_times", plots.token_times(times, settings.falcon.label))
+results.record_figure("token_times", figures.token_times(times, settings.falcon.label))
 
 # %% [markdown]
 # ## 7 · The cache, weighed
@@ -316,7 +316,7 @@ narrow = FalconConfig(
 )  # fmt: skip
 rows = bench.compare_caches(narrow, contexts=(128, 512, 1900), batch_sizes=(1, 4), repeats=3)
 subject = "a Falcon of random weights, 4 layers, 64 query and 4 key-value heads, bf16, CPU"
-results.record_figure("cache_speed", plots.cache_speed(rows, subject))
+results.record_figure("cache_speed", figures.cache_speed(rows, subject))
 
 # %%
 last = {row.cache: row for row in rows}  # batch 4, 1900 tokens

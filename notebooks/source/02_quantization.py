@@ -39,13 +39,12 @@ repeats = 3
 
 # %%
 import inspect
-from pathlib import Path
-from tempfile import TemporaryDirectory
 import pandas as pd
 import torch
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from helpers import bench, evaluation, exercises, loading, memory, plots, profiles
-from helpers import quantization, quantization_by_hand as by_hand, results
+from helpers import bench, evaluation, exercises, loading, memory, profiles, quantization, quantization_by_hand as by_hand, results
 
 loading.tidy_output()
 settings = profiles.load_profile(profile)
@@ -106,7 +105,7 @@ for threshold in (6.0, 1e9):
 
 # %% tags=["record"]
 scaled = by_hand.scaled_blocks(weight).numpy()
-figure = plots.nf4_code(quantization.nf4_code(), scaled, mini.label, quantization.NF4_TAIL)
+figure = figures.nf4_code(quantization.nf4_code(), scaled, mini.label, quantization.NF4_TAIL)
 display(results.record_figure("nf4_code", figure))
 for rule in (by_hand.nf4, by_hand.double_quantized, by_hand.nf4_equals_bitsandbytes):
     print(inspect.getsource(rule))
@@ -187,7 +186,7 @@ errors = {}
 for p in ("bf16", "int8", "nf4"):
     errors[p] = quantization.layer_errors(full.model, loading.load(mini, p).model, ids)
 results.record("nf4_weight_error", round(errors["nf4"][0].weight, 4), "relative")
-results.record_figure("layer_errors", plots.layer_errors(errors, mini.label))
+results.record_figure("layer_errors", figures.layer_errors(errors, mini.label))
 
 # %% [markdown]
 # ## 7 · The price in quality
@@ -221,10 +220,10 @@ display(falcon.table(), llama.table())
 
 # %%
 for side, study in {"falcon": falcon, "llama": llama}.items():
-    figure = plots.precision_comparison(study.figure_rows(), study.ref.label)
+    figure = figures.precision_comparison(study.figure_rows(), study.ref.label)
     display(results.record_figure(f"{side}_by_precision", figure))
 if distances := falcon.logit_distances():
-    figure = plots.logit_differences(distances, falcon.ref.label)
+    figure = figures.logit_differences(distances, falcon.ref.label)
     display(results.record_figure("logit_differences", figure))
 
 # %% [markdown]
@@ -242,7 +241,7 @@ for name, measured in values.items():
     results.record(name, **vars(measured))
 display(falcon.changes(), llama.changes())
 sides = {study.ref.label: study.quality_rows() for study in (falcon, llama)}
-figure = plots.quality_against_bytes(sides, " and ".join(sides), evaluation.ALMOST_NONE["text"])
+figure = figures.quality_against_bytes(sides, " and ".join(sides), evaluation.ALMOST_NONE["text"])
 results.record_figure("quality_against_bytes", figure)
 
 # %% [markdown]
@@ -265,7 +264,7 @@ results.record_figure("quality_against_bytes", figure)
 # %% tags=["record"]
 for side, study in {"falcon": falcon, "llama": llama}.items():
     rows, in_turn = study.speeds.rows, study.speeds.interleaved
-    figure = plots.speed_against_bytes(rows, study.ref.label, interleaved=in_turn)
+    figure = figures.speed_against_bytes(rows, study.ref.label, interleaved=in_turn)
     display(study.speeds.table(), results.record_figure(f"{side}_speed_against_bytes", figure))
 for name, measured in falcon.speed_values("A19").items():
     display(results.record(name, **vars(measured)))

@@ -30,8 +30,8 @@ question = "What do you like to do on the weekend?"
 max_new_tokens = 60
 
 # %%
-from helpers import chat, decoding, exercises, generation, loading, profiles, prompts, results
-from helpers import widgets
+from helpers import chat, decoding, exercises, generation, loading
+from helpers import panels, profiles, prompts, results
 from helpers.types import Sampling
 
 loading.tidy_output()
@@ -119,7 +119,7 @@ print(repr(rendered))
 # And this is what the model reads: tokens. Hover over one to see its id.
 
 # %%
-widgets.tokens_html(talker.tokenizer, talker.tokenizer(talker.format.render(messages))["input_ids"])
+panels.tokens_html(talker.tokenizer, talker.tokenizer(talker.format.render(messages))["input_ids"])
 
 # %% [markdown]
 # ## 3 · The printed `format_prompt` is wrong
@@ -277,7 +277,7 @@ results.record("fit_keeps_system", kept[0] == messages[0])
 # %%
 script = ["Hello! How are you?", "What did you do today?", "Tell me a story about a little bird."]
 panel_chat = chat.Chat(talker, sampling=sampling, decoding=way)
-widgets.chat_panel(panel_chat, script=script)
+panels.chat_panel(panel_chat, script=script)
 
 # %% [markdown]
 # ## What you saw

@@ -35,8 +35,8 @@ import inspect
 from dataclasses import replace
 from pathlib import Path
 
-from helpers import comparison, evaluation, exercises, loading, memory
-from helpers import plots, profiles, prompts, results, widgets
+from helpers import comparison, evaluation, exercises, figures, loading
+from helpers import memory, panels, profiles, prompts, results
 from helpers.types import ModelRef, Sampling
 
 loading.tidy_output()
@@ -79,7 +79,7 @@ with comparison.opened(models["falcon"], settings.precision) as loaded:
 asked = comparison.read_items(Path("data/comparison_prompts.jsonl"))
 greedy = Sampling(temperature=0, max_new_tokens=max_new_tokens, seed=seed)
 talk = comparison.compare(asked, models, greedy, precision=settings.precision)
-widgets.replies_html(talk)
+panels.replies_html(talk)
 
 # %% [markdown]
 # Speed, time to the first token and memory, medians over these replies. The weights are not all that a conversation takes: each
@@ -134,7 +134,7 @@ print("CONCISE_WORDS =", comparison.CONCISE_WORDS)
 short = Sampling(temperature=0, max_new_tokens=24, seed=seed)
 test = comparison.compare(items, models, short, precision=settings.precision, batch_size=batch_size)
 saddles = [number for number, item in enumerate(items) if "saddle" in item.question]
-widgets.replies_html(test, saddles)
+panels.replies_html(test, saddles)
 
 # %% [markdown]
 # A share of so many items is an estimate; the interval (95%, Wilson's) says how far it may be off by chance. It takes the items for
@@ -146,7 +146,7 @@ scores.round(3)
 
 # %%
 subject = " and ".join(test.labels.values())
-results.record_figure("scores", plots.score_intervals(scores, subject))
+results.record_figure("scores", figures.score_intervals(scores, subject))
 
 # %%
 for side in test.sides:
@@ -306,7 +306,7 @@ harness.table()
 
 # %%
 script = ["Is a saddle an animal?", "What is your favorite food?"]
-widgets.comparison_panel(models, greedy, script=script, precision=settings.precision)
+panels.comparison_panel(models, greedy, script=script, precision=settings.precision)
 
 # %% [markdown]
 # ## 6 · What stand-ins can tell

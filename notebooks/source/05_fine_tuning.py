@@ -41,8 +41,8 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from helpers import comparison, evaluation, exercises, finetuning, loading, plots
-from helpers import profiles, quantization, results, widgets
+from helpers import comparison, evaluation, exercises, figures, finetuning
+from helpers import loading, panels, profiles, quantization, results
 from helpers.types import Sampling
 
 loading.tidy_output()
@@ -147,7 +147,7 @@ for message in train[0]:
 
 # %%
 found = finetuning.examples(loaded, train)
-widgets.trained_tokens_html(loaded.tokenizer, found[0])
+panels.trained_tokens_html(loaded.tokenizer, found[0])
 
 # %%
 counts = finetuning.token_counts(found)
@@ -182,8 +182,8 @@ recipe
 
 # %%
 label = settings.falcon_chat.label
-draw = partial(plots.loss_curve, steps=steps, subject=f"{label}, nf4, LoRA rank {rank}")
-curve = widgets.LiveCurve(draw)
+draw = partial(figures.loss_curve, steps=steps, subject=f"{label}, nf4, LoRA rank {rank}")
+curve = panels.LiveCurve(draw)
 tuned = finetuning.finetune(loaded, train, recipe, work, held_out=held_out, on_point=curve.update)
 curve.finish(tuned.history)
 
@@ -212,11 +212,11 @@ results.record("training_processes", tuned.processes, "processes")
 after = comparison.compare(items, {"after": tuned.loaded}, short, batch_size=questions_at_once)
 both = before.beside(after)
 shown = [number for number, item in enumerate(items) if "saddle" in item.question]
-widgets.replies_html(both, shown)
+panels.replies_html(both, shown)
 
 # %%
 scores = both.scores()
-results.record_figure("before_after", plots.score_intervals(scores, f"{label}, nf4"))
+results.record_figure("before_after", figures.score_intervals(scores, f"{label}, nf4"))
 
 # %%
 for side in both.sides:

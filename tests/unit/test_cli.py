@@ -3,14 +3,16 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 from typer.testing import CliRunner
 
-from helpers import cli, runner
+from helpers import __version__, cli, runner
 from helpers.runner import execution, folder
+from helpers.types import ROOT
 
 PARAMETERS = 'profile = "laptop"\nseed = 0'
 
@@ -50,6 +52,7 @@ def workbook(*arguments):
         (["run", "--only", "00,07"], ["'07'"]),
         (["run", "-p", "seed=x"], ["seed must be a whole number"]),
         (["run", "-p", "seed"], ["name=value"]),
+        (["run", "--parameter", "sed=1"], ["sed", "profile, seed"]),
         (["run", "--profile", "9x9gb"], ["9x9gb", "laptop"]),
         (["run", "--resume", "nowhere"], ["nowhere is not a run folder"]),
         (["report", "nowhere"], ["nowhere is not a run folder"]),
@@ -85,7 +88,7 @@ def test_a_run_from_start_to_expected_values(project):
     lines = failed.stdout.splitlines()
     assert "passed  00_start_here" in lines
     assert "FAILED  01_loading: error in cell 3: ValueError: boom" in lines
-    advice = [line for line in lines if line.startswith("Go on with what did not pass: ")]
+    advice = [line for line in lines if line.startswith("Resume the notebooks that did not pass: ")]
     assert len(advice) == 1
     assert advice[0].endswith(f"workbook run --resume runs/{run.name}")
     assert lines[-1] == f"Report: {run / 'report.html'}"
@@ -204,3 +207,33 @@ def test_lab_is_this_environment_s_on_the_notebooks(monkeypatch):
     assert command[1:3] == ["-m", "jupyterlab"]
     assert importlib.util.find_spec("jupyterlab")
     assert any(option.endswith("/lab/tree/notebooks/00_start_here.ipynb") for option in command)
+
+
+def test_the_version_is_that_of_the_module():
+    result = workbook("--version")
+    assert (result.exit_code, result.stdout) == (0, f"workbook {__version__}\n")
+    assert 'version = { attr = "helpers.__version__" }' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_the_help_tells_users_commands_from_maintainers():
+    users, maintainers = workbook("--help").stdout.split("For maintainers")
+    for text, names in [
+        (users, "doctor plan fetch run report check diff lab leaderboard bench"),
+        (maintainers, "render expect train-mini evaluate-mini"),
+    ]:
+        listed = [line.split()[1] for line in text.splitlines() if line.startswith("│ ") and line[2] not in " -"]
+        assert listed == names.split()
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["plan"], ["doctor"], ["lab"]])
+def test_outside_a_checkout_every_command_says_in_a_sentence_that_it_needs_one(tmp_path, arguments):
+    """As from a wheel: the module alone, without env/ and notebooks/."""
+    shutil.copytree(ROOT / "helpers", tmp_path / "helpers", ignore=shutil.ignore_patterns("__pycache__"))
+    code = f"from helpers.cli import app; app({arguments!r})"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: This command needs the workbook's checkout")
+    assert len(done.stderr.splitlines()) == 1

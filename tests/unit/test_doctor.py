@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from helpers import cli, doctor, hardware, loading, memory, planning, profiles, rehearsal
+from helpers import cli, doctor, hardware, loading, memory, planning, profiles, rehearsal, software
+from helpers.driver import Driver, DriverError, GpuProcess, ask_driver, read_driver
+from helpers.finding import Finding
 from helpers.types import GIB, ROOT, Gpu, Machine
 
 BOX = profiles.load_profile("8x80gb")
@@ -89,20 +91,20 @@ def only(findings):
 
 
 def test_what_nvidia_smi_says_is_read():
-    driver = doctor.read_driver(SMI)
+    driver = read_driver(SMI)
     assert (driver.version, driver.cuda) == ("580.95.05", "13.0")
     assert [gpu.total_bytes for gpu in driver.gpus] == [80 * GIB] * 2
     assert driver.gpus[0].free_bytes == 81286 * 2**20
     assert driver.gpus[0].processes == ()
     assert driver.gpus[1].processes == (
-        doctor.GpuProcess(4711, "python3", 40000 * 2**20),
-        doctor.GpuProcess(12, "Xorg", 10 * 2**20),
+        GpuProcess(4711, "python3", 40000 * 2**20),
+        GpuProcess(12, "Xorg", 10 * 2**20),
     )
 
 
 def test_a_memory_that_the_driver_does_not_tell_is_unknown():
     text = SMI.replace("40000 MiB", "N/A")
-    assert doctor.read_driver(text).gpus[1].processes[0].used_bytes is None
+    assert read_driver(text).gpus[1].processes[0].used_bytes is None
 
 
 @pytest.fixture
@@ -115,13 +117,13 @@ def nvidia_smi(tmp_path, monkeypatch):
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
         (tmp_path / "smi.xml").write_text(SMI)
         monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-        return doctor.ask_driver()
+        return ask_driver()
 
     return put
 
 
 def test_nvidia_smi_is_asked_for_xml(nvidia_smi, tmp_path):
-    assert nvidia_smi(f'[ "$*" = "-q -x" ] && cat {tmp_path}/smi.xml') == doctor.read_driver(SMI)
+    assert nvidia_smi(f'[ "$*" = "-q -x" ] && cat {tmp_path}/smi.xml') == read_driver(SMI)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_nvidia_smi_is_asked_for_xml(nvidia_smi, tmp_path):
 )
 def test_a_driver_that_fails_is_named_with_its_own_words(nvidia_smi, script, words):
     error = nvidia_smi(script)
-    assert isinstance(error, doctor.DriverError)
+    assert isinstance(error, DriverError)
     assert words in str(error)
     finding = only(doctor.check_driver(BOX, error, 0, "2.13.0", "13.0"))
     assert (finding.status, finding.found) == ("fail", str(error))
@@ -143,7 +145,7 @@ def test_a_driver_that_fails_is_named_with_its_own_words(nvidia_smi, script, wor
 
 def test_without_a_driver_a_profile_for_gpus_fails_and_the_laptop_does_not(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    error = doctor.ask_driver()
+    error = ask_driver()
     assert "no NVIDIA driver" in str(error)
     assert only(doctor.check_driver(LAPTOP, error, 0, "2.13.0+cpu", None)).status == "skipped"
     assert only(doctor.check_driver(BOX, error, 0, "2.13.0+cpu", None)).status == "fail"
@@ -160,7 +162,7 @@ def test_without_a_driver_a_profile_for_gpus_fails_and_the_laptop_does_not(monke
     ],
 )
 def test_torch_and_driver_must_fit(cuda, usable, status, words):
-    finding = only(doctor.check_driver(BOX, doctor.read_driver(SMI), usable, "2.13.0", cuda))
+    finding = only(doctor.check_driver(BOX, read_driver(SMI), usable, "2.13.0", cuda))
     assert finding.status == status
     assert words in finding.found
     assert bool(finding.advice) == (status != "ok")
@@ -178,9 +180,9 @@ def test_the_machine_fails_exactly_where_the_runner_would_refuse_it(name, here):
 
 
 def test_enough_free_memory_is_ok_and_another_process_is_named():
-    idle = doctor.Driver("580.95.05", "13.0", (doctor.read_driver(SMI).gpus[0],) * 8)
+    idle = Driver("580.95.05", "13.0", (read_driver(SMI).gpus[0],) * 8)
     assert only(doctor.check_free_memory(BOX, machine(), idle)).status == "ok"
-    busy = replace(idle, gpus=(*idle.gpus[:7], doctor.read_driver(SMI).gpus[1]))
+    busy = replace(idle, gpus=(*idle.gpus[:7], read_driver(SMI).gpus[1]))
     finding = only(doctor.check_free_memory(BOX, machine(), busy))
     assert finding.status == "warn"
     assert "python3 (process 4711) holds 39.1 GiB of GPU 7" in finding.found
@@ -188,7 +190,7 @@ def test_enough_free_memory_is_ok_and_another_process_is_named():
 
 
 def test_too_little_free_memory_fails_and_says_by_how_much():
-    finding = only(doctor.check_free_memory(BOX, machine(free=40e9), doctor.read_driver(SMI)))
+    finding = only(doctor.check_free_memory(BOX, machine(free=40e9), read_driver(SMI)))
     assert finding.status == "fail"
     assert "falcon-180B needs" in finding.found
     assert "falcon-180B-chat needs" in finding.found
@@ -198,7 +200,7 @@ def test_too_little_free_memory_fails_and_says_by_how_much():
 def test_models_that_share_the_gpus_must_fit_together_as_in_the_plan_and_the_rehearsal(free):
     """In bf16 both chat models hold 510e9 bytes: eight GPUs with 62e9 free have room for either, not for both."""
     here = machine(free=free)
-    finding = only(doctor.check_free_memory(BOX, here, doctor.DriverError("not asked")))
+    finding = only(doctor.check_free_memory(BOX, here, DriverError("not asked")))
     smaller = replace(BOX, requires=replace(BOX.requires, gpu_bytes=int(free)))
     planned = planning.plan_profile(smaller, planning.Here("/", 0, None))
     assert (finding.status == "ok") == planned.fits == (free >= 70e9)
@@ -219,14 +221,14 @@ def test_models_on_a_laptop_share_its_memory():
     )
     for ram, status in [(needed / 0.95 + 1e6, "ok"), (needed / 0.95 - 1e6, "fail")]:
         here = replace(machine(gpus=0), ram_available_bytes=int(ram))
-        finding = only(doctor.check_free_memory(LAPTOP, here, doctor.DriverError("none")))
+        finding = only(doctor.check_free_memory(LAPTOP, here, DriverError("none")))
         assert finding.status == status
     assert "of memory left by falcon-mini" in finding.found
 
 
 def test_memory_that_nobody_visible_holds_is_told():
-    hidden = replace(doctor.read_driver(SMI).gpus[1], processes=())
-    finding = only(doctor.check_free_memory(BOX, machine(), doctor.Driver("580", "13.0", (hidden,) * 8)))
+    hidden = replace(read_driver(SMI).gpus[1], processes=())
+    finding = only(doctor.check_free_memory(BOX, machine(), Driver("580", "13.0", (hidden,) * 8)))
     assert finding.status == "warn"
     assert "39.7 GiB of GPU 0 are held by nothing that can be seen from here" in finding.found
 
@@ -288,7 +290,7 @@ def test_a_model_of_the_hub_is_here_only_with_all_its_files(tmp_path, monkeypatc
     assert (finding.status, finding.advice) == ("warn", "Fetch them: workbook fetch --profile 8x80gb")
     assert "tiny: not all files are here" in finding.found
     save_file({"2.weight": torch.zeros(9)}, snapshot / names["2.weight"])
-    assert only(doctor.check_models(one, left)) == doctor.Finding("models", "ok", "tiny: here")
+    assert only(doctor.check_models(one, left)) == Finding("models", "ok", "tiny: here")
 
 
 def test_a_gpu_that_gives_no_context_and_a_cache_that_cannot_be_read_are_findings(monkeypatch):
@@ -444,19 +446,19 @@ def test_a_profile_without_the_hub_asks_nobody(hub):
 
 
 def test_the_packages_here_are_those_of_the_lock():
-    finding = only(doctor.check_versions())
+    finding = only(software.check_versions())
     assert (finding.status, finding.advice) == ("ok", ""), finding.found
 
 
 def test_packages_that_differ_or_lack_are_named(tmp_path):
     lock = tmp_path / "cpu.txt"
     lock.write_text("# head\n--extra-index-url x\npip==0.1  # via y\nno-such-thing==2 ; sys_platform == 'win32'\n")
-    finding = only(doctor.check_versions(lock))
+    finding = only(software.check_versions(lock))
     assert finding.status == "warn"
     assert finding.found.startswith("pip ")
     assert finding.found.endswith(", not 0.1")
     lock.write_text("no-such-thing==2\npip==0.1\n")
-    finding = only(doctor.check_versions(lock))
+    finding = only(software.check_versions(lock))
     assert finding.status == "fail"
     assert finding.found.startswith("no-such-thing 2 is not installed, pip ")
 
@@ -485,9 +487,9 @@ def test_the_error_of_a_product_is_that_of_the_format(precision, rest):
     weight, inputs = (torch.randn(rows, 256, generator=random).numpy().astype(float) for rows in (256, 16))
     exact = inputs @ weight.T
     by_hand = np.linalg.norm(inputs @ rounded(weight, precision).T - exact) / np.linalg.norm(exact)
-    measured = doctor.product_error(precision)
+    measured = software.product_error(precision)
     assert abs(measured - by_hand) < rest
-    low, high = doctor.PRODUCT_ERRORS[precision]
+    low, high = software.PRODUCT_ERRORS[precision]
     assert low < measured < high
 
 
@@ -504,29 +506,30 @@ def test_a_layer_that_is_not_quantized_fails(monkeypatch):
         layer.load_state_dict({"weight": weight})
         return layer
 
-    monkeypatch.setattr(doctor, "_quantized_linear", plain)
+    monkeypatch.setattr(software, "_quantized_linear", plain)
     assert next(iter(doctor.check_quantization(LAPTOP, ["cpu"]))).status == "fail"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_on_a_gpu():
-    driver = doctor.ask_driver()
+    driver = ask_driver()
     assert len(driver.gpus) >= torch.cuda.device_count()
-    for precision, (low, high) in doctor.PRODUCT_ERRORS.items():
-        assert low < doctor.product_error(precision, "cuda:0") < high
+    for precision, (low, high) in software.PRODUCT_ERRORS.items():
+        assert low < software.product_error(precision, "cuda:0") < high
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_a_check_that_breaks_off_is_a_finding(monkeypatch):
-    def broken():
+def test_a_check_that_fails_itself_is_a_finding(monkeypatch):
+    def broken(*_):
         raise RuntimeError("libcudart.so is missing\nand more")
 
-    finding = only(doctor._guarded("bitsandbytes", broken))
-    assert finding.status == "fail"
-    assert finding.found == "this check broke off: RuntimeError: libcudart.so is missing"
+    monkeypatch.setattr(doctor, "check_quantization", broken)
+    finding = doctor.examine(LAPTOP)[-1]
+    assert (finding.name, finding.status) == ("bitsandbytes", "fail")
+    assert finding.found == "this check failed unexpectedly: RuntimeError: libcudart.so is missing"
 
 
 def test_an_unknown_profile_is_a_usage_error():
@@ -537,9 +540,9 @@ def test_an_unknown_profile_is_a_usage_error():
 
 @pytest.mark.parametrize("columns", [80, 160])
 def test_findings_are_shown_whole_at_any_width(monkeypatch, columns):
-    long = doctor.Finding("login", "warn", "no token", f"Models need one. {doctor.NEW_TOKEN}")
+    long = Finding("login", "warn", "no token", f"Models need one. {doctor.NEW_TOKEN}")
     monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setattr(doctor, "examine", lambda _: [doctor.Finding("memory", "fail", "needs 59.6 GiB", "x"), long])
+    monkeypatch.setattr(doctor, "examine", lambda _: [Finding("memory", "fail", "needs 59.6 GiB", "x"), long])
     result = CliRunner().invoke(cli.app, ["doctor", "--profile", "8x80gb"])
     assert result.exit_code == 1
     assert max(map(len, result.stdout.splitlines())) <= columns

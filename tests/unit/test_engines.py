@@ -15,7 +15,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from helpers import cli, hardware, loading, plots
+from helpers import cli, figures, hardware, loading
 from helpers.bench import Spread
 from helpers.engines import cases, catalogue, convert, measure, output, session
 from helpers.engines.cases import Case, Subject
@@ -480,7 +480,7 @@ def test_the_figure_shows_each_engine_with_its_spread_and_the_limit():
         measure.timed(row(engine=engine, context=context, batch_size=size, limit=99), [(0.5, 1.5), (0.5, 1.75)])
         for engine in ("plain", "default") for context in (128, 1900) for size in (1, 4)
     ]  # fmt: skip
-    figure = plots.engine_speeds([*rows, row(engine="vllm", lacks="not installed")], output.titles(), "two cores")
+    figure = figures.engine_speeds([*rows, row(engine="vllm", lacks="not installed")], output.titles(), "two cores")
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["batch 1", "batch 4", "batch 3"]
     first = figure.axes[0]
     assert [tick.get_text() for tick in first.get_xticklabels()] == ["context 128", "context 1,900"]

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from helpers import plots
+from helpers import figures
 from helpers.bench import CacheRow, SpeedRow, Spread
 from helpers.finetuning import Point
 from helpers.generation import Candidate
@@ -35,24 +35,24 @@ SCORES = [
     for rule in ("correct", "concise")
 ]
 FIGURES = {
-    "parameter_breakdown": lambda: plots.parameter_breakdown({"parameters": {"MLP": 75, "attention": 25}}, SUBJECT),
-    "memory_by_precision": lambda: plots.memory_by_precision([MemoryEstimate("bf16", "inference", GIB)], {}, SUBJECT),
-    "placement": lambda: plots.placement(Placement({}, {0: GIB}), {0: 2 * GIB}, SUBJECT),
-    "cache_speed": lambda: plots.cache_speed(CACHE_ROWS, SUBJECT),
-    "cache_growth": lambda: plots.cache_growth({"232 heads": 4_751_360, "8 heads": 163_840}, 2048, SUBJECT),
-    "next_token_probabilities": lambda: plots.next_token_probabilities({0.6: [Candidate(" a", 0.7, 1)]}, SUBJECT),
-    "precision_comparison": lambda: plots.precision_comparison(ROWS, SUBJECT),
-    "precision_comparison_long_reason": lambda: plots.precision_comparison([LACKING, *ROWS[1:]], SUBJECT),
-    "logit_differences": lambda: plots.logit_differences({"int8": 0.03, "nf4": 0.0}, SUBJECT),
-    "score_intervals": lambda: plots.score_intervals(SCORES, SUBJECT),
-    "loss_curve": lambda: plots.loss_curve([Point(5, 2.0)], 10, SUBJECT),
-    "token_times": lambda: plots.token_times([0.08, 0.09, 0.102], SUBJECT),
-    "nf4_code": lambda: plots.nf4_code(nf4_code(), [0.0, 0.5, 1.0], SUBJECT, NF4_TAIL),
-    "layer_errors": lambda: plots.layer_errors({"nf4": [LayerError("h.0.dense", 0.1, 0.2, 0, 8)]}, SUBJECT),
-    "quality_against_bytes": lambda: plots.quality_against_bytes(
+    "parameter_breakdown": lambda: figures.parameter_breakdown({"parameters": {"MLP": 75, "attention": 25}}, SUBJECT),
+    "memory_by_precision": lambda: figures.memory_by_precision([MemoryEstimate("bf16", "inference", GIB)], {}, SUBJECT),
+    "placement": lambda: figures.placement(Placement({}, {0: GIB}), {0: 2 * GIB}, SUBJECT),
+    "cache_speed": lambda: figures.cache_speed(CACHE_ROWS, SUBJECT),
+    "cache_growth": lambda: figures.cache_growth({"232 heads": 4_751_360, "8 heads": 163_840}, 2048, SUBJECT),
+    "next_token_probabilities": lambda: figures.next_token_probabilities({0.6: [Candidate(" a", 0.7, 1)]}, SUBJECT),
+    "precision_comparison": lambda: figures.precision_comparison(ROWS, SUBJECT),
+    "precision_comparison_long_reason": lambda: figures.precision_comparison([LACKING, *ROWS[1:]], SUBJECT),
+    "logit_differences": lambda: figures.logit_differences({"int8": 0.03, "nf4": 0.0}, SUBJECT),
+    "score_intervals": lambda: figures.score_intervals(SCORES, SUBJECT),
+    "loss_curve": lambda: figures.loss_curve([Point(5, 2.0)], 10, SUBJECT),
+    "token_times": lambda: figures.token_times([0.08, 0.09, 0.102], SUBJECT),
+    "nf4_code": lambda: figures.nf4_code(nf4_code(), [0.0, 0.5, 1.0], SUBJECT, NF4_TAIL),
+    "layer_errors": lambda: figures.layer_errors({"nf4": [LayerError("h.0.dense", 0.1, 0.2, 0, 8)]}, SUBJECT),
+    "quality_against_bytes": lambda: figures.quality_against_bytes(
         {SUBJECT: [{"precision": "nf4", "share": 0.4, "change": Interval(0.01, 0.0, 0.02)}]}, SUBJECT, 0.02
     ),
-    "speed_against_bytes": lambda: plots.speed_against_bytes(
+    "speed_against_bytes": lambda: figures.speed_against_bytes(
         [SpeedRow("m", "nf4", 1, 8, 4, 3, 9, 9, 1e9, *[Spread(1.0, 1.0, 1.0)] * 3, 1)], SUBJECT, interleaved=True
     ),
 }
@@ -94,14 +94,14 @@ def test_nothing_is_cut_off(name):
 def test_the_look_and_pyplot_stay_inside():
     code = (
         "import sys, matplotlib; before = matplotlib.rcParams.copy()\n"
-        "from helpers import plots; plots.token_times([0.1, 0.2], 'x')._repr_png_()\n"
+        "from helpers import figures; figures.token_times([0.1, 0.2], 'x')._repr_png_()\n"
         "assert matplotlib.rcParams.copy() == before and 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_figure_shows_itself_as_a_sharp_picture_on_white():
-    data, metadata = plots.token_times([0.1, 0.2], "x")._repr_png_()
+    data, metadata = figures.token_times([0.1, 0.2], "x")._repr_png_()
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     assert metadata == {"width": 800}
     assert image.width == 1200
@@ -109,7 +109,7 @@ def test_a_figure_shows_itself_as_a_sharp_picture_on_white():
 
 
 def test_parameter_breakdown_of_falcon_180b():
-    figure = plots.parameter_breakdown(parameter_table(published_config("tiiuae/falcon-180B")), SUBJECT)
+    figure = figures.parameter_breakdown(parameter_table(published_config("tiiuae/falcon-180B")), SUBJECT)
     axis = figure.axes[0]
     assert "178.6 B" in figure.get_suptitle()
     matrix = 4 * 14848**2 * 80
@@ -125,7 +125,7 @@ def test_memory_by_precision_stacks_the_parts_that_exist():
         MemoryEstimate("bf16", "inference", weights=332 * GIB, kv_cache=9 * GIB),
         MemoryEstimate("nf4", "inference", weights=87 * GIB, kv_cache=9 * GIB),
     ]
-    axis = plots.memory_by_precision(estimates, {"8x80 GB": 640 * GB}, SUBJECT).axes[0]
+    axis = figures.memory_by_precision(estimates, {"8x80 GB": 640 * GB}, SUBJECT).axes[0]
     assert heights(axis) == [[332, 87], [9, 9]]
     assert legend(axis) == ["weights", "KV cache"]
     assert texts(axis) == ["341", "96", "8x80 GB\n596 GiB"]
@@ -134,30 +134,30 @@ def test_memory_by_precision_stacks_the_parts_that_exist():
 
 
 def test_small_models_are_shown_in_mib():
-    axis = plots.memory_by_precision([MemoryEstimate("bf16", "full", 16 * MIB)], {}, SUBJECT).axes[0]
+    axis = figures.memory_by_precision([MemoryEstimate("bf16", "full", 16 * MIB)], {}, SUBJECT).axes[0]
     assert axis.get_ylabel() == "memory (MiB)"
     assert heights(axis) == [[16]]
 
 
 def test_placement_shows_used_free_and_too_much():
     placed = Placement({}, {0: 60 * GIB, 1: 90 * GIB}, Shortfall(10 * GIB, "2 devices of 80.0 GiB"))
-    figure = plots.placement(placed, {0: 80 * GIB, 1: 80 * GIB}, SUBJECT)
+    figure = figures.placement(placed, {0: 80 * GIB, 1: 80 * GIB}, SUBJECT)
     axis = figure.axes[0]
     assert "2 devices: does not fit" in figure.get_suptitle()
     assert heights(axis) == [[60, 80], [20, 0], [0, 10]]
     assert legend(axis) == ["used", "free", "too much"]
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["GPU 0\n60", "GPU 1\n90"]
-    assert texts(axis) == ["80 GiB\na device"]
+    assert texts(axis) == ["80 GiB\nper device"]
 
 
 def test_placement_over_many_devices_numbers_them():
-    figure = plots.placement(Placement({}, {}), dict.fromkeys(range(64), GIB), SUBJECT)
+    figure = figures.placement(Placement({}, {}), dict.fromkeys(range(64), GIB), SUBJECT)
     assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == [str(device) for device in range(64)]
     assert "64 devices: fits" in figure.get_suptitle()
 
 
 def test_cache_growth_ends_where_the_arithmetic_says():
-    axis = plots.cache_growth({"232 heads": 4_751_360, "8 heads": 163_840}, 2048, SUBJECT).axes[0]
+    axis = figures.cache_growth({"232 heads": 4_751_360, "8 heads": 163_840}, 2048, SUBJECT).axes[0]
     assert [line.get_ydata()[-1] for line in axis.lines] == [9.0625, 0.3125]
     assert texts(axis) == ["232 heads\n9.06 GiB", "8 heads\n0.312 GiB"]
 
@@ -165,7 +165,7 @@ def test_cache_growth_ends_where_the_arithmetic_says():
 def test_next_token_probabilities_has_a_panel_for_each_temperature():
     the, formula = Candidate(" the", 0.75, 1), Candidate("$x$\n", 0.25, 2)
     by_temperature = {0.1: [the._replace(probability=1.0), formula._replace(probability=0.0)], 1.0: [formula, the]}
-    first, second = plots.next_token_probabilities(by_temperature, SUBJECT).axes
+    first, second = figures.next_token_probabilities(by_temperature, SUBJECT).axes
     assert [first.get_title(), second.get_title()] == ["temperature 0.1", "temperature 1"]
     assert [tick.get_text() for tick in first.get_yticklabels()] == ["␣the", "$x$↵"]
     assert widths(first) == [1.0, 0.0]
@@ -174,7 +174,7 @@ def test_next_token_probabilities_has_a_panel_for_each_temperature():
 
 @pytest.mark.parametrize("rows", [ROWS, pd.DataFrame(ROWS)], ids=["dicts", "frame"])
 def test_precision_comparison_shows_what_lacks_memory(rows):
-    axes = plots.precision_comparison(rows, SUBJECT).axes
+    axes = figures.precision_comparison(rows, SUBJECT).axes
     assert [axis.get_title("left") for axis in axes] == [
         "stored weights (MiB)",
         "speed (tokens/s)",
@@ -187,7 +187,7 @@ def test_precision_comparison_shows_what_lacks_memory(rows):
 
 
 def test_a_long_reason_stays_inside_its_panel():
-    figure = plots.precision_comparison([LACKING, *ROWS[1:]], SUBJECT)
+    figure = figures.precision_comparison([LACKING, *ROWS[1:]], SUBJECT)
     FigureCanvasAgg(figure).draw()
     for axis in figure.axes:
         assert axis.texts[-1].get_window_extent().y1 <= axis.get_window_extent().y1
@@ -195,23 +195,23 @@ def test_a_long_reason_stays_inside_its_panel():
 
 
 def test_a_precision_without_a_reason_is_called_not_measured():
-    axis = plots.precision_comparison([{"precision": "fp16"}, ROWS[1]], SUBJECT).axes[0]
+    axis = figures.precision_comparison([{"precision": "fp16"}, ROWS[1]], SUBJECT).axes[0]
     assert "not measured" in texts(axis)
 
 
 def test_logit_differences_marks_exactly_zero():
-    axis = plots.logit_differences({"int8": 0.031, "plain transformers": 0.0}, SUBJECT).axes[0]
+    axis = figures.logit_differences({"int8": 0.031, "plain transformers": 0.0}, SUBJECT).axes[0]
     assert widths(axis) == [0.031, 0.0]
     assert texts(axis) == ["0.031", "exactly 0: nothing was changed"]
 
 
 def test_logit_differences_that_are_all_zero_can_be_drawn():
-    axis = plots.logit_differences({"nf4": 0.0}, SUBJECT, against="fp32").axes[0]
+    axis = figures.logit_differences({"nf4": 0.0}, SUBJECT, against="fp32").axes[0]
     assert axis.get_xlim() == (0, 1)
 
 
 def test_token_times_marks_the_first_and_the_median_of_the_others():
-    axis = plots.token_times([0.080, 0.090, 0.102, 0.152], SUBJECT).axes[0]
+    axis = figures.token_times([0.080, 0.090, 0.102, 0.152], SUBJECT).axes[0]
     assert heights(axis) == [[80], pytest.approx([10, 12, 50])]
     assert axis.lines[0].get_ydata()[0] == pytest.approx(12)
     assert legend(axis)[0] == "median of the others: 12 ms (83 tokens/s)"
@@ -219,12 +219,12 @@ def test_token_times_marks_the_first_and_the_median_of_the_others():
 
 
 def test_one_token_has_no_median():
-    assert len(plots.token_times([0.080], SUBJECT).axes[0].lines) == 0
+    assert len(figures.token_times([0.080], SUBJECT).axes[0].lines) == 0
 
 
 def test_training_compute_of_the_article():
     flop = {"Falcon-180B": 6 * 180e9 * 3.5e12, "Llama-2-70B": 6 * 70e9 * 2e12}
-    figure = plots.training_compute(flop)
+    figure = figures.training_compute(flop)
     axis = figure.axes[0]
     assert widths(axis) == pytest.approx([3.78, 0.84])
     assert texts(axis) == ["3.78 (4.5×)", "0.84 (1.0×)"]
@@ -233,7 +233,7 @@ def test_training_compute_of_the_article():
 
 
 def test_score_intervals_stand_where_the_scores_are():
-    figure = plots.score_intervals(SCORES, SUBJECT)
+    figure = figures.score_intervals(SCORES, SUBJECT)
     correct, concise = figure.axes
     assert (correct.get_title(), concise.get_title()) == ("correct", "concise")
     assert [label.get_text() for label in correct.get_yticklabels()] == ["yes_no", "all"]
@@ -248,18 +248,18 @@ def test_score_intervals_stand_where_the_scores_are():
 
 def test_the_loss_curve_shows_both_losses_over_all_steps():
     history = [Point(0, None, 3.0), Point(5, 2.0), Point(10, 1.0), Point(10, None, 1.5)]
-    (axis,) = plots.loss_curve(history, 20, SUBJECT).axes
+    (axis,) = figures.loss_curve(history, 20, SUBJECT).axes
     training, held_out = axis.lines
     assert (list(training.get_xdata()), list(training.get_ydata())) == ([5, 10], [2.0, 1.0])
     assert (list(held_out.get_xdata()), list(held_out.get_ydata())) == ([0, 10], [3.0, 1.5])
     assert axis.get_xlim() == (0, 20)
     assert legend(axis) == ["training batches, now 1.000", "held-out examples, now 1.500"]
-    assert plots.loss_curve([], 20, SUBJECT).axes[0].lines[:] == []
+    assert figures.loss_curve([], 20, SUBJECT).axes[0].lines[:] == []
 
 
 def test_the_nf4_figure_marks_every_value_on_the_density():
     code = nf4_code()
-    figure = plots.nf4_code(code, [-1.0, 0.0, 0.1, 1.0], SUBJECT, NF4_TAIL)
+    figure = figures.nf4_code(code, [-1.0, 0.0, 0.1, 1.0], SUBJECT, NF4_TAIL)
     (axis,) = figure.axes
     assert texts(axis) == [f"{value:.2f}" for value in code]
     (stems,) = [lines for lines in axis.collections if len(lines.get_segments()) == 16]
@@ -276,16 +276,16 @@ def errors_of(*values):
 
 
 def test_layer_errors_are_grouped_by_kind():
-    weights, outputs = plots.layer_errors({"bf16": errors_of(0, 0), "nf4": errors_of(0.1, 0.2)}, SUBJECT).axes
+    weights, outputs = figures.layer_errors({"bf16": errors_of(0, 0), "nf4": errors_of(0.1, 0.2)}, SUBJECT).axes
     assert [label.get_text() for label in outputs.get_xticklabels()] == ["dense\n2 layers", "up\n2 layers"]
-    curves = [line.get_ydata() for line in outputs.lines if line.get_color() == plots.PALETTE[1]]
+    curves = [line.get_ydata() for line in outputs.lines if line.get_color() == figures.PALETTE[1]]
     assert [list(values) for values in curves] == [[0.2, 0.4], [0.2, 0.4]]
-    assert all(math.isnan(y) for line in weights.lines if line.get_color() == plots.BLUE for y in line.get_ydata())
+    assert all(math.isnan(y) for line in weights.lines if line.get_color() == figures.BLUE for y in line.get_ydata())
     assert weights.get_yscale() == outputs.get_yscale() == "log"
 
 
 def test_logarithmic_ticks_are_plain_numbers():
-    figure = plots.layer_errors({"nf4": errors_of(0.011, 0.3)}, SUBJECT)
+    figure = figures.layer_errors({"nf4": errors_of(0.011, 0.3)}, SUBJECT)
     FigureCanvasAgg(figure).draw()
     shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert {"0.01", "0.02", "0.05"} <= set(shown)
@@ -295,7 +295,7 @@ def test_logarithmic_ticks_are_plain_numbers():
 def test_quality_against_bytes_shows_intervals_and_the_claim():
     changes = {"int8": Interval(0.001, -0.002, 0.004), "nf4": Interval(0.03, 0.02, 0.05)}
     rows = [{"precision": p, "share": s, "change": changes[p]} for p, s in (("int8", 0.6), ("nf4", 0.4))]
-    figure = plots.quality_against_bytes({"one (stand-in)": rows, "other": rows[:1]}, SUBJECT, 0.02)
+    figure = figures.quality_against_bytes({"one (stand-in)": rows, "other": rows[:1]}, SUBJECT, 0.02)
     (axis,) = figure.axes
     first, second = axis.containers
     marks, _, (bars,) = first
@@ -318,7 +318,7 @@ def speed_row(precision, batch_size, stored, speed=None, lacks=""):
 def test_speed_against_bytes_shows_runs_limit_and_the_claim():
     rows = [speed_row("int8", 1, 4 * MIB, 30.0), speed_row("nf4", 1, 2 * MIB, 40.0)]
     rows += [speed_row("int8", 16, 4 * MIB, lacks="lacks 9.5 GiB for this batch"), speed_row("nf4", 16, 2 * MIB, 90.0)]
-    figure = plots.speed_against_bytes(rows, SUBJECT, interleaved=True)
+    figure = figures.speed_against_bytes(rows, SUBJECT, interleaved=True)
     one, many = figure.axes
     assert one.get_title("left") == "batch size 1\nint8 / nf4: 0.75"
     assert " ".join(many.get_title("left").split("\n")[2:]) == "int8 lacks 9.5 GiB for this batch"
@@ -329,4 +329,6 @@ def test_speed_against_bytes_shows_runs_limit_and_the_claim():
     assert sorted(bars.get_segments()[0][:, 1]) == pytest.approx([27, 36])
     assert "much faster" in figure.legends[0].get_title().get_text()
     assert "3 runs each, taken in turn" in figure.get_suptitle()
-    assert "one precision after the other" in plots.speed_against_bytes(rows, SUBJECT, interleaved=False).get_suptitle()
+    assert (
+        "one precision after the other" in figures.speed_against_bytes(rows, SUBJECT, interleaved=False).get_suptitle()
+    )

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from helpers import comparison, finetuning, loading, plots, widgets
+from helpers import comparison, figures, finetuning, loading, panels
 from helpers.chat import Chat
 from helpers.generation import generate, stream
 from helpers.memory import Workload, estimate, hardware_claims, published_config
@@ -72,7 +72,7 @@ def chat(falcon):
 
 @pytest.fixture
 def panel(chat):
-    return widgets.ChatPanel(chat, ["Hello", "How are you?"])
+    return panels.ChatPanel(chat, ["Hello", "How are you?"])
 
 
 def say(panel, text):
@@ -85,13 +85,13 @@ def say(panel, text):
 
 def test_a_transcript_escapes_what_people_and_models_write():
     messages = [{"role": role, "content": f"{role} {EVIL}"} for role in ("system", "user", "assistant")]
-    elements = check_harmless(widgets.transcript_html(messages, assistant=EVIL, footer=EVIL))
+    elements = check_harmless(panels.transcript_html(messages, assistant=EVIL, footer=EVIL))
     assert elements.text.count(EVIL) == 5
     assert elements.text.index("system <") < elements.text.index("user <") < elements.text.index("assistant <")
 
 
 def test_a_transcript_keeps_line_breaks_and_names_the_speakers():
-    elements = check_harmless(widgets.transcript_html([{"role": "assistant", "content": " one\ntwo"}]))
+    elements = check_harmless(panels.transcript_html([{"role": "assistant", "content": " one\ntwo"}]))
     assert elements.text == "Falconone\ntwo"
     assert any("white-space:pre-wrap" in value for _, value in elements.attributes)
 
@@ -99,14 +99,14 @@ def test_a_transcript_keeps_line_breaks_and_names_the_speakers():
 def test_tokens_show_ids_spaces_and_line_ends(falcon):
     text = "Hello there,\n<b>you</b>"
     ids = falcon.tokenizer.encode(text)
-    elements = check_harmless(widgets.tokens_html(falcon.tokenizer, ids))
+    elements = check_harmless(panels.tokens_html(falcon.tokenizer, ids))
     assert [value for name, value in elements.attributes if name == "title"] == [f"id {token}" for token in ids]
     assert elements.text == "Hello␣there,↵<b>you</b>" + f"{len(ids)} tokens"
     assert elements.tags.count("br") == 1
 
 
 def test_neighbouring_tokens_differ_in_colour(falcon):
-    elements = check_harmless(widgets.tokens_html(falcon.tokenizer, [5, 5, 5]))
+    elements = check_harmless(panels.tokens_html(falcon.tokenizer, [5, 5, 5]))
     colours = [value.split(";")[0] for name, value in elements.attributes if value.startswith("background")]
     assert colours[0] != colours[1] != colours[2]
 
@@ -128,7 +128,7 @@ def test_a_prompt_shows_its_literal_text_with_the_role_tags_highlighted(name, ta
         {"role": "user", "content": "u2"},
     ]
     text = format_for(name).render(messages)
-    source = widgets.prompt_html(text, name, tokens=1)
+    source = panels.prompt_html(text, name, tokens=1)
     assert check_harmless(source).text == text + "1 token"
     marked = [part.split(">", 1)[1].split("</b>")[0] for part in source.split("<b ")[1:]]
     expected = tags if name != "chatml" else [*tags[:5], "<|im_end|>", "<|im_start|>user", "<|im_end|>", tags[4]]
@@ -136,15 +136,15 @@ def test_a_prompt_shows_its_literal_text_with_the_role_tags_highlighted(name, ta
 
 
 def test_html_shows_itself_and_reads_as_text():
-    piece = widgets.prompt_html("User: a < b", "falcon-chat")
+    piece = panels.prompt_html("User: a < b", "falcon-chat")
     assert piece._repr_html_() == str(piece)
     assert " ".join(repr(piece).split()) == "User: a < b"
 
 
 def test_show_decides_by_the_kind_of_run(monkeypatch):
-    assert widgets.show(lambda: "live", lambda: "static") == "live"
+    assert panels.show(lambda: "live", lambda: "static") == "live"
     monkeypatch.setenv("WORKBOOK_UNATTENDED", "1")
-    assert widgets.show(lambda: "live", lambda: "static") == "static"
+    assert panels.show(lambda: "live", lambda: "static") == "static"
 
 
 # The chat panel
@@ -157,7 +157,7 @@ def test_a_question_gets_the_reply_that_the_chat_would_give(panel, falcon):
     twin = Chat(falcon, system="Be brief.", sampling=Sampling(max_new_tokens=LIMIT, seed=1))
     reply = twin.ask("Hello")
     assert panel.chat.messages == twin.messages
-    assert panel.conversation.value == widgets.scrolled(widgets.transcript_html(twin.messages))
+    assert panel.conversation.value == panels.scrolled(panels.transcript_html(twin.messages))
     assert panel.status.value.startswith(f"{reply.tokens} tokens, ")
     assert f"{twin.tokens_left()} tokens left of the context" in panel.status.value
     assert panel.text.value == ""
@@ -311,14 +311,14 @@ def test_the_panel_names_the_stand_in_and_offers_the_script(panel):
 
 def test_a_summary_tells_tokens_speed_and_end():
     reply = Reply("x", tokens=11, seconds=1.5, first_token_seconds=0.5, finish_reason="length")
-    assert widgets.reply_summary(reply) == "11 tokens, 10 tokens/s, first after 0.50 s; cut at the token limit"
+    assert panels.reply_summary(reply) == "11 tokens, 10 tokens/s, first after 0.50 s; cut at the token limit"
     one = Reply("x", tokens=1, seconds=0.5, first_token_seconds=0.5, finish_reason="end")
-    assert widgets.reply_summary(one) == "1 token, first after 0.50 s; ended by itself"
+    assert panels.reply_summary(one) == "1 token, first after 0.50 s; ended by itself"
 
 
 def test_unattended_the_script_is_played_by_the_model(chat, falcon, monkeypatch):
     monkeypatch.setenv("WORKBOOK_UNATTENDED", "1")
-    view = widgets.chat_panel(chat, script=["Hello", EVIL])
+    view = panels.chat_panel(chat, script=["Hello", EVIL])
     twin = Chat(falcon, system="Be brief.", sampling=Sampling(max_new_tokens=LIMIT, seed=1))
     replies = [twin.ask("Hello"), twin.ask(EVIL)]
     elements = check_harmless(view)
@@ -329,7 +329,7 @@ def test_unattended_the_script_is_played_by_the_model(chat, falcon, monkeypatch)
 
 
 def test_attended_the_same_call_gives_the_panel(chat):
-    assert isinstance(widgets.chat_panel(chat, script=["Hello"]), widgets.ChatPanel)
+    assert isinstance(panels.chat_panel(chat, script=["Hello"]), panels.ChatPanel)
 
 
 def test_a_saved_conversation_continues_in_a_panel(panel, falcon, tmp_path):
@@ -337,7 +337,7 @@ def test_a_saved_conversation_continues_in_a_panel(panel, falcon, tmp_path):
     panel.wait(30)
     panel.chat.save(tmp_path / "chat.json")
     assert len(json.loads((tmp_path / "chat.json").read_text())["turns"]) == 2
-    again = widgets.ChatPanel(Chat.load(tmp_path / "chat.json", falcon))
+    again = panels.ChatPanel(Chat.load(tmp_path / "chat.json", falcon))
     assert again.conversation.value == panel.conversation.value
 
 
@@ -356,20 +356,20 @@ def rows_of(source):
 @pytest.mark.parametrize(
     ("setup", "fits"),
     [
-        (widgets.Setup(), True),
-        (widgets.Setup(gpu_count=4), False),
-        (widgets.Setup(precision="nf4", gpu_count=2), True),
-        (widgets.Setup(precision="nf4", gpu_count=8, gpu_gb=40), True),
-        (widgets.Setup(precision="nf4", gpu_count=1), False),
-        (widgets.Setup(mode="full", gpu_count=64, batch_size=64), True),
-        (widgets.Setup(mode="full", gpu_count=8), False),
-        (widgets.Setup(model="tiiuae/falcon-7b", precision="nf4", gpu_count=1, gpu_gb=24), True),
+        (panels.Setup(), True),
+        (panels.Setup(gpu_count=4), False),
+        (panels.Setup(precision="nf4", gpu_count=2), True),
+        (panels.Setup(precision="nf4", gpu_count=8, gpu_gb=40), True),
+        (panels.Setup(precision="nf4", gpu_count=1), False),
+        (panels.Setup(mode="full", gpu_count=64, batch_size=64), True),
+        (panels.Setup(mode="full", gpu_count=8), False),
+        (panels.Setup(model="tiiuae/falcon-7b", precision="nf4", gpu_count=1, gpu_gb=24), True),
     ],
 )
 def test_the_plan_agrees_with_the_machines_that_were_tried(setup, fits):
-    planned = widgets.plan(setup)
+    planned = panels.plan(setup)
     assert planned.placed.fits == fits
-    assert widgets.verdict_text(planned).startswith("Fits on" if fits else "Does not fit on")
+    assert panels.verdict_text(planned).startswith("Fits on" if fits else "Does not fit on")
     assert planned.estimate == estimate(
         published_config(setup.model),
         setup.precision,
@@ -386,14 +386,14 @@ def test_the_least_gpus_for_training_are_those_of_the_hardware_table(mode, preci
     least = int(hardware_claims().set_index("claim").loc[claim, f"least {size} GB GPUs"])
 
     def fits(count):
-        setup = widgets.Setup(PUBLISHED, precision, mode, batch_size=count, gpu_gb=size, gpu_count=count)
-        return widgets.plan(setup).placed.fits
+        setup = panels.Setup(PUBLISHED, precision, mode, batch_size=count, gpu_gb=size, gpu_count=count)
+        return panels.plan(setup).placed.fits
 
     assert [fits(least - 1), fits(least)] == [False, True]
 
 
 def test_the_table_shows_the_parts_in_gib():
-    source = widgets.plan_html(widgets.plan(widgets.Setup()))
+    source = panels.plan_html(panels.plan(panels.Setup()))
     assert check_harmless(source).text.startswith("tiiuae/falcon-180B, inference in bf16, 1 sequence of 2048 tokens")
     rows = rows_of(source)
     assert rows["weights"] == pytest.approx(178_557_088_768 * 2 / 2**30, abs=0.05)
@@ -403,11 +403,11 @@ def test_the_table_shows_the_parts_in_gib():
 
 
 def test_moving_a_control_changes_table_and_figures():
-    planner = widgets.MemoryPlanner(widgets.Setup())
+    planner = panels.MemoryPlanner(panels.Setup())
     before = [picture.value for picture in planner.pictures]
     planner.controls["precision"].value = "nf4"
     planner.controls["gpu_count"].value = 1
-    assert planner.setup == widgets.Setup(precision="nf4", gpu_count=1)
+    assert planner.setup == panels.Setup(precision="nf4", gpu_count=1)
     assert rows_of(planner.table.value)["weights"] == pytest.approx(94.84, abs=0.1)
     assert "Does not fit on 1 GPU of 80 GB" in Elements(planner.table.value).text
     assert all(bytes(picture.value).startswith(b"\x89PNG") for picture in planner.pictures)
@@ -416,7 +416,7 @@ def test_moving_a_control_changes_table_and_figures():
 
 
 def test_what_does_not_go_together_is_explained_and_can_be_undone():
-    planner = widgets.MemoryPlanner(widgets.Setup(precision="nf4"))
+    planner = panels.MemoryPlanner(panels.Setup(precision="nf4"))
     planner.controls["mode"].value = "full"
     assert "choose mode='qlora' or bf16" in check_harmless(planner.table.value).text
     assert planner.figures.layout.display == "none"
@@ -426,7 +426,7 @@ def test_what_does_not_go_together_is_explained_and_can_be_undone():
 
 
 def test_the_figures_show_the_precisions_of_the_mode_and_the_machine():
-    memory, placed = widgets.plan_figures(widgets.plan(widgets.Setup(mode="qlora", precision="nf4", gpu_count=2)))
+    memory, placed = panels.plan_figures(panels.plan(panels.Setup(mode="qlora", precision="nf4", gpu_count=2)))
     assert [tick.get_text() for tick in memory.axes[0].get_xticklabels()] == ["int8", "nf4"]
     assert memory.axes[0].lines[0].get_ydata()[0] == pytest.approx(160e9 / 2**30)
     assert all(PUBLISHED in figure.get_suptitle() for figure in (memory, placed))
@@ -434,7 +434,7 @@ def test_the_figures_show_the_precisions_of_the_mode_and_the_machine():
 
 def test_unattended_the_planner_is_a_table_and_two_figures(monkeypatch, capsys):
     monkeypatch.setenv("WORKBOOK_UNATTENDED", "1")
-    views = widgets.memory_planner(widgets.Setup(gpu_count=4))
+    views = panels.memory_planner(panels.Setup(gpu_count=4))
     assert "Does not fit on 4 GPUs" in views[0]
     assert [view._repr_png_()[0][:4] for view in views[1:]] == [b"\x89PNG"] * 2
     views._ipython_display_()
@@ -442,8 +442,8 @@ def test_unattended_the_planner_is_a_table_and_two_figures(monkeypatch, capsys):
 
 
 def test_attended_the_planner_has_a_control_for_every_setting():
-    planner = widgets.memory_planner(widgets.Setup(gpu_gb=32, context_tokens=1000))
-    assert planner.setup == widgets.Setup(gpu_gb=32, context_tokens=1000)
+    planner = panels.memory_planner(panels.Setup(gpu_gb=32, context_tokens=1000))
+    assert planner.setup == panels.Setup(gpu_gb=32, context_tokens=1000)
     assert "application/vnd.jupyter.widget-view+json" in planner._repr_mimebundle_()
 
 
@@ -469,7 +469,7 @@ def refs(minis):
 
 @pytest.fixture
 def comparing(minis):
-    return widgets.ComparisonPanel(minis, GREEDY, [QUESTION])
+    return panels.ComparisonPanel(minis, GREEDY, [QUESTION])
 
 
 @pytest.fixture
@@ -511,7 +511,7 @@ def test_each_model_answers_the_same_question_in_its_own_format(comparing, minis
     for side, loaded in minis.items():
         reply = asked(loaded)
         assert comparing.replies[side].token_ids == reply.token_ids
-        summary = widgets.reply_summary(comparing.replies[side])
+        summary = panels.reply_summary(comparing.replies[side])
         assert texts[side] == f"{side}: {loaded.ref.name}{reply.text.strip()}{summary}"
     assert texts["chat"] != texts["base"]
     assert check_harmless(comparing.question.value).text == f"Question{QUESTION}"
@@ -536,7 +536,7 @@ def test_the_replies_advance_in_turn(comparing, minis):
 
 
 def test_the_same_model_may_stand_on_both_sides(minis):
-    panel = widgets.ComparisonPanel({"one": minis["chat"], "two": minis["chat"]}, GREEDY)
+    panel = panels.ComparisonPanel({"one": minis["chat"], "two": minis["chat"]}, GREEDY)
     say(panel, QUESTION)
     panel.wait(60)
     assert panel.replies["one"].text == panel.replies["two"].text == asked(minis["chat"]).text
@@ -551,7 +551,7 @@ def test_every_question_is_a_fresh_one(comparing, minis):
 
 
 def test_models_given_by_name_are_loaded_one_after_the_other(refs, minis):
-    panel = widgets.ComparisonPanel(refs, GREEDY, precision="fp32")
+    panel = panels.ComparisonPanel(refs, GREEDY, precision="fp32")
     said, seen = [], followed(panel)
     panel.status.observe(lambda change: said.append(change["new"]), "value")
     say(panel, QUESTION)
@@ -567,7 +567,7 @@ def test_models_given_by_name_are_loaded_one_after_the_other(refs, minis):
 
 
 def test_stop_ends_both_generations(falcon, slowly):
-    panel = widgets.ComparisonPanel({"left": falcon, "right": falcon}, replace(GREEDY, max_new_tokens=100))
+    panel = panels.ComparisonPanel({"left": falcon, "right": falcon}, replace(GREEDY, max_new_tokens=100))
     say(panel, "Tell me a long story")
     while len(slowly) < 10:
         time.sleep(0.001)
@@ -582,7 +582,7 @@ def test_stop_ends_both_generations(falcon, slowly):
 
 
 def test_after_a_stop_no_further_model_is_loaded(falcon, refs):
-    panel = widgets.ComparisonPanel({"first": falcon, "second": refs["chat"]}, GREEDY)
+    panel = panels.ComparisonPanel({"first": falcon, "second": refs["chat"]}, GREEDY)
     said = []
     panel.status.observe(lambda change: said.append(change["new"]), "value")
     panel.status.observe(lambda change: panel.stop.click(), "value")
@@ -593,13 +593,13 @@ def test_after_a_stop_no_further_model_is_loaded(falcon, refs):
 
 
 def test_a_question_too_long_for_one_model_is_answered_by_the_other(falcon, minis):
-    panel = widgets.ComparisonPanel({"short": falcon, "long": minis["chat"]}, GREEDY)
+    panel = panels.ComparisonPanel({"short": falcon, "long": minis["chat"]}, GREEDY)
     question = "word " * 150 + EVIL
     say(panel, question)
     panel.wait(60)
     texts = shown(panel)
     assert "shorten the question" in texts["short"]
-    assert texts["long"].endswith(widgets.reply_summary(panel.replies["long"]))
+    assert texts["long"].endswith(panels.reply_summary(panel.replies["long"]))
     assert list(panel.replies) == ["long"]
     assert "the reason stands in its column" in panel.status.value
     assert EVIL in check_harmless(panel.question.value).text
@@ -608,7 +608,7 @@ def test_a_question_too_long_for_one_model_is_answered_by_the_other(falcon, mini
 
 def test_a_model_that_cannot_be_loaded_does_not_stop_the_other(minis):
     missing = ModelRef("env/models/none <b>", "falcon", "falcon-chat", "embedded")
-    panel = widgets.ComparisonPanel({"none": missing, "chat": minis["chat"]}, GREEDY)
+    panel = panels.ComparisonPanel({"none": missing, "chat": minis["chat"]}, GREEDY)
     say(panel, QUESTION)
     panel.wait(60)
     with pytest.raises(WorkbookError) as error:
@@ -638,9 +638,9 @@ def test_the_comparison_names_the_stand_ins_and_wraps_in_a_narrow_window(compari
 
 
 def test_unattended_the_script_is_compared(minis, monkeypatch):
-    assert isinstance(widgets.comparison_panel(minis, GREEDY), widgets.ComparisonPanel)
+    assert isinstance(panels.comparison_panel(minis, GREEDY), panels.ComparisonPanel)
     monkeypatch.setenv("WORKBOOK_UNATTENDED", "1")
-    view = widgets.comparison_panel(minis, GREEDY, script=[QUESTION, EVIL])
+    view = panels.comparison_panel(minis, GREEDY, script=[QUESTION, EVIL])
     text = check_harmless(view).text
     assert "chat: falcon-mini-chat (stand-in for tiiuae/falcon-180B-chat)" in text
     places = [text.index(f"Question{question}") for question in (QUESTION, EVIL)]
@@ -676,7 +676,7 @@ def cells(source):
 
 
 def test_replies_stand_side_by_side_with_the_rules_verdicts_in_words(compared):
-    source = widgets.replies_html(compared)
+    source = panels.replies_html(compared)
     check_harmless(source)
     rows = cells(source)
     assert rows[:3] == ["question", "leftmodel <1>", "rightmodel 2"]
@@ -686,20 +686,20 @@ def test_replies_stand_side_by_side_with_the_rules_verdicts_in_words(compared):
 
 
 def test_the_marks_are_those_of_the_comparison(compared):
-    source = widgets.replies_html(compared)
-    for rule, (word, other) in widgets.MARKS.items():
+    source = panels.replies_html(compared)
+    for rule, (word, other) in panels.MARKS.items():
         verdicts = [verdict for side in compared.sides for verdict in compared.verdicts(side, rule)]
         assert source.count(f">{word}</span>") == sum(verdicts)
         assert source.count(f">{other}</span>") == len(verdicts) - sum(verdicts)
-    assert set(widgets.MARKS) == set(comparison.RULES)
+    assert set(panels.MARKS) == set(comparison.RULES)
 
 
 def test_a_long_reply_is_cut_with_an_ellipsis(compared):
-    assert cells(widgets.replies_html(compared))[-1] == "x" * 300 + " " + "y" * 99 + " …"
+    assert cells(panels.replies_html(compared))[-1] == "x" * 300 + " " + "y" * 99 + " …"
 
 
 def test_rows_choose_the_items_and_their_order(compared):
-    assert cells(widgets.replies_html(compared, [2, 1]))[3::3] == ["Tell me.", "Which?"]
+    assert cells(panels.replies_html(compared, [2, 1]))[3::3] == ["Tell me.", "Which?"]
 
 
 # The tokens of an example
@@ -715,16 +715,16 @@ def test_the_tokens_that_carry_the_loss_are_told_apart(minis):
         {"role": "assistant", "content": "A dog <b>."},
     ]
     example = finetuning.examples(loaded, [messages])[1]
-    elements = check_harmless(widgets.trained_tokens_html(loaded.tokenizer, example))
+    elements = check_harmless(panels.trained_tokens_html(loaded.tokenizer, example))
     titles = [value for name, value in elements.attributes if name == "title"]
     pairs = zip(example.input_ids, example.roles, strict=True)
     assert titles == [f"id {token}, {role}" for token, role in pairs]
     styles = dict(zip(titles, [v for n, v in elements.attributes if "padding:1px 0" in v], strict=True))
-    green = {title.split(", ")[1] for title, style in styles.items() if style.startswith(widgets.TRAINED)}
+    green = {title.split(", ")[1] for title, style in styles.items() if style.startswith(panels.TRAINED)}
     assert green == {"reply", "end"}
-    tints = {style for title, style in styles.items() if not style.startswith(widgets.TRAINED)}
+    tints = {style for title, style in styles.items() if not style.startswith(panels.TRAINED)}
     assert len(tints) == len({"system", "user", "assistant", "format"})
-    strip = "".join(plots.visible(loaded.tokenizer.decode([token])) for token in example.input_ids)
+    strip = "".join(figures.visible(loaded.tokenizer.decode([token])) for token in example.input_ids)
     count = example.roles.count("reply")
     legend = f"{count + 1} of {len(titles)} tokens carry the loss: reply {count}, end 1"
     assert elements.text.startswith(strip + legend)
@@ -738,8 +738,8 @@ def test_the_tokens_that_carry_the_loss_are_told_apart(minis):
 
 
 CURVE = """
-from helpers import plots, widgets
-curve = widgets.LiveCurve(lambda history: plots.token_times(history, "model"))
+from helpers import figures, panels
+curve = panels.LiveCurve(lambda history: figures.token_times(history, "model"))
 curve.REDRAW_SECONDS = 0.0
 for number in range(2, 5):
     curve.update([token + 1.0 for token in range(number)])
@@ -766,13 +766,13 @@ def test_a_notebook_keeps_one_figure_the_last(sources):
     outputs = [output for cell in notebook.cells for output in cell.outputs]
     assert notebook.cells[0].outputs == outputs
     (data,) = (output["data"] for output in outputs)
-    expected = plots.png(plots.token_times([1.0, 2.0, 4.0, 5.0], "model"))
+    expected = figures.png(figures.token_times([1.0, 2.0, 4.0, 5.0], "model"))
     assert base64.b64decode(data["image/png"]) == expected
 
 
 def test_the_curve_is_drawn_at_most_once_a_second_and_at_the_end(capsys):
     drawn = []
-    curve = widgets.LiveCurve(lambda history: drawn.append(len(history)) or widgets.Html(f"<b>{len(history)}</b>"))
+    curve = panels.LiveCurve(lambda history: drawn.append(len(history)) or panels.Html(f"<b>{len(history)}</b>"))
     curve.REDRAW_SECONDS = 0.2
     history = []
     end = time.perf_counter() + 0.5

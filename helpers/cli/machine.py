@@ -1,0 +1,104 @@
+"""Commands about a machine: what is missing on this one, and what another would have to be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from helpers.cli.app import USERS, ProfileOption, app, reports_errors
+
+if TYPE_CHECKING:
+    from helpers.finding import Finding
+
+
+@app.command(rich_help_panel=USERS)
+@reports_errors
+def doctor(
+    profile: ProfileOption = "laptop",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Check this machine: what is installed, what is missing, how to fix it.
+
+    Exit code 0: the profile can run, 1: it cannot, 2: usage.
+    """
+    from helpers import doctor, profiles
+
+    chosen = profiles.load_profile(profile)
+    findings = doctor.examine(chosen)
+    failed = doctor.failures(findings)
+    if as_json:
+        answer = {"profile": chosen.name, "can_run": not failed, "findings": [vars(finding) for finding in findings]}
+        typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
+    else:
+        verdict = f"cannot run here: see {', '.join(failed)}" if failed else "can run here"
+        Console(highlight=False).print(_findings(findings), f"\n[bold]{chosen.name}[/bold] {verdict}")
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command(rich_help_panel=USERS)
+@reports_errors
+def plan(
+    profile: Annotated[str | None, typer.Option(help="A name in env/profiles, or auto; laptop when left out.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="ID", help="Another model, such as meta-llama/Llama-2-13b-chat-hf.")
+    ] = None,
+    gpus: Annotated[
+        str | None, typer.Option(metavar="NxGB", help="Other GPUs: 8x80, or 4x80,2x40; for Falcon-180B or --model.")
+    ] = None,
+    *,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, int8 or nf4.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of context; 2048 when left out.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    double_quant: Annotated[bool, typer.Option("--double-quant", help="nf4 with its scales quantized too.")] = False,
+    library_cache: Annotated[
+        bool, typer.Option("--library-cache", help="Falcon's cache as transformers itself keeps it: all query heads.")
+    ] = False,
+    figure: Annotated[Path | None, typer.Option(help="Draw each device into this PNG file.")] = None,
+    suggest: Annotated[
+        bool, typer.Option("--suggest", help="List every precision and set of GPUs that runs Falcon-180B or --model.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Show memory, placement, speed limit, download and disk of a profile or model, without loading anything.
+
+    Exit code 0: answered, also where the answer is that it does not fit, by how much, and what would. 2: usage.
+    """
+    from helpers import memory, planning
+
+    work = memory.Workload(batch, context, "library" if library_cache else "kv", double_quant)
+    if suggest:
+        asked = planning.suggested_for(profile, model, gpus, double_quant=double_quant, figure=figure is not None)
+        found = planning.suggest(asked, work, precision)
+        text, shown = planning.to_json(found), [planning.suggestion_table(found, work, model)]
+    else:
+        made = planning.make(profile, model, gpus, precision, work)
+        text, shown = planning.to_json(made), planning.tables(made)
+        if figure:
+            planning.save_figure(made, figure)
+    if as_json:
+        typer.echo(text)
+    else:
+        console = Console(highlight=False)
+        for part in shown:
+            console.print(part)
+            console.print()
+
+
+def _findings(findings: Sequence[Finding]) -> Table:
+    """The findings, each with what to do on a line of its own."""
+    colours = {"ok": "green", "warn": "yellow", "fail": "bold red", "skipped": "dim"}
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for finding in findings:
+        # Text, not markup: a path or a package name with brackets would vanish as a style.
+        text = Text(finding.found)
+        if finding.advice and finding.status != "ok":
+            text.append(f"\n-> {finding.advice}", style="bold")
+        table.add_row(Text(finding.status, style=colours[finding.status]), finding.name, text)
+    return table

@@ -1,0 +1,85 @@
+"""Commands for those who change the workbook: its rendered notebooks, its expected values, its own small models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from helpers.cli.app import MAINTAINERS, app, print_result, reports_errors, shortened
+from helpers.types import ROOT
+
+MODELS = ROOT / "env" / "models"
+WORK = ROOT / "runs" / "train-mini"
+
+
+@app.command(rich_help_panel=MAINTAINERS)
+@reports_errors
+def render() -> None:
+    """Make notebooks/*.ipynb from notebooks/source, with the outputs of a laptop run."""
+    from helpers import runner
+    from helpers.report import write_report
+
+    result = runner.render()
+    print_result(result, write_report(result.folder))
+    raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command(rich_help_panel=MAINTAINERS)
+@reports_errors
+def expect(runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs of one profile.")]) -> None:
+    """Update the expected values from finished runs that agree. Values with a cited source are kept."""
+    from helpers import expected, runner, store
+
+    measured = expected.expected_from_runs(runs)
+    path = runner.NOTEBOOKS / "expected" / f"{store.read_manifest(runs[0]).profile}.json"
+    earlier = store.read_expected(path)
+    cited = {key: entry for key, entry in earlier.items() if entry.cited}
+    path.parent.mkdir(exist_ok=True)
+    store.write_expected(path, measured | cited)
+    typer.echo(f"{path}: {len(measured)} values from {len(runs)} runs, {len(cited)} from citations")
+
+
+@app.command("train-mini", rich_help_panel=MAINTAINERS)
+@reports_errors
+def train_mini(
+    data: Annotated[Path, typer.Option(help="Folder with the text files that the recipe names.")],
+    stage: Annotated[
+        list[str] | None, typer.Option(help="tokenizer, base or chat (repeatable). Default: all three.")
+    ] = None,
+    work: Annotated[Path, typer.Option(help="Folder for checkpoints; the same command resumes from there.")] = WORK,
+    out: Annotated[Path, typer.Option(help="Folder for the two models.")] = MODELS,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe other than falcon-mini's.", exists=True)] = None,
+) -> None:
+    """Train falcon-mini and falcon-mini-chat again, as env/models/falcon-mini/recipe.yaml says."""
+    from helpers.miniature import training
+
+    settings = training.read_recipe(recipe or training.RECIPE)
+    training.train(data, work, settings, stage or training.STAGES, out)
+    typer.echo(f"Trained: {shortened(out)}. To evaluate it: workbook evaluate-mini --models {shortened(out)}")
+
+
+@app.command("evaluate-mini", rich_help_panel=MAINTAINERS)
+@reports_errors
+def evaluate_mini(
+    models: Annotated[Path, typer.Option(help="Folder of falcon-mini and falcon-mini-chat.")] = MODELS,
+) -> None:
+    """Measure falcon-mini on held-out texts and write its quality.json, its curve and its model card."""
+    from helpers.miniature import card
+    from helpers.profiles import load_profile
+
+    figures = card.measure(models, load_profile("laptop").llama_chat)
+    card.write(models, figures)
+    table = Table("measured", "value (95% interval)")
+    for name, value in figures.items():
+        # How many samples there were is no measurement; quality.json and the model card tell it.
+        if "samples" not in name:
+            table.add_row(name, _figure(value))
+    Console().print(table)
+
+
+def _figure(value: float | list[float]) -> str:
+    return f"{value[0]} ({value[1]}-{value[2]})" if isinstance(value, list) else str(value)

@@ -1,0 +1,122 @@
+"""Commands around a run of the notebooks: fetch its models, run it, read, judge and compare it, open the lab."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from helpers.cli.app import USERS, ProfileOption, RunFolder, app, print_result, reports_errors, split
+from helpers.types import ROOT
+
+
+@app.command(rich_help_panel=USERS)
+@reports_errors
+def fetch(profile: ProfileOption = "laptop") -> None:
+    """Download and check the models of a profile.
+
+    Exit code 0: all are here, 1: a model could not be downloaded, 2: usage.
+    """
+    from helpers import profiles, runner
+
+    runner.fetch(profiles.load_profile(profile))
+
+
+@app.command(rich_help_panel=USERS)
+@reports_errors
+def run(
+    profile: Annotated[str | None, typer.Option(help="A name in env/profiles, or auto. Default: laptop.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Run only notebooks whose name starts with this, e.g. 02 (repeatable, or comma-separated)."),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Resume the run in this folder: only notebooks that have not passed or have changed."),
+    ] = None,
+    *,
+    folder: Annotated[
+        Path | None, typer.Option(help="Folder of the new run. Default: runs/<UTC time>-<profile>.")
+    ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="Set a parameter of the notebooks (repeatable)."),
+    ] = None,
+    rehearse: Annotated[
+        bool,
+        typer.Option(help="Rehearse without the hardware: plan at full size, run the code on tiny random models."),
+    ] = False,
+) -> None:
+    """Run the notebooks and write a report. Exit code 0: all passed, 1: some failed, 2: usage."""
+    from helpers import runner
+    from helpers.report import write_report
+
+    request = runner.Request(
+        profile,
+        only=split(only),
+        parameters=parameter or (),
+        resume=resume,
+        folder=folder,
+        rehearse=rehearse,
+    )
+    result = runner.run(request, command=["workbook", *sys.argv[1:]])
+    print_result(result, write_report(result.folder))
+    raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command(rich_help_panel=USERS)
+@reports_errors
+def report(run: RunFolder) -> None:
+    """Write the report of a run again."""
+    from helpers.report import write_report
+
+    typer.echo(write_report(run))
+
+
+@app.command(rich_help_panel=USERS)
+@reports_errors
+def check(run: RunFolder) -> None:
+    """Judge a run by its profile's expected values. Exit code 0: none differs or is missing, 1: some do, 2: usage."""
+    from helpers import expected, runner, store
+
+    path = runner.NOTEBOOKS / "expected" / f"{store.read_manifest(run).profile}.json"
+    judged = expected.judge(run, store.read_expected(path, required=True))
+    for line in (*judged.differing, *judged.missing):
+        typer.echo(line)
+    typer.echo(f"{path.name}: {judged}")
+    raise typer.Exit(0 if judged.passed else 1)
+
+
+@app.command(rich_help_panel=USERS)
+@reports_errors
+def diff(
+    run_a: Annotated[Path, typer.Argument(help="The folder of the run to compare with.")],
+    run_b: RunFolder,
+    html: Annotated[Path | None, typer.Option(help="The page to write. Default: RUN_B/diff-<RUN_A>.html.")] = None,
+    strict_times: Annotated[
+        bool,
+        typer.Option("--strict-times", help="Also count times and speeds that differ by more than a factor of two."),
+    ] = False,
+) -> None:
+    """Compare two runs, as text and as a page. Exit code 0: no difference beyond tolerance, 1: some, 2: usage."""
+    from helpers import difference, difference_views
+
+    compared = difference.compare_runs(run_a, run_b, strict_times=strict_times)
+    console = Console(highlight=False)
+    for part in difference_views.tables(compared):
+        console.print(part)
+    typer.echo(f"Page: {difference_views.write_page(compared, html)}")
+    raise typer.Exit(1 if compared.differing else 0)
+
+
+@app.command(rich_help_panel=USERS)
+@reports_errors
+def lab() -> None:
+    """Open JupyterLab in notebooks/, with this environment's kernel."""
+    options = [f"--ServerApp.root_dir={ROOT}", "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb"]
+    # The process becomes JupyterLab, so Ctrl-C and signals reach it without a parent in between.
+    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", *options])

@@ -1,0 +1,174 @@
+"""Figures of what models say and learn: next tokens, the time of each token, scores, losses."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from helpers.figures.style import (
+    BLACK,
+    BLUE,
+    ORANGE,
+    PALETTE,
+    Cell,
+    canvas,
+    legend_on_top,
+    number,
+    records,
+    short,
+    styled,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+    from helpers.generation import Candidate
+
+
+class _Point(Protocol):
+    """The losses at one step of a training, in nats per token; either may be None."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def loss(self) -> float | None: ...
+    @property
+    def held_out_loss(self) -> float | None: ...
+
+
+class _Score(NamedTuple):
+    """The share of one side's replies to a group of items that passed a rule, with its interval (0 to 1)."""
+
+    items: str
+    side: str
+    rule: str
+    share: float
+    low: float
+    high: float
+
+
+@styled
+def next_token_probabilities(by_temperature: Mapping[float, Sequence[Candidate]], subject: str) -> Figure:
+    """The likeliest next tokens at several temperatures: one panel each, all in the order of the first.
+
+    The candidates are those of ``generation.next_token_probabilities``.
+    """
+    tokens = list(next(iter(by_temperature.values())))
+    height = 1.5 + 0.3 * len(tokens)
+    figure, axes = canvas("Probability of the next token by temperature", subject, height, len(by_temperature))
+    for axis, (temperature, candidates) in zip(axes, by_temperature.items(), strict=True):
+        probabilities = {candidate.token_id: candidate.probability for candidate in candidates}
+        lengths = [probabilities.get(token.token_id, 0.0) for token in tokens]
+        bars = axis.barh(range(len(tokens)), lengths, color=BLUE)
+        axis.bar_label(bars, fmt="{:.1%}", padding=3, fontsize=9)
+        axis.set(title=f"temperature {temperature:g}", xlim=(0, 1.5), xlabel="probability", xticks=[0, 0.5, 1])
+        axis.set_yticks(range(len(tokens)), [])
+        axis.invert_yaxis()
+    # The panels share their order, so the tokens stand at the first alone.
+    axes[0].set_yticks(range(len(tokens)), [visible(token.text) for token in tokens])
+    return figure
+
+
+def visible(token: str) -> str:
+    """A token's text with its spaces, tabs and newlines made visible."""
+    return token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
+
+
+@styled
+def token_times(arrivals: Sequence[float], subject: str) -> Figure:
+    """The time that each generated token took; the first, for which the model reads the whole prompt, is marked.
+
+    ``arrivals`` are the seconds from the start of the generation to the arrival of each token.
+    """
+    figure, (axis,) = canvas("Time of each generated token", subject, 3.8)
+    times = [1000 * (now - before) for before, now in itertools.pairwise([0.0, *arrivals])]
+    axis.bar([1], times[:1], color=ORANGE, label=f"first token, which reads the prompt: {short(times[0])} ms")
+    axis.bar(range(2, len(times) + 1), times[1:], color=BLUE)
+    if len(times) > 1:
+        typical = statistics.median(times[1:])
+        label = f"median of the others: {short(typical)} ms ({1000 / typical:.0f} tokens/s)"
+        axis.axhline(typical, color=BLACK, linestyle="--", linewidth=1, label=label)
+    axis.set(xlabel="generated token", ylabel="time (ms)", xlim=(0, max(len(times), 10) + 1))
+    legend_on_top(axis)
+    return figure
+
+
+@styled
+def score_intervals(scores: DataFrame | Sequence[Mapping[str, Cell]], subject: str) -> Figure:
+    """Shares with their 95% intervals: a row for each group of items, a mark for each side, a panel for each rule.
+
+    ``scores`` is ``Comparison.scores``' table, or rows with items, side, rule, share, low and high (0 to 1).
+    """
+    rows = _scores(scores)
+    # Dictionaries keep the order in which rules, groups and sides occur.
+    by_rule: dict[str, list[_Score]] = {}
+    for row in rows:
+        by_rule.setdefault(row.rule, []).append(row)
+    groups = list(dict.fromkeys(row.items for row in rows))
+    sides = list(dict.fromkeys(row.side for row in rows))
+    figure, axes = canvas("Share of the replies, with 95% intervals", subject, 1.7 + 0.55 * len(groups), len(by_rule))
+    for axis, (rule, of_rule) in zip(axes, by_rule.items(), strict=True):
+        _score_panel(axis, of_rule, groups, sides)
+        axis.set(title=rule, xlabel="share of the replies (%)", xlim=(-4, 104), ylim=(len(groups) - 0.5, -0.5))
+        axis.set_yticks(range(len(groups)), [""] * len(groups))
+        axis.grid(axis="x")
+    # The panels share their rows, so the groups' names stand at the first alone.
+    axes[0].set_yticks(range(len(groups)), groups)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(sides))
+    return figure
+
+
+def _scores(table: DataFrame | Sequence[Mapping[str, Cell]]) -> list[_Score]:
+    scores = []
+    for row in records(table):
+        share, low, high = (number(row, column) or 0.0 for column in ("share", "low", "high"))
+        scores.append(_Score(str(row["items"]), str(row["side"]), str(row["rule"]), share, low, high))
+    return scores
+
+
+def _score_panel(axis: Axes, rows: Sequence[_Score], groups: Sequence[str], sides: Sequence[str]) -> None:
+    for index, side in enumerate(sides):
+        # The sides' marks of one group stand above each other, around the group's place.
+        shift = (index - (len(sides) - 1) / 2) * 0.22
+        shares, places, below, above = [], [], [], []
+        for row in rows:
+            if row.side == side:
+                shares.append(100 * row.share)
+                places.append(groups.index(row.items) + shift)
+                below.append(100 * abs(row.share - row.low))
+                above.append(100 * abs(row.share - row.high))
+        marker, colour = "osD^v"[index % 5], PALETTE[index % len(PALETTE)]
+        axis.errorbar(shares, places, xerr=[below, above], fmt=marker, color=colour, capsize=3, label=side)
+
+
+@styled
+def loss_curve(history: Sequence[_Point], steps: int, subject: str, title: str = "Loss while fine-tuning") -> Figure:
+    """The training loss, and the loss on held-out examples, by step (nats per token), over all ``steps`` to come.
+
+    ``history`` holds points with ``step``, ``loss`` and ``held_out_loss`` (either may be None).
+    """
+    figure, (axis,) = canvas(title, subject, 3.6)
+    training, held_out = [], []
+    for point in history:
+        if point.loss is not None:
+            training.append((point.step, point.loss))
+        if point.held_out_loss is not None:
+            held_out.append((point.step, point.held_out_loss))
+    _curve(axis, training, "training batches", BLUE, "-")
+    _curve(axis, held_out, "held-out examples", ORANGE, "o--")
+    axis.set(xlabel="step", ylabel="loss (nats per token)", xlim=(0, steps), ylim=(0, None))
+    axis.grid()
+    if history:
+        legend_on_top(axis)
+    return figure
+
+
+def _curve(axis: Axes, points: Sequence[tuple[int, float]], name: str, colour: str, style: str) -> None:
+    # At the start of a training one curve, or both, have no point yet.
+    if points:
+        steps, losses = zip(*points, strict=True)
+        axis.plot(steps, losses, style, color=colour, label=f"{name}, now {losses[-1]:.3f}")

@@ -1,0 +1,191 @@
+"""The memory planner: sliders over the memory that a published model needs, and how it lies on GPUs."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from helpers.figures.memory import memory_by_precision, part_name, placement
+from helpers.figures.style import png
+from helpers.panels.html import BAD, BLOCK, ERROR, GOOD, Html, Views, counted, show
+from helpers.types import GIB, MemoryEstimate, Placement, WorkbookError
+
+if TYPE_CHECKING:
+    from ipywidgets import ValueWidget
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the memory planner plans for; by default what the article names for Falcon-180B in bf16 (A16).
+
+    ``batch_size`` counts the sequences on all GPUs together; ``gpu_gb`` is a GPU's size as sold (80 GB: 80e9 bytes).
+    """
+
+    model: str = "tiiuae/falcon-180B"
+    precision: str = "bf16"
+    mode: str = "inference"
+    batch_size: int = 1
+    context_tokens: int = 2048
+    gpu_gb: int = 80
+    gpu_count: int = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a setup needs, and how that lies on its GPUs."""
+
+    setup: Setup
+    estimate: MemoryEstimate
+    placed: Placement
+
+
+PLANNED_PRECISIONS = ("fp32", "bf16", "int8", "nf4")
+
+
+def memory_planner(setup: Setup = Setup()) -> MemoryPlanner | Views:
+    """Sliders over ``memory.estimate`` and ``memory.place``; unattended, the table and the figures of ``setup``."""
+    return show(lambda: MemoryPlanner(setup), lambda: Views([plan_html(plan(setup)), *plan_figures(plan(setup))]))
+
+
+def plan(setup: Setup) -> Plan:
+    """The estimate and the placement for a setup. Raises WorkbookError if precision and mode do not go together.
+
+    Inference places whole layers (``memory.place``), training is spread evenly (``memory.shard``).
+    """
+    from helpers import memory
+
+    config = memory.published_config(setup.model)
+    workload = memory.Workload(setup.batch_size, setup.context_tokens)
+    estimate = memory.estimate(config, setup.precision, mode=setup.mode, workload=workload)
+    gpus = [setup.gpu_gb * 1e9] * setup.gpu_count
+    if setup.mode == "inference":
+        placed = memory.place(config, setup.precision, gpus, workload=workload)
+    else:
+        placed = memory.shard(config, setup.precision, gpus, mode=setup.mode, workload=workload)
+    return Plan(setup, estimate, placed)
+
+
+def plan_html(planned: Plan) -> Html:
+    """What is planned, the parts in GiB, their sum, and whether that fits."""
+    parts = {part_name(name): size for name, size in planned.estimate.parts.items() if size}
+    rows = "".join(_row(name, size) for name, size in [*parts.items(), ("sum", planned.estimate.total)])
+    colours = GOOD if planned.placed.fits else BAD
+    verdict = f'<div style="{colours};padding:4px 10px;margin-top:6px">{html.escape(verdict_text(planned))}</div>'
+    title = f"<b>{html.escape(setup_text(planned.setup))}</b>"
+    return Html(f'<div style="{BLOCK}">{title}<table>{rows}</table>{verdict}</div>')
+
+
+def setup_text(setup: Setup) -> str:
+    """What a setup plans for, in words."""
+    sequences = counted(setup.batch_size, "sequence", "sequences")
+    return f"{setup.model}, {setup.mode} in {setup.precision}, {sequences} of {setup.context_tokens} tokens"
+
+
+def _row(name: str, size: int) -> str:
+    return f'<tr><th style="text-align:left">{name}</th><td style="text-align:right">{size / GIB:,.1f} GiB</td></tr>'
+
+
+def verdict_text(planned: Plan) -> str:
+    """Whether a plan fits, as a sentence."""
+    setup, placed = planned.setup, planned.placed
+    gpus = f"{counted(setup.gpu_count, 'GPU', 'GPUs')} of {setup.gpu_gb} GB"
+    if placed.shortfall:
+        return f"Does not fit on {gpus}: it {placed.shortfall}."
+    held, size = max(placed.per_device_bytes.values()), setup.gpu_gb * 1e9
+    fullest = f"the fullest holds {held / GIB:.1f} of {size / GIB:.1f} GiB"
+    how = "in whole layers" if setup.mode == "inference" else "spread evenly (ZeRO-3)"
+    return f"Fits on {gpus}, {how}: {fullest}."
+
+
+def plan_figures(planned: Plan) -> list[Figure]:
+    """The memory of every precision that goes with the mode, and the load of each GPU."""
+    setup = planned.setup
+    size = setup.gpu_gb * 1e9
+    machine = {f"{setup.gpu_count}x {setup.gpu_gb} GB": size * setup.gpu_count}
+    return [
+        memory_by_precision(_estimates(setup), machine, setup.model),
+        placement(planned.placed, dict.fromkeys(range(setup.gpu_count), size), setup.model),
+    ]
+
+
+def _estimates(setup: Setup) -> list[MemoryEstimate]:
+    estimates = []
+    for precision in PLANNED_PRECISIONS:
+        with suppress(WorkbookError):  # a precision that does not go with the mode
+            estimates.append(plan(replace(setup, precision=precision)).estimate)
+    return estimates
+
+
+class MemoryPlanner:
+    """Memory of a published model, part by part, as its controls say; ``controls`` has one for each field of Setup."""
+
+    def __init__(self, setup: Setup) -> None:
+        import ipywidgets as w
+
+        self.controls = _planner_controls(setup)
+        self.table = w.HTML()
+        self.pictures = [w.Image(format="png", layout={"width": "520px", "margin": "4px"}) for _ in range(2)]
+        self.figures = w.HBox(self.pictures, layout={"flex_flow": "row wrap"})
+        settings = w.VBox(list(self.controls.values()))
+        top = w.HBox([settings, self.table], layout={"flex_flow": "row wrap", "align_items": "flex-start"})
+        self.box = w.VBox([top, self.figures])
+        for control in self.controls.values():
+            control.observe(lambda _: self.update(), "value")
+        self.update()
+
+    @property
+    def setup(self) -> Setup:
+        """The setup that the controls show."""
+        return Setup(**{name: control.value for name, control in self.controls.items()})
+
+    def update(self) -> None:
+        """Shows the plan for the controls' setup, or why there is none."""
+        try:
+            planned = plan(self.setup)
+        except WorkbookError as error:
+            self.table.value = f'<div style="{ERROR}">{html.escape(str(error))}</div>'
+            self.figures.layout.display = "none"
+            return
+        self.table.value = plan_html(planned)
+        for picture, figure in zip(self.pictures, plan_figures(planned), strict=True):
+            picture.value = png(figure)
+        self.figures.layout.display = "flex"
+
+    def _repr_mimebundle_(
+        self, include: Iterable[str] | None = None, exclude: Iterable[str] | None = None
+    ) -> dict[str, object]:
+        return self.box._repr_mimebundle_(include=include, exclude=exclude)
+
+
+def _planner_controls(setup: Setup) -> dict[str, ValueWidget]:
+    """One control for each field of Setup."""
+    import ipywidgets as w
+
+    from helpers.memory import MODES, published_models
+
+    contexts = sorted({setup.context_tokens, *(2**power for power in range(7, 14))})
+    sizes = [(f"{size} GB", size) for size in sorted({setup.gpu_gb, 16, 24, 40, 48, 80, 141})]
+    slider = partial(w.IntSlider, min=1, max=64, continuous_update=False)
+    controls: dict[str, ValueWidget] = {
+        "model": w.Dropdown(options=published_models(), value=setup.model, description="Model"),
+        "precision": w.Dropdown(options=PLANNED_PRECISIONS, value=setup.precision, description="Precision"),
+        "mode": w.Dropdown(options=MODES, value=setup.mode, description="Work"),
+        "batch_size": slider(setup.batch_size, description="Sequences"),
+        "context_tokens": w.SelectionSlider(
+            options=contexts,
+            value=setup.context_tokens,
+            description="Context (tokens)",
+            continuous_update=False,
+        ),
+        "gpu_gb": w.Dropdown(options=sizes, value=setup.gpu_gb, description="GPU memory"),
+        "gpu_count": slider(setup.gpu_count, description="GPUs"),
+    }
+    for control in controls.values():
+        control.style.description_width = "110px"
+        control.layout.width = "380px"
+    return controls
