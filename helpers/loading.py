@@ -125,7 +125,7 @@ def load(
         repaired=repaired,
         commit=describe_commit(ref, checkpoint),
     )
-    note_load(ref, precision, checkpoint.name if ref.source == "hub" else None)
+    note_load(ref, precision, checkpoint)
     return Loaded(model, tokenizer, format_for(ref.format), report, ref)
 
 

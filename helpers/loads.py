@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Load:
     """One model that a notebook loaded.
 
-    ``commit`` is None unless the model comes from a hub. ``made_here``: the notebook itself wrote the checkpoint, as
-    when it saves a model and loads it again; ``model`` is then the name of its folder.
+    ``commit`` is None unless the model really comes from a hub. ``made_here``: the notebook itself wrote the
+    checkpoint, as when it saves a model and loads it again; ``model`` is then the name of its folder.
     """
 
     model: str
@@ -31,13 +31,16 @@ class Load:
     made_here: bool
 
 
-def note_load(ref: ModelRef, precision: str, commit: str | None) -> None:
-    """Append a load to the notes of the active run, if there is one."""
+def note_load(ref: ModelRef, precision: str, checkpoint: Path) -> None:
+    """Append the load of a checkpoint to the notes of the active run, if there is one."""
     run, notebook = os.environ.get("WORKBOOK_RUN_DIR"), os.environ.get("WORKBOOK_NOTEBOOK")
     if not run or not notebook:
         return
     # Profiles name models by a hub's id or a folder of this repository; only ``save`` and ``merge`` make whole paths.
     made_here = Path(ref.id).is_absolute()
+    commit = None
+    if ref.source == "hub" and not ref.rehearsed:
+        commit = checkpoint.name  # the hub's cache names a snapshot's folder so
     load = Load(ref.name if made_here else ref.id, ref.label, precision, commit, made_here)
     file = _file(Path(run), notebook)
     file.parent.mkdir(exist_ok=True)

@@ -721,7 +721,7 @@ def suggestion_table(suggestions: Sequence[Suggestion], work: Workload, model: s
     return _section(
         f"What runs {model or FALCON_180B}, the least GPU memory first",
         table,
-        f"Combinations that fit {work.context_tokens or memory.CONTEXT} tokens x {sequences}, among "
+        f"Combinations that fit {sequences} of {work.context_tokens or memory.CONTEXT} tokens, among "
         f"{_series(COUNTS)} GPUs of {_series(SIZES)} GB (1 GB = 1e9 bytes). fp16 needs what bf16 needs.",
         "Tokens that fit: what the memory allows. A model takes only as many as it was trained on (Falcon-180B: 2048); "
         "the remaining memory can hold more sequences.",

@@ -16,12 +16,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from helpers import settings, store
 from helpers.schema import AS_EXPECTED, DIFFERS, UNMEASURED, ExpectedValue, RecordedValue, Value, Verdict
 from helpers.settings import unattended, work_folder
 from helpers.store import ResultError
+from helpers.types import Measured, Scalar
 from helpers.values import is_number, matches, with_tolerance, with_unit
 
 if TYPE_CHECKING:
@@ -46,24 +47,6 @@ __all__ = [
 _COLOURS: dict[Verdict, str] = {AS_EXPECTED: "#00805a", DIFFERS: "#c0392b", UNMEASURED: "#777777"}
 # Without a run, what each notebook recorded, by name.
 _session: dict[str, dict[str, RecordedValue]] = {}
-
-
-class _Scalar(Protocol):
-    """A number of numpy or torch."""
-
-    def item(self) -> object: ...
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A value to record with what is known about it; ``record`` says what the fields mean."""
-
-    value: Value | _Scalar
-    unit: str = ""
-    claim: str | None = None
-    tolerance: float | None = None
-    agrees: bool | None = None
-    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +102,7 @@ class Records(tuple[Record, ...]):
 
 def record(
     name: str,
-    value: Value | _Scalar,
+    value: Value | Scalar,
     unit: str = "",
     claim: str | None = None,
     *,
@@ -143,7 +126,7 @@ def record(
 
 
 def record_all(
-    values: Mapping[str, Value | _Scalar | Measured],
+    values: Mapping[str, Value | Scalar | Measured],
     *,
     unit: str = "",
     claim: str | None = None,
@@ -214,7 +197,7 @@ def forget(run_dir: Path, notebook: str) -> None:
             (run_dir / figure).unlink(missing_ok=True)
 
 
-def _completed(value: Value | _Scalar | Measured, common: Measured) -> Measured:
+def _completed(value: Value | Scalar | Measured, common: Measured) -> Measured:
     """The value with what all values of the call have in common, if it does not bring its own."""
     if not isinstance(value, Measured):
         # A text or a yes has no tolerance, so a common one is not meant for it.
@@ -258,7 +241,7 @@ def _judged(name: str, measured: Measured, expected: ExpectedValue | None) -> Re
     return entry.model_copy(update=comparison)
 
 
-def _plain(name: str, value: Value | _Scalar) -> Value:
+def _plain(name: str, value: Value | Scalar) -> Value:
     item: object = value
     # A text is a text, though numpy's texts have an item too; an array of several has none to give.
     if hasattr(value, "item"):

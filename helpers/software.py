@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from helpers import quantization
 from helpers.finding import Finding, Status
 from helpers.types import QUANTIZED, ROOT, Profile
+from helpers.workarounds.falcon_linear import needs_repair
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,7 @@ def check_quantization(profile: Profile, devices: Sequence[str]) -> Iterator[Fin
 
 def _repair() -> Finding:
     version = f"transformers {importlib.metadata.version('transformers')}"
-    if not quantization.needs_repair():
+    if not needs_repair():
         return Finding("Falcon repair", "ok", f"{version} needs none")
     found = f"{version} does not quantize Falcon's layers by itself: load with helpers.loading.load, which repairs it"
     return Finding("Falcon repair", "ok", found)

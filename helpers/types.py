@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, TypeVar, get_args
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -305,11 +305,17 @@ class Interval:
     confidence: float = 0.95
 
 
+class Scalar(Protocol):
+    """A number of numpy or torch."""
+
+    def item(self) -> object: ...
+
+
 @dataclass(frozen=True)
 class Measured:
     """A value to record with what is known about it; ``results.record`` says what the fields mean."""
 
-    value: bool | int | float | str
+    value: bool | int | float | str | Scalar
     unit: str = ""
     claim: str | None = None
     tolerance: float | None = None

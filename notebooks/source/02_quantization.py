@@ -44,7 +44,8 @@ import torch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from helpers import bench, evaluation, exercises, loading, memory, profiles, quantization, quantization_by_hand as by_hand, results
+from helpers import bench, evaluation, exercises, figures, loading, memory, profiles, quantization, results
+from helpers import quantization_by_hand as by_hand
 
 loading.tidy_output()
 settings = profiles.load_profile(profile)

@@ -21,7 +21,7 @@ from helpers.generation import (
     prompt_text,
     stream,
 )
-from helpers.prompts import MessageError, Plain, PromptTooLong, encode
+from helpers.prompts import MessageError, PromptTooLong, encode, format_for
 from helpers.types import Reply, Sampling, WorkbookError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,7 +34,7 @@ def stopping_at(loaded, *stops):
     """The same model with a plain format that has these stop strings."""
 
     @dataclass(frozen=True)
-    class Stopping(Plain):
+    class Stopping(type(format_for("plain"))):
         stop_strings = stops
 
     return replace(loaded, format=Stopping())

@@ -162,7 +162,7 @@ def test_a_checkpoint_quantized_before_loads_in_its_own_precision_only(checkpoin
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path)
     assert load(at(tmp_path), "nf4").report.quantized_layers == 8
     for other in ("bf16", "int8"):
-        with pytest.raises(LoadError, match=f"quantized before, and not as {other}"):
+        with pytest.raises(LoadError, match=f"already quantized, and not to {other}"):
             load(at(tmp_path), other)
 
 

@@ -679,7 +679,7 @@ def test_a_shard_cut_off_in_the_cache_is_mended_as_the_error_says(hub):
 @pytest.mark.parametrize(
     ("fault", "advice"),
     [
-        ((404, "RepoNotFound"), "does not exist, or is private"),
+        ((404, "RepoNotFound"), "does not exist or is private"),
         ((404, "RevisionNotFound"), "has no revision main"),
         ((503, "Busy"), "hub cannot be reached"),
         ((403, "Forbidden"), "token may not read it. Give it read access to gated repositories"),

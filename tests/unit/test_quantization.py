@@ -442,7 +442,7 @@ def test_an_unquantized_model_is_saved_too(mini, tmp_path):
 def test_a_saved_model_is_loaded_in_its_precision_only(mini, tmp_path):
     ref = loading.save(loading.load(mini.ref, "int8"), tmp_path)
     for precision in ("bf16", "nf4"):
-        with pytest.raises(loading.LoadError, match="quantized before, and not as"):
+        with pytest.raises(loading.LoadError, match="already quantized, and not to"):
             loading.load(ref, precision)
 
 

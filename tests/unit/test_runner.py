@@ -935,8 +935,8 @@ def test_the_manifest_hashes_a_packaged_model(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     ref = ModelRef("x/y", "llama", "plain", source="package", file="some_package/m.gguf")
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
-    assert manifest._model(ref)["sha256"] == {"m.gguf": digest}
-    assert manifest._model(ModelRef("x/y", "llama", "plain", source="package", file="absent/m"))["sha256"] == {}
+    assert manifest._model(ref).sha256 == {"m.gguf": digest}
+    assert manifest._model(ModelRef("x/y", "llama", "plain", source="package", file="absent/m")).sha256 == {}
 
 
 def test_plain_lines_when_the_output_is_no_terminal(tmp_path):

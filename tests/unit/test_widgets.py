@@ -418,7 +418,7 @@ def test_moving_a_control_changes_table_and_figures():
 def test_what_does_not_go_together_is_explained_and_can_be_undone():
     planner = panels.MemoryPlanner(panels.Setup(precision="nf4"))
     planner.controls["mode"].value = "full"
-    assert "choose mode='qlora' or bf16" in check_harmless(planner.table.value).text
+    assert "Choose mode='qlora' or bf16" in check_harmless(planner.table.value).text
     assert planner.figures.layout.display == "none"
     planner.controls["precision"].value = "bf16"
     assert "optimizer" in rows_of(planner.table.value)
