@@ -15,8 +15,8 @@ def tiny_loaded():
     import torch
     from transformers import AutoTokenizer, FalconConfig, FalconForCausalLM
 
-    from helpers.prompts import format_for
-    from helpers.types import ROOT, Loaded, LoadReport, ModelRef
+    from helpers.base.files import ROOT
+    from helpers.models import Loaded, LoadReport, ModelRef, format_for
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "env/models/falcon-mini")
     config = FalconConfig(

@@ -21,12 +21,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers import hardware, memory
-from helpers.layers import stored_bytes
-from helpers.loading import LoadError, device_map_for
-from helpers.quantization import bnb_config, verify_quantized
-from helpers.types import QUANTIZED, Machine
-from helpers.workarounds.falcon_linear import falcon_repair
+from helpers.base.units import QUANTIZED
+from helpers.machine import Machine, anatomy, hardware, memory
+from helpers.models import LoadError, bnb_config, device_map_for, stored_bytes, verify_quantized
+from helpers.models.workarounds.falcon_linear import falcon_repair
 
 if TYPE_CHECKING:
     import torch
@@ -67,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def shape(name: str, width: int = 256, layers: int = 2) -> PretrainedConfig:
     """The published configuration of a size; "tiny": Falcon-180B's with this width (a multiple of 128) and depth."""
     if name != "tiny":
-        return memory.published_config(SHAPES[name])
-    config = memory.published_config(SHAPES["180b"])
+        return anatomy.published_config(SHAPES[name])
+    config = anatomy.published_config(SHAPES["180b"])
     config.hidden_size, config.ffn_hidden_size, config.num_hidden_layers = width, 4 * width, layers
     config.num_attention_heads, config.num_kv_heads, config.vocab_size = width // 64, 2, 1024
     return config
@@ -84,7 +82,7 @@ def measure(
     new_tokens: int,
 ) -> dict[str, Any]:
     """One row of figures: bytes, seconds and tokens a second; where the plan says that it does not fit, why."""
-    row = {"precision": precision, "parameters": memory.count_parameters(config)}
+    row = {"precision": precision, "parameters": anatomy.count_parameters(config)}
     workload = memory.Workload(context_tokens=context_tokens + new_tokens + 1)
     try:
         device_map_for(config, precision, machine, workload)
@@ -120,13 +118,13 @@ def build(config: PretrainedConfig, precision: str, device: str) -> PreTrainedMo
     """A model of random weights on a device, quantized and verified; at no time is more than one matrix in 16 bit.
 
     The matrices that bitsandbytes quantizes go through the code with which transformers quantizes a checkpoint. The
-    cache holds the key-value heads alone, as ``helpers.loading.load`` has it.
+    cache holds the key-value heads alone, as ``helpers.models.loading.load`` has it.
     """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-    from helpers.grouped_cache import grouped_cache
+    from helpers.models import grouped_cache
 
     dtype = torch.float32 if precision == "fp32" else torch.float16 if precision == "fp16" else torch.bfloat16
     repair = falcon_repair() if precision in QUANTIZED else nullcontext()

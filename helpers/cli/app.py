@@ -15,20 +15,18 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 import typer
 
 from helpers import __version__
-from helpers.types import ROOT, WorkbookError
+from helpers.base.errors import WorkbookError
+from helpers.base.files import ROOT
 
 if TYPE_CHECKING:
-    from helpers.runner import RunResult
+    from helpers.runs.execution import RunResult
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
 USERS = "Commands"
 MAINTAINERS = "For maintainers of the workbook"
-
 ProfileOption = Annotated[str, typer.Option("--profile", help="A name in env/profiles, or auto.")]
 RunFolder = Annotated[Path, typer.Argument(help="The folder of a run, such as runs/20260131T120000Z-laptop.")]
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from helpers.cli.app import USERS, ProfileOption, app, reports_errors
+from helpers.cli.app import USERS, app, reports_errors
 
 if TYPE_CHECKING:
-    from helpers.finding import Finding
+    from helpers.cli.app import ProfileOption
+    from helpers.planning.findings import Finding
 
 
 @app.command(rich_help_panel=USERS)
@@ -28,7 +29,8 @@ def doctor(
 
     Exit code 0: the profile can run, 1: it cannot, 2: usage.
     """
-    from helpers import doctor, profiles
+    from helpers.models import profiles
+    from helpers.planning import doctor
 
     chosen = profiles.load_profile(profile)
     findings = doctor.examine(chosen)
@@ -70,18 +72,19 @@ def plan(
 
     Exit code 0: answered, also where the answer is that it does not fit, by how much, and what would. 2: usage.
     """
-    from helpers import memory, planning
+    from helpers.machine import memory
+    from helpers.planning import output, planner, suggestions
 
     work = memory.Workload(batch, context, "library" if library_cache else "kv", double_quant)
     if suggest:
-        asked = planning.suggested_for(profile, model, gpus, double_quant=double_quant, figure=figure is not None)
-        found = planning.suggest(asked, work, precision)
-        text, shown = planning.to_json(found), [planning.suggestion_table(found, work, model)]
+        asked = suggestions.suggested_for(profile, model, gpus, double_quant=double_quant, figure=figure is not None)
+        found = suggestions.suggest(asked, work, precision)
+        text, shown = output.to_json(found), [output.suggestion_table(found, work, model)]
     else:
-        made = planning.make(profile, model, gpus, precision, work)
-        text, shown = planning.to_json(made), planning.tables(made)
+        made = planner.make(profile, model, gpus, precision, work)
+        text, shown = output.to_json(made), output.tables(made)
         if figure:
-            planning.save_figure(made, figure)
+            output.save_figure(made, figure)
     if as_json:
         typer.echo(text)
     else:

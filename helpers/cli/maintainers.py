@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from helpers.base.files import ROOT
 from helpers.cli.app import MAINTAINERS, app, print_result, reports_errors, shortened
-from helpers.types import ROOT
 
 MODELS = ROOT / "env" / "models"
 WORK = ROOT / "runs" / "train-mini"
@@ -20,10 +20,10 @@ WORK = ROOT / "runs" / "train-mini"
 @reports_errors
 def render() -> None:
     """Make notebooks/*.ipynb from notebooks/source, with the outputs of a laptop run."""
-    from helpers import runner
-    from helpers.report import write_report
+    from helpers.runs import rendering
+    from helpers.runs.report import write_report
 
-    result = runner.render()
+    result = rendering.render()
     print_result(result, write_report(result.folder))
     raise typer.Exit(0 if result.ok else 1)
 
@@ -32,10 +32,10 @@ def render() -> None:
 @reports_errors
 def expect(runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs of one profile.")]) -> None:
     """Update the expected values from finished runs that agree. Values with a cited source are kept."""
-    from helpers import expected, runner, store
+    from helpers.runs import execution, expected, store
 
     measured = expected.expected_from_runs(runs)
-    path = runner.NOTEBOOKS / "expected" / f"{store.read_manifest(runs[0]).profile}.json"
+    path = execution.NOTEBOOKS / "expected" / f"{store.read_manifest(runs[0]).profile}.json"
     earlier = store.read_expected(path)
     cited = {key: entry for key, entry in earlier.items() if entry.cited}
     path.parent.mkdir(exist_ok=True)
@@ -55,7 +55,7 @@ def train_mini(
     recipe: Annotated[Path | None, typer.Option(help="A recipe other than falcon-mini's.", exists=True)] = None,
 ) -> None:
     """Train falcon-mini and falcon-mini-chat again, as env/models/falcon-mini/recipe.yaml says."""
-    from helpers.miniature import training
+    from helpers.training.miniature import training
 
     settings = training.read_recipe(recipe or training.RECIPE)
     training.train(data, work, settings, stage or training.STAGES, out)
@@ -68,8 +68,8 @@ def evaluate_mini(
     models: Annotated[Path, typer.Option(help="Folder of falcon-mini and falcon-mini-chat.")] = MODELS,
 ) -> None:
     """Measure falcon-mini on held-out texts and write its quality.json, its curve and its model card."""
-    from helpers.miniature import card
-    from helpers.profiles import load_profile
+    from helpers.models.profiles import load_profile
+    from helpers.training.miniature import card
 
     figures = card.measure(models, load_profile("laptop").llama_chat)
     card.write(models, figures)

@@ -11,11 +11,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from helpers.cli.app import USERS, ProfileOption, app, reports_errors, shortened, split
-from helpers.types import WorkbookError, choose
+from helpers.base.errors import WorkbookError, choose
+from helpers.cli.app import USERS, app, reports_errors, shortened, split
 
 if TYPE_CHECKING:
-    from helpers.evaluation import Leaderboard
+    from helpers.cli.app import ProfileOption
+    from helpers.evaluation.leaderboard import Leaderboard
 
 EnginesOption = Annotated[
     list[str] | None,
@@ -52,13 +53,15 @@ def leaderboard(
 
     Its data are downloaded. Exit code 0: measured, 1: the data could not be downloaded, 2: usage.
     """
-    from helpers import evaluation, loading
-    from helpers.profiles import load_profile
+    from helpers.evaluation import leaderboard as evaluation_leaderboard
+    from helpers.evaluation import tasks as evaluation_tasks
+    from helpers.models import loading
+    from helpers.models.profiles import load_profile
 
     chosen = load_profile(profile)
     choose(model, chosen.models, "model")
     load = functools.partial(loading.load, chosen.models[model], precision or chosen.precision)
-    measured = evaluation.leaderboard_average(load, limit=limit, folder=tasks or evaluation.TASKS)
+    measured = evaluation_leaderboard.leaderboard_average(load, limit=limit, folder=tasks or evaluation_tasks.TASKS)
     Console(highlight=False).print(_leaderboard(measured), "\n".join(measured.notes), sep="\n")
 
 
@@ -91,8 +94,8 @@ def bench(
     Exit code 0: done (also if an engine is missing: its rows say so), 1: interrupted, what was measured is kept,
     2: usage.
     """
-    from helpers.engines import session
-    from helpers.profiles import load_profile
+    from helpers.models.profiles import load_profile
+    from helpers.speed import session
 
     wish = session.Wish(
         quick, split(engines), split(models), _whole_numbers(context), _whole_numbers(batch), new_tokens, repeats,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from helpers.cli.app import USERS, ProfileOption, RunFolder, app, print_result, reports_errors, split
-from helpers.types import ROOT
+from helpers.base.files import ROOT
+from helpers.cli.app import USERS, app, print_result, reports_errors, split
+
+if TYPE_CHECKING:
+    from helpers.cli.app import ProfileOption, RunFolder
 
 
 @app.command(rich_help_panel=USERS)
@@ -21,9 +24,10 @@ def fetch(profile: ProfileOption = "laptop") -> None:
 
     Exit code 0: all are here, 1: a model could not be downloaded, 2: usage.
     """
-    from helpers import profiles, runner
+    from helpers.models import profiles
+    from helpers.runs import fetching
 
-    runner.fetch(profiles.load_profile(profile))
+    fetching.fetch(profiles.load_profile(profile))
 
 
 @app.command(rich_help_panel=USERS)
@@ -52,10 +56,10 @@ def run(
     ] = False,
 ) -> None:
     """Run the notebooks and write a report. Exit code 0: all passed, 1: some failed, 2: usage."""
-    from helpers import runner
-    from helpers.report import write_report
+    from helpers.runs import execution
+    from helpers.runs.report import write_report
 
-    request = runner.Request(
+    request = execution.Request(
         profile,
         only=split(only),
         parameters=parameter or (),
@@ -63,7 +67,7 @@ def run(
         folder=folder,
         rehearse=rehearse,
     )
-    result = runner.run(request, command=["workbook", *sys.argv[1:]])
+    result = execution.run(request, command=["workbook", *sys.argv[1:]])
     print_result(result, write_report(result.folder))
     raise typer.Exit(0 if result.ok else 1)
 
@@ -72,7 +76,7 @@ def run(
 @reports_errors
 def report(run: RunFolder) -> None:
     """Write the report of a run again."""
-    from helpers.report import write_report
+    from helpers.runs.report import write_report
 
     typer.echo(write_report(run))
 
@@ -81,9 +85,9 @@ def report(run: RunFolder) -> None:
 @reports_errors
 def check(run: RunFolder) -> None:
     """Judge a run by its profile's expected values. Exit code 0: none differs or is missing, 1: some do, 2: usage."""
-    from helpers import expected, runner, store
+    from helpers.runs import execution, expected, store
 
-    path = runner.NOTEBOOKS / "expected" / f"{store.read_manifest(run).profile}.json"
+    path = execution.NOTEBOOKS / "expected" / f"{store.read_manifest(run).profile}.json"
     judged = expected.judge(run, store.read_expected(path, required=True))
     for line in (*judged.differing, *judged.missing):
         typer.echo(line)
@@ -103,7 +107,7 @@ def diff(
     ] = False,
 ) -> None:
     """Compare two runs, as text and as a page. Exit code 0: no difference beyond tolerance, 1: some, 2: usage."""
-    from helpers import difference, difference_views
+    from helpers.runs import difference, difference_views
 
     compared = difference.compare_runs(run_a, run_b, strict_times=strict_times)
     console = Console(highlight=False)

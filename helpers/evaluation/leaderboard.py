@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers.evaluation.harness import Evaluation, EvaluationRow, measure
-from helpers.evaluation.tasks import TASKS, prepared
-from helpers.types import Loaded, WorkbookError
+from helpers.base.errors import WorkbookError
+from helpers.evaluation.harness import _measure
+from helpers.evaluation.tasks import TASKS, _prepared
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+    from helpers.evaluation.harness import _Evaluation, _EvaluationRow
+    from helpers.models.loaded import Loaded
 
 _GROUP = "leaderboard_2023"
 _METRICS = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "mmlu": "acc", "truthfulqa_mc2": "acc"}
@@ -22,7 +25,7 @@ _BATCH_SIZE = 4  # requests of 25 examples are long
 
 
 @dataclass(frozen=True)
-class LeaderboardScore:
+class _LeaderboardScore:
     """One task in percent, with its standard error; ``count`` items after ``shots`` solved examples each."""
 
     task: str
@@ -42,7 +45,7 @@ class Leaderboard:
 
     model: str
     precision: str
-    scores: tuple[LeaderboardScore, ...]
+    scores: tuple[_LeaderboardScore, ...]
     version: str
     limit: int | None
     truncated: int
@@ -98,14 +101,14 @@ def leaderboard_average(
     """
     if limit is not None and limit < 2:
         raise WorkbookError(f"limit must be at least 2, or there is no standard error, but is {limit}.")
-    with prepared([_GROUP], folder) as tasks:
+    with _prepared([_GROUP], folder) as tasks:
         loaded = load()
-        found = measure(loaded, tasks, limit, batch_size=batch_size, truncate=True)
+        found = _measure(loaded, tasks, limit, batch_size=batch_size, truncate=True)
     scores = tuple(_score(found, task, metric) for task, metric in _METRICS.items())
     return Leaderboard(loaded.ref.label, loaded.report.precision, scores, found.version, limit, found.truncated)
 
 
-def _score(found: Evaluation, task: str, metric: str) -> LeaderboardScore:
+def _score(found: _Evaluation, task: str, metric: str) -> _LeaderboardScore:
     """The unweighted mean over the members of a group (of a single task: itself), in percent."""
     members = found.groups.get(task, (task,))
     rows = [_row(found, member, metric) for member in members]
@@ -114,8 +117,8 @@ def _score(found: Evaluation, task: str, metric: str) -> LeaderboardScore:
     errors = [row.standard_error or 0.0 for row in rows]
     error = math.sqrt(math.fsum(each**2 for each in errors)) / len(rows)
     count = sum(row.count for row in rows)
-    return LeaderboardScore(task, rows[0].shots, metric, 100 * value, 100 * error, count)
+    return _LeaderboardScore(task, rows[0].shots, metric, 100 * value, 100 * error, count)
 
 
-def _row(found: Evaluation, task: str, metric: str) -> EvaluationRow:
+def _row(found: _Evaluation, task: str, metric: str) -> _EvaluationRow:
     return next(row for row in found.rows if (row.task, row.metric) == (task, metric))

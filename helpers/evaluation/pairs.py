@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from helpers import stats
-from helpers.evaluation.choices import MultipleChoice
-from helpers.evaluation.harness import Evaluation, ItemValues
-from helpers.evaluation.likelihood import Perplexity
-from helpers.types import Interval, WorkbookError, choose
+from helpers.base import stats
+from helpers.base.errors import WorkbookError, choose
+from helpers.base.stats import Interval
+from helpers.evaluation.harness import _Evaluation
+from helpers.evaluation.likelihood import _MultipleChoice, _Perplexity
 
-Result = MultipleChoice | Perplexity | Evaluation
+if TYPE_CHECKING:
+    from helpers.evaluation.harness import ItemValues
+
+Result = _MultipleChoice | _Perplexity | _Evaluation
 
 
 @dataclass(frozen=True)
-class Paired:
+class _Paired:
     """Two results on the same ``count`` items; ``difference`` is the first minus the second.
 
     ``measure`` names what is compared: accuracy, bits per byte (less is better), or a metric of the harness.
@@ -58,7 +62,7 @@ class _Measured:
         return set(self.values) <= {0.0, 1.0}
 
 
-def paired(
+def _paired(
     first: Result,
     second: Result,
     *,
@@ -66,7 +70,7 @@ def paired(
     metric: str | None = None,
     confidence: float = 0.95,
     seed: int = 0,
-) -> Paired:
+) -> _Paired:
     """Compare two results of ``multiple_choice``, ``perplexity`` or ``evaluate`` item by item.
 
     For results of the harness, ``task`` names one task or group; without it, the items of all tasks are taken together,
@@ -87,20 +91,20 @@ def paired(
     difference = stats.paired_difference(one.values, other.values, one.weights, confidence=confidence, seed=seed)
     count = len(one.keys)
     if not (one.are_outcomes and other.are_outcomes):
-        return Paired(one.measure, count, one.quotient, other.quotient, difference)
+        return _Paired(one.measure, count, one.quotient, other.quotient, difference)
     first_right = [value > 0 for value in one.values]
     second_right = [value > 0 for value in other.values]
     only_first, only_second = stats.discordant_pairs(first_right, second_right)
     p_value = stats.mcnemar(first_right, second_right)
-    return Paired(one.measure, count, one.quotient, other.quotient, difference, only_first, only_second, p_value)
+    return _Paired(one.measure, count, one.quotient, other.quotient, difference, only_first, only_second, p_value)
 
 
 def _measured(result: Result, task: str | None, metric: str | None) -> _Measured:
-    if isinstance(result, Evaluation):
+    if isinstance(result, _Evaluation):
         return _of_tasks(result, task, metric)
     if task is not None or metric is not None:
         raise WorkbookError("task and metric are for results of evaluate. Leave them out for other results.")
-    if isinstance(result, Perplexity):
+    if isinstance(result, _Perplexity):
         sizes = tuple(float(size) for size in result.text_bytes)
         return _Measured("bits per byte", result.text_keys, result.bits, sizes)
     outcomes = tuple(float(correct) for correct in result.correct)
@@ -109,7 +113,7 @@ def _measured(result: Result, task: str | None, metric: str | None) -> _Measured
     return _Measured("accuracy", keys, outcomes, (1.0,) * len(keys))
 
 
-def _of_tasks(result: Evaluation, task: str | None, metric: str | None) -> _Measured:
+def _of_tasks(result: _Evaluation, task: str | None, metric: str | None) -> _Measured:
     names = _task_names(result, task)
     chosen = _shared_metric(result, names, metric)
     keys: list[str] = []
@@ -125,7 +129,7 @@ def _of_tasks(result: Evaluation, task: str | None, metric: str | None) -> _Meas
     return _Measured(measure, tuple(keys), tuple(values), tuple(weights))
 
 
-def _task_names(result: Evaluation, task: str | None) -> tuple[str, ...]:
+def _task_names(result: _Evaluation, task: str | None) -> tuple[str, ...]:
     """The tasks that ``task`` names: itself, the members of a group, or for None all."""
     if task is None:
         return tuple(result.items)
@@ -135,7 +139,7 @@ def _task_names(result: Evaluation, task: str | None) -> tuple[str, ...]:
     return names
 
 
-def _shared_metric(result: Evaluation, names: Sequence[str], metric: str | None) -> str:
+def _shared_metric(result: _Evaluation, names: Sequence[str], metric: str | None) -> str:
     """The metric to compare by, checked to be one of every task."""
     # A list, not a set: without acc the first metric is taken, in the order of the harness.
     shared = list(result.items[names[0]].values)

@@ -13,20 +13,27 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from helpers import bench
-from helpers.bench import Benchmark, SpeedSettings
-from helpers.evaluation.harness import Evaluation, evaluate
-from helpers.evaluation.likelihood import Perplexity, perplexity
-from helpers.evaluation.pairs import Paired, paired
-from helpers.generation import inference, input_device
-from helpers.types import GIB, QUANTIZED, Interval, Loaded, LoadReport, Measured, ModelRef
+from helpers.base.stats import Measured
+from helpers.base.units import GIB, QUANTIZED
+from helpers.evaluation.harness import _Evaluation, evaluate
+from helpers.evaluation.likelihood import _Perplexity, perplexity
+from helpers.evaluation.pairs import _paired
+from helpers.models import loading
+from helpers.models.loaded import LoadReport, inference, input_device
+from helpers.models.references import ModelRef
+from helpers.speed import benchmark
+from helpers.speed.benchmark import Benchmark
 
 if TYPE_CHECKING:
     import torch
     from pandas import DataFrame
 
-Measure = Literal["text", "tasks"]
+    from helpers.base.stats import Interval
+    from helpers.evaluation.pairs import _Paired
+    from helpers.models.loaded import Loaded
+    from helpers.speed.benchmark import SpeedSettings
 
+Measure = Literal["text", "tasks"]
 _TASKS = ("story_endings", "short_facts")
 ALMOST_NONE: dict[Measure, float] = {"text": 0.02, "tasks": 0.05}  # bits per byte, and a share of the items
 _MUCH_FASTER = 1.5  # the article gives no number
@@ -35,7 +42,7 @@ _VERDICTS = {True: "yes", False: "no", None: "cannot tell"}
 
 
 @dataclass(frozen=True)
-class PrecisionResult:
+class _PrecisionResult:
     """A model in one precision: the report of its loading, its loss on all texts and its answers to the tasks.
 
     logits: those of the first text (tokens, vocabulary), in float32 on the CPU.
@@ -43,8 +50,8 @@ class PrecisionResult:
 
     report: LoadReport
     logits: torch.Tensor
-    text: Perplexity
-    tasks: Evaluation
+    text: _Perplexity
+    tasks: _Evaluation
 
 
 def measure_precisions(
@@ -55,29 +62,29 @@ def measure_precisions(
     *,
     speed: SpeedSettings | None = None,
     seed: int = 0,
-) -> PrecisionStudy:
+) -> _PrecisionStudy:
     """Measure a model in every precision that fits this machine: all at once if they fit together, else in turn.
 
     Every precision reads the same ``texts`` and answers the first ``items`` of the tasks story_endings and short_facts.
     ``speed`` says how its speed is measured; ``seed`` is that of the intervals.
     Raises what ``bench.residents``, ``bench.measure``, ``perplexity`` and ``evaluate`` raise.
     """
-    shortfalls = bench.shortfalls(ref, precisions)
-    results: dict[str, PrecisionResult] = {}
+    shortfalls = loading.shortfalls(ref, precisions)
+    results: dict[str, _PrecisionResult] = {}
     speeds = []
-    for group in bench.residents(ref, precisions):
-        speeds.append(bench.measure(list(group.values()), settings=speed))
+    for group in loading.residents(ref, precisions):
+        speeds.append(benchmark.measure(list(group.values()), settings=speed))
         for precision, loaded in group.items():
-            results[precision] = PrecisionResult(
+            results[precision] = _PrecisionResult(
                 report=loaded.report,
                 logits=_logits(loaded, texts[0]),
                 text=perplexity(loaded, texts),
                 tasks=evaluate(loaded, _TASKS, items),
             )
-    return PrecisionStudy(ref, tuple(precisions), results, shortfalls, bench.joined(speeds), seed)
+    return _PrecisionStudy(ref, tuple(precisions), results, shortfalls, benchmark.joined(speeds), seed)
 
 
-def almost_none(change: Interval, margin: float) -> bool | None:
+def _almost_none(change: Interval, margin: float) -> bool | None:
     """Whether a change is almost none: True if its whole interval lies within the margin, False if it lies beyond.
 
     None if the interval reaches across the margin: then the items cannot tell.
@@ -90,12 +97,12 @@ def almost_none(change: Interval, margin: float) -> bool | None:
 
 
 @dataclass(frozen=True)
-class PrecisionStudy:
+class _PrecisionStudy:
     """What ``measure_precisions`` found; ``shortfalls`` says for every precision that does not fit what is missing."""
 
     ref: ModelRef
     precisions: tuple[str, ...]
-    results: Mapping[str, PrecisionResult]
+    results: Mapping[str, _PrecisionResult]
     shortfalls: Mapping[str, str]
     speeds: Benchmark
     seed: int = 0
@@ -133,18 +140,18 @@ class PrecisionStudy:
         return distances
 
     @cached_property
-    def pairs(self) -> dict[tuple[Measure, str], Paired]:
+    def pairs(self) -> dict[tuple[Measure, str], _Paired]:
         """Every precision compared with bf16 on the same texts and items, by measure and precision."""
         reference = self.results.get(_REFERENCE)
-        pairs: dict[tuple[Measure, str], Paired] = {}
+        pairs: dict[tuple[Measure, str], _Paired] = {}
         if reference is None:
             return pairs
         others = {precision: result for precision, result in self.results.items() if precision != _REFERENCE}
         # All texts come before all tasks: tables and recorded values keep this order.
         for precision, result in others.items():
-            pairs["text", precision] = paired(result.text, reference.text, seed=self.seed)
+            pairs["text", precision] = _paired(result.text, reference.text, seed=self.seed)
         for precision, result in others.items():
-            pairs["tasks", precision] = paired(result.tasks, reference.tasks, seed=self.seed)
+            pairs["tasks", precision] = _paired(result.tasks, reference.tasks, seed=self.seed)
         return pairs
 
     def changes(self) -> DataFrame:
@@ -159,7 +166,7 @@ class PrecisionStudy:
             if pair.p_value is not None:
                 row["only bf16 / only this right"] = f"{pair.only_second} / {pair.only_first}"
                 row["McNemar's p"] = f"{pair.p_value:.2f}"
-            row["almost none"] = _VERDICTS[almost_none(change, ALMOST_NONE[measure])]
+            row["almost none"] = _VERDICTS[_almost_none(change, ALMOST_NONE[measure])]
             rows[f"{pair.measure}, {pair.count} items", precision] = row
         return pd.DataFrame.from_dict(rows, orient="index").fillna("")
 
@@ -172,7 +179,7 @@ class PrecisionStudy:
         verdicts: dict[tuple[Measure, str], bool | None] = {}
         for (measure, precision), pair in self.pairs.items():
             if precision in QUANTIZED:
-                verdicts[measure, precision] = almost_none(pair.difference, ALMOST_NONE[measure])
+                verdicts[measure, precision] = _almost_none(pair.difference, ALMOST_NONE[measure])
         if None in verdicts.values():
             for key, agrees in verdicts.items():
                 verdicts[key] = False if agrees is False else None

@@ -12,14 +12,14 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from helpers.types import ROOT, WorkbookError
+from helpers.base.errors import WorkbookError
+from helpers.base.files import ROOT
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks.manager import TaskDict
 
 TASKS = ROOT / "notebooks/data/tasks"
-
 _FEWSHOT_SEED = 1234  # the harness' own
 
 
@@ -30,7 +30,7 @@ class DataUnavailable(WorkbookError):
 
 
 @dataclass(frozen=True)
-class PreparedTasks:
+class _PreparedTasks:
     """Tasks with their data (see ``prepared``): those asked as plain text, and those asked in the chat format."""
 
     plain: TaskDict
@@ -38,12 +38,12 @@ class PreparedTasks:
 
 
 @contextmanager
-def prepared(names: Sequence[str], folder: Path = TASKS) -> Iterator[PreparedTasks]:
+def _prepared(names: Sequence[str], folder: Path = TASKS) -> Iterator[_PreparedTasks]:
     """The tasks or groups of these names with their data, which needs no model. Local data lie in a temporary cache.
 
     Raises WorkbookError for an unknown task and DataUnavailable for missing data, both as ``evaluate``.
     """
-    with same_random(), TemporaryDirectory() as cache:
+    with _same_random(), TemporaryDirectory() as cache:
         manager = _manager(names, folder, cache)
         plain, chat = [], []
         for name in dict.fromkeys(names):
@@ -52,11 +52,11 @@ def prepared(names: Sequence[str], folder: Path = TASKS) -> Iterator[PreparedTas
                 chat.append(loaded)
             else:
                 plain.append(loaded)
-        yield PreparedTasks(_merged(plain), _merged(chat))
+        yield _PreparedTasks(_merged(plain), _merged(chat))
 
 
 @contextmanager
-def same_random() -> Iterator[None]:
+def _same_random() -> Iterator[None]:
     """Restore Python's random state afterwards: the harness draws a name for each task, even if it needs none."""
     before = random.getstate()
     try:
@@ -66,7 +66,7 @@ def same_random() -> Iterator[None]:
 
 
 @contextmanager
-def only_errors(logger: logging.Logger) -> Iterator[None]:
+def _only_errors(logger: logging.Logger) -> Iterator[None]:
     """Silence the harness' warnings: that a model object, not a name, was passed, and of every item it shortens."""
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -82,7 +82,7 @@ def _manager(names: Sequence[str], folder: Path, cache: str) -> TaskManager:
 
     # Of two tasks with the same name, the manager keeps the one in the later folder.
     folders = list(dict.fromkeys((TASKS, folder.resolve())))
-    with only_errors(logging.getLogger("lm_eval")):
+    with _only_errors(logging.getLogger("lm_eval")):
         manager = TaskManager(include_path=folders, include_defaults=False)
         known = ", ".join(manager.all_subtasks + manager.all_groups)
         if isinstance(names, str) or not names:
@@ -141,7 +141,7 @@ def _loaded(manager: TaskManager, name: str) -> TaskDict:
     from lm_eval.api.task import ConfigurableTask
 
     try:
-        with _no_dataset_bars(datasets), only_errors(logging.getLogger("lm_eval")):
+        with _no_dataset_bars(datasets), _only_errors(logging.getLogger("lm_eval")):
             found = manager.load([name])
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataUnavailable(

@@ -1,6 +1,10 @@
-"""The exercises of the notebooks: is an answer right? One file of checks for each notebook."""
+"""Whether the answer to an exercise is right: one file per notebook."""
 
-from helpers.exercises.check import check, names
-from helpers.exercises.verdict import Verdict
+from helpers.base.lazy import face
 
-__all__ = ["Verdict", "check", "names"]
+__getattr__, __dir__, __all__ = face(
+    __name__,
+    {
+        "checking": ["check"],
+    },
+)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from helpers.exercises.verdict import Check, Hint
-from helpers.types import Message
+if TYPE_CHECKING:
+    from helpers.exercises.verdict import Check, Hint
+    from helpers.models.formats import Message
 
 Turn = tuple[str, str]  # what the user said, what the model replied
-
 # Without and with a history: the published format_prompt fails on both, each in its own way.
 _CONVERSATIONS: tuple[list[Message], ...] = (
     [{"role": "user", "content": "Hi"}],
@@ -30,7 +31,7 @@ def _turns(messages: Sequence[Message]) -> list[Turn]:
 
 
 def _format_prompt(function: Callable[[str, list[Turn], str], str]) -> Hint:
-    from helpers.prompts import format_for
+    from helpers.models.formats import format_for
 
     for messages in _CONVERSATIONS:
         system = ""

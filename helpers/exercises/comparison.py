@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from helpers.exercises.verdict import Check, Hint, is_close
+from helpers.exercises.verdict import _is_close
+
+if TYPE_CHECKING:
+    from helpers.exercises.verdict import Check, Hint
 
 
 def _is_right(function: Callable[[str, list[str], list[str]], bool]) -> Hint:
@@ -24,7 +28,7 @@ def _is_right(function: Callable[[str, list[str], list[str]], bool]) -> Hint:
 
 
 def _wilson(function: Callable[[int, int], tuple[float, float]]) -> Hint:
-    from helpers.stats import proportion
+    from helpers.base.stats import proportion
 
     # None and all passed are among the cases: the simple formula gives an interval of no width there.
     for passed, trials in ((63, 168), (0, 20), (7, 7), (1, 1000)):
@@ -41,7 +45,7 @@ def _p_value(function: Callable[[int, int], float]) -> Hint:
 
     for first, second in ((0, 5), (3, 9), (10, 10), (40, 22), (1, 0)):
         expected = float(binomtest(first, first + second).pvalue)
-        if not is_close(function(first, second), expected, 1e-6):
+        if not _is_close(function(first, second), expected, 1e-6):
             return (
                 f"For a split of {first} to {second} the p-value is {expected:.6f}, by scipy. "
                 "Both directions count; at most 1."

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from helpers.exercises.verdict import Check, Hint
-
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from helpers.exercises.verdict import Check, Hint
 
 
 def _lora_parameters(function: Callable[[int, int, int], int]) -> Hint:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from helpers.exercises.verdict import Check, Hint, is_close
+from helpers.exercises.verdict import _is_close
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import FalconConfig, FalconForCausalLM
+
+    from helpers.exercises.verdict import Check, Hint
 
 
 def _mlp_share(function: Callable[[FalconConfig], float]) -> Hint:
@@ -23,7 +25,7 @@ def _mlp_share(function: Callable[[FalconConfig], float]) -> Hint:
         head_dim = hidden // heads
         attention = hidden * (heads + 2 * kv_heads) * head_dim + hidden * hidden
         mlp = 8 * hidden * hidden
-        if not is_close(function(config), mlp / (mlp + attention), 1e-3):
+        if not _is_close(function(config), mlp / (mlp + attention), 1e-3):
             return f"The share for hidden size {hidden} is wrong. The MLP has two matrices of hidden by 4 hidden."
     return None
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from helpers.exercises.verdict import Check, Hint, is_close
+from helpers.exercises.verdict import _is_close
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from helpers.exercises.verdict import Check, Hint
 
 
 def _nf4_bytes(function: Callable[[int, int], float]) -> Hint:
     for rows, columns in ((14848, 14848), (59392, 14848), (64, 64)):
         weights = rows * columns
-        if not is_close(function(rows, columns), weights / 2 + weights / 64 * 4, 1e-6):
+        if not _is_close(function(rows, columns), weights / 2 + weights / 64 * 4, 1e-6):
             return (
                 f"The result for {rows} x {columns} is wrong. Count half a byte per weight, "
                 "and one fp32 scale for each 64 weights."

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from helpers.exercises.verdict import Check, Hint, is_close
+from helpers.exercises.verdict import _is_close
+
+if TYPE_CHECKING:
+    from helpers.exercises.verdict import Check, Hint
 
 _FALCON = "tiiuae/falcon-180B"
 _SECONDS_PER_DAY = 86400
@@ -23,22 +27,22 @@ def _kv_bytes(function: Callable[[int, int, int, int], int]) -> Hint:
 
 
 def _training_days(days: float) -> Hint:
-    from helpers import memory
+    from helpers.machine import anatomy, sharding
 
     # 4096 A100s at 40% of their bf16 peak of 312 TFLOP/s (NVIDIA's data sheet), for the 3.5T tokens of the article.
-    flop = memory.training_flop(memory.count_parameters(memory.published_config(_FALCON)), 3.5e12)
+    flop = sharding.training_flop(anatomy.count_parameters(anatomy.published_config(_FALCON)), 3.5e12)
     expected = flop / (4096 * 312e12 * 0.4) / _SECONDS_PER_DAY
-    if is_close(days, expected, 0.02):
+    if _is_close(days, expected, 0.02):
         return None
     return "Divide 6·N·D by what 4096 GPUs do in a second at 40% of 312 TFLOP/s, then by the seconds of a day."
 
 
 def _longest_context(tokens: int) -> Hint:
-    from helpers import memory
+    from helpers.machine import anatomy, memory
 
-    config = memory.published_config(_FALCON)
+    config = anatomy.published_config(_FALCON)
     free = 8 * 80e9 - memory.weight_bytes(config, "bf16")
-    if is_close(tokens, free / memory.kv_bytes_per_token(config, "bf16", heads="library"), 0.01):
+    if _is_close(tokens, free / memory.kv_bytes_per_token(config, "bf16", heads="library"), 0.01):
         return None
     return "Subtract the bytes of the weights from 640 GB, then divide by the cache bytes per token with all 232 heads."
 

@@ -12,7 +12,7 @@ Check = Callable[..., Hint]  # takes the answer: a number, or a function of the 
 
 
 @dataclass(frozen=True)
-class Verdict:
+class _Verdict:
     """What a check says about an answer. ``text`` is a hint if the answer is not right yet."""
 
     name: str
@@ -36,7 +36,7 @@ class Verdict:
         )
 
 
-def is_close(answer: object, expected: float, relative: float = 0.01) -> bool:
+def _is_close(answer: object, expected: float, relative: float = 0.01) -> bool:
     """True if the answer is a number within the relative distance of the expected one."""
     if not isinstance(answer, Real):
         return False

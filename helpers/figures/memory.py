@@ -16,21 +16,23 @@ from helpers.figures.style import (
     PALETTE,
     PURPLE,
     RED,
-    canvas,
-    legend_on_top,
-    limit_line,
-    number,
-    short,
-    space_for_bars,
-    styled,
-    unit_for,
+    _canvas,
+    _legend_on_top,
+    _limit_line,
+    _number,
+    _short,
+    _space_for_bars,
+    _styled,
+    _unit_for,
 )
-from helpers.types import MemoryEstimate, Placement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from pandas import DataFrame
+
+    from helpers.machine.memory import MemoryEstimate
+    from helpers.machine.placement import Placement
 
 _PART_COLOURS = {
     "weights": BLUE,
@@ -43,7 +45,7 @@ _PART_COLOURS = {
 _FREE = "#E4E4E4"
 
 
-@styled
+@_styled
 def parameter_breakdown(table: DataFrame | Mapping[str, Mapping[str, float]], subject: str) -> Figure:
     """Where the parameters sit: one bar per part, largest first, with its count and its share of the whole.
 
@@ -56,7 +58,7 @@ def parameter_breakdown(table: DataFrame | Mapping[str, Mapping[str, float]], su
         parts.append(part)
         shares.append(count / total * 100)
         labels.append(f"{_count(count)} ({_share(count / total)})")
-    figure, (axis,) = canvas(f"Where the {_count(total)} parameters sit", subject, 1.4 + 0.42 * len(parts))
+    figure, (axis,) = _canvas(f"Where the {_count(total)} parameters sit", subject, 1.4 + 0.42 * len(parts))
     bars = axis.barh(parts, shares, color=BLUE)
     axis.bar_label(bars, labels, padding=4)
     # A quarter more than the longest bar leaves space for its label.
@@ -81,20 +83,20 @@ def _share(share: float) -> str:
     return f"{share:.1%}"
 
 
-@styled
+@_styled
 def memory_by_precision(estimates: Sequence[MemoryEstimate], machines: Mapping[str, float], subject: str) -> Figure:
     """Memory by precision, stacked by part, with a line for what each machine has (name -> bytes)."""
     modes = " and ".join(dict.fromkeys(estimate.mode for estimate in estimates))
-    figure, (axis,) = canvas(f"Memory by precision, {modes}", subject, 4.6)
-    unit, scale = unit_for(max(estimate.total for estimate in estimates))
+    figure, (axis,) = _canvas(f"Memory by precision, {modes}", subject, 4.6)
+    unit, scale = _unit_for(max(estimate.total for estimate in estimates))
     stacks = [_scaled(estimate.parts, scale) for estimate in estimates]
     _stack(axis, [estimate.precision for estimate in estimates], stacks)
     for name, size in machines.items():
-        limit_line(axis, size / scale, f"{name}\n{short(size / scale)} {unit}")
+        _limit_line(axis, size / scale, f"{name}\n{_short(size / scale)} {unit}")
     sizes = [estimate.total for estimate in estimates] + list(machines.values())
     axis.set(ylabel=f"memory ({unit})", ylim=(0, 1.1 * max(sizes) / scale))
-    space_for_bars(axis, len(estimates))
-    legend_on_top(axis)
+    _space_for_bars(axis, len(estimates))
+    _legend_on_top(axis)
     return figure
 
 
@@ -118,14 +120,14 @@ def _stack(axis: Axes, names: Sequence[str], stacks: Sequence[Mapping[str, float
             base = [below + height for below, height in zip(base, heights, strict=True)]
     if totals:
         # The labels of the topmost bars stand at the height of the whole stack.
-        axis.bar_label(bars, [short(total) for total in base], padding=3)
+        axis.bar_label(bars, [_short(total) for total in base], padding=3)
 
 
-@styled
+@_styled
 def placement(placed: Placement, capacities: Mapping[int | str, float], subject: str) -> Figure:
     """What each device holds and what stays free; ``capacities`` gives the bytes of each device."""
     devices = list(capacities)
-    unit, scale = unit_for(max(capacities.values()))
+    unit, scale = _unit_for(max(capacities.values()))
     sizes, needed, held = [], [], []
     for device, capacity in capacities.items():
         size, need = capacity / scale, placed.per_device_bytes.get(device, 0) / scale
@@ -133,15 +135,15 @@ def placement(placed: Placement, capacities: Mapping[int | str, float], subject:
         needed.append(need)
         held.append(min(size, need))
     verdict = "fits" if placed.fits else "does not fit"
-    figure, (axis,) = canvas(f"Placement over {len(devices)} devices: {verdict}", subject, 4.4)
+    figure, (axis,) = _canvas(f"Placement over {len(devices)} devices: {verdict}", subject, 4.4)
     axis.bar(_device_names(devices, needed), held, width=0.6, color=BLUE, label="used")
     _remainder(axis, held, sizes, color=_FREE, label="free")
     _remainder(axis, sizes, needed, color=RED, label="too much")
     for size in sorted(set(sizes)):
-        limit_line(axis, size, f"{short(size)} {unit}\nper device")
+        _limit_line(axis, size, f"{_short(size)} {unit}\nper device")
     axis.set(ylabel=f"memory ({unit})", ylim=(0, 1.08 * max(sizes + needed)))
-    space_for_bars(axis, len(devices))
-    legend_on_top(axis)
+    _space_for_bars(axis, len(devices))
+    _legend_on_top(axis)
     return figure
 
 
@@ -152,7 +154,7 @@ def _device_names(devices: Sequence[int | str], needed: Sequence[float]) -> list
     names = []
     for device, size in zip(devices, needed, strict=True):
         name = f"GPU {device}" if isinstance(device, int) else device
-        names.append(f"{name}\n{short(size)}")
+        names.append(f"{name}\n{_short(size)}")
     return names
 
 
@@ -164,7 +166,7 @@ def _remainder(axis: Axes, low: Sequence[float], high: Sequence[float], color: s
         axis.bar(range(len(low)), heights, bottom=low, width=0.6, color=color, label=label)
 
 
-@styled
+@_styled
 def memory_per_device(panels: Mapping[str, Sequence[Mapping[str, str | float]]], subject: str, *, fits: bool) -> Figure:
     """What each device holds by part, against its limit: a panel for each set of models in memory together.
 
@@ -172,7 +174,7 @@ def memory_per_device(panels: Mapping[str, Sequence[Mapping[str, str | float]]],
     """
     verdict = "fits" if fits else "does not fit"
     what = f"Memory of each device: {verdict}"
-    figure, axes = canvas(what, subject, 1.3 + 3.1 * len(panels), len(panels), stacked=True)
+    figure, axes = _canvas(what, subject, 1.3 + 3.1 * len(panels), len(panels), stacked=True)
     for axis, (title, rows) in zip(axes, panels.items(), strict=True):
         _device_panel(axis, title, rows)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -180,11 +182,11 @@ def memory_per_device(panels: Mapping[str, Sequence[Mapping[str, str | float]]],
 
 
 def _device_panel(axis: Axes, title: str, rows: Sequence[Mapping[str, str | float]]) -> None:
-    unit, scale = unit_for(max(number(row, "limit") or 0.0 for row in rows))
+    unit, scale = _unit_for(max(_number(row, "limit") or 0.0 for row in rows))
     limits, stacks = [], []
     for row in rows:
-        limits.append((number(row, "limit") or 0.0) / scale)
-        stacks.append({part: (number(row, part) or 0.0) / scale for part in _PART_COLOURS if part in row})
+        limits.append((_number(row, "limit") or 0.0) / scale)
+        stacks.append({part: (_number(row, part) or 0.0) / scale for part in _PART_COLOURS if part in row})
     # More names, and more totals, than these do not fit beside each other.
     few = len(rows) <= 8
     names = [str(row["name"]) for row in rows]
@@ -195,20 +197,20 @@ def _device_panel(axis: Axes, title: str, rows: Sequence[Mapping[str, str | floa
     axis.hlines(limits, [place - 0.4 for place in places], [place + 0.4 for place in places], BLACK, "dashed")
     tallest = max([*limits, *(sum(stack.values()) for stack in stacks)])
     axis.set(ylabel=f"memory ({unit})", xlabel="" if few else "GPU", ylim=(0, 1.15 * tallest))
-    known = " and ".join(short(limit) for limit in dict.fromkeys(limits))
+    known = " and ".join(_short(limit) for limit in dict.fromkeys(limits))
     axis.set_title(textwrap.fill(f"{title}; limit (dashed): {known} {unit}", 84), loc="left")
-    space_for_bars(axis, len(rows))
+    _space_for_bars(axis, len(rows))
 
 
-@styled
+@_styled
 def cache_growth(bytes_per_token: Mapping[str, int], max_tokens: int, subject: str) -> Figure:
     """The KV cache of one sequence as its context grows, one line per kind of cache (name -> bytes per token)."""
-    figure, (axis,) = canvas("KV cache of one sequence as its context grows", subject, 4.2)
-    unit, scale = unit_for(max(bytes_per_token.values()) * max_tokens)
+    figure, (axis,) = _canvas("KV cache of one sequence as its context grows", subject, 4.2)
+    unit, scale = _unit_for(max(bytes_per_token.values()) * max_tokens)
     for colour, (name, size) in zip(PALETTE, bytes_per_token.items(), strict=False):
         end = size * max_tokens / scale
         axis.plot([0, max_tokens], [0, end], color=colour, linewidth=2.5)
-        text = f"{name}\n{short(end)} {unit}"
+        text = f"{name}\n{_short(end)} {unit}"
         axis.annotate(text, (max_tokens, end), (6, 0), textcoords="offset points", va="center")
     axis.set(xlabel="context (tokens)", ylabel=f"KV cache ({unit})", xlim=(0, max_tokens))
     axis.set_ylim(bottom=0)
@@ -216,12 +218,12 @@ def cache_growth(bytes_per_token: Mapping[str, int], max_tokens: int, subject: s
     return figure
 
 
-@styled
+@_styled
 def training_compute(flop: Mapping[str, float]) -> Figure:
     """Training compute by model (name -> FLOP, by 6 x parameters x tokens), also as a multiple of the smallest."""
     names, least = list(flop), min(flop.values())
     exponent = math.floor(math.log10(max(flop.values())))
-    figure, (axis,) = canvas("Training compute: 6 × parameters × tokens", ", ".join(names), 1.6 + 0.5 * len(names))
+    figure, (axis,) = _canvas("Training compute: 6 × parameters × tokens", ", ".join(names), 1.6 + 0.5 * len(names))
     values, labels = [], []
     for amount in flop.values():
         values.append(amount / 10**exponent)

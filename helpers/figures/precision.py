@@ -8,22 +8,21 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
+from helpers.base.stats import Interval
 from helpers.figures.style import (
     BLACK,
     BLUE,
     ORANGE,
     PALETTE,
     RED,
-    Cell,
-    canvas,
-    logarithmic,
-    number,
-    records,
-    short,
-    styled,
-    unit_for,
+    _canvas,
+    _logarithmic,
+    _number,
+    _records,
+    _short,
+    _styled,
+    _unit_for,
 )
-from helpers.types import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +30,8 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from pandas import DataFrame
 
-    from helpers.quantization import LayerError
+    from helpers.figures.style import Cell
+    from helpers.models.quantization import LayerError
 
 
 class _Cost(TypedDict):
@@ -42,25 +42,25 @@ class _Cost(TypedDict):
     change: Interval
 
 
-@styled
+@_styled
 def precision_comparison(rows: DataFrame | Sequence[Mapping[str, Cell]], subject: str) -> Figure:
     """Stored size, speed and perplexity by precision.
 
     Rows (mappings or a DataFrame) hold ``precision``, ``stored_bytes``, ``tokens_per_second`` and ``perplexity``; a
     row that could not run holds None there and says why in ``lacks`` ("lacks 12 GiB"), which is shown in its place.
     """
-    table = records(rows)
-    unit, scale = unit_for(max((number(row, "stored_bytes") or 0 for row in table), default=0))
+    table = _records(rows)
+    unit, scale = _unit_for(max((_number(row, "stored_bytes") or 0 for row in table), default=0))
     panels = [
         (f"stored weights ({unit})", "stored_bytes", scale),
         ("speed (tokens/s)", "tokens_per_second", 1),
         ("perplexity (lower is better)", "perplexity", 1),
     ]
-    figure, axes = canvas("Size, speed and quality by precision", subject, 4.0, len(panels))
+    figure, axes = _canvas("Size, speed and quality by precision", subject, 4.0, len(panels))
     for axis, (title, column, divisor) in zip(axes, panels, strict=True):
         values = []
         for row in table:
-            value = number(row, column)
+            value = _number(row, column)
             values.append(None if value is None else value / divisor)
         _bars_with_gaps(axis, table, values)
         axis.set_title(title, loc="left")
@@ -73,7 +73,7 @@ def _bars_with_gaps(axis: Axes, rows: Sequence[Mapping[str, Cell]], values: Sequ
     for row, value in zip(rows, values, strict=True):
         names.append(str(row["precision"]))
         heights.append(value or 0)
-        labels.append("" if value is None else short(value))
+        labels.append("" if value is None else _short(value))
     bars = axis.bar(names, heights, width=0.65, color=BLUE)
     axis.bar_label(bars, labels, padding=3, fontsize=10)
     axis.set_ylim(0, 1.15 * max((value for value in values if value is not None), default=1.0))
@@ -86,11 +86,11 @@ def _bars_with_gaps(axis: Axes, rows: Sequence[Mapping[str, Cell]], values: Sequ
             )
 
 
-@styled
+@_styled
 def logit_differences(differences: Mapping[str, float], subject: str, against: str = "bf16") -> Figure:
     """How far the logits of each variant are from those of ``against``: a bar at exactly zero changed nothing."""
     names, values = list(differences), list(differences.values())
-    figure, (axis,) = canvas(f"Mean distance of the logits from {against}'s", subject, 1.5 + 0.5 * len(names))
+    figure, (axis,) = _canvas(f"Mean distance of the logits from {against}'s", subject, 1.5 + 0.5 * len(names))
     bars = axis.barh(names, values, color=BLUE)
     texts = ["exactly 0: nothing was changed" if value == 0 else f"{value:.3g}" for value in values]
     for label, value in zip(axis.bar_label(bars, texts, padding=4), values, strict=True):
@@ -101,7 +101,7 @@ def logit_differences(differences: Mapping[str, float], subject: str, against: s
     return figure
 
 
-@styled
+@_styled
 def nf4_code(code: Sequence[float], scaled: ArrayLike, subject: str, tail: float) -> Figure:
     """The 16 values of nf4 on the normal density they are quantiles of, over real weights.
 
@@ -111,7 +111,7 @@ def nf4_code(code: Sequence[float], scaled: ArrayLike, subject: str, tail: float
     import numpy as np
     from scipy.stats import norm
 
-    figure, (axis,) = canvas("The 16 values of nf4, and the weights they stand for", subject, 4.4)
+    figure, (axis,) = _canvas("The 16 values of nf4, and the weights they stand for", subject, 4.4)
     axis.hist(np.ravel(scaled), bins=101, range=(-1, 1), density=True, color="#CFE3F1", label="weights / largest of 64")
     # The code is scaled so that its largest value, the quantile of the tail, is 1: the density is scaled alike.
     places, deviation = np.linspace(-1.25, 1.25, 400), 1 / norm.ppf(tail)
@@ -128,14 +128,14 @@ def nf4_code(code: Sequence[float], scaled: ArrayLike, subject: str, tail: float
     return figure
 
 
-@styled
+@_styled
 def layer_errors(errors: Mapping[str, Sequence[LayerError]], subject: str) -> Figure:
     """The error of each matrix by precision, of its weights and of its output: grouped by kind, layer after layer.
 
     ``errors`` maps a precision to ``quantization.layer_errors``' rows. An error of exactly zero has no place on the
     logarithmic scale and is left out.
     """
-    figure, axes = canvas("Relative error of each matrix, alone", subject, 6.2, 2, share_x=True, stacked=True)
+    figure, axes = _canvas("Relative error of each matrix, alone", subject, 6.2, 2, share_x=True, stacked=True)
     # sorted is stable: within a kind the layers keep their order.
     by_kind = {precision: sorted(rows, key=_kind) for precision, rows in errors.items()}
     first = next(iter(by_kind.values()))
@@ -165,7 +165,7 @@ def _error_panel(axis: Axes, title: str, errors: Mapping[str, Sequence[float]], 
                 label = precision
             axis.plot(range(begin, end), shown[begin:end], color=colour, marker=marker, markersize=4, label=label)
     axis.set(ylabel="relative error")
-    logarithmic(axis)
+    _logarithmic(axis)
     axis.set_title(title, loc="left")
     axis.grid(axis="y")
     for border in starts[1:-1]:
@@ -177,7 +177,7 @@ def _kind(row: LayerError) -> str:
     return row.layer.rpartition(".")[-1]
 
 
-@styled
+@_styled
 def quality_against_bytes(sides: Mapping[str, Sequence[_Cost]], subject: str, margin: float) -> Figure:
     """What each precision costs in quality (against bf16, with its interval) against what it leaves of bf16's bytes.
 
@@ -185,7 +185,7 @@ def quality_against_bytes(sides: Mapping[str, Sequence[_Cost]], subject: str, ma
     ``change``, an Interval of the change of the loss in bits per byte. Up to ``margin`` is what "almost no difference"
     means here; it stands as the published claim.
     """
-    figure, (axis,) = canvas("Quality against bytes", subject, 4.8)
+    figure, (axis,) = _canvas("Quality against bytes", subject, 4.8)
     axis.axhspan(-margin, margin, color="#E5F3EC", label=f"published: “almost no difference” (here ±{margin:g})")
     axis.axhline(0, color="#888888", linewidth=1)
     for index, (label, rows) in enumerate(sides.items()):

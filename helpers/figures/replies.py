@@ -12,13 +12,12 @@ from helpers.figures.style import (
     BLUE,
     ORANGE,
     PALETTE,
-    Cell,
-    canvas,
-    legend_on_top,
-    number,
-    records,
-    short,
-    styled,
+    _canvas,
+    _legend_on_top,
+    _number,
+    _records,
+    _short,
+    _styled,
 )
 
 if TYPE_CHECKING:
@@ -26,7 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-    from helpers.generation import Candidate
+    from helpers.figures.style import Cell
+    from helpers.generation.generating import Candidate
 
 
 class _Point(Protocol):
@@ -51,7 +51,7 @@ class _Score(NamedTuple):
     high: float
 
 
-@styled
+@_styled
 def next_token_probabilities(by_temperature: Mapping[float, Sequence[Candidate]], subject: str) -> Figure:
     """The likeliest next tokens at several temperatures: one panel each, all in the order of the first.
 
@@ -59,7 +59,7 @@ def next_token_probabilities(by_temperature: Mapping[float, Sequence[Candidate]]
     """
     tokens = list(next(iter(by_temperature.values())))
     height = 1.5 + 0.3 * len(tokens)
-    figure, axes = canvas("Probability of the next token by temperature", subject, height, len(by_temperature))
+    figure, axes = _canvas("Probability of the next token by temperature", subject, height, len(by_temperature))
     for axis, (temperature, candidates) in zip(axes, by_temperature.items(), strict=True):
         probabilities = {candidate.token_id: candidate.probability for candidate in candidates}
         lengths = [probabilities.get(token.token_id, 0.0) for token in tokens]
@@ -78,26 +78,26 @@ def visible(token: str) -> str:
     return token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
 
 
-@styled
+@_styled
 def token_times(arrivals: Sequence[float], subject: str) -> Figure:
     """The time that each generated token took; the first, for which the model reads the whole prompt, is marked.
 
     ``arrivals`` are the seconds from the start of the generation to the arrival of each token.
     """
-    figure, (axis,) = canvas("Time of each generated token", subject, 3.8)
+    figure, (axis,) = _canvas("Time of each generated token", subject, 3.8)
     times = [1000 * (now - before) for before, now in itertools.pairwise([0.0, *arrivals])]
-    axis.bar([1], times[:1], color=ORANGE, label=f"first token, which reads the prompt: {short(times[0])} ms")
+    axis.bar([1], times[:1], color=ORANGE, label=f"first token, which reads the prompt: {_short(times[0])} ms")
     axis.bar(range(2, len(times) + 1), times[1:], color=BLUE)
     if len(times) > 1:
         typical = statistics.median(times[1:])
-        label = f"median of the others: {short(typical)} ms ({1000 / typical:.0f} tokens/s)"
+        label = f"median of the others: {_short(typical)} ms ({1000 / typical:.0f} tokens/s)"
         axis.axhline(typical, color=BLACK, linestyle="--", linewidth=1, label=label)
     axis.set(xlabel="generated token", ylabel="time (ms)", xlim=(0, max(len(times), 10) + 1))
-    legend_on_top(axis)
+    _legend_on_top(axis)
     return figure
 
 
-@styled
+@_styled
 def score_intervals(scores: DataFrame | Sequence[Mapping[str, Cell]], subject: str) -> Figure:
     """Shares with their 95% intervals: a row for each group of items, a mark for each side, a panel for each rule.
 
@@ -110,7 +110,7 @@ def score_intervals(scores: DataFrame | Sequence[Mapping[str, Cell]], subject: s
         by_rule.setdefault(row.rule, []).append(row)
     groups = list(dict.fromkeys(row.items for row in rows))
     sides = list(dict.fromkeys(row.side for row in rows))
-    figure, axes = canvas("Share of the replies, with 95% intervals", subject, 1.7 + 0.55 * len(groups), len(by_rule))
+    figure, axes = _canvas("Share of the replies, with 95% intervals", subject, 1.7 + 0.55 * len(groups), len(by_rule))
     for axis, (rule, of_rule) in zip(axes, by_rule.items(), strict=True):
         _score_panel(axis, of_rule, groups, sides)
         axis.set(title=rule, xlabel="share of the replies (%)", xlim=(-4, 104), ylim=(len(groups) - 0.5, -0.5))
@@ -124,8 +124,8 @@ def score_intervals(scores: DataFrame | Sequence[Mapping[str, Cell]], subject: s
 
 def _scores(table: DataFrame | Sequence[Mapping[str, Cell]]) -> list[_Score]:
     scores = []
-    for row in records(table):
-        share, low, high = (number(row, column) or 0.0 for column in ("share", "low", "high"))
+    for row in _records(table):
+        share, low, high = (_number(row, column) or 0.0 for column in ("share", "low", "high"))
         scores.append(_Score(str(row["items"]), str(row["side"]), str(row["rule"]), share, low, high))
     return scores
 
@@ -145,13 +145,13 @@ def _score_panel(axis: Axes, rows: Sequence[_Score], groups: Sequence[str], side
         axis.errorbar(shares, places, xerr=[below, above], fmt=marker, color=colour, capsize=3, label=side)
 
 
-@styled
+@_styled
 def loss_curve(history: Sequence[_Point], steps: int, subject: str, title: str = "Loss while fine-tuning") -> Figure:
     """The training loss, and the loss on held-out examples, by step (nats per token), over all ``steps`` to come.
 
     ``history`` holds points with ``step``, ``loss`` and ``held_out_loss`` (either may be None).
     """
-    figure, (axis,) = canvas(title, subject, 3.6)
+    figure, (axis,) = _canvas(title, subject, 3.6)
     training, held_out = [], []
     for point in history:
         if point.loss is not None:
@@ -163,7 +163,7 @@ def loss_curve(history: Sequence[_Point], steps: int, subject: str, title: str =
     axis.set(xlabel="step", ylabel="loss (nats per token)", xlim=(0, steps), ylim=(0, None))
     axis.grid()
     if history:
-        legend_on_top(axis)
+        _legend_on_top(axis)
     return figure
 
 

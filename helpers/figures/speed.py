@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from helpers.figures.style import BLUE, GREY, ORANGE, PALETTE, canvas, logarithmic, new_figure, styled, unit_for
+from helpers.figures.style import BLUE, GREY, ORANGE, PALETTE, _canvas, _logarithmic, _new_figure, _styled, _unit_for
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -71,11 +71,11 @@ class _EngineRow(Protocol):
     def limit(self) -> float: ...
 
 
-@styled
+@_styled
 def cache_speed(rows: Sequence[_CacheRow], subject: str) -> Figure:
     """Decoding speed by context, a panel for each batch size, a line for each kind of cache (``bench.CacheRow``s)."""
     sizes = list(dict.fromkeys(row.batch_size for row in rows))
-    figure, axes = canvas("Decoding speed as the context grows", subject, 4.2, len(sizes))
+    figure, axes = _canvas("Decoding speed as the context grows", subject, 4.2, len(sizes))
     for axis, size in zip(axes, sizes, strict=True):
         of_size = [row for row in rows if row.batch_size == size]
         _cache_line(axis, [row for row in of_size if row.cache == "grouped"], "key-value heads alone", BLUE)
@@ -101,7 +101,7 @@ def _cache_line(axis: Axes, rows: Sequence[_CacheRow], name: str, colour: str) -
     axis.errorbar(contexts, speeds, yerr=[below, above], fmt="o-", color=colour, capsize=4, linewidth=2, label=name)
 
 
-@styled
+@_styled
 def speed_against_bytes(rows: Sequence[_SpeedRow], subject: str, *, interleaved: bool) -> Figure:
     """Decoding speed by stored bytes, a panel for each batch size, with the limit that the memory's bandwidth sets.
 
@@ -111,14 +111,14 @@ def speed_against_bytes(rows: Sequence[_SpeedRow], subject: str, *, interleaved:
     sizes = list(dict.fromkeys(row.batch_size for row in rows))
     order = "taken in turn" if interleaved else "one precision after the other"
     what = f"Speed against bytes: {rows[0].repeats} runs each, {order}"
-    figure, axes = canvas(what, subject, 4.6, len(sizes))
-    unit, scale = unit_for(max(row.stored_bytes for row in rows))
+    figure, axes = _canvas(what, subject, 4.6, len(sizes))
+    unit, scale = _unit_for(max(row.stored_bytes for row in rows))
     for axis, size in zip(axes, sizes, strict=True):
         of_size = [row for row in rows if row.batch_size == size]
         farthest = _speed_points(axis, of_size, scale)
         axis.set_title(_speed_title(size, of_size), loc="left", fontsize=10)
         axis.set(xlabel=f"stored weights ({unit})", xlim=(0, 1.45 * farthest))
-        logarithmic(axis)
+        _logarithmic(axis)
         axis.grid(axis="y")
     axes[0].set_ylabel("written tokens/s, whole batch")
     figure.legend(
@@ -163,7 +163,7 @@ def _speed_title(batch_size: int, rows: Sequence[_SpeedRow]) -> str:
     return "\n".join(lines)
 
 
-@styled
+@_styled
 def engine_speeds(rows: Sequence[_EngineRow], titles: Mapping[str, str], subject: str) -> Figure:
     """Decoding speed of engines side by side: a line of panels for each model, a panel for each batch size.
 
@@ -175,7 +175,7 @@ def engine_speeds(rows: Sequence[_EngineRow], titles: Mapping[str, str], subject
     shown = [row for row in rows if row.decode]
     measured = {row.engine for row in shown}
     engines = [name for name in titles if name in measured]
-    figure = new_figure(10, 1.4 + 2.9 * len(models), f"Writing speed of engines on the same weights\n{subject}")
+    figure = _new_figure(10, 1.4 + 2.9 * len(models), f"Writing speed of engines on the same weights\n{subject}")
     for part, model in zip(figure.subfigures(len(models), 1, squeeze=False).ravel(), models, strict=True):
         part.suptitle(textwrap.fill(model, 100), x=0.01, ha="left", fontsize=11, fontweight="normal")
         axes = part.subplots(1, len(sizes), squeeze=False, sharey=True).ravel()
@@ -211,6 +211,6 @@ def _engine_panel(axis: Axes, rows: Sequence[_EngineRow], engines: Sequence[str]
     axis.set_xlim(-0.5, max(0.5, len(contexts) - 0.5))
     axis.grid(axis="y")
     if rows:
-        logarithmic(axis)
+        _logarithmic(axis)
     else:
         axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)

@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from helpers.types import GIB
+from helpers.base.units import GIB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 F = TypeVar("F")
 Cell = str | float | None
-
 # Okabe and Ito, "Color Universal Design" (2008): told apart with every common colour blindness.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, YELLOW, BLACK, GREY = "#CC79A7", "#56B4E9", "#F0E442", "#222222", "#B8B8B8"
@@ -75,7 +74,7 @@ def png(figure: Figure, scale: float = 1.5) -> bytes:
     return buffer.getvalue()
 
 
-def styled(draw: Callable[P, F]) -> Callable[P, F]:
+def _styled(draw: Callable[P, F]) -> Callable[P, F]:
     """Draw in the workbook's one look."""
 
     @functools.wraps(draw)
@@ -88,41 +87,41 @@ def styled(draw: Callable[P, F]) -> Callable[P, F]:
     return wrapper
 
 
-def new_figure(width: float, height: float, title: str) -> Figure:
+def _new_figure(width: float, height: float, title: str) -> Figure:
     """An empty figure of this size, in inches, with its title at the left."""
     figure = _figure_class()(figsize=(width, height), dpi=_DOTS_PER_INCH, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 
-def canvas(
+def _canvas(
     what: str, subject: str, height: float, panels: int = 1, share_x: bool = False, *, stacked: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """An empty figure with its title and ``panels`` axes, side by side or, if ``stacked``, one below the other."""
     # matplotlib does not break titles; 78 characters of this size fill the eight inches.
     lines = [*textwrap.wrap(what, 78), *textwrap.wrap(subject, 78)]
-    figure = new_figure(8, height, "\n".join(lines))
+    figure = _new_figure(8, height, "\n".join(lines))
     rows, columns = 1, panels
     if stacked:
         rows, columns = panels, 1
     return figure, list(figure.subplots(rows, columns, squeeze=False, sharex=share_x).ravel())
 
 
-def unit_for(largest: float) -> tuple[str, int]:
+def _unit_for(largest: float) -> tuple[str, int]:
     """The unit for sizes up to ``largest`` bytes, and its bytes: GiB, or MiB if all are small."""
     if largest >= GIB:
         return "GiB", GIB
     return "MiB", 2**20
 
 
-def short(value: float) -> str:
+def _short(value: float) -> str:
     """Three significant digits without an exponent: 332.59 -> 333, 9.0625 -> 9.06."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}"
 
 
-def records(rows: DataFrame | Sequence[Mapping[str, Cell]]) -> list[dict[str, Cell]]:
+def _records(rows: DataFrame | Sequence[Mapping[str, Cell]]) -> list[dict[str, Cell]]:
     """The rows of a DataFrame or of a sequence of mappings; a missing value becomes None."""
     # pandas is not imported for this question: without a DataFrame nobody needs it.
     plain = rows.to_dict("records") if hasattr(rows, "to_dict") else rows
@@ -137,7 +136,7 @@ def records(rows: DataFrame | Sequence[Mapping[str, Cell]]) -> list[dict[str, Ce
     return result
 
 
-def number(row: Mapping[str, Cell], column: str) -> float | None:
+def _number(row: Mapping[str, Cell], column: str) -> float | None:
     """The number in a column of a row; None if there is none."""
     value = row.get(column)
     if value is None or isinstance(value, str):
@@ -145,7 +144,7 @@ def number(row: Mapping[str, Cell], column: str) -> float | None:
     return value
 
 
-def limit_line(axis: Axes, height: float, text: str) -> None:
+def _limit_line(axis: Axes, height: float, text: str) -> None:
     """Draw a dashed horizontal line with its name at its right end."""
     axis.axhline(height, color=BLACK, linestyle="--", linewidth=1)
     axis.annotate(
@@ -159,22 +158,22 @@ def limit_line(axis: Axes, height: float, text: str) -> None:
     )
 
 
-def legend_on_top(axis: Axes) -> None:
+def _legend_on_top(axis: Axes) -> None:
     """Put the legend into a row above the axes, where it covers nothing."""
     axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, borderaxespad=0.2, columnspacing=1.2)
 
 
-def space_for_bars(axis: Axes, bars: int, least: int = 4) -> None:
+def _space_for_bars(axis: Axes, bars: int, least: int = 4) -> None:
     """Make space for at least ``least`` bars, so that one or two do not fill the whole width."""
     axis.set_xlim(-0.6, max(bars, least) - 0.4)
 
 
-def logarithmic(axis: Axes) -> None:
+def _logarithmic(axis: Axes) -> None:
     """Make the y axis logarithmic, with plain numbers as ticks: 1, 2 and 5 of each decade."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(lambda value, _: short(value))
+    axis.yaxis.set_major_formatter(lambda value, _: _short(value))
     # matplotlib's own minor ticks would be labelled with powers of ten.
     axis.yaxis.set_minor_locator(NullLocator())

@@ -1,58 +1,14 @@
-"""What a person plays with: the chat panel, the comparison panel, the memory planner; and HTML of texts and tokens.
+"""What a reader clicks in a notebook: chat, comparison, memory planner."""
 
-If nobody is there to play (``settings.unattended``) the same call gives a static view.
-"""
+from helpers.base.lazy import face
 
-from helpers.panels.chat import ChatPanel, chat_panel
-from helpers.panels.comparison import ComparisonPanel, comparison_panel
-from helpers.panels.curve import LiveCurve
-from helpers.panels.html import (
-    MARKS,
-    TRAINED,
-    Html,
-    prompt_html,
-    replies_html,
-    reply_summary,
-    scrolled,
-    show,
-    tokens_html,
-    trained_tokens_html,
-    transcript_html,
+__getattr__, __dir__, __all__ = face(
+    __name__,
+    {
+        "chat": ["chat_panel"],
+        "comparison": ["comparison_panel"],
+        "html": ["MARKS", "TRAINED", "replies_html", "tokens_html", "trained_tokens_html"],
+        "memory": ["memory_planner"],
+        "widgets": ["LiveCurve"],
+    },
 )
-from helpers.panels.memory import (
-    MemoryPlanner,
-    Plan,
-    Setup,
-    memory_planner,
-    plan,
-    plan_figures,
-    plan_html,
-    verdict_text,
-)
-
-__all__ = [
-    "MARKS",
-    "TRAINED",
-    "ChatPanel",
-    "ComparisonPanel",
-    "Html",
-    "LiveCurve",
-    "MemoryPlanner",
-    "Plan",
-    "Setup",
-    "chat_panel",
-    "comparison_panel",
-    "memory_planner",
-    "plan",
-    "plan_figures",
-    "plan_html",
-    "prompt_html",
-    "replies_html",
-    "reply_summary",
-    "scrolled",
-    "show",
-    "tokens_html",
-    "trained_tokens_html",
-    "transcript_html",
-    "verdict_text",
-]

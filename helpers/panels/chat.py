@@ -7,51 +7,52 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from helpers.base.errors import WorkbookError
 from helpers.panels.html import (
-    Html,
-    counted,
-    finish,
-    piece,
-    prompt_html,
-    render,
-    reply_summary,
-    scrolled,
-    show,
-    token_count,
-    transcript_html,
+    _counted,
+    _finish,
+    _piece,
+    _prompt_html,
+    _render,
+    _reply_summary,
+    _scrolled,
+    _show,
+    _token_count,
+    _transcript_html,
 )
-from helpers.panels.question import CURSOR, QuestionPanel, wrapped
-from helpers.types import Reply, WorkbookError
+from helpers.panels.widgets import CURSOR, _QuestionPanel, _wrapped
 
 if TYPE_CHECKING:
     from ipywidgets import Box
 
-    from helpers.chat import Chat
+    from helpers.generation.chat import Chat
+    from helpers.generation.sampling import Reply
+    from helpers.panels.html import _Html
 
 
-def chat_panel(chat: Chat, *, script: Sequence[str] = ()) -> ChatPanel | Html:
+def chat_panel(chat: Chat, *, script: Sequence[str] = ()) -> _ChatPanel | _Html:
     """A panel to talk in; unattended, the conversation that the questions of ``script`` lead to.
 
     If a person is there, ``script`` gives the suggestions of the text box.
     """
-    return show(lambda: ChatPanel(chat, script), lambda: _played_html(chat, script))
+    return _show(lambda: _ChatPanel(chat, script), lambda: _played_html(chat, script))
 
 
-def _played_html(chat: Chat, script: Sequence[str]) -> Html:
+def _played_html(chat: Chat, script: Sequence[str]) -> _Html:
     """Ask the questions of ``script`` and show the whole conversation, with the text behind the next question."""
-    from helpers.chat import play
+    from helpers.generation.chat import play
 
     replies = play(chat, script)
-    transcript = transcript_html(chat.messages, _assistant_name(chat), _played_summary(replies))
-    return render("played.j2", label=chat.loaded.ref.label, transcript=transcript, prompt=_prompt_view(chat, ""))
+    transcript = _transcript_html(chat.messages, _assistant_name(chat), _played_summary(replies))
+    return _render("played.j2", label=chat.loaded.ref.label, transcript=transcript, prompt=_prompt_view(chat, ""))
 
 
 def _played_summary(replies: Sequence[Reply]) -> str:
     if not replies:
         return ""
     tokens = sum(reply.tokens for reply in replies)
-    ends = ", ".join(dict.fromkeys(finish(reply) for reply in replies))
-    return f"{counted(len(replies), 'reply', 'replies')}, {token_count(tokens)}; {ends}"
+    ends = ", ".join(dict.fromkeys(_finish(reply) for reply in replies))
+    return f"{_counted(len(replies), 'reply', 'replies')}, {_token_count(tokens)}; {ends}"
 
 
 def _assistant_name(chat: Chat) -> str:
@@ -60,11 +61,11 @@ def _assistant_name(chat: Chat) -> str:
     return "Falcon" if ref.family == "falcon" else ref.name
 
 
-def _prompt_view(chat: Chat, text: str) -> Html:
-    from helpers.prompts import encode
+def _prompt_view(chat: Chat, text: str) -> _Html:
+    from helpers.models.formats import encode
 
     prompt = chat.prompt(text)
-    return prompt_html(prompt, chat.loaded.format.name, len(encode(chat.loaded.tokenizer, prompt)))
+    return _prompt_html(prompt, chat.loaded.format.name, len(encode(chat.loaded.tokenizer, prompt)))
 
 
 def _space_left(chat: Chat) -> str:
@@ -75,7 +76,7 @@ def _space_left(chat: Chat) -> str:
     return f"{left} tokens left of the context"
 
 
-class ChatPanel(QuestionPanel):
+class _ChatPanel(_QuestionPanel):
     """A conversation to take part in. The reply streams in from a thread of its own; Stop ends it after a token.
 
     A stopped reply is shown, but, like its question, not kept in the conversation.
@@ -99,10 +100,10 @@ class ChatPanel(QuestionPanel):
     def _layout(self) -> Box:
         import ipywidgets as w
 
-        title = w.HTML(piece("title", self.chat.loaded.ref.label))
+        title = w.HTML(_piece("title", self.chat.loaded.ref.label))
         self.inspector = w.Accordion([self.prompt], titles=["Prompt inspector: the text the model reads"])
-        asking = wrapped([self.text, self.send, self.stop])
-        settings = [wrapped([self.reset, self.save, self.path]), wrapped(self.sliders)]
+        asking = _wrapped([self.text, self.send, self.stop])
+        settings = [_wrapped([self.reset, self.save, self.path]), _wrapped(self.sliders)]
         return w.VBox([title, self.conversation, asking, self.status, *settings, self.inspector])
 
     def _connect(self) -> None:
@@ -138,7 +139,7 @@ class ChatPanel(QuestionPanel):
                 drawn = perf_counter()
         self._draw()
         if self.chat.last_reply is not None:
-            self._say(f"{reply_summary(self.chat.last_reply)}; {_space_left(self.chat)}")
+            self._say(f"{_reply_summary(self.chat.last_reply)}; {_space_left(self.chat)}")
         return True
 
     def _draw(self, question: str | None = None, reply: str = "") -> None:
@@ -146,7 +147,7 @@ class ChatPanel(QuestionPanel):
         messages = self.chat.messages
         if question is not None:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-        self.conversation.value = scrolled(transcript_html(messages, _assistant_name(self.chat)))
+        self.conversation.value = _scrolled(_transcript_html(messages, _assistant_name(self.chat)))
 
     def _draw_prompt(self) -> None:
         """Show, if the prompt inspector is open, the text for the question as it stands in the box."""

@@ -8,14 +8,17 @@ from itertools import zip_longest
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from helpers.panels.html import Html, counted, piece, render, reply_summary, show
-from helpers.panels.question import CURSOR, QuestionPanel, error_html, wrapped
-from helpers.types import Loaded, ModelRef, Reply, Sampling
+from helpers.generation.sampling import Sampling
+from helpers.models.loaded import Loaded
+from helpers.models.references import ModelRef
+from helpers.panels.html import _counted, _Html, _piece, _render, _reply_summary, _show
+from helpers.panels.widgets import CURSOR, _error_html, _QuestionPanel, _wrapped
 
 if TYPE_CHECKING:
     from pandas import Series
 
-    from helpers.comparison import Side
+    from helpers.evaluation.comparison import Side
+    from helpers.generation.sampling import Reply
 
 _SAMPLING = Sampling(temperature=0, max_new_tokens=100)
 
@@ -26,21 +29,21 @@ def comparison_panel(
     *,
     script: Sequence[str] = (),
     precision: str = "bf16",
-) -> ComparisonPanel | Html:
+) -> _ComparisonPanel | _Html:
     """A panel that asks every model the same question; unattended, the replies to the questions of ``script``.
 
     If a person is there, ``script`` gives the suggestions of the text box. ``precision`` is that of models given as
     ModelRef, which are loaded for their turn only. Unattended raises as ``comparison.compare`` does.
     """
-    return show(
-        lambda: ComparisonPanel(models, sampling, script, precision),
+    return _show(
+        lambda: _ComparisonPanel(models, sampling, script, precision),
         lambda: _compared_html(models, script, sampling, precision),
     )
 
 
-def _compared_html(models: Mapping[str, Side], script: Sequence[str], sampling: Sampling, precision: str) -> Html:
+def _compared_html(models: Mapping[str, Side], script: Sequence[str], sampling: Sampling, precision: str) -> _Html:
     """Ask every model the questions of ``script`` and show the replies side by side, with their median speeds."""
-    from helpers.comparison import compare
+    from helpers.evaluation.comparison import compare
 
     compared = compare(script, models, sampling, precision=precision)
     names = _column_names(models)
@@ -49,11 +52,11 @@ def _compared_html(models: Mapping[str, Side], script: Sequence[str], sampling: 
         replies = []
         for side, name in names.items():
             reply = compared.replies[side][place]
-            replies.append((name, reply.text, reply_summary(reply)))
+            replies.append((name, reply.text, _reply_summary(reply)))
         asked.append((question, replies))
     medians = "; ".join(f"{side} {_speed_text(row)}" for side, row in compared.speed().iterrows())
-    caption = f"Medians of {counted(len(script), 'reply', 'replies')}, written one at a time: {medians}"
-    return render("compared.j2", labels=_labels(models), asked=asked, caption=caption)
+    caption = f"Medians of {_counted(len(script), 'reply', 'replies')}, written one at a time: {medians}"
+    return _render("compared.j2", labels=_labels(models), asked=asked, caption=caption)
 
 
 def _speed_text(row: Series) -> str:
@@ -77,7 +80,7 @@ def _column_names(models: Mapping[str, Side]) -> dict[str, str]:
     return {side: f"{side}: {_ref(model).name}" for side, model in models.items()}
 
 
-class ComparisonPanel(QuestionPanel):
+class _ComparisonPanel(_QuestionPanel):
     """One question to several models, their replies side by side. Every question is a fresh one, without history.
 
     Loaded models write at the same time, a piece from each in turn; if one is given as ModelRef they go one after the
@@ -95,10 +98,10 @@ class ComparisonPanel(QuestionPanel):
         self.replies: dict[str, Reply] = {}
         self.columns = {side: _Column(name) for side, name in _column_names(models).items()}
         self.question = w.HTML()
-        title = w.HTML(piece("sides", _labels(models)))
-        row = wrapped(column.view for column in self.columns.values())
-        asking = wrapped([self.text, self.send, self.stop])
-        parts = [title, self.question, row, asking, self.status, wrapped(self.sliders)]
+        title = w.HTML(_piece("sides", _labels(models)))
+        row = _wrapped(column.view for column in self.columns.values())
+        asking = _wrapped([self.text, self.send, self.stop])
+        parts = [title, self.question, row, asking, self.status, _wrapped(self.sliders)]
         self.box = w.VBox(parts, layout={"max_width": "864px"})
 
     @property
@@ -111,7 +114,7 @@ class ComparisonPanel(QuestionPanel):
 
     def _stream(self, text: str) -> bool:
         self.replies = {}
-        self.question.value = piece("question", text)
+        self.question.value = _piece("question", text)
         for column in self.columns.values():
             column.begin()
         groups = [[side] for side in self.models]
@@ -143,12 +146,12 @@ class ComparisonPanel(QuestionPanel):
 
     def _reply(self, side: str, question: str) -> Generator[str, None, None]:
         """The pieces of one side's reply; however it ends is shown below it."""
-        from helpers.comparison import opened
-        from helpers.generation import stream
+        from helpers.evaluation.comparison import opened
+        from helpers.generation.generating import stream
 
         column, model = self.columns[side], self.models[side]
         # A closed generator leaves through ``finally`` alone.
-        below = piece("note", "Stopped.")
+        below = _piece("note", "Stopped.")
         try:
             if isinstance(model, ModelRef):
                 self._say(f"loading {model.label} in {self.precision} ...")
@@ -157,9 +160,9 @@ class ComparisonPanel(QuestionPanel):
                 column.writing = True
                 reply = yield from stream(loaded, [{"role": "user", "content": question}], self.sampling)
             self.replies[side] = reply
-            below = piece("note", reply_summary(reply))
+            below = _piece("note", _reply_summary(reply))
         except Exception as error:
-            below = error_html(error)
+            below = _error_html(error)
         finally:
             column.end(below)
 
@@ -186,10 +189,10 @@ class _Column:
 
     def begin(self) -> None:
         """Show an empty reply."""
-        self.text, self.below, self.writing = "", Html(), False
+        self.text, self.below, self.writing = "", _Html(), False
         self.draw()
 
-    def end(self, below: Html) -> None:
+    def end(self, below: _Html) -> None:
         """Show the reply as it is, with something below it."""
         self.below, self.writing = below, False
         self.draw()
@@ -197,4 +200,4 @@ class _Column:
     def draw(self) -> None:
         """Show the reply as far as it is written."""
         text = self.text + CURSOR if self.writing else self.text
-        self.view.value = piece("reply", self.name, text, self.below)
+        self.view.value = _piece("reply", self.name, text, self.below)

@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from helpers.figures.replies import visible
-from helpers.types import Message, Reply
 
 if TYPE_CHECKING:
     from jinja2 import Environment
     from transformers import PreTrainedTokenizerBase
 
-    from helpers.comparison import Comparison, Item
-    from helpers.finetuning import Example
+    from helpers.evaluation.comparison import Comparison, Item
+    from helpers.generation.sampling import Reply
+    from helpers.models.formats import Message
+    from helpers.training.conversations import Example
 
 Live = TypeVar("Live")
 Static = TypeVar("Static")
-
 GOOD = "background:#d5f0e6;color:#00482f"
 BAD = "background:#fbe3df;color:#8c1d0a"
 ERROR = f"{BAD};padding:2px 6px"
@@ -68,7 +68,7 @@ _SHOWN_CHARACTERS = 400
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
-class Html(str):
+class _Html(str):
     """HTML that shows itself in a notebook; its ``repr`` is the text a reader would see."""
 
     __slots__ = ()
@@ -84,7 +84,7 @@ class Html(str):
         return html.unescape(re.sub(r"<[^>]*>", " ", self)).strip()
 
 
-class Views(tuple[object, ...]):
+class _Views(tuple[object, ...]):
     """Several things to look at, displayed one below the other."""
 
     __slots__ = ()
@@ -96,9 +96,9 @@ class Views(tuple[object, ...]):
             display(view)
 
 
-def show(live: Callable[[], Live], static: Callable[[], Static]) -> Live | Static:
+def _show(live: Callable[[], Live], static: Callable[[], Static]) -> Live | Static:
     """Return the live widget if a person is there to use it, the static view in an unattended run."""
-    from helpers.settings import unattended
+    from helpers.base.settings import unattended
 
     if unattended():
         return static()
@@ -120,37 +120,37 @@ def _environment() -> Environment:
     return environment
 
 
-def render(template: str, **values: object) -> Html:
+def _render(template: str, **values: object) -> _Html:
     """Render a file of ``templates``; texts among the values are escaped, Html is not."""
-    return Html(_environment().get_template(template).render(values))
+    return _Html(_environment().get_template(template).render(values))
 
 
-def piece(name: str, *values: object) -> Html:
+def _piece(name: str, *values: object) -> _Html:
     """Render one of the pieces in ``templates/pieces.j2``, by the name of its macro."""
     macro = getattr(_environment().get_template("pieces.j2").module, name)
-    return Html(macro(*values))
+    return _Html(macro(*values))
 
 
-def counted(number: int, one: str, many: str) -> str:
+def _counted(number: int, one: str, many: str) -> str:
     """A number with its noun: 1 token, 2 tokens."""
     return f"{number} {one}" if number == 1 else f"{number} {many}"
 
 
-def token_count(number: int) -> str:
+def _token_count(number: int) -> str:
     """A number of tokens: 1 token, 2 tokens."""
-    return counted(number, "token", "tokens")
+    return _counted(number, "token", "tokens")
 
 
-def transcript_html(messages: Sequence[Message], assistant: str = "Falcon", footer: str = "") -> Html:
+def _transcript_html(messages: Sequence[Message], assistant: str = "Falcon", footer: str = "") -> _Html:
     """A conversation as bubbles; ``assistant`` is the name shown for the model."""
     names = {"system": "System", "user": "User", "assistant": assistant}
     bubbles = [(names[message["role"]], message["content"], _BUBBLES[message["role"]]) for message in messages]
-    return render("transcript.j2", bubbles=bubbles, footer=footer)
+    return _render("transcript.j2", bubbles=bubbles, footer=footer)
 
 
-def scrolled(content: Html, height: int = 420) -> Html:
+def _scrolled(content: _Html, height: int = 420) -> _Html:
     """The content in a box at most ``height`` pixels high that stays scrolled to its end."""
-    return render("scrolled.j2", content=content, height=height)
+    return _render("scrolled.j2", content=content, height=height)
 
 
 class _Token(NamedTuple):
@@ -167,16 +167,16 @@ def _token(tokenizer: PreTrainedTokenizerBase, token_id: int, title: str, look: 
     return _Token(visible(text), title, look, text.count("\n"))
 
 
-def tokens_html(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Html:
+def tokens_html(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> _Html:
     """A strip of tokens: each with its own background, its id on hover, spaces and line ends visible."""
     tokens = []
     for place, token_id in enumerate(ids):
         look = _TOKEN_LOOKS[place % len(_TOKEN_LOOKS)]
         tokens.append(_token(tokenizer, token_id, f"id {token_id}", look))
-    return render("tokens.j2", tokens=tokens, footer=token_count(len(ids)))
+    return _render("tokens.j2", tokens=tokens, footer=_token_count(len(ids)))
 
 
-def trained_tokens_html(tokenizer: PreTrainedTokenizerBase, example: Example) -> Html:
+def trained_tokens_html(tokenizer: PreTrainedTokenizerBase, example: Example) -> _Html:
     """The tokens of a fine-tuning example: green if the loss is taken there, otherwise a tint of its role.
 
     On hover a token shows its id and its role; below stands what the colours mean, in the order in which they occur.
@@ -193,8 +193,8 @@ def trained_tokens_html(tokenizer: PreTrainedTokenizerBase, example: Example) ->
         if trained:
             trained_roles[role] += 1
     legend = ", ".join(f"{role} {count}" for role, count in trained_roles.items())
-    footer = f"{trained_roles.total()} of {token_count(len(tokens))} carry the loss: {legend}"
-    return render("tokens.j2", tokens=tokens, footer=footer, key=key)
+    footer = f"{trained_roles.total()} of {_token_count(len(tokens))} carry the loss: {legend}"
+    return _render("tokens.j2", tokens=tokens, footer=footer, key=key)
 
 
 class _Part(NamedTuple):
@@ -204,30 +204,30 @@ class _Part(NamedTuple):
     is_tag: bool
 
 
-def prompt_html(text: str, format_name: str, tokens: int | None = None) -> Html:
+def _prompt_html(text: str, format_name: str, tokens: int | None = None) -> _Html:
     """The literal text that a model reads, with the role tags of its format ("falcon-chat" ...) highlighted."""
     # With a group in its pattern, split returns the tags as well: every second part is one.
     pattern = f"({_ROLE_TAGS.get(format_name, _NO_TAGS)})"
     parts = []
     for index, part in enumerate(re.split(pattern, text, flags=re.MULTILINE)):
         parts.append(_Part(part, index % 2 == 1))
-    footer = "" if tokens is None else token_count(tokens)
-    return render("prompt.j2", parts=parts, footer=footer)
+    footer = "" if tokens is None else _token_count(tokens)
+    return _render("prompt.j2", parts=parts, footer=footer)
 
 
-def finish(reply: Reply) -> str:
+def _finish(reply: Reply) -> str:
     """Why a reply ended, in words."""
     return _FINISHED[reply.finish_reason]
 
 
-def reply_summary(reply: Reply) -> str:
+def _reply_summary(reply: Reply) -> str:
     """One line about a finished reply: tokens, speed, time to the first token, why it ended."""
-    parts = [token_count(reply.tokens)]
+    parts = [_token_count(reply.tokens)]
     # The speed counts the tokens after the first.
     if reply.tokens > 1:
         parts.append(f"{reply.tokens_per_second:.0f} tokens/s")
     parts.append(f"first after {reply.first_token_seconds:.2f} s")
-    return f"{', '.join(parts)}; {finish(reply)}"
+    return f"{', '.join(parts)}; {_finish(reply)}"
 
 
 class _Mark(NamedTuple):
@@ -244,7 +244,7 @@ class _ShownReply(NamedTuple):
     marks: list[_Mark]
 
 
-def replies_html(comparison: Comparison, rows: Sequence[int] | None = None) -> Html:
+def replies_html(comparison: Comparison, rows: Sequence[int] | None = None) -> _Html:
     """The replies of a comparison side by side: all, or those of the items ``rows`` (places from 0).
 
     A reply to an item with an answer key is marked by ``comparison.RULES``: correct or wrong, concise or long.
@@ -257,11 +257,11 @@ def replies_html(comparison: Comparison, rows: Sequence[int] | None = None) -> H
         replies = [_shown_reply(item, comparison.replies[side][place]) for side in comparison.sides]
         table.append((_beginning(item.question), replies))
     # Columns narrower than 220 pixels are unreadable: the table scrolls instead.
-    return render("replies.j2", labels=labels, rows=table, width=220 * (1 + len(labels)))
+    return _render("replies.j2", labels=labels, rows=table, width=220 * (1 + len(labels)))
 
 
 def _shown_reply(item: Item, reply: Reply) -> _ShownReply:
-    from helpers.comparison import RULES
+    from helpers.evaluation.comparison import RULES
 
     marks = []
     if item.answer:

@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from helpers.base.errors import WorkbookError
+from helpers.base.units import GIB
 from helpers.figures.memory import memory_by_precision, part_name, placement
 from helpers.figures.style import png
-from helpers.panels.html import BAD, BLOCK, ERROR, GOOD, Html, Views, counted, show
-from helpers.types import GIB, MemoryEstimate, Placement, WorkbookError
+from helpers.machine.memory import MemoryEstimate
+from helpers.machine.placement import Placement
+from helpers.panels.html import BAD, BLOCK, ERROR, GOOD, _counted, _Html, _show, _Views
 
 if TYPE_CHECKING:
     from ipywidgets import ValueWidget
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Setup:
+class _Setup:
     """What the memory planner plans for; by default what the article names for Falcon-180B in bf16 (A16).
 
     ``batch_size`` counts the sequences on all GPUs together; ``gpu_gb`` is a GPU's size as sold (80 GB: 80e9 bytes).
@@ -36,10 +39,10 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Plan:
+class _Plan:
     """What a setup needs, and how that lies on its GPUs."""
 
-    setup: Setup
+    setup: _Setup
     estimate: MemoryEstimate
     placed: Placement
 
@@ -47,42 +50,45 @@ class Plan:
 PLANNED_PRECISIONS = ("fp32", "bf16", "int8", "nf4")
 
 
-def memory_planner(setup: Setup = Setup()) -> MemoryPlanner | Views:
+def memory_planner(setup: _Setup = _Setup()) -> _MemoryPlanner | _Views:
     """Sliders over ``memory.estimate`` and ``memory.place``; unattended, the table and the figures of ``setup``."""
-    return show(lambda: MemoryPlanner(setup), lambda: Views([plan_html(plan(setup)), *plan_figures(plan(setup))]))
+    return _show(
+        lambda: _MemoryPlanner(setup), lambda: _Views([_plan_html(_plan(setup)), *_plan_figures(_plan(setup))])
+    )
 
 
-def plan(setup: Setup) -> Plan:
+def _plan(setup: _Setup) -> _Plan:
     """The estimate and the placement for a setup. Raises WorkbookError if precision and mode do not go together.
 
     Inference places whole layers (``memory.place``), training is spread evenly (``memory.shard``).
     """
-    from helpers import memory
+    from helpers.machine import anatomy, memory, sharding
+    from helpers.machine import placement as machine_placement
 
-    config = memory.published_config(setup.model)
+    config = anatomy.published_config(setup.model)
     workload = memory.Workload(setup.batch_size, setup.context_tokens)
     estimate = memory.estimate(config, setup.precision, mode=setup.mode, workload=workload)
     gpus = [setup.gpu_gb * 1e9] * setup.gpu_count
     if setup.mode == "inference":
-        placed = memory.place(config, setup.precision, gpus, workload=workload)
+        placed = machine_placement.place(config, setup.precision, gpus, workload=workload)
     else:
-        placed = memory.shard(config, setup.precision, gpus, mode=setup.mode, workload=workload)
-    return Plan(setup, estimate, placed)
+        placed = sharding.shard(config, setup.precision, gpus, mode=setup.mode, workload=workload)
+    return _Plan(setup, estimate, placed)
 
 
-def plan_html(planned: Plan) -> Html:
+def _plan_html(planned: _Plan) -> _Html:
     """What is planned, the parts in GiB, their sum, and whether that fits."""
     parts = {part_name(name): size for name, size in planned.estimate.parts.items() if size}
     rows = "".join(_row(name, size) for name, size in [*parts.items(), ("sum", planned.estimate.total)])
     colours = GOOD if planned.placed.fits else BAD
-    verdict = f'<div style="{colours};padding:4px 10px;margin-top:6px">{html.escape(verdict_text(planned))}</div>'
-    title = f"<b>{html.escape(setup_text(planned.setup))}</b>"
-    return Html(f'<div style="{BLOCK}">{title}<table>{rows}</table>{verdict}</div>')
+    verdict = f'<div style="{colours};padding:4px 10px;margin-top:6px">{html.escape(_verdict_text(planned))}</div>'
+    title = f"<b>{html.escape(_setup_text(planned.setup))}</b>"
+    return _Html(f'<div style="{BLOCK}">{title}<table>{rows}</table>{verdict}</div>')
 
 
-def setup_text(setup: Setup) -> str:
+def _setup_text(setup: _Setup) -> str:
     """What a setup plans for, in words."""
-    sequences = counted(setup.batch_size, "sequence", "sequences")
+    sequences = _counted(setup.batch_size, "sequence", "sequences")
     return f"{setup.model}, {setup.mode} in {setup.precision}, {sequences} of {setup.context_tokens} tokens"
 
 
@@ -90,10 +96,10 @@ def _row(name: str, size: int) -> str:
     return f'<tr><th style="text-align:left">{name}</th><td style="text-align:right">{size / GIB:,.1f} GiB</td></tr>'
 
 
-def verdict_text(planned: Plan) -> str:
+def _verdict_text(planned: _Plan) -> str:
     """Whether a plan fits, as a sentence."""
     setup, placed = planned.setup, planned.placed
-    gpus = f"{counted(setup.gpu_count, 'GPU', 'GPUs')} of {setup.gpu_gb} GB"
+    gpus = f"{_counted(setup.gpu_count, 'GPU', 'GPUs')} of {setup.gpu_gb} GB"
     if placed.shortfall:
         return f"Does not fit on {gpus}: it {placed.shortfall}."
     held, size = max(placed.per_device_bytes.values()), setup.gpu_gb * 1e9
@@ -102,7 +108,7 @@ def verdict_text(planned: Plan) -> str:
     return f"Fits on {gpus}, {how}: {fullest}."
 
 
-def plan_figures(planned: Plan) -> list[Figure]:
+def _plan_figures(planned: _Plan) -> list[Figure]:
     """The memory of every precision that goes with the mode, and the load of each GPU."""
     setup = planned.setup
     size = setup.gpu_gb * 1e9
@@ -113,18 +119,18 @@ def plan_figures(planned: Plan) -> list[Figure]:
     ]
 
 
-def _estimates(setup: Setup) -> list[MemoryEstimate]:
+def _estimates(setup: _Setup) -> list[MemoryEstimate]:
     estimates = []
     for precision in PLANNED_PRECISIONS:
         with suppress(WorkbookError):  # a precision that does not go with the mode
-            estimates.append(plan(replace(setup, precision=precision)).estimate)
+            estimates.append(_plan(replace(setup, precision=precision)).estimate)
     return estimates
 
 
-class MemoryPlanner:
+class _MemoryPlanner:
     """Memory of a published model, part by part, as its controls say; ``controls`` has one for each field of Setup."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: _Setup) -> None:
         import ipywidgets as w
 
         self.controls = _planner_controls(setup)
@@ -139,20 +145,20 @@ class MemoryPlanner:
         self.update()
 
     @property
-    def setup(self) -> Setup:
+    def setup(self) -> _Setup:
         """The setup that the controls show."""
-        return Setup(**{name: control.value for name, control in self.controls.items()})
+        return _Setup(**{name: control.value for name, control in self.controls.items()})
 
     def update(self) -> None:
         """Shows the plan for the controls' setup, or why there is none."""
         try:
-            planned = plan(self.setup)
+            planned = _plan(self.setup)
         except WorkbookError as error:
             self.table.value = f'<div style="{ERROR}">{html.escape(str(error))}</div>'
             self.figures.layout.display = "none"
             return
-        self.table.value = plan_html(planned)
-        for picture, figure in zip(self.pictures, plan_figures(planned), strict=True):
+        self.table.value = _plan_html(planned)
+        for picture, figure in zip(self.pictures, _plan_figures(planned), strict=True):
             picture.value = png(figure)
         self.figures.layout.display = "flex"
 
@@ -162,11 +168,12 @@ class MemoryPlanner:
         return self.box._repr_mimebundle_(include=include, exclude=exclude)
 
 
-def _planner_controls(setup: Setup) -> dict[str, ValueWidget]:
+def _planner_controls(setup: _Setup) -> dict[str, ValueWidget]:
     """One control for each field of Setup."""
     import ipywidgets as w
 
-    from helpers.memory import MODES, published_models
+    from helpers.machine.anatomy import published_models
+    from helpers.machine.memory import MODES
 
     contexts = sorted({setup.context_tokens, *(2**power for power in range(7, 14))})
     sizes = [(f"{size} GB", size) for size in sorted({setup.gpu_gb, 16, 24, 40, 48, 80, 141})]

@@ -36,11 +36,11 @@ seed = 0  # nothing is drawn at random here; one -p seed=... serves all notebook
 # with the word *stand-in*.
 
 # %%
-from helpers import exercises, figures, hardware, loading, memory, panels, profiles, results
+from helpers import exercises, figures, machine, models, panels, runs
 
-loading.tidy_output()
-settings = profiles.load_profile(profile)
-profiles.table(settings)
+models.tidy_output()
+settings = models.load_profile(profile)
+models.table(settings)
 
 # %% [markdown]
 # ## 1 · One hundred and eighty billion?
@@ -53,7 +53,7 @@ profiles.table(settings)
 import torch
 from transformers import FalconForCausalLM
 
-config = memory.published_config("tiiuae/falcon-180B")
+config = machine.published_config("tiiuae/falcon-180B")
 with torch.device("meta"):
     model = FalconForCausalLM(config)
 tied = model.num_parameters()
@@ -66,11 +66,11 @@ print(f"{tied + model.lm_head.weight.numel():,} with the head counted separately
 # the article is right; *unmeasured* means that there is nothing to compare with.
 
 # %%
-assert memory.count_parameters(config) == tied
+assert machine.count_parameters(config) == tied
 near = abs(tied / 180e9 - 1) < 0.05  # a rounded figure agrees when it is within 5%
-results.record("parameters_tied", tied, "parameters", claim="A1", agrees=near)
-results.record(
-    "parameters_untied", memory.count_parameters(config, tied=False), "parameters", claim="A1"
+runs.record("parameters_tied", tied, "parameters", claim="A1", agrees=near)
+runs.record(
+    "parameters_untied", machine.count_parameters(config, tied=False), "parameters", claim="A1"
 )
 
 # %% [markdown]
@@ -82,8 +82,8 @@ import pandas as pd
 
 names = ["tiiuae/falcon-7b", "tiiuae/falcon-40b", "tiiuae/falcon-180B"]
 names.append("meta-llama/Llama-2-70b-chat-hf")
-configs = {name: memory.published_config(name) for name in names}
-counts = {name: memory.count_parameters(c) for name, c in configs.items()}
+configs = {name: machine.published_config(name) for name in names}
+counts = {name: machine.count_parameters(c) for name, c in configs.items()}
 rows = [
     (name, f"{counts[name] / 1e9:.2f}", configs[name].num_hidden_layers, configs[name].hidden_size)
     for name in names
@@ -94,14 +94,14 @@ pd.DataFrame(rows, columns=["model", "billion parameters", "layers", "hidden siz
 
 # %%
 for name, size in (("falcon-7b", 7.5e9), ("falcon-40b", 40e9)):
-    count = memory.count_parameters(configs[f"tiiuae/{name}"], tied=False)
+    count = machine.count_parameters(configs[f"tiiuae/{name}"], tied=False)
     near = abs(count / size - 1) < 0.05
-    results.record(f"parameters_{name}", count, "parameters", claim="A7", agrees=near)
+    runs.record(f"parameters_{name}", count, "parameters", claim="A7", agrees=near)
 
 # %%
-llama = memory.count_parameters(configs["meta-llama/Llama-2-70b-chat-hf"])
+llama = machine.count_parameters(configs["meta-llama/Llama-2-70b-chat-hf"])
 ratio = round(tied / llama, 3)
-results.record("size_ratio_to_llama", ratio, "x", claim="A5", agrees=abs(ratio / 2.5 - 1) < 0.05)
+runs.record("size_ratio_to_llama", ratio, "x", claim="A5", agrees=abs(ratio / 2.5 - 1) < 0.05)
 
 # %% [markdown]
 # The article says 2.5 times Llama-2-70B's size; counting says a little more.
@@ -116,13 +116,13 @@ results.record("size_ratio_to_llama", ratio, "x", claim="A5", agrees=abs(ratio /
 # %%
 falcon_flop = 6 * tied * 3.5e12
 llama_flop = 6 * llama * 2e12
-assert falcon_flop == memory.training_flop(tied, 3.5e12)
+assert falcon_flop == machine.training_flop(tied, 3.5e12)
 ratio = round(falcon_flop / llama_flop, 3)
-results.record("compute_ratio_to_llama", ratio, "x", claim="A6", agrees=abs(ratio / 4 - 1) < 0.05)
+runs.record("compute_ratio_to_llama", ratio, "x", claim="A6", agrees=abs(ratio / 4 - 1) < 0.05)
 
 # %%
 compute = {"Falcon-180B": falcon_flop, "Llama-2-70B": llama_flop}
-results.record_figure("training_compute", figures.training_compute(compute))
+runs.record_figure("training_compute", figures.training_compute(compute))
 
 # %% [markdown]
 # *Four times* is rounded down. *Less than one epoch* (A2) can be checked too: 85% of the tokens are RefinedWeb's, which holds five
@@ -130,7 +130,7 @@ results.record_figure("training_compute", figures.training_compute(compute))
 
 # %%
 web = 0.85 * 3.5e12
-results.record(
+runs.record(
     "share_of_refinedweb", round(web / 5e12, 3), "of its tokens", claim="A2", agrees=web < 5e12
 )
 
@@ -139,13 +139,13 @@ results.record(
 # 7,000,000 GPU hours. An A100 peaks at 312 TFLOP/s in bf16 (NVIDIA's data sheet). What share of that peak do the figures imply?
 
 # %%
-utilisation = memory.implied_utilisation(falcon_flop, gpu_hours=7e6, peak=312e12)
+utilisation = machine.implied_utilisation(falcon_flop, gpu_hours=7e6, peak=312e12)
 reached = 0.2 < utilisation < 0.542  # the most that was published then, see below
-results.record("implied_utilisation", round(utilisation, 3), "of peak", claim="A4", agrees=reached)
+runs.record("implied_utilisation", round(utilisation, 3), "of peak", claim="A4", agrees=reached)
 
 # %%
 days = 7e6 / 4096 / 24
-results.record("days_on_4096_gpus", round(days, 1), "days", claim="A4")
+runs.record("days_on_4096_gpus", round(days, 1), "days", claim="A4")
 
 # %% [markdown]
 # That is a little above the best of the runs that the PaLM paper lists (21% to 46%,
@@ -167,17 +167,17 @@ results.record("days_on_4096_gpus", round(days, 1), "days", claim="A4")
 head_size = config.hidden_size // config.num_attention_heads
 eight = 2 * config.num_hidden_layers * config.num_kv_heads * head_size * 2
 all_heads = 2 * config.num_hidden_layers * config.num_attention_heads * head_size * 2
-assert eight == memory.kv_bytes_per_token(config, "bf16", heads="kv")
-assert all_heads == memory.kv_bytes_per_token(config, "bf16", heads="library")
+assert eight == machine.kv_bytes_per_token(config, "bf16", heads="kv")
+assert all_heads == machine.kv_bytes_per_token(config, "bf16", heads="library")
 print(f"8 heads: {eight / 2**10:.0f} KiB a token; 232 heads: {all_heads / 2**20:.2f} MiB a token")
 
 # %%
-results.record("kv_bytes_8_heads", eight, "bytes/token", claim="A8", agrees=eight < all_heads)
-results.record("kv_bytes_232_heads", all_heads, "bytes/token", claim="A8")
+runs.record("kv_bytes_8_heads", eight, "bytes/token", claim="A8", agrees=eight < all_heads)
+runs.record("kv_bytes_232_heads", all_heads, "bytes/token", claim="A8")
 
 # %%
 ways = {"8 heads": eight, "232 heads": all_heads}
-results.record_figure(
+runs.record_figure(
     "cache_growth", figures.cache_growth(ways, config.max_position_embeddings, "Falcon-180B")
 )
 
@@ -195,32 +195,32 @@ results.record_figure(
 # (ZeRO-3), but each GPU also works on a sequence of its own and gathers one layer at a time, so the sum grows with the GPUs.
 
 # %%
-machines_table = memory.hardware_claims()
+machines_table = machine.hardware_claims()
 machines_table
 
 # %%
 for row in machines_table.to_dict("records"):
     least = row["least 80 GB GPUs"]
     name = f"least_80gb_gpus_{row['use']}".replace(" ", "_")
-    results.record(name, least, "GPUs", claim=row["claim"])
+    runs.record(name, least, "GPUs", claim=row["claim"])
     size = 40 if "40GB" in row["published machine"] else 80
     holds = size * row[f"least {size} GB GPUs"] <= row["published GB"]
     name = f"published_machine_holds_{row['use']}".replace(" ", "_")
-    results.record(name, holds, claim=row["claim"], agrees=holds)
+    runs.record(name, holds, claim=row["claim"], agrees=holds)
 
 # %% [markdown]
 # And by precision, for generating text:
 
 # %%
-estimates = {p: memory.estimate(config, p) for p in ("bf16", "int8", "nf4")}
+estimates = {p: machine.estimate(config, p) for p in ("bf16", "int8", "nf4")}
 machines = {"8x A100 80GB": 8 * 80e9, "8x A100 40GB": 8 * 40e9, "2x A100 80GB": 2 * 80e9}
 figure = figures.memory_by_precision(list(estimates.values()), machines, "Falcon-180B")
-results.record_figure("memory_by_precision", figure)
+runs.record_figure("memory_by_precision", figure)
 
 # %%
 for name, estimate in estimates.items():
-    results.record(f"inference_{name}", round(estimate.total / 2**30, 1), "GiB")
-results.recorded().tail(3)
+    runs.record(f"inference_{name}", round(estimate.total / 2**30, 1), "GiB")
+runs.recorded().tail(3)
 
 # %% [markdown]
 # ### Plan your own
@@ -235,15 +235,17 @@ panels.memory_planner()
 # ## 5 · What this machine can run
 
 # %%
-machine = hardware.detect()
-memory_gib = machine.ram_bytes / 2**30
-print(f"{machine.cpu_count} CPUs, {memory_gib:.1f} GiB of memory, {len(machine.gpus)} GPUs")
-print(f"{machine.disk_free_bytes / 2**30:.0f} GiB free on disk")
+this_machine = machine.detect()
+memory_gib = this_machine.ram_bytes / 2**30
+print(
+    f"{this_machine.cpu_count} CPUs, {memory_gib:.1f} GiB of memory, {len(this_machine.gpus)} GPUs"
+)
+print(f"{this_machine.disk_free_bytes / 2**30:.0f} GiB free on disk")
 
 # %%
 rows = []
-for each in map(profiles.load_profile, profiles.available()):
-    missing = profiles.missing(each, machine, profiles.downloaded_bytes(each))
+for each in map(models.load_profile, models.available()):
+    missing = models.missing(each, this_machine, models.downloaded_bytes(each))
     rows.append((each.name, "; ".join(missing) or "runs here"))
 pd.DataFrame(rows, columns=["profile", "on this machine"]).set_index("profile")
 
@@ -252,8 +254,8 @@ pd.DataFrame(rows, columns=["profile", "on this machine"]).set_index("profile")
 # Measured here, and what it would mean if Falcon-180B's weights had to come through this machine's memory:
 
 # %%
-bandwidth = hardware.memory_bandwidth()
-rows = [(p, f"{bandwidth / memory.weight_bytes(config, p):.3f}") for p in ("bf16", "int8", "nf4")]
+bandwidth = machine.memory_bandwidth()
+rows = [(p, f"{bandwidth / machine.weight_bytes(config, p):.3f}") for p in ("bf16", "int8", "nf4")]
 print(f"{bandwidth / 1e9:.0f} GB/s of memory bandwidth")
 pd.DataFrame(rows, columns=["precision", "tokens/s at most"]).set_index("precision")
 
@@ -300,7 +302,7 @@ rows = [
     for name, n in active.items()
 ]
 columns = ["model", "billion parameters", "active", "GFLOP a token", "Falcon-180B costs"]
-results.record("dense_over_mixture", round(tied / 13e9, 1), "x", claim="A27")
+runs.record("dense_over_mixture", round(tied / 13e9, 1), "x", claim="A27")
 pd.DataFrame(rows, columns=columns).set_index("model")
 
 # %% [markdown]
@@ -312,7 +314,7 @@ pd.DataFrame(rows, columns=columns).set_index("model")
 # are those that were tried, and 4-bit weights need far less.
 
 # %%
-results.recorded()
+runs.recorded()
 
 # %% [markdown]
 # ## Exercises

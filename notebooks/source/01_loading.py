@@ -32,12 +32,12 @@ prompt = "My name is Pedro, I live in"
 max_new_tokens = 50
 
 # %%
-from helpers import exercises, figures, generation, hardware, loading, memory, profiles, results
-from helpers.types import Sampling
+from helpers import exercises, figures, generation, machine, models, runs, speed
+from helpers.generation import Sampling
 
-loading.tidy_output()
-settings = profiles.load_profile(profile)
-profiles.table(settings)
+models.tidy_output()
+settings = models.load_profile(profile)
+models.table(settings)
 
 # %% [markdown]
 # ## 1 · Load
@@ -51,9 +51,9 @@ profiles.table(settings)
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-stand_in = profiles.load_profile("laptop").falcon
-too_big = memory.shortfall(loading.config(settings.falcon), "bf16", hardware.detect())
-checkpoint = loading.resolve(stand_in if too_big else settings.falcon)
+stand_in = models.load_profile("laptop").falcon
+too_big = machine.shortfall(models.config(settings.falcon), "bf16", machine.detect())
+checkpoint = models.resolve(stand_in if too_big else settings.falcon)
 tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, device_map="auto")
 print(type(model).__name__, f"with {model.num_parameters():,} parameters in {model.dtype}")
@@ -61,7 +61,7 @@ print(type(model).__name__, f"with {model.num_parameters():,} parameters in {mod
 # %%
 own = type(model).__module__.startswith("transformers.")  # not code of the repository
 label = (stand_in if too_big else settings.falcon).label
-results.record("loaded_by_transformers", own, claim="A24", model=label, agrees=own)
+runs.record("loaded_by_transformers", own, claim="A24", model=label, agrees=own)
 
 # %% [markdown]
 # Did everything arrive? transformers initialises a missing weight at random and only warns. Our `load` refuses: it checks
@@ -74,12 +74,12 @@ import gc
 del model
 gc.collect()
 torch.cuda.empty_cache()
-loaded = loading.load(settings.falcon, settings.precision)
-loading.report_table(loaded)
+loaded = models.load(settings.falcon, settings.precision)
+models.report_table(loaded)
 
 # %%
-results.record("parameters", loaded.report.parameters, "parameters")
-results.record("stored", loaded.report.stored_bytes, "bytes")
+runs.record("parameters", loaded.report.parameters, "parameters")
+runs.record("stored", loaded.report.stored_bytes, "bytes")
 
 # %% [markdown]
 # ## 2 · Anatomy
@@ -101,7 +101,7 @@ flags = [
     "bias",
 ]
 sizes = ["num_hidden_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "vocab_size"]
-published = memory.published_config("tiiuae/falcon-180B")
+published = machine.published_config("tiiuae/falcon-180B")
 for key in flags + sizes:
     print(f"{key:26} {getattr(published, key)!s:>8} {getattr(loaded.model.config, key)!s:>8}")
 
@@ -110,8 +110,8 @@ for key in flags + sizes:
 # architecture's own default is 2, the same. Where do the 180 billion parameters sit?
 
 # %%
-anatomy = memory.parameter_table(published)
-results.record_figure("anatomy", figures.parameter_breakdown(anatomy, "Falcon-180B"))
+anatomy = machine.parameter_table(published)
+runs.record_figure("anatomy", figures.parameter_breakdown(anatomy, "Falcon-180B"))
 
 # %% [markdown]
 # Four fifths are in the MLPs. Attention's keys and values, the part that multi-query attention shrinks, are 0.7% of all: 80
@@ -144,12 +144,12 @@ device_map = infer_auto_device_map(
 # counts each layer's cache beside its weights and levels the load.
 
 # %%
-placement = memory.place(published, "bf16", gpus=[80e9] * 8)
+placement = machine.place(published, "bf16", gpus=[80e9] * 8)
 print("fits" if placement.fits else f"does not fit: it {placement.shortfall}")
 figure = figures.placement(
     placement, dict.fromkeys(range(8), 80e9), "Falcon-180B in bf16 on 8x A100 80GB"
 )
-results.record_figure("placement", figure)
+runs.record_figure("placement", figure)
 
 # %% [markdown]
 # ## 4 · Generate
@@ -181,10 +181,10 @@ print("same seed, same text:", reply.text == again.text)
 
 # %%
 options = {"claim": "A25", "model": settings.falcon.label}
-results.record("pedro_repeatable", reply.text == again.text, **options)
-results.record("pedro_tokens", reply.tokens, "tokens", **options)
-results.record("first_token", round(reply.first_token_seconds, 4), "s")
-results.record("decoding_speed", round(reply.tokens_per_second, 1), "tokens/s")
+runs.record("pedro_repeatable", reply.text == again.text, **options)
+runs.record("pedro_tokens", reply.tokens, "tokens", **options)
+runs.record("first_token", round(reply.first_token_seconds, 4), "s")
+runs.record("decoding_speed", round(reply.tokens_per_second, 1), "tokens/s")
 
 # %% [markdown]
 # The article's Falcon-180B made of Pedro a person from Portugal, 25 years old, a graphic designer. What the model here
@@ -221,7 +221,7 @@ by_temperature = {
     t: generation.next_token_probabilities(loaded, prompt, k=8, temperature=t) for t in temperatures
 }
 figure = figures.next_token_probabilities(by_temperature, settings.falcon.label)
-results.record_figure("temperature", figure)
+runs.record_figure("temperature", figure)
 
 # %% [markdown]
 # *Top-p* then keeps the likeliest tokens until their probabilities reach p, and draws among them. How many stay?
@@ -252,7 +252,7 @@ for piece in generation.stream(loaded, prompt, sampling):
     print(piece, end="", flush=True)
 
 # %%
-results.record_figure("token_times", figures.token_times(times, settings.falcon.label))
+runs.record_figure("token_times", figures.token_times(times, settings.falcon.label))
 
 # %% [markdown]
 # ## 7 · The cache, weighed
@@ -281,7 +281,7 @@ print(f"(batch, heads, tokens, head size): {shape}, {library_bytes:,} bytes a to
 # read the same one. `loading.load` builds every Falcon so, unless it is told `grouped_cache=False`.
 
 # %%
-from helpers.grouped_cache import grouped_cache
+from helpers.models import grouped_cache
 
 with grouped_cache(), torch.device("meta"):
     grouped = FalconForCausalLM(published).to(torch.bfloat16)
@@ -294,7 +294,7 @@ print(f"the model loaded here: {loaded_bytes:,} bytes a token")
 # The results stay the same; in fp32, where rounding does not blur the comparison:
 
 # %%
-both = [loading.load(stand_in, "fp32", grouped_cache=grouped) for grouped in (False, True)]
+both = [models.load(stand_in, "fp32", grouped_cache=grouped) for grouped in (False, True)]
 row = both[0].tokenizer(prompt, return_tensors="pt")["input_ids"]
 with torch.inference_mode():
     scores = [each.model(row.to(each.model.device)).logits for each in both]
@@ -308,15 +308,14 @@ print(f"{stand_in.label}: the logits differ by {distance:.1e} at most")
 # %%
 from transformers import FalconConfig
 
-from helpers import bench
 
 narrow = FalconConfig(
     vocab_size=4096, hidden_size=1024, num_hidden_layers=4, num_attention_heads=64, num_kv_heads=4,
     new_decoder_architecture=True,
 )  # fmt: skip
-rows = bench.compare_caches(narrow, contexts=(128, 512, 1900), batch_sizes=(1, 4), repeats=3)
+rows = speed.compare_caches(narrow, contexts=(128, 512, 1900), batch_sizes=(1, 4), repeats=3)
 subject = "a Falcon of random weights, 4 layers, 64 query and 4 key-value heads, bf16, CPU"
-results.record_figure("cache_speed", figures.cache_speed(rows, subject))
+runs.record_figure("cache_speed", figures.cache_speed(rows, subject))
 
 # %%
 last = {row.cache: row for row in rows}  # batch 4, 1900 tokens
@@ -325,16 +324,14 @@ print(f"at batch 4 and 1900 tokens: {speeds[1] / speeds[0]:.1f} times as fast")
 
 # %%
 options = {"claim": "A8", "model": "tiiuae/falcon-180B (shape only)"}
-results.record("cache_bytes_grouped", grouped_bytes, "bytes/token", **options)
+runs.record("cache_bytes_grouped", grouped_bytes, "bytes/token", **options)
 smaller = library_bytes / grouped_bytes
-results.record("cache_times_smaller", smaller, "times", **options, agrees=smaller == 29)
+runs.record("cache_times_smaller", smaller, "times", **options, agrees=smaller == 29)
 options["model"] = "a Falcon of random weights, batch 4, 1900 tokens"
-results.record("speed_library_cache", speeds[0], "tokens/s", **options)
-results.record(
-    "speed_grouped_cache", speeds[1], "tokens/s", **options, agrees=speeds[1] > speeds[0]
-)
-results.record("cache_bytes_per_token", loaded_bytes, "bytes/token")
-results.record("grouped_logits_differ", distance, model=stand_in.label, tolerance=1e-5)
+runs.record("speed_library_cache", speeds[0], "tokens/s", **options)
+runs.record("speed_grouped_cache", speeds[1], "tokens/s", **options, agrees=speeds[1] > speeds[0])
+runs.record("cache_bytes_per_token", loaded_bytes, "bytes/token")
+runs.record("grouped_logits_differ", distance, model=stand_in.label, tolerance=1e-5)
 
 # %% [markdown]
 # ## 8 · Faster, and word for word the same
@@ -357,9 +354,9 @@ print("the same tokens:", torch.equal(plainly[:, :n], proposed[:, :n]))
 # Falcon of one layer drafts for one of eight. `generate` takes the way as `decoding` and counts passes and accepted proposals.
 
 # %%
-from helpers.decoding import Decoding
+from helpers.generation import Decoding
 
-draft = loading.load(profiles.load_profile("laptop").falcon_draft, "fp32")
+draft = models.load(models.load_profile("laptop").falcon_draft, "fp32")
 ways = {
     "plain": Decoding(),
     "prompt lookup": Decoding("lookup"),
@@ -376,7 +373,7 @@ for name, way in ways.items():
     table[name]["tokens/s"] = round(told.tokens_per_second, 1)
     table[name]["same text"] = told.text == expected.text
 accepted = table["speculative"]["accepted"]
-results.record("draft_acceptance", round(accepted, 2), model=stand_in.label, tolerance=0.1)
+runs.record("draft_acceptance", round(accepted, 2), model=stand_in.label, tolerance=0.1)
 pd.DataFrame.from_dict(table, orient="index").round(2)
 
 # %% [markdown]
@@ -392,7 +389,7 @@ pd.DataFrame.from_dict(table, orient="index").round(2)
 # meant it to hold: 163,840 bytes a token of Falcon-180B, a 29th of what transformers itself stores, with the same results.
 
 # %%
-results.recorded()
+runs.recorded()
 
 # %% [markdown]
 # ## Exercises

@@ -44,12 +44,11 @@ import torch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from helpers import bench, evaluation, exercises, figures, loading, memory, profiles, quantization, results
-from helpers import quantization_by_hand as by_hand
+from helpers import evaluation, exercises, figures, machine, models, runs, speed
 
-loading.tidy_output()
-settings = profiles.load_profile(profile)
-profiles.table(settings)
+models.tidy_output()
+settings = models.load_profile(profile)
+models.table(settings)
 
 # %% [markdown]
 # ## 1 · What shrinking promises
@@ -60,17 +59,17 @@ profiles.table(settings)
 # of falcon-mini's matrices, with the inputs that it gets for a real text.
 
 # %%
-published = memory.published_config("tiiuae/falcon-180B")
-weights = {p: memory.weight_bytes(published, p) for p in ("fp32", "bf16", "int8", "nf4")}
-weights["nf4, scales quantized too"] = memory.weight_bytes(published, "nf4", double_quant=True)
+published = machine.published_config("tiiuae/falcon-180B")
+weights = {p: machine.weight_bytes(published, p) for p in ("fp32", "bf16", "int8", "nf4")}
+weights["nf4, scales quantized too"] = machine.weight_bytes(published, "nf4", double_quant=True)
 rows = [(p, f"{n / 2**30:.1f}", f"{n / weights['bf16']:.0%}") for p, n in weights.items()]
 display(pd.DataFrame(rows, columns=["precision", "weights, GiB", "of bf16"]).set_index("precision"))
 texts = pd.read_json("data/perplexity_texts.jsonl", lines=True)["text"].tolist()
-mini = profiles.load_profile("laptop").falcon
-full = loading.load(mini, "bf16")
+mini = models.load_profile("laptop").falcon
+full = models.load(mini, "bf16")
 ids = full.tokenizer(texts[0], return_tensors="pt")["input_ids"].to(full.model.device)
 layer = full.model.transformer.h[6].mlp.dense_4h_to_h
-weight, x = layer.weight.detach().cpu(), by_hand.layer_inputs(full.model, layer, ids)
+weight, x = layer.weight.detach().cpu(), models.layer_inputs(full.model, layer, ids)
 print("weight", tuple(weight.shape), weight.dtype, "largest", weight.abs().max().item())
 print("inputs", tuple(x.shape), x.dtype, "largest", x.abs().max().item())
 
@@ -82,12 +81,12 @@ print("inputs", tuple(x.shape), x.dtype, "largest", x.abs().max().item())
 # or more out of the 8-bit product and multiplies it in 16 bits. All of it, and the same by bitsandbytes:
 
 # %%
-for rule in (by_hand.absmax_int8, by_hand.int8_product, by_hand.int8_equals_bitsandbytes):
+for rule in (models.absmax_int8, models.int8_product, models.int8_equals_bitsandbytes):
     print(inspect.getsource(rule))
 print(f"{(x.abs() >= 6).any(0).sum()} of {x.shape[1]} columns hold outliers. Relative errors:")
 for threshold in (6.0, 1e9):
-    product = by_hand.int8_product(x, weight, threshold)
-    error = by_hand.relative_error(product, x.float() @ weight.float().T)
+    product = models.int8_product(x, weight, threshold)
+    error = models.relative_error(product, x.float() @ weight.float().T)
     print(f"columns from {threshold:g} on in 16 bits: {error:.4f}")
 
 # %% [markdown]
@@ -105,13 +104,13 @@ for threshold in (6.0, 1e9):
 # mean of the scales and stores them in 8 bits, with one 32-bit scale for 256 of them: 0.127 bits per weight. Their 8-bit values are again a fixed list, fine near 0.
 
 # %% tags=["record"]
-scaled = by_hand.scaled_blocks(weight).numpy()
-figure = figures.nf4_code(quantization.nf4_code(), scaled, mini.label, quantization.NF4_TAIL)
-display(results.record_figure("nf4_code", figure))
-for rule in (by_hand.nf4, by_hand.double_quantized, by_hand.nf4_equals_bitsandbytes):
+scaled = models.scaled_blocks(weight).numpy()
+figure = figures.nf4_code(models.nf4_code(), scaled, mini.label, models.NF4_TAIL)
+display(runs.record_figure("nf4_code", figure))
+for rule in (models.nf4, models.double_quantized, models.nf4_equals_bitsandbytes):
     print(inspect.getsource(rule))
-for name, equal in by_hand.equal_to_bitsandbytes(weight, x).items():
-    display(results.record(name, equal))
+for name, equal in models.equal_to_bitsandbytes(weight, x).items():
+    display(runs.record(name, equal))
 
 # %% [markdown]
 # ## 4 · The silent failure
@@ -120,15 +119,15 @@ for name, equal in by_hand.equal_to_bitsandbytes(weight, x).items():
 
 # %%
 config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-files = loading.resolve(mini)
+files = models.resolve(mini)
 plain = AutoModelForCausalLM.from_pretrained(files, quantization_config=config, device_map="auto")
 print("is_quantized:", plain.is_quantized, "· is_loaded_in_4bit:", plain.is_loaded_in_4bit)
 with torch.inference_mode():
     same = torch.equal(plain(ids).logits, full.model(ids).logits)
 print("logits equal to bf16's, to the last bit:", same)
 try:
-    quantization.verify_quantized(plain, "nf4")
-except quantization.QuantizationError as error:
+    models.verify_quantized(plain, "nf4")
+except models.QuantizationError as error:
     print(error)
 
 # %% [markdown]
@@ -138,18 +137,18 @@ except quantization.QuantizationError as error:
 # is named. (The share of bf16's bytes is larger than the 29% of Falcon-180B, because in a small model the embeddings, which stay in 16 bits, weigh more.)
 
 # %% tags=["record"]
-small = {precision: loading.load(mini, precision) for precision in ("int8", "nf4")}
-display(loading.report_table(small["nf4"]))
-doctored = loading.load(mini, "nf4").model
+small = {precision: models.load(mini, precision) for precision in ("int8", "nf4")}
+display(models.report_table(small["nf4"]))
+doctored = models.load(mini, "nf4").model
 doctored.set_submodule("transformer.h.6.mlp.dense_4h_to_h", layer)  # in bf16
 try:
-    quantization.verify_quantized(doctored, "nf4")
-except quantization.QuantizationError as error:
+    models.verify_quantized(doctored, "nf4")
+except models.QuantizationError as error:
     print(error)
 share = small["nf4"].report.stored_bytes / full.report.stored_bytes
-results.record("plain_load_quantizes", not same)
-results.record("nf4_layers", small["nf4"].report.quantized_layers, "layers")
-results.record("nf4_share_of_bf16", round(share, 3), "of bf16")
+runs.record("plain_load_quantizes", not same)
+runs.record("nf4_layers", small["nf4"].report.quantized_layers, "layers")
+runs.record("nf4_share_of_bf16", round(share, 3), "of bf16")
 
 # %% [markdown]
 # ## 5 · Save, and load again
@@ -161,9 +160,9 @@ results.record("nf4_share_of_bf16", round(share, 3), "of bf16")
 
 # %% tags=["record"]
 with TemporaryDirectory() as folder:
-    saved = {p: loading.save(one, Path(folder) / f"{mini.name}-{p}") for p, one in small.items()}
+    saved = {p: models.save(one, Path(folder) / f"{mini.name}-{p}") for p, one in small.items()}
     plain = AutoModelForCausalLM.from_pretrained(saved["int8"].id, device_map="auto")
-    again = {p: loading.load(ref, p).model for p, ref in saved.items()}
+    again = {p: models.load(ref, p).model for p, ref in saved.items()}
 print("loaded without an error; the first layer:", plain.transformer.h[0].mlp.dense_h_to_4h)
 try:
     plain(ids)
@@ -172,7 +171,7 @@ except RuntimeError as error:
 with torch.inference_mode():
     equal = [torch.equal(again[p](ids).logits, small[p].model(ids).logits) for p in small]
 print("logits after reloading equal:", equal)
-results.record("reloaded_equals_saved", all(equal))
+runs.record("reloaded_equals_saved", all(equal))
 
 # %% [markdown]
 # ## 6 · Layer by layer
@@ -185,9 +184,9 @@ results.record("reloaded_equals_saved", all(equal))
 # %% tags=["record"]
 errors = {}
 for p in ("bf16", "int8", "nf4"):
-    errors[p] = quantization.layer_errors(full.model, loading.load(mini, p).model, ids)
-results.record("nf4_weight_error", round(errors["nf4"][0].weight, 4), "relative")
-results.record_figure("layer_errors", figures.layer_errors(errors, mini.label))
+    errors[p] = models.layer_errors(full.model, models.load(mini, p).model, ids)
+runs.record("nf4_weight_error", round(errors["nf4"][0].weight, 4), "relative")
+runs.record_figure("layer_errors", figures.layer_errors(errors, mini.label))
 
 # %% [markdown]
 # ## 7 · The price in quality
@@ -210,22 +209,22 @@ with torch.inference_mode():
 print(f"perplexity of the first text: {nll.exp():.3f}")
 print(f"the helper says the same: {evaluation.perplexity(full, texts[:1]).perplexity:.3f}")
 measure, precisions = evaluation.measure_precisions, settings.precisions
-speed = bench.SpeedSettings(prompt_tokens, new_tokens, repeats)
+rate = speed.SpeedSettings(prompt_tokens, new_tokens, repeats)
 read, asked = texts[:texts_falcon], items_falcon
-falcon = measure(settings.falcon, precisions, read, asked, speed=speed, seed=seed)
+falcon = measure(settings.falcon, precisions, read, asked, speed=rate, seed=seed)
 bandwidth = falcon.speeds.bandwidth  # the same machine's
-speed = bench.SpeedSettings(prompt_tokens_llama, new_tokens_llama, repeats, bandwidth)
+rate = speed.SpeedSettings(prompt_tokens_llama, new_tokens_llama, repeats, bandwidth)
 read, asked = texts[:texts_llama], items_llama
-llama = measure(settings.llama_chat, precisions, read, asked, speed=speed, seed=seed)
+llama = measure(settings.llama_chat, precisions, read, asked, speed=rate, seed=seed)
 display(falcon.table(), llama.table())
 
 # %%
 for side, study in {"falcon": falcon, "llama": llama}.items():
     figure = figures.precision_comparison(study.figure_rows(), study.ref.label)
-    display(results.record_figure(f"{side}_by_precision", figure))
+    display(runs.record_figure(f"{side}_by_precision", figure))
 if distances := falcon.logit_distances():
     figure = figures.logit_differences(distances, falcon.ref.label)
-    display(results.record_figure("logit_differences", figure))
+    display(runs.record_figure("logit_differences", figure))
 
 # %% [markdown]
 # ### Almost no difference?
@@ -239,11 +238,11 @@ if distances := falcon.logit_distances():
 # %% tags=["record"]
 values = falcon.change_values("falcon", "A18") | falcon.text_values() | llama.change_values("llama")
 for name, measured in values.items():
-    results.record(name, **vars(measured))
+    runs.record(name, **vars(measured))
 display(falcon.changes(), llama.changes())
 sides = {study.ref.label: study.quality_rows() for study in (falcon, llama)}
 figure = figures.quality_against_bytes(sides, " and ".join(sides), evaluation.ALMOST_NONE["text"])
-results.record_figure("quality_against_bytes", figure)
+runs.record_figure("quality_against_bytes", figure)
 
 # %% [markdown]
 # ## 8 · The price in speed and memory
@@ -266,9 +265,9 @@ results.record_figure("quality_against_bytes", figure)
 for side, study in {"falcon": falcon, "llama": llama}.items():
     rows, in_turn = study.speeds.rows, study.speeds.interleaved
     figure = figures.speed_against_bytes(rows, study.ref.label, interleaved=in_turn)
-    display(study.speeds.table(), results.record_figure(f"{side}_speed_against_bytes", figure))
+    display(study.speeds.table(), runs.record_figure(f"{side}_speed_against_bytes", figure))
 for name, measured in falcon.speed_values("A19").items():
-    display(results.record(name, **vars(measured)))
+    display(runs.record(name, **vars(measured)))
 
 # %% [markdown]
 # ## 9 · Other ways to shrink
@@ -288,7 +287,7 @@ for name, measured in falcon.speed_values("A19").items():
 # interval, and differs from model to model, so one model's *almost no difference* is not another's. Which precision is fastest belongs to the machine and its kernels.
 
 # %%
-results.recorded()
+runs.recorded()
 
 # %% [markdown]
 # ## Exercises

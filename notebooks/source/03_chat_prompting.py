@@ -30,13 +30,12 @@ question = "What do you like to do on the weekend?"
 max_new_tokens = 60
 
 # %%
-from helpers import chat, decoding, exercises, generation, loading
-from helpers import panels, profiles, prompts, results
-from helpers.types import Sampling
+from helpers import exercises, generation, models, panels, runs
+from helpers.generation import Sampling
 
-loading.tidy_output()
-settings = profiles.load_profile(profile)
-profiles.table(settings)
+models.tidy_output()
+settings = models.load_profile(profile)
+models.table(settings)
 
 # %% [markdown]
 # ## 1 · Base against chat
@@ -48,7 +47,7 @@ profiles.table(settings)
 # %%
 import torch
 
-base = loading.load(settings.falcon, settings.precision)
+base = models.load(settings.falcon, settings.precision)
 ids = base.tokenizer(question, return_tensors="pt")["input_ids"].to(base.model.device)
 torch.manual_seed(seed)
 output = base.model.generate(
@@ -66,8 +65,8 @@ base_reply = generation.generate(base, question, sampling)
 print(f"{question}{base_reply.text}\n\n[ended by: {base_reply.finish_reason}]")
 
 # %%
-loading.unload(base)
-talker = loading.load(settings.falcon_chat, settings.precision)
+models.unload(base)
+talker = models.load(settings.falcon_chat, settings.precision)
 chat_reply = generation.generate(talker, [{"role": "user", "content": question}], sampling)
 print(f"{chat_reply.text}\n\n[ended by: {chat_reply.finish_reason}]")
 
@@ -78,7 +77,7 @@ print(f"{chat_reply.text}\n\n[ended by: {chat_reply.finish_reason}]")
 roles = {"base": (base_reply, settings.falcon), "chat": (chat_reply, settings.falcon_chat)}
 for name, (reply, ref) in roles.items():
     as_said = (reply.finish_reason != "length") == (name == "chat")
-    results.record(
+    runs.record(
         f"{name}_ended_by", reply.finish_reason, claim="A20", model=ref.label, agrees=as_said
     )
 
@@ -103,7 +102,7 @@ print(plain)
 # The helper renders the same text, and so does the tokenizer's own chat template:
 
 # %%
-falcon = prompts.format_for("falcon-chat")
+falcon = models.format_for("falcon-chat")
 assert falcon.render(messages) == plain
 rendered = talker.format.render(messages)
 if talker.tokenizer.chat_template:
@@ -112,7 +111,7 @@ if talker.tokenizer.chat_template:
     )
     options = {"claim": "A21", "model": settings.falcon_chat.label}
     same = rendered == templated
-    results.record("render_equals_template", same, agrees=same, **options)
+    runs.record("render_equals_template", same, agrees=same, **options)
 print(repr(rendered))
 
 # %% [markdown]
@@ -137,7 +136,7 @@ def format_prompt(message, history, system_prompt):
     return prompt
 
 
-wrong = prompts.published_format_prompt
+wrong = models.published_format_prompt
 past = [("a", "b"), ("c", "d")]
 assert all(wrong("e", past[:n], "s") == format_prompt("e", past[:n], "s") for n in range(3))
 
@@ -147,7 +146,7 @@ assert all(wrong("e", past[:n], "s") == format_prompt("e", past[:n], "s") for n 
 # %%
 system, *turn, last = [message["content"] for message in messages]
 same = wrong(last, [tuple(turn)], system) == plain
-results.record("format_as_printed", same, claim="A21", agrees=same)
+runs.record("format_as_printed", same, claim="A21", agrees=same)
 
 # %% [markdown]
 # With an empty history the user's message is gone. (The question is the article's, which reports that Falcon-180B once counted
@@ -172,8 +171,8 @@ print(right)
 # %%
 lost = "saddle" not in wrong("Is a saddle an animal?", history=[], system_prompt="")
 asked = wrong("Is a saddle an animal?", history=history, system_prompt="").count("saddle")
-results.record("published_loses_message", lost, claim="A22", agrees=not lost)
-results.record("published_asks_times", asked, "times", claim="A22", agrees=asked == 1)
+runs.record("published_loses_message", lost, claim="A22", agrees=not lost)
+runs.record("published_asks_times", asked, "times", claim="A22", agrees=asked == 1)
 
 # %% [markdown]
 # Does it matter? Here is the chat model's reply to each, greedily. With the wrong prompt it has never seen the question.
@@ -195,7 +194,7 @@ for name, text in (
 
 # %%
 for name in ("falcon-chat", "llama-2", "chatml", "plain"):
-    text = prompts.format_for(name).render(messages)
+    text = models.format_for(name).render(messages)
     reply = generation.generate(talker, text, greedy)
     print(f"--- {name} " + "-" * (60 - len(name)))
     print(f"{text}\n>>> {reply.text!r}")
@@ -231,8 +230,8 @@ for question_text in ("Hello!", "What is your favorite movie?"):
 # `Chat` keeps the list, the system prompt and the seeds, and counts the tokens left. It saves to a JSON file.
 
 # %%
-way = decoding.for_profile(settings, talker)  # as the profile says; see notebook 01, section 8
-conversation = chat.Chat(
+way = generation.for_profile(settings, talker)  # as the profile says; see notebook 01, section 8
+conversation = generation.Chat(
     talker, system="You are a friendly falcon.", sampling=sampling, decoding=way
 )
 for question_text in ("Hello!", "Do you like music?", "What kind of music?"):
@@ -246,8 +245,8 @@ from pathlib import Path
 
 with tempfile.TemporaryDirectory() as folder:
     conversation.save(Path(folder) / "chat.json")
-    again = chat.Chat.load(Path(folder) / "chat.json", talker)
-results.record("chat_survives_saving", again.messages == conversation.messages)
+    again = generation.Chat.load(Path(folder) / "chat.json", talker)
+runs.record("chat_survives_saving", again.messages == conversation.messages)
 
 # %% [markdown]
 # ### When the context is full
@@ -265,8 +264,8 @@ for chosen in (long, kept):
 print(talker.format.render(kept))
 
 # %%
-results.record("fit_messages_kept", len(kept), "messages")
-results.record("fit_keeps_system", kept[0] == messages[0])
+runs.record("fit_messages_kept", len(kept), "messages")
+runs.record("fit_keeps_system", kept[0] == messages[0])
 
 # %% [markdown]
 # ## 7 · Talk to it
@@ -276,7 +275,7 @@ results.record("fit_keeps_system", kept[0] == messages[0])
 
 # %%
 script = ["Hello! How are you?", "What did you do today?", "Tell me a story about a little bird."]
-panel_chat = chat.Chat(talker, sampling=sampling, decoding=way)
+panel_chat = generation.Chat(talker, sampling=sampling, decoding=way)
 panels.chat_panel(panel_chat, script=script)
 
 # %% [markdown]
@@ -287,7 +286,7 @@ panels.chat_panel(panel_chat, script=script)
 # long conversation in form.
 
 # %%
-results.recorded()
+runs.recorded()
 
 # %% [markdown]
 # ## Exercises

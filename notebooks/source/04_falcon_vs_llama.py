@@ -35,13 +35,13 @@ import inspect
 from dataclasses import replace
 from pathlib import Path
 
-from helpers import comparison, evaluation, exercises, figures, loading
-from helpers import memory, panels, profiles, prompts, results
-from helpers.types import ModelRef, Sampling
+from helpers import evaluation, exercises, figures, machine, models, panels, runs
+from helpers.models import ModelRef
+from helpers.generation import Sampling
 
-loading.tidy_output()
-settings = profiles.load_profile(profile)
-profiles.table(settings)
+models.tidy_output()
+settings = models.load_profile(profile)
+models.table(settings)
 
 # %% [markdown]
 # ## 1 · One question, two formats
@@ -52,17 +52,17 @@ profiles.table(settings)
 
 # %%
 question = "Which of these are animals: dog, saddle, lion, chair? List only the animals."
-models = comparison.sides(settings)
+both_models = evaluation.sides(settings)
 messages = [{"role": "user", "content": question}]
-for side, model in models.items():
+for side, model in both_models.items():
     ref = model if isinstance(model, ModelRef) else model.ref
-    print(f"--- {side}: {ref.label}\n{prompts.format_for(ref.format).render(messages)}\n")
+    print(f"--- {side}: {ref.label}\n{models.format_for(ref.format).render(messages)}\n")
 
 # %% [markdown]
 # The plain way to ask: render, tokenize, generate, cut the prompt off. Greedily, so that a run can be repeated.
 
 # %%
-with comparison.opened(models["falcon"], settings.precision) as loaded:
+with evaluation.opened(both_models["falcon"], settings.precision) as loaded:
     text = loaded.format.render(messages)
     ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"].to(loaded.model.device)
     mask = ids.new_ones(ids.shape)
@@ -76,9 +76,9 @@ with comparison.opened(models["falcon"], settings.precision) as loaded:
 # replies and times.
 
 # %%
-asked = comparison.read_items(Path("data/comparison_prompts.jsonl"))
+asked = evaluation.read_items(Path("data/comparison_prompts.jsonl"))
 greedy = Sampling(temperature=0, max_new_tokens=max_new_tokens, seed=seed)
-talk = comparison.compare(asked, models, greedy, precision=settings.precision)
+talk = evaluation.compare(asked, both_models, greedy, precision=settings.precision)
 panels.replies_html(talk)
 
 # %% [markdown]
@@ -88,11 +88,11 @@ panels.replies_html(talk)
 # %%
 table = talk.speed()
 configs = {
-    "falcon": loading.config(settings.falcon_chat),
-    "llama": loading.config(settings.llama_chat),
+    "falcon": models.config(settings.falcon_chat),
+    "llama": models.config(settings.llama_chat),
 }
 table["cache (KiB a token)"] = [
-    memory.kv_bytes_per_token(configs[side], settings.precision) / 1024 for side in table.index
+    machine.kv_bytes_per_token(configs[side], settings.precision) / 1024 for side in table.index
 ]
 table.round(3)
 
@@ -103,7 +103,7 @@ units = {"tokens_per_second": "tokens/s", "first_token": "s", "weights": "MiB"}
 for side in talk.sides:
     for name, column in columns.items():
         value = round(table.loc[side, column], 3)
-        results.record(f"{side}_{name}", value, units[name], model=talk.labels[side])
+        runs.record(f"{side}_{name}", value, units[name], model=talk.labels[side])
 
 # %% [markdown]
 # ## 3 · The saddle, as a test
@@ -113,7 +113,7 @@ for side in talk.sides:
 # was trained: 36 animals and 36 other things, a third of them animal gear such as saddle, leash and cage.
 
 # %%
-items = comparison.read_items(Path("data/animal_items.jsonl"))
+items = evaluation.read_items(Path("data/animal_items.jsonl"))
 for kind in ("yes_no", "choice", "list"):
     found = [item for item in items if item.kind == kind]
     print(
@@ -126,13 +126,15 @@ for kind in ("yes_no", "choice", "list"):
 # the name only.)
 
 # %%
-print(inspect.getsource(comparison.is_correct))
-print(inspect.getsource(comparison.is_concise))
-print("CONCISE_WORDS =", comparison.CONCISE_WORDS)
+print(inspect.getsource(evaluation.is_correct))
+print(inspect.getsource(evaluation.is_concise))
+print("CONCISE_WORDS =", evaluation.CONCISE_WORDS)
 
 # %%
 short = Sampling(temperature=0, max_new_tokens=24, seed=seed)
-test = comparison.compare(items, models, short, precision=settings.precision, batch_size=batch_size)
+test = evaluation.compare(
+    items, both_models, short, precision=settings.precision, batch_size=batch_size
+)
 saddles = [number for number, item in enumerate(items) if "saddle" in item.question]
 panels.replies_html(test, saddles)
 
@@ -146,7 +148,7 @@ scores.round(3)
 
 # %%
 subject = " and ".join(test.labels.values())
-results.record_figure("scores", figures.score_intervals(scores, subject))
+runs.record_figure("scores", figures.score_intervals(scores, subject))
 
 # %%
 for side in test.sides:
@@ -154,9 +156,9 @@ for side in test.sides:
     print(f"{side}: {score.estimate:.3f} correct, 95% interval {score.low:.3f} to {score.high:.3f}")
     label = test.labels[side]
     options = {"claim": "A29", "model": label, "tolerance": 0.05}
-    results.record(f"animal_score_{side}", round(score.estimate, 4), **options)
+    runs.record(f"animal_score_{side}", round(score.estimate, 4), **options)
     concise = test.score(side, "concise").estimate
-    results.record(f"animal_concise_{side}", round(concise, 4), **options)
+    runs.record(f"animal_concise_{side}", round(concise, 4), **options)
 
 # %% [markdown]
 # What would guessing score? Half of the yes-or-no questions and half of the choices. A model that always says the same is no better than
@@ -165,10 +167,10 @@ for side in test.sides:
 # %%
 yes_no = [number for number, item in enumerate(items) if item.kind == "yes_no"]
 for side in test.sides:
-    said = sum(comparison.names(test.replies[side][number].text, "yes") for number in yes_no)
+    said = sum(evaluation.names(test.replies[side][number].text, "yes") for number in yes_no)
     print(f"{side}: says yes to {said} of {len(yes_no)}")
     label = test.labels[side]
-    results.record(f"says_yes_{side}", round(said / len(yes_no), 4), tolerance=0.05, model=label)
+    runs.record(f"says_yes_{side}", round(said / len(yes_no), 4), tolerance=0.05, model=label)
 
 # %% [markdown]
 # ### Which is better?
@@ -186,7 +188,7 @@ print(f"McNemar's exact p: {difference.p_value:.2g}")
 real = settings.falcon_chat.stand_in_for is None
 not_better = (interval.low <= 0) if real else None
 options = {"claim": "A28", "model": test.labels["falcon"], "agrees": not_better, "tolerance": 0.05}
-results.record("animal_difference", round(interval.estimate, 4), **options)
+runs.record("animal_difference", round(interval.estimate, 4), **options)
 
 # %% [markdown]
 # Counting conciseness too: a reply wins that is correct where the other is not, or correct and concise where the other is only correct. Two
@@ -198,7 +200,7 @@ ties = len(items) - difference.only_first - difference.only_second
 print(f"correctness alone: {difference.only_first} won, {difference.only_second} lost, {ties} tied")
 print(f"win rate, ties half: {win.estimate:.3f} ({win.low:.3f} to {win.high:.3f})")
 label = test.labels["falcon"]
-results.record("win_rate_falcon", round(win.estimate, 4), tolerance=0.05, model=label)
+runs.record("win_rate_falcon", round(win.estimate, 4), tolerance=0.05, model=label)
 
 # %% [markdown]
 # ### Is the scorer real?
@@ -215,7 +217,7 @@ for number in right:
 again = test.rescored(key)
 lost = sum(test.verdicts(better)) - sum(again.verdicts(better))
 print(f"{better}: {sum(test.verdicts(better))} correct with the key, {lost} fewer with ten swapped")
-results.record("lost_by_swapping_ten_answers", lost, "items")
+runs.record("lost_by_swapping_ten_answers", lost, "items")
 
 # %% [markdown]
 # ## 4 · The same items, scored without a reply
@@ -227,7 +229,7 @@ results.record("lost_by_swapping_ten_answers", lost, "items")
 import torch
 
 item = next(item for item in items if item.kind == "choice")
-with comparison.opened(models["falcon"], settings.precision) as loaded, torch.inference_mode():
+with evaluation.opened(both_models["falcon"], settings.precision) as loaded, torch.inference_mode():
     prompt = loaded.format.render([{"role": "user", "content": item.question}])
     start = len(loaded.tokenizer(prompt)["input_ids"])
     for word in (*item.answer, *item.others):
@@ -241,7 +243,7 @@ with comparison.opened(models["falcon"], settings.precision) as loaded, torch.in
 
 
 # %%
-def question_of(item: comparison.Item) -> evaluation.Question:
+def question_of(item: evaluation.Item) -> evaluation.Question:
     words = sorted((*item.answer, *item.others))
     options = tuple(f"{'An' if word[0] in 'aeiou' else 'A'} {word}" for word in words)
     right = words.index(item.answer[0])
@@ -253,14 +255,14 @@ print(questions[0])
 
 # %%
 by_likelihood = {}
-for side, model in models.items():
-    with comparison.opened(model, settings.precision) as loaded:
+for side, model in both_models.items():
+    with evaluation.opened(model, settings.precision) as loaded:
         by_likelihood[side] = evaluation.multiple_choice(loaded, questions)
     share = by_likelihood[side].accuracy
     replied = test.score(side, kind="choice").estimate
     print(f"{side}: {share.estimate:.3f} by likelihood, {replied:.3f} by reply")
     label = test.labels[side]
-    results.record(
+    runs.record(
         f"choice_by_likelihood_{side}", round(share.estimate, 4), tolerance=0.05, model=label
     )
 
@@ -271,8 +273,8 @@ for side, model in models.items():
 # %%
 hello = [{"role": "user", "content": "Hello."}]
 control = [replace(question, prompt=hello) for question in questions]
-for side, model in models.items():
-    with comparison.opened(model, settings.precision) as loaded:
+for side, model in both_models.items():
+    with evaluation.opened(model, settings.precision) as loaded:
         greeted = evaluation.multiple_choice(loaded, control)
     for name, found in (("the question", by_likelihood[side]), ("only a greeting", greeted)):
         share = found.accuracy
@@ -291,11 +293,11 @@ for side, model in models.items():
 print(Path("data/tasks/animal_choice.yaml").read_text())
 
 # %%
-with comparison.opened(models["falcon"], settings.precision) as loaded:
+with evaluation.opened(both_models["falcon"], settings.precision) as loaded:
     harness = evaluation.evaluate(loaded, ["animal_choice"])
 value = harness.rows[0].value
 options = {"model": test.labels["falcon"], "tolerance": 0.05}
-results.record("harness_choice_falcon", round(value, 4), **options)
+runs.record("harness_choice_falcon", round(value, 4), **options)
 print("lm-evaluation-harness", harness.version)
 harness.table()
 
@@ -306,7 +308,7 @@ harness.table()
 
 # %%
 script = ["Is a saddle an animal?", "What is your favorite food?"]
-panels.comparison_panel(models, greedy, script=script, precision=settings.precision)
+panels.comparison_panel(both_models, greedy, script=script, precision=settings.precision)
 
 # %% [markdown]
 # ## 6 · What stand-ins can tell
@@ -317,14 +319,14 @@ panels.comparison_panel(models, greedy, script=script, precision=settings.precis
 # %%
 names = {"falcon": "tiiuae/falcon-180B", "llama": "meta-llama/Llama-2-70b-chat-hf"}
 real = {
-    side: memory.count_parameters(memory.published_config(name)) for side, name in names.items()
+    side: machine.count_parameters(machine.published_config(name)) for side, name in names.items()
 }
-here = {side: memory.count_parameters(configs[side]) for side in names}
+here = {side: machine.count_parameters(configs[side]) for side in names}
 for title, counts in (("the real pair", real), ("this profile", here)):
     falcon, llama = counts["falcon"], counts["llama"]
     print(f"{title}: {falcon:,} against {llama:,}, {falcon / llama:.2f} to 1")
 label = settings.falcon_chat.label
-results.record("size_ratio_here", round(here["falcon"] / here["llama"], 3), "x", model=label)
+runs.record("size_ratio_here", round(here["falcon"] / here["llama"], 3), "x", model=label)
 
 # %% [markdown]
 # On the `laptop` profile the Falcon side is far the smaller one and was trained on some millions of tokens, not trillions: how well it
@@ -336,7 +338,7 @@ results.record("size_ratio_here", round(here["falcon"] / here["llama"], 3), "x",
 # items, two models can be told apart with fewer of them. And a score belongs to its way of scoring as much as to its model.
 
 # %%
-results.recorded()
+runs.recorded()
 
 # %% [markdown]
 # ## Exercises

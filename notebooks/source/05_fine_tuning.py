@@ -41,13 +41,12 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from helpers import comparison, evaluation, exercises, figures, finetuning
-from helpers import loading, panels, profiles, quantization, results
-from helpers.types import Sampling
+from helpers import base, evaluation, exercises, figures, models, panels, runs, training
+from helpers.generation import Sampling
 
-loading.tidy_output()
-settings = profiles.load_profile(profile)
-profiles.table(settings)
+models.tidy_output()
+settings = models.load_profile(profile)
+models.table(settings)
 
 # %% [markdown]
 # ## 1 · LoRA, plainly
@@ -59,8 +58,8 @@ profiles.table(settings)
 # %%
 from peft import LoraConfig, get_peft_model
 
-mini = loading.load(profiles.load_profile("laptop").falcon_chat, "bf16")
-linear = [mini.model.get_submodule(n) for n in quantization.quantizable_layers(mini.model)]
+mini = models.load(models.load_profile("laptop").falcon_chat, "bf16")
+linear = [mini.model.get_submodule(n) for n in models.quantizable_layers(mini.model)]
 targets = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 config = LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
 adapted = get_peft_model(mini.model, config)
@@ -74,7 +73,7 @@ print(f"{trainable:,} of {everything:,} parameters are trained")
 # %%
 by_hand = sum(16 * (layer.in_features + layer.out_features) for layer in linear)
 print(f"{len(linear)} layers, {by_hand:,} parameters by hand")
-results.record("lora_parameters_by_hand", by_hand == trainable)
+runs.record("lora_parameters_by_hand", by_hand == trainable)
 
 # %% [markdown]
 # trl's `SFTTrainer` takes a prompt and its completion as text, and trains on the completion.
@@ -104,10 +103,10 @@ with tempfile.TemporaryDirectory() as folder:
 #   the frozen layers, and merging gives garbage. An evaluation before or during training is enough. `unpacked=True` prevents it (tests/unit/test_finetuning.py shows both).
 
 # %%
-loading.unload(mini)
-loaded = loading.load(settings.falcon_chat, "nf4", unpacked=True)
-print("an inference may repack the weights:", quantization.may_repack(loaded.model))
-loading.report_table(loaded)
+models.unload(mini)
+loaded = models.load(settings.falcon_chat, "nf4", unpacked=True)
+print("an inference may repack the weights:", models.may_repack(loaded.model))
+models.report_table(loaded)
 
 # %% [markdown]
 # ## 3 · Before
@@ -115,9 +114,9 @@ loading.report_table(loaded)
 # The animal test of notebook 04, and the perplexity of short stories, which are nothing like the samples: what may a fine-tune break?
 
 # %%
-items = comparison.read_items(Path("data/animal_items.jsonl"))
+items = evaluation.read_items(Path("data/animal_items.jsonl"))
 short = Sampling(temperature=0, max_new_tokens=24, seed=seed)
-before = comparison.compare(items, {"before": loaded}, short, batch_size=questions_at_once)
+before = evaluation.compare(items, {"before": loaded}, short, batch_size=questions_at_once)
 before.scores().round(3)
 
 # %%
@@ -135,8 +134,8 @@ print(f"{bits_before:.3f} bits per byte on {len(texts)} stories")
 # loss on the way, are made of nouns of their own.
 
 # %%
-train = finetuning.read_conversations(Path("data/animal_training.jsonl"))
-held_out = finetuning.read_conversations(Path("data/animal_held_out.jsonl"))
+train = training.read_conversations(Path("data/animal_training.jsonl"))
+held_out = training.read_conversations(Path("data/animal_held_out.jsonl"))
 print(f"{len(train)} conversations to train on, {len(held_out)} held out. The first:")
 for message in train[0]:
     print(f"{message['role']}: {message['content']}")
@@ -146,14 +145,14 @@ for message in train[0]:
 # carry the loss (labels of -100 for the rest): the model is not to learn to write the user's lines.
 
 # %%
-found = finetuning.examples(loaded, train)
+found = training.examples(loaded, train)
 panels.trained_tokens_html(loaded.tokenizer, found[0])
 
 # %%
-counts = finetuning.token_counts(found)
-results.record("trained_reply_tokens", int(counts.loc["reply", "trained"]), "tokens")
-results.record("trained_end_tokens", int(counts.loc["end", "trained"]), "tokens")
-results.record("trained_user_tokens", int(counts.loc["user", "trained"]), "tokens")
+counts = training.token_counts(found)
+runs.record("trained_reply_tokens", int(counts.loc["reply", "trained"]), "tokens")
+runs.record("trained_end_tokens", int(counts.loc["end", "trained"]), "tokens")
+runs.record("trained_user_tokens", int(counts.loc["user", "trained"]), "tokens")
 counts
 
 # %% [markdown]
@@ -168,7 +167,7 @@ counts
 # in the terminal, `workbook run --resume` does it.
 
 # %%
-recipe = finetuning.Recipe(
+recipe = training.Recipe(
     steps=steps,
     batch_size=batch_size,
     learning_rate=learning_rate,
@@ -177,23 +176,23 @@ recipe = finetuning.Recipe(
     gradient_checkpointing=gradient_checkpointing,
     seed=seed,
 )
-work = results.work_folder("fine-tune")
+work = base.work_folder("fine-tune")
 recipe
 
 # %%
 label = settings.falcon_chat.label
 draw = partial(figures.loss_curve, steps=steps, subject=f"{label}, nf4, LoRA rank {rank}")
 curve = panels.LiveCurve(draw)
-tuned = finetuning.finetune(loaded, train, recipe, work, held_out=held_out, on_point=curve.update)
+tuned = training.finetune(loaded, train, recipe, work, held_out=held_out, on_point=curve.update)
 curve.finish(tuned.history)
 
 # %%
-results.record_figure("loss", draw(tuned.history))
+runs.record_figure("loss", draw(tuned.history))
 losses = [p.held_out_loss for p in tuned.history if p.held_out_loss is not None]
 print(f"held-out loss: {losses[0]:.3f} before, {losses[-1]:.3f} after {steps} steps")
-results.record("held_out_loss", round(losses[-1], 3), "nats a token", tolerance=0.05, model=label)
-results.record("trained_parameters", tuned.trainable_parameters, "parameters", model=label)
-results.record("training_time", round(tuned.seconds, 1), "s", model=label)
+runs.record("held_out_loss", round(losses[-1], 3), "nats a token", tolerance=0.05, model=label)
+runs.record("trained_parameters", tuned.trainable_parameters, "parameters", model=label)
+runs.record("training_time", round(tuned.seconds, 1), "s", model=label)
 print(f"{tuned.left_out} replies were longer than the context and left out")
 
 # %% [markdown]
@@ -201,7 +200,7 @@ print(f"{tuned.left_out} replies were longer than the context and left out")
 # --nproc_per_node 2`, and ask how many really trained:
 
 # %%
-results.record("training_processes", tuned.processes, "processes")
+runs.record("training_processes", tuned.processes, "processes")
 
 # %% [markdown]
 # ## 6 · After: repaired, and broken
@@ -209,25 +208,25 @@ results.record("training_processes", tuned.processes, "processes")
 # The same items again, and the same texts.
 
 # %%
-after = comparison.compare(items, {"after": tuned.loaded}, short, batch_size=questions_at_once)
+after = evaluation.compare(items, {"after": tuned.loaded}, short, batch_size=questions_at_once)
 both = before.beside(after)
 shown = [number for number, item in enumerate(items) if "saddle" in item.question]
 panels.replies_html(both, shown)
 
 # %%
 scores = both.scores()
-results.record_figure("before_after", figures.score_intervals(scores, f"{label}, nf4"))
+runs.record_figure("before_after", figures.score_intervals(scores, f"{label}, nf4"))
 
 # %%
 for side in both.sides:
     score = both.score(side)
     print(f"{side}: {score.estimate:.3f} correct ({score.low:.3f} to {score.high:.3f})")
-    results.record(f"animal_score_{side}", round(score.estimate, 4), tolerance=0.05, model=label)
+    runs.record(f"animal_score_{side}", round(score.estimate, 4), tolerance=0.05, model=label)
 asked = [number for number, item in enumerate(items) if item.kind == "yes_no"]
-said = sum(comparison.names(after.replies["after"][number].text, "yes") for number in asked)
+said = sum(evaluation.names(after.replies["after"][number].text, "yes") for number in asked)
 print(f"after: says yes to {said} of {len(asked)}, half of which are animals")
 yes_no = both.score("after", kind="yes_no").estimate
-results.record("yes_no_after", round(yes_no, 4), tolerance=0.06, model=label)
+runs.record("yes_no_after", round(yes_no, 4), tolerance=0.06, model=label)
 difference = both.difference("after", "before")
 low, high = difference.interval.low, difference.interval.high
 print(f"after - before: {difference.interval.estimate:+.3f} ({low:+.3f} to {high:+.3f})")
@@ -241,10 +240,8 @@ print(f"McNemar's exact p: {difference.p_value:.2g}")
 # %%
 bits_after = evaluation.perplexity(tuned.loaded, texts).bits_per_byte
 print(f"{bits_before:.3f} -> {bits_after:.3f} bits per byte")
-results.record("bits_per_byte_before", round(bits_before, 4), "bits/byte", model=label)
-results.record(
-    "bits_per_byte_after", round(bits_after, 4), "bits/byte", tolerance=0.05, model=label
-)
+runs.record("bits_per_byte_before", round(bits_before, 4), "bits/byte", model=label)
+runs.record("bits_per_byte_after", round(bits_after, 4), "bits/byte", tolerance=0.05, model=label)
 
 # %% [markdown]
 # ## 7 · Save, reload, merge
@@ -260,17 +257,17 @@ with torch.inference_mode():
     in_memory = tuned.loaded.model(ids).logits.float().cpu()
 size = (work / "adapter_model.safetensors").stat().st_size
 print(f"adapter: {size / 2**20:.1f} MiB")
-loading.unload(tuned.loaded)
-loading.unload(loaded)
+models.unload(tuned.loaded)
+models.unload(loaded)
 
 # %%
-reloaded = finetuning.reload(work)
+reloaded = training.reload(work)
 with torch.inference_mode():
     again = reloaded.model(ids).logits.float().cpu()
 distance = (again - in_memory).abs().max().item()
 print(f"largest difference of a logit: {distance:.2g}")
-results.record("reloaded_equals_memory", distance <= 1e-5)
-loading.unload(reloaded)
+runs.record("reloaded_equals_memory", distance <= 1e-5)
+models.unload(reloaded)
 
 # %% [markdown]
 # *Merging* adds `B·A` to the weights, so that no adapter is needed any more. Inside 4-bit weights the sum would be rounded anew; added to the original bf16
@@ -280,12 +277,12 @@ loading.unload(reloaded)
 # %%
 if merge:
     with tempfile.TemporaryDirectory() as folder:
-        merged = loading.load(finetuning.merge(work, Path(folder) / "merged"), "bf16")
+        merged = models.load(training.merge(work, Path(folder) / "merged"), "bf16")
         with torch.inference_mode():
             logits = merged.model(ids.to(merged.model.device)).logits.float().cpu()
-    error = finetuning.relative_error(logits, in_memory)
+    error = training.relative_error(logits, in_memory)
     print(f"relative error of the logits: {error:.4f}")
-    results.record("merged_within_2_percent", error <= 0.02)
+    runs.record("merged_within_2_percent", error <= 0.02)
 shutil.rmtree(work)
 
 # %% [markdown]
@@ -295,7 +292,7 @@ shutil.rmtree(work)
 # before and after shows how much, and the perplexity what it cost.
 
 # %%
-results.recorded()
+runs.recorded()
 
 # %% [markdown]
 # ## Exercises

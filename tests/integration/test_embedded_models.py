@@ -10,13 +10,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers import loading
-from helpers.layers import quantizable_layers
-from helpers.loading import load, report_table, resolve
-from helpers.profiles import load_profile
-from helpers.quantization import QuantizationError, bnb_config, verify_against_checkpoint, verify_quantized
-from helpers.types import PRECISIONS, ROOT
-from helpers.workarounds.falcon_linear import falcon_repair
+from helpers import models
+from helpers.base import PRECISIONS
+from helpers.base.files import ROOT
+from helpers.models import (
+    QuantizationError,
+    bnb_config,
+    load,
+    load_profile,
+    quantizable_layers,
+    report_table,
+    resolve,
+    verify_quantized,
+)
+from helpers.models.quantization import _verify_against_checkpoint
+from helpers.models.workarounds.falcon_linear import falcon_repair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODELS = load_profile("laptop").models
@@ -97,7 +105,7 @@ def test_every_weight_of_falcon_mini_is_the_checkpoints():
     for precision in ("nf4", "int8"):
         model = load(MODELS["falcon"], precision).model
         shares = [
-            verify_against_checkpoint(model, resolve(MODELS["falcon"]), name) for name in quantizable_layers(model)
+            _verify_against_checkpoint(model, resolve(MODELS["falcon"]), name) for name in quantizable_layers(model)
         ]
         assert len(shares) == 32
         assert max(shares) <= 1
@@ -107,7 +115,7 @@ def test_every_weight_of_falcon_mini_is_the_checkpoints():
 def test_smollm2_equals_its_published_file():
     """The copy in the cache holds the GGUF file's weights, and gives the logits that transformers reads from it."""
     cached = load(MODELS["llama_chat"], "bf16")
-    file = loading.packaged_file(MODELS["llama_chat"])
+    file = models.packaged_file(MODELS["llama_chat"])
     direct = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
     weights = direct.state_dict()
     assert cached.model.state_dict().keys() == weights.keys()
@@ -169,8 +177,8 @@ import socket
 def refuse(*arguments, **options):
     raise AssertionError(f"asked the network: {arguments}")
 socket.socket.connect = socket.getaddrinfo = refuse
-from helpers.loading import config, load
-from helpers.profiles import load_profile
+from helpers.models.loading import config, load
+from helpers.models.profiles import load_profile
 for ref in load_profile("laptop").models.values():
     config(ref)
     print(load(ref).report.parameters)

@@ -8,12 +8,10 @@ import jupytext
 import nbformat
 import pytest
 
-from helpers import runner
-from helpers.profiles import load_profile
-from helpers.runner import rendering
-from helpers.runner.declaration import declared_models
-from helpers.shards import file_hash
-from helpers.types import ROOT
+from helpers.base.files import ROOT
+from helpers.models import file_hash, load_profile
+from helpers.runs import rendering
+from helpers.runs.notebook import _cells_hash, _declared_models
 
 SOURCES = sorted((ROOT / "notebooks" / "source").glob("*.py"))
 NOTEBOOKS = [ROOT / "notebooks" / f"{path.stem}.ipynb" for path in SOURCES]
@@ -55,8 +53,8 @@ def test_every_notebook_has_its_parts(path):
 def test_committed_notebook_is_rendered_from_its_source(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    source = rendering.source_notebook(ROOT / "notebooks" / "source" / f"{path.stem}.py")
-    assert runner.cells_hash(notebook) == runner.cells_hash(source)
+    source = rendering._source_notebook(ROOT / "notebooks" / "source" / f"{path.stem}.py")
+    assert _cells_hash(notebook) == _cells_hash(source)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -97,7 +95,7 @@ def test_the_notebooks_declare_what_a_run_loaded_and_nothing_else():
     if manifest is None:
         pytest.skip("runs/ holds no finished run of these notebooks: make run")
     for path in NOTEBOOKS:
-        models = declared_models(json.loads(path.read_text(encoding="utf-8")), laptop, path.stem)
+        models = _declared_models(json.loads(path.read_text(encoding="utf-8")), laptop, path.stem)
         declared = {model.ref.id for model in models}
         entries = [entry for entry in manifest["loaded"] if entry["notebook"] == path.stem and not entry["made_here"]]
         assert {entry["model"] for entry in entries} == declared, path.stem

@@ -1,0 +1,31 @@
+"""Dataclasses that several modules share. Sizes are bytes and times are seconds unless a name says otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+_Option = TypeVar("_Option", bound=str)
+
+
+def first_names(names: Iterable[str], count: int = 3) -> str:
+    """The first names in alphabetical order as text, such as "a, b, c and 4 more"."""
+    ordered = sorted(names)
+    text = ", ".join(ordered[:count])
+    return f"{text} and {len(ordered) - count} more" if len(ordered) > count else text
+
+
+class WorkbookError(Exception):
+    """An error whose message tells the reader what to do about it."""
+
+
+def choose(value: str, options: Iterable[_Option], what: str, error: type[Exception] = WorkbookError) -> _Option:
+    """The option that equals ``value``. ``what`` is the noun for it, such as "profile".
+
+    Raises ``error`` if there is none, listing the options.
+    """
+    names = tuple(options)
+    for name in names:
+        if name == value:
+            return name
+    raise error(f"There is no {what} {value!r}. Choose one of: {', '.join(names)}.")

@@ -1,0 +1,46 @@
+"""Dataclasses that several modules share. Sizes are bytes and times are seconds unless a name says otherwise."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from helpers.base.errors import WorkbookError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class FileError(WorkbookError):
+    """A file that is missing or damaged."""
+
+
+def read_json(path: Path) -> object:
+    """Read a JSON file. Raises FileError, which names the file, if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileError(f"The file {path} is missing.") from error
+    except ValueError as error:
+        raise FileError(f"{path} is not valid JSON ({error}). Delete the file or restore it.") from error
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write a JSON file atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically: a reader sees the old content or the new, never a part of it."""
+    # In the same folder, because a rename is atomic only within one file system.
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        # mkstemp makes files that only their owner can read; a report is for others too.
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

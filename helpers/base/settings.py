@@ -1,0 +1,84 @@
+"""What the environment tells a process: the only module that reads the WORKBOOK_* variables.
+
+=======================  ===========================================================================================
+``WORKBOOK_RUN_DIR``     the folder of the run that this process belongs to
+``WORKBOOK_NOTEBOOK``    the name of the notebook
+``WORKBOOK_PROFILE``     the name of the run's profile
+``WORKBOOK_EXPECTED``    the file with the values that this profile should give
+``WORKBOOK_UNATTENDED``  1 in a run: nobody is there to click on a widget
+``WORKBOOK_REHEARSAL``   the folder of a rehearsal, see ``helpers.rehearsal``
+``WORKBOOK_REVISIONS``   the commits that a run keeps to: a JSON object from a repository's id to its commit
+``WORKBOOK_CACHE``       the folder for unpacked models; ``.cache`` of the project by default
+=======================  ===========================================================================================
+
+The runner sets all of them but the last. ``WORKBOOK_VLLM_PYTHON`` is an option of ``workbook bench``. Every function
+reads the environment when it is called, so a test or a notebook can change it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from helpers.base.files import ROOT
+
+DEFAULT_PROFILE = "laptop"
+
+
+def unattended() -> bool:
+    """True in a run by ``workbook run``: nobody is there to click on a widget."""
+    return os.environ.get("WORKBOOK_UNATTENDED") == "1"
+
+
+def run_folder() -> Path | None:
+    """The folder of the run that this process belongs to; None outside of a run."""
+    folder = os.environ.get("WORKBOOK_RUN_DIR")
+    return Path(folder) if folder else None
+
+
+def work_folder(name: str) -> Path:
+    """The folder for work that an interrupt must not lose: in the run's folder, or in ``runs/work``."""
+    return (run_folder() or ROOT / "runs") / "work" / name
+
+
+def notebook_name() -> str:
+    """The name of this process's notebook, without a suffix; "notebook" if nothing tells it."""
+    # Jupyter's own servers tell the kernel its path through JPY_SESSION_NAME.
+    return os.environ.get("WORKBOOK_NOTEBOOK") or Path(os.environ.get("JPY_SESSION_NAME", "notebook")).stem
+
+
+def _profile_name() -> str:
+    """The name of the profile: the run's, or what the open notebook calls ``profile``, or laptop."""
+    if name := os.environ.get("WORKBOOK_PROFILE"):
+        return name
+    # A process without IPython is no notebook, so there is no need to import it.
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is None:
+        return DEFAULT_PROFILE
+    chosen = shell.user_ns.get("profile", DEFAULT_PROFILE)
+    # A reader may have put the loaded profile in the place of its name.
+    return chosen if isinstance(chosen, str) else str(getattr(chosen, "name", DEFAULT_PROFILE))
+
+
+def expected_file() -> Path:
+    """The file with the values that this process's profile should give; it need not exist."""
+    default = ROOT / "notebooks" / "expected" / f"{_profile_name()}.json"
+    return Path(os.environ.get("WORKBOOK_EXPECTED", default))
+
+
+def rehearsal_folder() -> Path | None:
+    """The folder of the rehearsal that this process belongs to; None outside of a rehearsal."""
+    folder = os.environ.get("WORKBOOK_REHEARSAL")
+    return Path(folder) if folder else None
+
+
+def kept_commits() -> dict[str, str]:
+    """The commit that the run keeps to, by a hub repository's id; empty outside of a run."""
+    return dict(json.loads(os.environ.get("WORKBOOK_REVISIONS") or "{}"))
+
+
+def cache_folder() -> Path:
+    """The folder for unpacked models: ``$WORKBOOK_CACHE``, or ``.cache`` of the project."""
+    return Path(os.environ.get("WORKBOOK_CACHE") or ROOT / ".cache")

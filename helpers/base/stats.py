@@ -1,0 +1,185 @@
+"""Dataclasses that several modules share. Sizes are bytes and times are seconds unless a name says otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+    confidence: float = 0.95
+
+
+class Scalar(Protocol):
+    """A number of numpy or torch."""
+
+    def item(self) -> object: ...
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A value to record with what is known about it; ``results.record`` says what the fields mean."""
+
+    value: bool | int | float | str | Scalar
+    unit: str = ""
+    claim: str | None = None
+    tolerance: float | None = None
+    agrees: bool | None = None
+    model: str | None = None
+
+
+RESAMPLES = 9999  # scipy's default: the percentiles then move by about a hundredth of the interval's width
+
+
+def proportion(successes: int, trials: int, confidence: float = 0.95) -> Interval:
+    """A proportion with its Wilson score interval (Wilson 1927, ``scipy.stats.binomtest``).
+
+    Raises ValueError when ``trials`` is 0 or ``successes`` is not in [0, trials].
+    """
+    from scipy.stats import binomtest
+
+    test = binomtest(successes, trials)
+    interval = test.proportion_ci(confidence, method="wilson")
+    return Interval(successes / trials, float(interval.low), float(interval.high), confidence)
+
+
+def mean(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """The mean with its Student-t interval. Raises ValueError for fewer than two values."""
+    import numpy as np
+    from scipy import stats
+
+    if len(values) < 2:
+        raise ValueError("An interval of the mean needs at least two values.")
+    centre, error = float(np.mean(values)), float(stats.sem(values))
+    # With a scale of 0, scipy would return nan for both ends.
+    if error == 0:
+        return Interval(centre, centre, centre, confidence)
+    low, high = stats.t.interval(confidence, len(values) - 1, loc=centre, scale=error)
+    return Interval(centre, float(low), float(high), confidence)
+
+
+def discordant_pairs(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int]:
+    """How many pairs only the first got right, and how many only the second.
+
+    Raises ValueError when the lengths differ.
+    """
+    only_first = only_second = 0
+    for one, other in zip(first, second, strict=True):
+        if one and not other:
+            only_first += 1
+        elif other and not one:
+            only_second += 1
+    return only_first, only_second
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """p-value of the exact two-sided McNemar test over paired outcomes (McNemar 1947; ``scipy.stats.binomtest``).
+
+    If the two were equally good, each would be the right one in half of the pairs that differ. 1.0 if none differs.
+    Raises ValueError when the lengths differ.
+    """
+    from scipy.stats import binomtest
+
+    only_first, only_second = discordant_pairs(first, second)
+    differing = only_first + only_second
+    if differing == 0:
+        return 1.0
+    return float(binomtest(only_first, differing).pvalue)
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Sum over sum, such as bits per byte over texts of unequal length, with its Student-t interval over the pairs.
+
+    The error is the ratio estimator's (Cochran 1977, Sampling Techniques, 6.4). Raises ValueError as ``ratio_error``.
+    """
+    from scipy import stats
+
+    error = ratio_error(numerators, denominators)
+    estimate = sum(numerators) / sum(denominators)
+    half = float(stats.t.ppf((1 + confidence) / 2, len(numerators) - 1)) * error
+    return Interval(estimate, estimate - half, estimate + half, confidence)
+
+
+def ratio_error(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """The standard error of sum over sum: sqrt(n / (n - 1) * sum of squared (x - ratio * y)) / sum of y.
+
+    Raises ValueError when the lengths differ or fewer than two pairs are given.
+    """
+    import numpy as np
+
+    if len(numerators) != len(denominators) or len(numerators) < 2:
+        raise ValueError("The error of a ratio needs at least two pairs.")
+    x, y = np.asarray(numerators, float), np.asarray(denominators, float)
+    rest = x - x.sum() / y.sum() * y
+    return float(np.sqrt(len(x) / (len(x) - 1) * (rest**2).sum()) / y.sum())
+
+
+def paired_difference(
+    first: Sequence[float],
+    second: Sequence[float],
+    weights: Sequence[float] | None = None,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Sum of first minus second over the sum of weights; without weights, the mean difference.
+
+    The interval is a percentile bootstrap over the pairs (``scipy.stats.bootstrap``), the same for the same seed. It
+    holds for means and for ratios of sums, and never leaves the range of the differences. Two lists of outcomes (0 or
+    1, no weights other than 1) that differ in no pair leave a bootstrap nothing to draw. Their interval is that of
+    Clopper and Pearson for the share of pairs that would differ, in both directions: no difference can exceed it.
+    Raises ValueError when the lengths differ or fewer than two pairs are given.
+    """
+    differences = [one - other for one, other in zip(first, second, strict=True)]
+    sizes = [1.0] * len(differences) if weights is None else list(weights)
+    if len(differences) < 2 or len(sizes) != len(differences):
+        raise ValueError("A paired difference needs at least two pairs, and a weight for each of them.")
+    are_outcomes = set(first) <= {0, 1} and set(sizes) == {1}
+    if are_outcomes and not any(differences):
+        most = _bound_without_success(len(differences), confidence)
+        return Interval(0.0, -most, most, confidence)
+    low, high = _bootstrapped(differences, sizes, confidence, seed)
+    return Interval(sum(differences) / sum(sizes), low, high, confidence)
+
+
+def _bootstrapped(
+    differences: Sequence[float], weights: Sequence[float], confidence: float, seed: int
+) -> tuple[float, float]:
+    """The percentiles of the quotient of sums over resampled pairs."""
+    import numpy as np
+    from scipy import stats
+
+    def quotient(drawn: NDArray[np.float64], drawn_weight: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+        quotients: NDArray[np.float64] = drawn.sum(axis) / drawn_weight.sum(axis)
+        return quotients
+
+    interval = stats.bootstrap(
+        (np.array(differences, float), np.array(weights, float)),
+        quotient,
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=100,  # all resamples at once would take gigabytes for a benchmark of many thousand items
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def _bound_without_success(trials: int, confidence: float) -> float:
+    """Upper confidence bound of a proportion when none of ``trials`` succeeded (Clopper and Pearson 1934)."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(0, trials).proportion_ci(confidence, method="exact").high)

@@ -1,0 +1,336 @@
+"""The same prompts to several models: replies, scores by rule, intervals, the paired difference and its test."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from helpers.base import stats
+from helpers.base.errors import WorkbookError, choose
+from helpers.base.stats import Interval
+from helpers.generation.generating import generate_batch
+from helpers.generation.sampling import Reply, Sampling
+from helpers.models.formats import Message
+from helpers.models.loaded import Loaded
+from helpers.models.references import ModelRef
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from helpers.models.references import Profile
+
+CONCISE_WORDS = 12
+GREEDY = Sampling(temperature=0, max_new_tokens=24)
+Side = Loaded | ModelRef
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question with its key: what a correct reply names, and what it must not name. Without an answer: not scored.
+
+    Raises ValueError for a key that is one text instead of several words.
+    """
+
+    id: str
+    kind: str
+    question: str
+    answer: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for words in (self.answer, self.others):
+            if isinstance(words, str) or not all(isinstance(word, str) and word for word in words):
+                raise ValueError(f"{words!r} is not a list of words")
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """First side minus second side over the same items.
+
+    p_value: of the exact McNemar test; only_first, only_second: how many items only this side got right.
+    """
+
+    first: str
+    second: str
+    interval: Interval
+    p_value: float
+    only_first: int
+    only_second: int
+
+
+def read_items(path: Path) -> list[Item]:
+    """The items of a JSON-lines file. Raises WorkbookError, naming the line, if one is not a valid item."""
+    items = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            keys = {name: row.pop(name, []) for name in ("answer", "others")}
+            # Item itself refuses a key that is a text, which a tuple would take apart into letters.
+            item = Item(**row, **keys)
+            items.append(replace(item, answer=tuple(item.answer), others=tuple(item.others)))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise WorkbookError(f"{path.name}, line {number} is not a valid item: {error}.") from error
+    return items
+
+
+def names(text: str, word: str) -> bool:
+    """True if the text contains the word, in singular or plural, ignoring case."""
+    return re.search(rf"\b{re.escape(word)}(e?s)?\b", text, re.IGNORECASE) is not None
+
+
+def is_correct(item: Item, text: str) -> bool:
+    """The rule of correctness: the reply names every word of the answer, and none of the others."""
+    missing = [word for word in item.answer if not names(text, word)]
+    wrong = [word for word in item.others if names(text, word)]
+    return not missing and not wrong
+
+
+def is_concise(reply: Reply) -> bool:
+    """The rule of conciseness: the reply ended by itself, with at least one word and at most CONCISE_WORDS."""
+    return reply.finish_reason != "length" and 1 <= len(reply.text.split()) <= CONCISE_WORDS
+
+
+RULES: dict[str, Callable[[Item, Reply], bool]] = {
+    "correct": lambda item, reply: is_correct(item, reply.text),
+    "concise": lambda item, reply: is_concise(reply),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The replies of each side to the same items, in their order. ``labels``: the full name of each side's model."""
+
+    items: tuple[Item, ...]
+    replies: Mapping[str, tuple[Reply, ...]]
+    labels: Mapping[str, str]
+    stored_bytes: Mapping[str, int]
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The names of the sides, in the order given."""
+        return tuple(self.replies)
+
+    def table(self) -> DataFrame:
+        """The replies side by side: one row per item."""
+        import pandas as pd
+
+        columns = {"question": [item.question for item in self.items]}
+        for side, replies in self.replies.items():
+            columns[side] = [reply.text.strip() for reply in replies]
+        return pd.DataFrame(columns).rename_axis("item")
+
+    def verdicts(self, side: str, rule: str = "correct", kind: str | None = None) -> tuple[bool, ...]:
+        """What a rule ("correct", "concise") says of one side's replies to the items with a key, of one kind or all.
+
+        Raises WorkbookError for an unknown side or rule, or if no item has a key.
+        """
+        choose(side, self.replies, "side")
+        passes = RULES[choose(rule, RULES, "rule")]
+        verdicts = []
+        for item, reply in zip(self.items, self.replies[side], strict=True):
+            # Items without a key are asked and shown, but no rule can judge them.
+            if item.answer and kind in (None, item.kind):
+                verdicts.append(passes(item, reply))
+        if not verdicts:
+            of_kind = f" of kind {kind!r}" if kind else ""
+            raise WorkbookError(
+                f"No item{of_kind} has an answer to score by. Ask an "
+                "Item(id, kind, question, answer=('goat',), others=('saddle',))."
+            )
+        return tuple(verdicts)
+
+    def score(self, side: str, rule: str = "correct", kind: str | None = None) -> Interval:
+        """The share of items that one side's replies pass, with its 95% Wilson interval."""
+        verdicts = self.verdicts(side, rule, kind)
+        return stats.proportion(sum(verdicts), len(verdicts))
+
+    def scores(self) -> DataFrame:
+        """Shares with 95% intervals by side, kind and rule, in the order of the items; "all" if kinds differ.
+
+        Raises WorkbookError if no item has an answer.
+        """
+        import pandas as pd
+
+        scored_kinds = dict.fromkeys(item.kind for item in self.items if item.answer)
+        kinds: list[str | None] = list(scored_kinds)
+        # With a single kind, a row over all items would only repeat it.
+        if len(kinds) != 1:
+            kinds.append(None)
+        rows = []
+        for kind, side, rule in itertools.product(kinds, self.sides, RULES):
+            verdicts, share = self.verdicts(side, rule, kind), self.score(side, rule, kind)
+            row = {"items": kind or "all", "side": side, "rule": rule, "passed": sum(verdicts), "of": len(verdicts)}
+            rows.append(row | {"share": share.estimate, "low": share.low, "high": share.high})
+        return pd.DataFrame(rows)
+
+    def difference(self, first: str, second: str, rule: str = "correct", kind: str | None = None) -> _Difference:
+        """First minus second over the same items, with its 95% interval and the exact McNemar test.
+
+        Raises WorkbookError as ``verdicts`` does, and for fewer than two items.
+        """
+        one, two = self.verdicts(first, rule, kind), self.verdicts(second, rule, kind)
+        _check_several(one)
+        only_first, only_second = stats.discordant_pairs(one, two)
+        interval = stats.paired_difference(one, two)
+        return _Difference(first, second, interval, stats.mcnemar(one, two), only_first, only_second)
+
+    def win_rate(self, first: str | None = None, second: str | None = None) -> Interval:
+        """How often the first side's reply is the better one, with its 95% interval; a tie counts half.
+
+        A correct reply is better than a wrong one, and of two correct replies a concise one; two wrong ones tie. By
+        default the sides are the first two. Raises WorkbookError for a single side, or for fewer than two items.
+        """
+        if len(self.sides) < 2:
+            raise WorkbookError(f"A win rate needs two sides, but there is only {', '.join(self.sides)}.")
+        grades = self._grades(first or self.sides[0])
+        _check_several(grades)
+        points = []
+        for grade, other in zip(grades, self._grades(second or self.sides[1]), strict=True):
+            if grade == other:
+                points.append(0.5)
+            elif grade > other:
+                points.append(1.0)
+            else:
+                points.append(0.0)
+        rate = stats.mean(points)
+        # Student's t knows no bounds, but a rate has them.
+        return replace(rate, low=max(rate.low, 0.0), high=min(rate.high, 1.0))
+
+    def _grades(self, side: str) -> list[int]:
+        """0 for a wrong reply, 1 for a correct one, 2 for one that is concise too."""
+        grades = []
+        for correct, concise in zip(self.verdicts(side, "correct"), self.verdicts(side, "concise"), strict=True):
+            if not correct:
+                grades.append(0)
+            elif not concise:
+                grades.append(1)
+            else:
+                grades.append(2)
+        return grades
+
+    def speed(self) -> DataFrame:
+        """Medians over the replies: seconds to the first token, tokens per second after it; and bytes of the weights.
+
+        The times are meaningful only for replies generated one at a time (``batch_size=1``).
+        """
+        import pandas as pd
+
+        rows = {}
+        for side, replies in self.replies.items():
+            # A reply of one token has no time after its first token.
+            speeds = [reply.tokens_per_second for reply in replies if reply.tokens > 1]
+            rows[side] = {
+                "model": self.labels[side],
+                "first token (s)": median(reply.first_token_seconds for reply in replies),
+                "tokens/s": median(speeds or [float("nan")]),
+                "words a reply": median(len(reply.text.split()) for reply in replies),
+                "weights (MiB)": self.stored_bytes[side] / 2**20,
+            }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("side")
+
+    def beside(self, other: Comparison) -> Comparison:
+        """Both comparisons as one, for example of a model before and after training.
+
+        Raises ValueError if the items differ, or if a side of the same name is in both.
+        """
+        if self.items != other.items:
+            raise ValueError("The two comparisons are over different items.")
+        both = set(self.sides) & set(other.sides)
+        if both:
+            raise ValueError(f"Both comparisons have a side called {', '.join(both)}.")
+        return Comparison(
+            self.items,
+            {**self.replies, **other.replies},
+            {**self.labels, **other.labels},
+            {**self.stored_bytes, **other.stored_bytes},
+        )
+
+    def rescored(self, items: Sequence[Item]) -> Comparison:
+        """The same replies under another answer key. Raises ValueError if the number of items differs."""
+        if len(items) != len(self.items):
+            raise ValueError(f"There are {len(self.items)} items, but {len(items)} keys.")
+        return replace(self, items=tuple(items))
+
+
+def _check_several(verdicts: Sequence[object]) -> None:
+    if len(verdicts) < 2:
+        raise WorkbookError("An interval needs at least two items with an answer.")
+
+
+def compare(
+    prompts: Sequence[str | Item],
+    models: Mapping[str, Side],
+    sampling: Sampling = GREEDY,
+    *,
+    precision: str = "bf16",
+    batch_size: int = 1,
+) -> Comparison:
+    """Ask every model every prompt, each in its own chat format.
+
+    A model given as ModelRef is loaded in ``precision`` for its turn only, so that models that do not fit together
+    can be compared. ``batch_size`` prompts are generated at once: more is faster, but times then describe the batch.
+    Raises WorkbookError for no prompts, no models or no batch, and what ``generation.generate`` raises.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise WorkbookError("Give a list of prompts, not a single text and not an empty list.")
+    named = isinstance(models, Mapping) and models
+    if not named or not all(isinstance(model, Loaded | ModelRef) for model in models.values()):
+        raise WorkbookError('Give the models by name, loaded or as entries of a profile: {"falcon": loaded, ...}.')
+    if batch_size < 1:
+        raise WorkbookError(f"batch_size must be at least 1, but is {batch_size}.")
+    items = tuple(_item(prompt, number) for number, prompt in enumerate(prompts, 1))
+    replies, labels, sizes = {}, {}, {}
+    for side, model in models.items():
+        with opened(model, precision) as loaded:
+            replies[side] = tuple(_replies(loaded, items, sampling, batch_size, side))
+            labels[side], sizes[side] = loaded.ref.label, loaded.report.stored_bytes
+    return Comparison(items, replies, labels, sizes)
+
+
+def _item(prompt: str | Item, number: int) -> Item:
+    if isinstance(prompt, Item):
+        return prompt
+    return Item(f"prompt-{number}", "prompt", prompt)
+
+
+def sides(profile: Profile) -> dict[str, Side]:
+    """The chat models of a profile as ``compare`` takes them: loaded if both fit, else to be loaded in turn."""
+    from helpers.models import loading
+
+    refs = {"falcon": profile.falcon_chat, "llama": profile.llama_chat}
+    if any({"falcon_chat", "llama_chat"} <= set(group) for group in profile.resident):
+        return {side: loading.load(ref, profile.precision) for side, ref in refs.items()}
+    return dict(refs)
+
+
+@contextmanager
+def opened(model: Side, precision: str) -> Iterator[Loaded]:
+    """The model, loaded: as it is if it was loaded before, else for the length of the block."""
+    from helpers.models import loading
+
+    if isinstance(model, Loaded):
+        yield model
+        return
+    loaded = loading.load(model, precision)
+    try:
+        yield loaded
+    finally:
+        loading.unload(loaded)
+
+
+def _replies(loaded: Loaded, items: Sequence[Item], sampling: Sampling, batch_size: int, side: str) -> Iterator[Reply]:
+    from transformers.utils.logging import tqdm
+
+    with tqdm(total=len(items), desc=f"replies of {side}", unit="reply", delay=2, leave=False) as bar:
+        for begin in range(0, len(items), batch_size):
+            batch = items[begin : begin + batch_size]
+            messages = [[Message(role="user", content=item.question)] for item in batch]
+            yield from generate_batch(loaded, messages, sampling)
+            bar.update(len(batch))

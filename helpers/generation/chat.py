@@ -1,0 +1,158 @@
+"""A conversation with a model: history, system prompt, saving and loading."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from helpers.base.errors import WorkbookError
+from helpers.generation.decoding import PLAIN
+from helpers.generation.generating import _prompt_text, generate, stream
+from helpers.generation.sampling import Sampling
+from helpers.models.formats import MessageError, check_messages, encode
+from helpers.models.loaded import context_tokens
+
+if TYPE_CHECKING:
+    from helpers.generation.decoding import Decoding
+    from helpers.generation.sampling import Reply
+    from helpers.models.formats import Message
+    from helpers.models.loaded import Loaded
+
+CHAT_SAMPLING = Sampling(max_new_tokens=200)
+
+
+class Chat:
+    """A conversation with one model.
+
+    The history keeps every turn. If it outgrows the context, the model is shown only the newest whole turns (see
+    ``prompt``). Turn n (from 0) is drawn with ``sampling.seed + n``: a question asked twice may get two replies, and
+    the same questions give the same transcript. ``decoding``: see ``generation.generate``. ``last_reply`` is the newest
+    finished reply with its timings.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        system: str | None = None,
+        sampling: Sampling = CHAT_SAMPLING,
+        *,
+        decoding: Decoding = PLAIN,
+    ) -> None:
+        self.loaded, self.system, self.sampling, self.decoding = loaded, system, sampling, decoding
+        self.last_reply: Reply | None = None
+        self._turns: list[Message] = []
+
+    @property
+    def messages(self) -> list[Message]:
+        """A copy of the whole conversation; a system message comes first."""
+        return copy.deepcopy(self._with_system(self._turns))
+
+    def ask(self, text: str) -> Reply:
+        """Ask and wait for the whole reply. After an error the history is as before.
+
+        Raises WorkbookError for a blank question, and what ``generation.generate`` raises.
+        """
+        reply = generate(self.loaded, self._asking(text), self._turn_sampling(), decoding=self.decoding)
+        self._keep(text, reply)
+        return reply
+
+    def stream(self, text: str) -> Generator[str, None, Reply]:
+        """Ask and yield the reply in pieces; the generator's value is the Reply.
+
+        The history changes when the reply is finished: a stream that is closed, interrupted or fails leaves nothing of
+        its turn behind. Raises as ``ask`` does; errors of the question come at once, before the first piece.
+        """
+        pieces = stream(self.loaded, self._asking(text), self._turn_sampling(), decoding=self.decoding)
+        return self._streamed(text, pieces)
+
+    def reset(self) -> None:
+        """Forget every turn; the system prompt stays."""
+        self._turns, self.last_reply = [], None
+
+    def prompt(self, text: str | None = None) -> str:
+        """The exact text that the model would be given for the question ``text``, or for an empty question."""
+        return _prompt_text(self.loaded, self._next(text or ""), self.sampling.max_new_tokens)
+
+    def tokens_left(self) -> int:
+        """Number of tokens that the next question may take before the oldest turn is left out.
+
+        Negative if turns are left out already. The tokens reserved for the reply are not available.
+        """
+        rendered = self.loaded.format.render(self._next(""))
+        context = context_tokens(self.loaded)
+        reply = min(self.sampling.max_new_tokens, context // 2)
+        return context - reply - len(encode(self.loaded.tokenizer, rendered))
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation as JSON (UTF-8): model id, system prompt, sampling and turns."""
+        state = {
+            "model": self.loaded.ref.id,
+            "system": self.system,
+            "sampling": asdict(self.sampling),
+            "turns": self._turns,
+        }
+        Path(path).write_text(json.dumps(state, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path, loaded: Loaded) -> Chat:
+        """A saved conversation, to be continued with ``loaded``: the model that began it, or another.
+
+        Raises WorkbookError if the file is missing or is not a saved conversation.
+        """
+        try:
+            state = json.loads(Path(path).read_text(encoding="utf-8"))
+            chat = cls(loaded, state["system"], Sampling(**state["sampling"]))
+            chat._turns = list(state["turns"])
+            # with a question appended, valid messages mean that the saved turns are whole pairs
+            check_messages(chat._next("a question may follow"))
+        except FileNotFoundError as error:
+            raise WorkbookError(f"There is no saved conversation at {path}. Check the path.") from error
+        except (ValueError, KeyError, TypeError, MessageError) as error:
+            raise WorkbookError(
+                f"{path} is not a conversation that Chat.save wrote: {error}. Choose another file."
+            ) from error
+        return chat
+
+    def _with_system(self, turns: list[Message]) -> list[Message]:
+        if self.system is None:
+            return turns
+        return [{"role": "system", "content": self.system}, *turns]
+
+    def _next(self, text: str) -> list[Message]:
+        return self._with_system([*self._turns, {"role": "user", "content": text}])
+
+    def _asking(self, text: str) -> list[Message]:
+        # what is not a string is left to check_messages, whose message names its type
+        if isinstance(text, str) and not text.strip():
+            raise WorkbookError("The question is blank. Ask something.")
+        return self._next(text)
+
+    def _turn_sampling(self) -> Sampling:
+        turn = len(self._turns) // 2  # each turn is two messages
+        return replace(self.sampling, seed=self.sampling.seed + turn)
+
+    def _streamed(self, text: str, pieces: Generator[str, None, Reply]) -> Generator[str, None, Reply]:
+        reply = yield from pieces
+        self._keep(text, reply)
+        return reply
+
+    def _keep(self, text: str, reply: Reply) -> None:
+        turn: list[Message] = [{"role": "user", "content": text}, {"role": "assistant", "content": reply.text}]
+        self._turns = [*self._turns, *turn]
+        self.last_reply = reply
+
+
+def play(
+    chat: Chat, questions: Iterable[str], show: Callable[[str, Reply], None] = lambda question, reply: None
+) -> list[Reply]:
+    """Ask the questions in order, as a scripted transcript; ``show(question, reply)`` is called after each reply."""
+    replies = []
+    for question in questions:
+        reply = chat.ask(question)
+        replies.append(reply)
+        show(question, reply)
+    return replies

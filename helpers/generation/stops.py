@@ -1,0 +1,61 @@
+"""Generate replies: one, a batch or a stream, each with its timings.
+
+All three share one path: ``transformers`` generates greedily over logits to which a random generator of this reply
+alone has added noise, and every token passes through one ``_Answer``, which turns tokens into text and decides when to
+stop. Therefore the joined pieces of a stream equal the whole reply, a batch equals single prompts, and the caller's
+random state is neither used nor changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class _StopFilter:
+    """Releases text as it arrives, but holds back a stop string and any ending that may still become one.
+
+    The stop string that is complete first counts, so the result does not depend on how the text is cut into pieces.
+    """
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        self.stop_strings = tuple(stop_strings)
+        self.stopped = False
+        self._held = ""
+
+    def feed(self, text: str) -> str:
+        """Take the next piece of text; return the text that may be shown now, which is empty after a stop."""
+        if self.stopped:
+            return ""
+        self._held += text
+        start = self._first_stop()
+        if start is None:
+            return self._take(len(self._held) - self._possible_beginning())
+        self.stopped = True
+        return self._take(start)
+
+    def flush(self) -> str:
+        """The text held back, when no more can come; empty after a stop."""
+        return "" if self.stopped else self._take(len(self._held))
+
+    def _first_stop(self) -> int | None:
+        """Where the stop string that is complete first begins; None if there is none."""
+        first: tuple[int, int] | None = None
+        for stop in self.stop_strings:
+            start = self._held.find(stop)
+            # of two that end at the same character the longer counts, which begins earlier
+            if start >= 0 and (first is None or (start + len(stop), start) < first):
+                first = (start + len(stop), start)
+        return None if first is None else first[1]
+
+    def _take(self, count: int) -> str:
+        taken, self._held = self._held[:count], self._held[count:]
+        return taken
+
+    def _possible_beginning(self) -> int:
+        """Length of the longest ending of the held text that begins a stop string."""
+        longest = max(map(len, self.stop_strings), default=1) - 1
+        for size in range(min(longest, len(self._held)), 0, -1):
+            ending = self._held[-size:]
+            if any(stop.startswith(ending) for stop in self.stop_strings):
+                return size
+        return 0

@@ -1,0 +1,100 @@
+"""Load a profile's model in a precision: find it, load it, verify it and report on it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from helpers.base import settings
+from helpers.base.units import PRECISIONS, QUANTIZED
+from helpers.machine import hardware
+from helpers.machine.memory import Workload
+from helpers.machine.placement import Devices, Resident, place_together, shortfall
+from helpers.models.checkpoint import LoadError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from helpers.machine.hardware import Machine
+
+DeviceMap = str | dict[str, int | str]
+ONE_SEQUENCE = Workload()  # what a placement keeps memory for unless told otherwise: 2048 tokens
+
+
+def device_map_for(
+    config: PreTrainedConfig,
+    precision: str,
+    machine: Machine,
+    workload: Workload = ONE_SEQUENCE,
+    *,
+    offload: bool = False,
+) -> dict[str, int | str]:
+    """Where the modules of a model go on a machine: whole layers over the free memory of its GPUs, or all on the CPU.
+
+    That is ``memory.place_together``'s answer for this workload. With ``offload``, what the GPUs do not hold lies in
+    free memory, and what that does not hold is read from disk each time it is used.
+    Raises LoadError if it does not fit, with the shortfall and what would fit, and WorkbookError if int8 or nf4
+    weights would have to be offloaded.
+    """
+    devices = Devices.free(machine, offload=offload)
+    (placement,) = place_together([Resident(config, precision)], devices, workload)
+    if placement.shortfall is None:
+        # Without GPUs or offloading there is nothing to split: one entry stands for the whole model.
+        return placement.device_map if machine.gpus or offload else {"": "cpu"}
+    advice = "Choose a larger machine: no precision fits"
+    for other in PRECISIONS:
+        # What is offered fits without offloading, which is slow.
+        if other != precision and shortfall(config, other, machine, workload) is None:
+            advice = f"Choose {other}, which fits"
+            break
+    if not offload and precision not in QUANTIZED:
+        advice += "; or load with offload=True, which is slow"
+    raise LoadError(f"The model does not fit in {precision}: it {placement.shortfall}. {advice}.")
+
+
+def _default_device_map(
+    config: PreTrainedConfig, precision: str, workload: Workload = ONE_SEQUENCE, *, offload: bool = False
+) -> dict[str, int | str]:
+    """This machine's; of several processes (torchrun) on GPUs, each its own; in a rehearsal all devices are the CPU."""
+    import torch
+
+    several = int(os.environ.get("WORLD_SIZE") or "1") > 1
+    if several and settings.rehearsal_folder() is None and torch.cuda.is_available():
+        return _on_own_gpu(config, precision, workload, offload=offload)
+    machine = hardware.detect()
+    device_map = device_map_for(config, precision, machine, workload, offload=offload)
+    return dict.fromkeys(device_map, "cpu") if machine.rehearsed else device_map
+
+
+def _on_own_gpu(config: PreTrainedConfig, precision: str, workload: Workload, *, offload: bool) -> dict[str, int | str]:
+    """The map of one of several processes: the GPU of its local rank; the others are not even looked at."""
+    import torch
+
+    rank, count = os.environ.get("LOCAL_RANK", ""), torch.cuda.device_count()
+    if not rank.isdecimal() or int(rank) >= count:
+        raise LoadError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, LOCAL_RANK is {rank or 'not set'}, and there are {count} GPUs "
+            f"here. Start one process per GPU, with torchrun --nproc-per-node {count}, or unset WORLD_SIZE."
+        )
+    own = int(rank)
+    machine = hardware.detect(gpus=[own])
+    device_map = device_map_for(config, precision, machine, workload, offload=offload)
+    if set(device_map.values()) == {0}:
+        return {"": own}
+    # The placement counts the GPUs it was given, and this process gave one: its 0 is the own GPU.
+    return {name: own if device == 0 else device for name, device in device_map.items()}
+
+
+def _device_of(name: str, device_map: DeviceMap) -> int | str | None:
+    """What the map says of a parameter: the entry with the longest prefix of its name."""
+    if isinstance(device_map, str):
+        return device_map
+    prefixes = [prefix for prefix in device_map if not prefix or f"{name}.".startswith(f"{prefix}.")]
+    return device_map[max(prefixes, key=len)] if prefixes else None
+
+
+def _device_name(device: int | str | None) -> str:
+    """A device of a map as text, such as "GPU 0"."""
+    if isinstance(device, int):
+        return f"GPU {device}"
+    return "CPU" if device in ("cpu", None) else str(device)

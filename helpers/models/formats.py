@@ -1,0 +1,237 @@
+"""Dataclasses that several modules share. Sizes are bytes and times are seconds unless a name says otherwise."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict
+
+from helpers.base.errors import WorkbookError, choose
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Message(TypedDict):
+    """One message of a conversation, in the form chat libraries share."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+ROLES = ("system", "user", "assistant")
+SMOLLM_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+
+class MessageError(WorkbookError):
+    """The messages are not a conversation: a role, the order or a content is wrong."""
+
+
+class PromptTooLong(WorkbookError):
+    """The prompt takes ``tokens`` tokens, but only ``max_tokens`` fit."""
+
+    def __init__(self, tokens: int, max_tokens: int) -> None:
+        self.tokens, self.max_tokens = tokens, max_tokens
+        super().__init__(
+            f"The prompt takes {tokens} tokens, but there is room for {max_tokens}. "
+            "Shorten the question or the system message, or lower max_new_tokens."
+        )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a prompt, with the begin token if the tokenizer adds one. A text that has it gets no second one."""
+    begin = tokenizer.bos_token
+    has_begin = isinstance(begin, str) and bool(begin) and text.startswith(begin)
+    # verbose would warn about texts longer than the context, which callers check themselves.
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=not has_begin, verbose=False)
+    return ids
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raise MessageError unless an optional system message is followed by user and assistant in turn."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise MessageError('Give a list of messages, for example [{"role": "user", "content": "Hello"}].')
+    for position, message in enumerate(messages):
+        _check_message(message, position)
+    start = 1 if messages[0]["role"] == "system" else 0
+    for position, message in enumerate(messages[start:], start):
+        expected = ("user", "assistant")[(position - start) % 2]
+        if message["role"] != expected:
+            raise MessageError(
+                f"Message {position} has the role {message['role']!r}, but {expected!r} is expected: "
+                "at most one system message comes first, then user and assistant take turns."
+            )
+    if len(messages) == start:
+        raise MessageError("The conversation has only a system message. Add a user message.")
+
+
+def _check_message(message: Message, position: int) -> None:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise MessageError(f"Message {position} is not a mapping with 'role' and 'content': {message!r}.")
+    if message["role"] not in ROLES:
+        raise MessageError(f"Message {position} has the role {message['role']!r}; the roles are {', '.join(ROLES)}.")
+    if not isinstance(message["content"], str):
+        kind = type(message["content"]).__name__
+        raise MessageError(f"The content of message {position} must be a string, but is {kind}.")
+
+
+@dataclass(frozen=True)
+class ChatFormat(ABC):
+    """How one family of models writes a conversation.
+
+    ``stop_strings`` end a reply when the model writes them; ``control_strings`` are broken if content holds them.
+    ``reply_start`` is the text between the prompt and the first character of a reply.
+    """
+
+    name: ClassVar[str]
+    reply_start: ClassVar[str] = ""
+    stop_strings: ClassVar[tuple[str, ...]] = ()
+    control_strings: ClassVar[tuple[str, ...]] = ()
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The conversation as one text, ready for the reply unless ``add_generation_prompt`` is false.
+
+        Raises MessageError for malformed messages, and if a reply is due but the last message is one already.
+        """
+        check_messages(messages)
+        if add_generation_prompt and messages[-1]["role"] != "user":
+            raise MessageError("The last message is a reply. Add a user message, or pass add_generation_prompt=False.")
+        escaped: list[Message] = []
+        for message in messages:
+            escaped.append({"role": message["role"], "content": self._escape(message["content"])})
+        return self._text(escaped, add_generation_prompt)
+
+    def fit(
+        self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+    ) -> Sequence[Message]:
+        """The messages without the oldest turns, as few as possible, so that they take at most ``max_tokens``.
+
+        A turn is a user message with its reply. The system message and the last question always stay.
+        Raises PromptTooLong if even these take more, MessageError for malformed messages.
+        """
+        check_messages(messages)
+        system = list(messages[:1]) if messages[0]["role"] == "system" else []
+        rest = messages[len(system) :]
+        asking = rest[-1]["role"] == "user"
+
+        def tokens_without(turns: int) -> int:
+            return len(encode(tokenizer, self.render([*system, *rest[2 * turns :]], asking)))
+
+        # Bisection, because long histories are slow to encode and fewer turns never take more tokens.
+        turns = range((len(rest) + 1) // 2)
+        dropped = bisect_left(turns, True, key=lambda count: tokens_without(count) <= max_tokens)
+        if dropped == len(turns):
+            raise PromptTooLong(tokens_without(turns[-1]), max_tokens)
+        return [*system, *rest[2 * dropped :]]
+
+    def _escape(self, content: str) -> str:
+        if not self.control_strings:
+            return content
+        pattern = "|".join(map(re.escape, self.control_strings))
+        return re.sub(pattern, lambda match: f"{match[0][0]} {match[0][1:]}", content)
+
+    @abstractmethod
+    def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """The rendering of checked and escaped messages."""
+
+
+@dataclass(frozen=True)
+class _FalconChat(ChatFormat):
+    """Falcon-180B-chat: ``System: ...``, ``User: ...``, ``Falcon: ...``, one newline after each turn.
+
+    Source: the Falcon-180B announcement (Hugging Face, September 2023). The history contains no end token.
+    """
+
+    name = "falcon-chat"
+    reply_start = " "
+    stop_strings = ("\nUser:", "\nFalcon:", "\nSystem:")
+    control_strings = (*stop_strings, "<|endoftext|>")
+    tags: ClassVar[dict[str, str]] = {"system": "System", "user": "User", "assistant": "Falcon"}
+
+    def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        text = "".join(f"{self.tags[message['role']]}: {message['content']}\n" for message in messages)
+        if add_generation_prompt:
+            text += "Falcon:"
+        return text
+
+
+@dataclass(frozen=True)
+class _Llama2Chat(ChatFormat):
+    """Llama-2-chat: ``[INST]`` around a question, ``<<SYS>>`` around the system message inside the first.
+
+    Source: ``chat_completion`` in Meta's llama repository (2023). Each turn is a sequence of its own, so every turn
+    begins with ``<s>`` and every reply ends with ``</s>``; ``encode`` adds no second ``<s>`` in front. Contents are
+    stripped, as published. A question ends with ``[/INST]``, so there is no separate generation prompt.
+    """
+
+    name = "llama-2"
+    reply_start = " "
+    stop_strings = ("</s>", "[INST]")
+    control_strings = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>")
+
+    def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        text = opening = ""
+        for message in messages:
+            if message["role"] == "system":
+                opening = f"<<SYS>>\n{message['content']}\n<</SYS>>\n\n"
+            elif message["role"] == "user":
+                # The system message is part of the first question, and is stripped together with it.
+                text += f"<s>[INST] {(opening + message['content']).strip()} [/INST]"
+                opening = ""
+            else:
+                text += f" {message['content'].strip()} </s>"
+        return text
+
+
+@dataclass(frozen=True)
+class _ChatMl(ChatFormat):
+    """ChatML as SmolLM2-Instruct was trained on it.
+
+    Its template puts the default system message ``SMOLLM_SYSTEM`` first if none is given, and so does this format. To
+    replace it, pass a system message of your own, which may be empty.
+    """
+
+    name = "chatml"
+    stop_strings = ("<|im_end|>", "<|im_start|>", "<|endoftext|>")
+    control_strings = stop_strings
+
+    def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": SMOLLM_SYSTEM}, *messages]
+        text = "".join(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages)
+        if add_generation_prompt:
+            text += "<|im_start|>assistant\n"
+        return text
+
+
+@dataclass(frozen=True)
+class _Plain(ChatFormat):
+    """No format, for base models: only the contents, one below the other; a single message is unchanged."""
+
+    name = "plain"
+    reply_start = "\n"
+
+    def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        return "\n".join(message["content"] for message in messages)
+
+
+FORMATS: dict[str, ChatFormat] = {form.name: form for form in (_FalconChat(), _Llama2Chat(), _ChatMl(), _Plain())}
+
+
+def format_for(name: str) -> ChatFormat:
+    """The chat format of this name. Raises WorkbookError for an unknown name, listing the known ones."""
+    return FORMATS[choose(name, FORMATS, "chat format")]
+
+
+def published_format_prompt(message: str, history: Sequence[tuple[str, str]], system_prompt: str = "") -> str:
+    """The announcement's ``format_prompt``, including its mistake. Use ``format_for("falcon-chat")`` instead.
+
+    Its last line, which adds the new question, is inside the loop over ``history`` ((question, reply) pairs): with an
+    empty history the question is lost, and with two turns or more it is repeated after each.
+    """
+    opening = f"System: {system_prompt}\n" if system_prompt else ""
+    question = f"User: {message}\nFalcon:"
+    return opening + "".join(f"User: {asked}\nFalcon: {answered}\n{question}" for asked, answered in history)

@@ -1,0 +1,176 @@
+"""Read profiles (env/profiles/*.yaml). ``auto`` picks the largest that this machine can run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from helpers.base import settings
+from helpers.base.errors import WorkbookError, choose
+from helpers.base.files import ROOT
+from helpers.base.units import gib
+from helpers.machine import hardware
+from helpers.models.hub_cache import _downloaded_bytes
+from helpers.models.references import Profile
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from helpers.machine.hardware import Machine
+    from helpers.models.references import ModelRef
+
+FOLDER = ROOT / "env" / "profiles"
+SMALLEST = "laptop"
+LIVES = {"embedded": "in this repository", "package": "in the installed package", "hub": "on the Hugging Face Hub"}
+
+
+class ProfileError(WorkbookError):
+    """A profile that does not exist, or whose file is not valid."""
+
+
+def load_profile(name: str = SMALLEST) -> Profile:
+    """The profile with this name. "auto": the largest that this machine can run, or ``laptop`` if it can run none.
+
+    In a rehearsal, its models from a hub are marked as rehearsed.
+    Raises ProfileError for an unknown name, listing the known ones, and for a file with a wrong key or value, naming
+    both.
+    """
+    if name == "auto":
+        return _largest(hardware.detect())
+    choose(name, ["auto", *(path.stem for path in _files())], "profile", ProfileError)
+    profile = _read(FOLDER / f"{name}.yaml")
+    return rehearsed(profile) if settings.rehearsal_folder() else profile
+
+
+def rehearsed(profile: Profile) -> Profile:
+    """The profile with each model that would come from a hub marked as rehearsed."""
+    return replace(
+        profile,
+        falcon=_rehearsed_model(profile.falcon),
+        falcon_chat=_rehearsed_model(profile.falcon_chat),
+        llama_chat=_rehearsed_model(profile.llama_chat),
+    )
+
+
+def _rehearsed_model(ref: ModelRef) -> ModelRef:
+    return replace(ref, rehearsed=ref.source == "hub")
+
+
+def available() -> tuple[str, ...]:
+    """The names of all profiles, from the smallest machine to the largest."""
+    return tuple(profile.name for profile in _all())
+
+
+def missing(profile: Profile, machine: Machine, downloaded_bytes: int = 0) -> list[str]:
+    """What the machine does not have of what the profile needs, a phrase each; empty if the profile can run.
+
+    ``downloaded_bytes`` of the models are on the disk already and need no further space.
+    """
+    need = profile.requires
+    enough = [gpu for gpu in machine.gpus if gpu.total_bytes >= need.gpu_bytes]
+    phrases = []
+    if len(enough) < need.gpus:
+        phrases.append(f"needs {_gpus(need.gpus, need.gpu_bytes)}, this machine has {_owned(machine)}")
+    if machine.cpu_count < need.cpus:
+        phrases.append(f"needs {need.cpus} CPUs, this machine has {machine.cpu_count}")
+    if machine.ram_bytes < need.ram_bytes:
+        phrases.append(f"needs {gib(need.ram_bytes)} of memory, this machine has {gib(machine.ram_bytes)}")
+    disk = need.disk_bytes - downloaded_bytes
+    free, where = machine.disk_free_bytes, ""
+    if machine.cache_free_bytes is not None and not profile.offline:
+        # Downloads go to the cache of the hub, which may lie on another disk than the project.
+        free, where = machine.cache_free_bytes, " for the Hugging Face cache"
+    if free < disk:
+        phrases.append(f"needs {gib(disk)} of free disk, this machine has {gib(free)}{where}")
+    return phrases
+
+
+def downloaded_bytes(profile: Profile, cache: Path | None = None) -> int:
+    """Bytes of the profile's models that are already in the Hugging Face cache (``cache``: in another folder).
+
+    Only the safetensors at the profile's revision count, and no more than what is to be downloaded of each repository:
+    other formats and revisions replace nothing that is missing.
+    """
+    # By id: a model that plays two roles is downloaded once.
+    refs = {ref.id: ref for ref in profile.models.values() if ref.source == "hub"}
+    return sum(_downloaded_bytes(ref, cache) for ref in refs.values())
+
+
+def table(profile: Profile) -> pd.DataFrame:
+    """The first table of every notebook: which model plays which role, and what it stands in for."""
+    import pandas as pd
+
+    rows = [
+        {
+            "role": role,
+            "model": ref.id,
+            "stands in for": _stands_for(ref),
+            "chat format": ref.format,
+            "where it lives": LIVES[ref.source],
+            "precision": _precision(profile, ref),
+        }
+        for role, ref in profile.models.items()
+    ]
+    return pd.DataFrame(rows).set_index("role")
+
+
+def _read(file: Path) -> Profile:
+    """The profile in a file, with the file's name. Raises ProfileError naming the file and the wrong key."""
+    import yaml
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    strict = TypeAdapter(dict[str, Profile], config=ConfigDict(extra="forbid"))
+    try:
+        fields = yaml.safe_load(file.read_text(encoding="utf-8"))
+        profile = strict.validate_python({file.stem: {"name": file.stem, **fields}})[file.stem]
+    except (yaml.YAMLError, TypeError) as error:
+        raise ProfileError(f"{file.name} is not a YAML mapping: {error}") from error
+    except ValidationError as error:
+        mistakes = []
+        for mistake in error.errors():
+            key = ".".join(map(str, mistake["loc"][1:]))  # the first part is the name of the profile
+            mistakes.append(f"{key}: {mistake['msg']}")
+        raise ProfileError(f"{file.name}: {'; '.join(mistakes)}") from error
+    if set(chain.from_iterable(profile.resident)) != set(profile.models):
+        raise ProfileError(f"{file.name}: resident: Name each of {', '.join(profile.models)}, and nothing else.")
+    return profile
+
+
+def _files() -> list[Path]:
+    return sorted(FOLDER.glob("*.yaml"))
+
+
+def _all() -> list[Profile]:
+    return sorted(map(_read, _files()), key=lambda profile: profile.requires.gpus * profile.requires.gpu_bytes)
+
+
+def _largest(machine: Machine) -> Profile:
+    smallest, *larger = _all()
+    largest = smallest  # even if this machine cannot run it: it needs the least
+    for profile in larger:
+        if not missing(profile, machine, downloaded_bytes(profile)):
+            largest = profile
+    return largest
+
+
+def _precision(profile: Profile, ref: ModelRef) -> str:
+    origin = f" (dequantized from {Path(ref.file).name})" if ref.source == "package" and ref.file else ""
+    return profile.precision + origin
+
+
+def _stands_for(ref: ModelRef) -> str:
+    if ref.rehearsed:
+        return "itself, in a rehearsal: a tiny checkpoint of random weights"
+    return ref.stand_in_for or "nothing: it is the real one"
+
+
+def _gpus(count: int, size: int) -> str:
+    return f"{count} GPU{'s' if count > 1 else ''} of {size / 1e9:.0f} GB"
+
+
+def _owned(machine: Machine) -> str:
+    kinds = Counter((gpu.name, gpu.total_bytes) for gpu in machine.gpus)
+    return " and ".join(f"{count}x {name} of {gib(size)}" for (name, size), count in kinds.items()) or "none"

@@ -1,0 +1,92 @@
+"""Dataclasses that several modules share. Sizes are bytes and times are seconds unless a name says otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from helpers.base.units import Precision
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """One model of a profile: where it is, how to talk to it, and what it stands in for.
+
+    source: "embedded" (a folder of this repository), "package" (a GGUF file inside an installed Python
+    package, see ``file``) or "hub" (a Hugging Face repository at ``revision``).
+    """
+
+    id: str
+    family: Literal["falcon", "llama"]
+    format: Literal["falcon-chat", "llama-2", "chatml", "plain"]
+    source: Literal["embedded", "package", "hub"] = "hub"
+    revision: str | None = None
+    file: str | None = None
+    stand_in_for: str | None = None
+    licence: str = ""
+    download_bytes: int | None = None
+    shards: int | None = None  # safetensors files it is published in
+    rehearsed: bool = False  # replaced by a tiny checkpoint of random weights: see helpers.planning.rehearsal
+
+    @property
+    def name(self) -> str:
+        """The last part of the id: ``tiiuae/falcon-180B`` -> ``falcon-180B``."""
+        return self.id.rstrip("/").split("/")[-1]
+
+    @property
+    def label(self) -> str:
+        """The name for titles and tables, which says if the model is a stand-in or only rehearsed."""
+        if self.rehearsed:
+            return f"{self.name} (rehearsal: tiny, random weights)"
+        if self.stand_in_for:
+            return f"{self.name} (stand-in for {self.stand_in_for})"
+        return self.name
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The time one notebook may take; ``cell_seconds`` limits each single cell."""
+
+    seconds: float
+    cell_seconds: float
+    expected_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """The smallest machine that a profile runs on."""
+
+    gpus: int = 0
+    gpu_bytes: int = 0
+    ram_bytes: int = 0
+    disk_bytes: int = 0
+    cpus: int = 1
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One kind of machine and the models that run on it (env/profiles/*.yaml)."""
+
+    name: str
+    description: str
+    falcon: ModelRef
+    falcon_chat: ModelRef
+    llama_chat: ModelRef
+    precision: Precision
+    precisions: tuple[Precision, ...]
+    resident: tuple[tuple[str, ...], ...]
+    requires: Requirement
+    budgets: dict[str, Budget]
+    parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    decoding: Literal["plain", "compiled", "lookup"] = "plain"  # of single replies: see helpers.generation.decoding
+    falcon_draft: ModelRef | None = None  # a small Falcon that proposes tokens to the others
+
+    @property
+    def offline(self) -> bool:
+        """True if no model of the profile comes from a hub."""
+        return all(ref.source != "hub" for ref in self.models.values())
+
+    @property
+    def models(self) -> dict[str, ModelRef]:
+        """The three models by role."""
+        return {"falcon": self.falcon, "falcon_chat": self.falcon_chat, "llama_chat": self.llama_chat}

@@ -1,0 +1,155 @@
+"""What a check of this machine found."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from helpers.base.files import ROOT
+from helpers.base.units import QUANTIZED
+from helpers.models.workarounds import bitsandbytes_messages
+from helpers.models.workarounds.falcon_linear import needs_repair
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from helpers.models.references import Profile
+
+Status = Literal["ok", "warn", "fail", "skipped"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check. "fail": the profile cannot run; "warn": it can. ``advice`` says what to do."""
+
+    name: str
+    status: Status
+    found: str
+    advice: str = ""
+
+
+_LOCKS = ROOT / "env" / "requirements"
+# How far a product with quantized weights may be from the fp32 product, relative, in 2-norms, for normal weights and
+# inputs of width 256. Measured on a CPU: nf4 0.091, int8 0.0075. Nearer than the lower bound: nothing was quantized.
+PRODUCT_ERRORS = {"nf4": (0.06, 0.12), "int8": (0.004, 0.015)}
+_DIFFERENCES = 5  # packages that are named; a wrong environment differs in a hundred
+
+
+def _check_versions(lock: Path | None = None) -> Iterator[Finding]:
+    """Check the installed packages against the lock of this build: cpu.txt or gpu.txt."""
+    lock = lock or _LOCKS / ("cpu.txt" if _cpu_build() else "gpu.txt")
+    pins = _locked_versions(lock.read_text(encoding="utf-8"))
+    missing, others = [], []
+    for name, pin in pins.items():
+        installed = _installed(name)
+        if installed is None:
+            missing.append(f"{name} {pin} is not installed")
+        elif installed != pin:
+            others.append(f"{name} {installed}, not {pin}")
+    differences = [*missing, *others]
+    if not differences:
+        yield Finding("versions", "ok", f"{len(pins)} packages as in {lock.name}")
+        return
+    found = ", ".join(differences[:_DIFFERENCES])
+    if len(differences) > _DIFFERENCES:
+        found += f" and {len(differences) - _DIFFERENCES} more"
+    # Another version may do; a missing package cannot.
+    status: Status = "fail" if missing else "warn"
+    yield Finding("versions", status, found, f"Install the packages of {lock.name}: make setup")
+
+
+def _locked_versions(text: str) -> dict[str, str]:
+    """Package -> version that a lock's text pins for this Python and system."""
+    from packaging.requirements import Requirement as Pin
+
+    versions = {}
+    for line in text.splitlines():
+        requirement = line.split("#")[0].strip()
+        # Lines that begin with a dash are options of pip, such as an index.
+        if requirement and not requirement.startswith("-"):
+            pin = Pin(requirement)
+            if pin.marker is None or pin.marker.evaluate():
+                versions[pin.name] = next(iter(pin.specifier)).version
+    return versions
+
+
+def _check_quantization(profile: Profile, devices: Sequence[str]) -> Iterator[Finding]:
+    """Check bitsandbytes by a small product on each device, and whether Falcon needs ``helpers.models.loading``'s repair."""
+    precisions = [name for name in profile.precisions if name in QUANTIZED]
+    if not precisions:
+        yield Finding("bitsandbytes", "skipped", "this profile quantizes nothing")
+        return
+    wrong, worst = [], []
+    for precision in precisions:
+        errors = {device: _product_error(precision, device) for device in devices}
+        described = {device: f"{precision} on {device} {error:.2g}" for device, error in errors.items()}
+        low, high = PRODUCT_ERRORS[precision]
+        wrong += [described[device] for device, error in errors.items() if not low < error < high]
+        worst.append(described[max(errors, key=lambda device: errors[device])])
+    # On a machine with many GPUs the largest error of each precision stands for all.
+    found = f"relative error of a quantized product: {', '.join(wrong or worst)}"
+    if wrong:
+        advice = "Run make setup again; on a GPU, check whether bitsandbytes supports it."
+        yield Finding("bitsandbytes", "fail", found, advice)
+    else:
+        yield Finding("bitsandbytes", "ok", found)
+    yield _repair()
+
+
+def _repair() -> Finding:
+    version = f"transformers {importlib.metadata.version('transformers')}"
+    if not needs_repair():
+        return Finding("Falcon repair", "ok", f"{version} needs none")
+    found = f"{version} does not quantize Falcon's layers by itself: load with helpers.models.loading.load, which repairs it"
+    return Finding("Falcon repair", "ok", found)
+
+
+def _product_error(precision: str, device: str = "cpu", width: int = 256) -> float:
+    """Relative distance (2-norms) of a product with quantized weights from the same product in fp32, on a device.
+
+    Weights of shape (width, width) and 16 inputs are drawn from a normal distribution; both multiply in bfloat16.
+    """
+    import torch
+
+    random = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(width, width, generator=random), torch.randn(16, width, generator=random)
+    layer = _quantized_linear(precision, weight).to(device)
+    with torch.inference_mode():
+        product = layer(inputs.to(device, torch.bfloat16)).float().cpu()
+    exact = inputs @ weight.T
+    return ((product - exact).norm() / exact.norm()).item()
+
+
+def _quantized_linear(precision: str, weight: torch.Tensor) -> nn.Module:
+    """A layer of bitsandbytes that quantizes ``weight`` (outputs, inputs) once it is moved to a device."""
+    import torch
+
+    # Before the import, during which bitsandbytes warns of what a machine without GPUs lacks.
+    bitsandbytes_messages.quiet_bitsandbytes()
+    import bitsandbytes as bnb
+
+    rows, columns = weight.shape
+    layer: nn.Module
+    if precision == "nf4":
+        layer = bnb.nn.Linear4bit(columns, rows, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    else:
+        layer = bnb.nn.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=6.0)
+    layer.load_state_dict({"weight": weight})
+    return layer
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_build() -> bool:
+    # macOS has one build of torch, and only the CPU's lock serves it.
+    return sys.platform == "darwin" or "+cpu" in (_installed("torch") or "")

@@ -1,0 +1,19 @@
+"""How the workbook is executed, recorded, judged and shown."""
+
+from helpers.base.lazy import face
+
+__getattr__, __dir__, __all__ = face(
+    __name__,
+    {
+    "difference": ["BEYOND", "DifferenceError", "NOISE", "ONLY_A", "ONLY_B", "SAME", "SLOW", "WITHIN", "compare_runs"],
+    "difference_views": ["tables", "write_page"],
+    "execution": ["Request", "run"],
+    "expected": ["expected_from_runs", "judge"],
+    "notebook": ["UsageError"],
+    "recording": ["record", "record_all", "record_figure", "recorded"],
+    "rendering": ["render"],
+    "report": ["write_report"],
+    "schema": ["REDACTED"],
+    "store": ["ResultError", "RunFolderError", "read_expected", "read_manifest", "write_expected"],
+    },
+)

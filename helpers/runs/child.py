@@ -1,0 +1,244 @@
+"""One notebook in a process of its own: ``python -m helpers.runner.child``, started by ``helpers.runner.supervision``.
+
+Standard input carries one JSON line, the job, and then stays open: when it ends, the runner is gone, and this process
+kills the kernel, everything the kernel started, and itself. Standard output carries the events, one JSON line each:
+
+    {"event": "ready", "cells": 12}                                             the kernel is up
+    {"event": "started", "cell": 3, "line": "first line of the cell"}
+    {"event": "finished", "cell": 3}
+    {"event": "end", "reason": null or "why the notebook failed"}
+
+What the kernel and its children print outside of cells goes to standard error. papermill is given no output file: it
+would save secrets, and, after a kernel's death, cells that never ran as completed. The executed notebook is saved
+here, redacted, after each cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from dataclasses import field
+from helpers.base.files import write_text
+from helpers.base.processes import Parent
+from helpers.base.processes import adopt_orphans
+from helpers.base.processes import kill_marked
+from helpers.runs.notebook import _make_portable
+from helpers.runs.redaction import _redact
+from pathlib import Path
+from time import monotonic
+from types import ModuleType
+from typing import Literal
+from typing import Required
+from typing import TypedDict
+from typing import cast
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jupyter_client.manager import AsyncKernelManager
+    from nbformat import NotebookNode
+
+_IOPUB_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What this process needs to know. ``secrets`` are blanked wherever the notebook's outputs hold them.
+
+    ``mark`` is that of this process; the kernel and all that it starts inherit it.
+    """
+
+    notebook: str
+    output: str
+    parameters: dict[str, object]
+    seconds: float
+    cell_seconds: float
+    secrets: tuple[str, ...]
+    mark: str = ""
+
+
+class _Event(TypedDict, total=False):
+    """One event, as listed above."""
+
+    event: Required[Literal["ready", "started", "finished", "end"]]
+    cell: int
+    cells: int
+    line: str
+    reason: str | None
+
+
+class _Answer(TypedDict, total=False):
+    """The kernel's answer to a cell: the part of a message of type execute_reply that is looked at here."""
+
+    status: Required[str]
+    ename: str
+    evalue: str
+    payload: list[dict[str, object]]
+
+
+class _Reply(TypedDict):
+    content: _Answer
+
+
+class _Stopped(Exception):
+    """The notebook goes no further: a cell failed or ran past its time."""
+
+
+@dataclass
+class _Watcher:
+    """Follows one notebook through nbclient's hooks: reports each cell, sets its time limit, saves the outputs."""
+
+    job: _Job
+    emit: Callable[[_Event], None]
+    began: float = field(default_factory=monotonic)
+    notebook: NotebookNode | None = None
+    cell: int = 0
+    cells: int = 0
+    current: NotebookNode | None = None
+    cell_began: float = 0.0
+    reason: str | None = None
+
+    def on_notebook_start(self, notebook: NotebookNode) -> None:
+        """The kernel is up."""
+        self.notebook = notebook
+        # An empty cell is never executed, and so never counted.
+        self.cells = len([cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()])
+        self.emit({"event": "ready", "cells": self.cells})
+
+    def on_cell_execute(self, cell: NotebookNode, cell_index: int) -> None:
+        """A code cell is about to run."""
+        self.cell += 1
+        self.current, self.cell_began = cell, monotonic()
+        line = cell.source.strip().splitlines()[0]
+        self.emit({"event": "started", "cell": self.cell, "line": line})
+
+    def timeout(self, cell: NotebookNode) -> float:
+        """Seconds this cell may take: its own budget, or what is left of the notebook's."""
+        left = self.job.seconds - (monotonic() - self.began)
+        return max(0.1, min(self.job.cell_seconds, left))
+
+    def on_cell_executed(self, cell: NotebookNode, cell_index: int, execute_reply: _Reply) -> None:
+        """The kernel answered: judge the cell, save the notebook."""
+        self.reason = self._over_budget() or self._error(cell, execute_reply["content"])
+        self.current = None
+        self.save()
+        self.emit({"event": "finished", "cell": self.cell})
+        if self.reason:
+            raise _Stopped
+
+    def kernel_died(self) -> None:
+        """The kernel is gone: say so in the reason and in the cell that it left unfinished."""
+        from nbformat.v4 import new_output
+
+        if self.current is None:
+            self.reason = "kernel died before the first cell"
+            if self.cell:
+                self.reason = f"kernel died after cell {self.cell}"
+            return
+        self.reason = self._over_budget() or f"kernel died at cell {self.cell}"
+        text = f"The kernel died while this cell ran ({self.reason})."
+        self.current.outputs.append(new_output("error", ename="KernelDied", evalue=text, traceback=[text]))
+
+    def save(self) -> None:
+        """Write the notebook as it stands, redacted, without papermill's metadata."""
+        if self.notebook is None:
+            return
+        import nbformat
+
+        document = nbformat.from_dict(_redact(self.notebook, self.job.secrets))
+        _make_portable(document)
+        write_text(Path(self.job.output), nbformat.writes(document) + "\n")
+
+    def _over_budget(self) -> str | None:
+        if monotonic() - self.began >= self.job.seconds:
+            return f"notebook ran past its {self.job.seconds:g} s budget at cell {self.cell}"
+        if monotonic() - self.cell_began >= self.job.cell_seconds:
+            return f"cell {self.cell} ran past its {self.job.cell_seconds:g} s budget"
+        return None
+
+    def _error(self, cell: NotebookNode, reply: _Answer) -> str | None:
+        if any(item.get("source") == "ask_exit" for item in reply.get("payload", [])):
+            return f"cell {self.cell} asked the kernel to exit"
+        if reply["status"] != "error" or "raises-exception" in cell.metadata.get("tags", []):
+            return None
+        text = " ".join(str(reply.get("evalue", "")).split())
+        return f"error in cell {self.cell}: {reply.get('ename', 'unknown')}: {text}"
+
+
+def _kernel_manager() -> type[AsyncKernelManager]:
+    """A manager whose "python3" is always this interpreter, whatever kernels the user has installed."""
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from traitlets import default
+
+    class SameInterpreter(AsyncKernelManager):
+        @default("kernel_spec_manager")
+        def _kernel_spec_manager_default(self) -> KernelSpecManager:
+            return KernelSpecManager(kernel_dirs=[])
+
+    return SameInterpreter
+
+
+def _execute(job: _Job, emit: Callable[[_Event], None]) -> str | None:
+    """Run the notebook; None, or why it failed. Raises OSError when the executed notebook cannot be written."""
+    from nbclient.exceptions import DeadKernelError
+
+    watcher = _Watcher(job, emit)
+    try:
+        _execute_cells(watcher)
+    except DeadKernelError:
+        watcher.kernel_died()
+    except _Stopped:
+        pass
+    watcher.save()
+    if watcher.reason is None and watcher.cell < watcher.cells:
+        return f"stopped after cell {watcher.cell} of {watcher.cells}"
+    return watcher.reason
+
+
+def _execute_cells(watcher: _Watcher) -> None:
+    import nbformat
+    import papermill
+
+    job = watcher.job
+    papermill.execute_notebook(
+        nbformat.read(job.notebook, as_version=4),
+        None,  # no output file: see above
+        job.parameters,
+        kernel_name="python3",
+        language="python",
+        kernel_manager_class=_kernel_manager(),
+        progress_bar=False,
+        cwd=os.path.dirname(job.notebook),
+        # First an interrupt, so that the cell's traceback shows where it was.
+        interrupt_on_timeout=True,
+        timeout_func=watcher.timeout,
+        iopub_timeout=_IOPUB_SECONDS,
+        extra_arguments=["--log-level=ERROR"],
+        store_widget_state=False,
+        coalesce_streams=True,
+        on_notebook_start=watcher.on_notebook_start,
+        on_cell_execute=watcher.on_cell_execute,
+        on_cell_executed=watcher.on_cell_executed,
+    )
+
+
+def _main() -> None:
+    """Read the job, run it, report the end."""
+    # jsonschema's optional check of addresses builds a grammar for a second at import; notebooks need none.
+    sys.modules.setdefault("rfc3987_syntax", cast(ModuleType, None))
+    parent = Parent()
+    message = parent.receive()
+    job = _Job(**{**message, "secrets": tuple(message["secrets"])})
+    adopt_orphans()
+    parent.end_with_it(job.mark)
+    try:
+        reason = _execute(job, parent.send)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        sys.excepthook(type(error), error, error.__traceback__)
+    kill_marked(job.mark)  # what the kernel left behind, while it is still this process's
+    parent.send({"event": "end", "reason": reason})
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,200 @@
+"""The claims ledger: every numbered statement of the article, with what a run recorded for it and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from helpers.base.files import ROOT
+from helpers.runs import store
+from helpers.runs.schema import _Claim
+from helpers.runs.schema import _RecordedValue
+from helpers.runs.store import _read_claims
+from helpers.runs.store import _read_results
+from helpers.runs.store import _read_status
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from helpers.runs.schema import _Manifest
+    from helpers.runs.schema import _Results
+    from helpers.runs.schema import _Status
+
+CLAIMS = ROOT / "notebooks" / "data" / "claims.yaml"
+_JUDGED = ("passed", "failed", "on-stand-in")
+# A value may name a claim that the list does not hold, such as in a run of another version of the workbook.
+_UNKNOWN = _Claim(
+    statement="not in the workbook's list of claims", published="", source="", test="citation", how="", why="unknown"
+)
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What a run says of a claim: in words, the mark to show it with, and what it rests on or why there is none."""
+
+    text: str
+    mark: str
+    basis: str = ""
+
+
+@dataclass(frozen=True)
+class _ClaimValue:
+    """One value that a notebook of the run recorded for a claim."""
+
+    notebook: str
+    name: str
+    content: _RecordedValue
+
+
+@dataclass(frozen=True)
+class _JudgedClaim:
+    """A statement of the article with the verdict of a run and the values that the run recorded for it."""
+
+    number: str
+    claim: _Claim
+    verdict: _Verdict
+    values: tuple[_ClaimValue, ...]
+
+    @property
+    def reach(self) -> str:
+        """What part of the statement the verdict is about; empty if it is about the whole, or if there is none."""
+        return self.claim.reach if self.judged else ""
+
+    @property
+    def judged(self) -> bool:
+        """True if the values say whether the claim holds, of the real model or of a stand-in."""
+        return self.verdict.mark in _JUDGED
+
+    @property
+    def confirmed_in_part(self) -> bool:
+        """True if a part of the statement was confirmed."""
+        return self.verdict.mark == "passed" and self.claim.reach != ""
+
+    @property
+    def text(self) -> str:
+        """The verdict in words."""
+        return "confirmed in part" if self.confirmed_in_part else self.verdict.text
+
+
+def _read_claims() -> dict[str, _Claim]:
+    """Read the article's statements by number; the head of the file says what each field holds."""
+    return _read_claims(CLAIMS)
+
+
+def _ledger(run_dir: Path) -> list[_JudgedClaim]:
+    """Judge all claims of the article, in numeric order, by what a run recorded.
+
+    Raises RunFolderError if there is no run in the folder.
+    """
+    return _judged_claims(_read_status(run_dir), store.read_manifest(run_dir), _read_results(run_dir))
+
+
+def _claim_verdict(values: Iterable[_RecordedValue], stand_ins: Mapping[str, str]) -> _Verdict:
+    """Judge a claim by its values.
+
+    ``stand_ins`` gives the short name of a stand-in by its label. Values computed, or measured on the real model,
+    decide, and one that disagrees is enough. What was measured on stand-ins says nothing about the real model: it is
+    named as theirs.
+    """
+    real: list[_RecordedValue] = []
+    on_stand_ins: list[_RecordedValue] = []
+    for value in values:
+        if value.model in stand_ins:
+            on_stand_ins.append(value)
+        else:
+            real.append(value)
+    if judged := _judging(real):
+        return _real_verdict(judged)
+    judged = _judging(on_stand_ins)
+    # A computed value that only illustrates the claim says more about the real model than a stand-in's.
+    if real and not judged:
+        return _Verdict("shown, not judged", "shown")
+    where = _named(judged or on_stand_ins, stand_ins)
+    if not judged:
+        return _Verdict(f"shown {where}", "shown")
+    agreement = "agrees" if all(value.agrees for value in judged) else "does not agree"
+    return _Verdict(f"{where}: {agreement}", "on-stand-in")
+
+
+def _judging(values: Iterable[_RecordedValue]) -> list[_RecordedValue]:
+    return [value for value in values if value.agrees is not None]
+
+
+def _named(values: Iterable[_RecordedValue], stand_ins: Mapping[str, str]) -> str:
+    # A dict, because several values of one stand-in name it once, in the order of recording.
+    names: dict[str, None] = {}
+    for value in values:
+        if value.model is not None:
+            names[stand_ins[value.model]] = None
+    plural = "s" if len(names) > 1 else ""
+    return f"on the stand-in{plural} {' and '.join(names)}"
+
+
+def _real_verdict(values: Sequence[_RecordedValue]) -> _Verdict:
+    """The verdict of values that are computed or measured on the real model."""
+    agrees = all(value.agrees for value in values)
+    deciding = dict.fromkeys(value.model for value in values if value.agrees == agrees)
+    basis = " and ".join(f"measured on {model}" if model else "computed" for model in deciding)
+    if agrees:
+        return _Verdict("confirmed", "passed", basis)
+    return _Verdict("not confirmed", "failed", basis)
+
+
+def _judged_claims(status: _Status, manifest: _Manifest, recorded: _Results) -> list[_JudgedClaim]:
+    """Judge all claims in numeric order: each has the run's verdict, or says why there is none."""
+    by_claim: dict[str, list[_ClaimValue]] = {}
+    for notebook in status.notebooks:
+        for name, value in recorded.values.get(notebook, {}).items():
+            if value.claim:
+                by_claim.setdefault(value.claim, []).append(_ClaimValue(notebook, name, value))
+    statements = _read_claims()
+    claims = []
+    # A10 comes after A9: the shorter number is the smaller one.
+    for number in sorted({*statements, *by_claim}, key=lambda number: (len(number), number)):
+        claim, values = statements.get(number, _UNKNOWN), by_claim.get(number, [])
+        verdict = _verdict(values, manifest) if values else _unmeasured(claim, status, manifest)
+        claims.append(_JudgedClaim(number, claim, verdict, tuple(values)))
+    return claims
+
+
+def _verdict(values: Sequence[_ClaimValue], manifest: _Manifest) -> _Verdict:
+    """``claim_verdict``, in which a model counts as real only if the profile names it and it stands in for nothing.
+
+    What a model of random weights gave says nothing of a claim.
+    """
+    real = {ref.label for ref in manifest.models.values() if not ref.stand_in_for}
+    not_real = {}
+    for value in values:
+        label = value.content.model
+        if label and manifest.rehearsal is not None:
+            return _Verdict("rehearsed: no verdict", "shown")
+        if label and label not in real:
+            # A label reads "falcon-mini (stand-in for ...)".
+            not_real[label] = label.split(" (")[0]
+    return _claim_verdict([value.content for value in values], not_real | _stand_ins(manifest))
+
+
+def _unmeasured(claim: _Claim, status: _Status, manifest: _Manifest) -> _Verdict:
+    """Why there is no value for a claim."""
+    if claim.test == "citation":
+        return _Verdict("not testable: cited", "untested", claim.why)
+    falcon = manifest.models["falcon"]
+    if claim.test == "real model" and (falcon.stand_in_for or falcon.rehearsed):
+        where = "in a rehearsal" if falcon.rehearsed else f"on the profile {manifest.profile}"
+        return _Verdict(f"not testable {where}", "untested", claim.why)
+    reasons = [_without_value(number, status) for number in claim.notebooks]
+    return _Verdict("not measured in this run", "untested", "; ".join(reasons) or "no notebook records it")
+
+
+def _without_value(number: str, status: _Status) -> str:
+    """Why a notebook, named by its number, gave no value."""
+    for name, entry in status.notebooks.items():
+        if name.startswith(number):
+            return f"{name} recorded no value for it" if entry.status == "passed" else f"{name} did not pass"
+    return f"notebook {number} was not part of it"
+
+
+def _stand_ins(manifest: _Manifest) -> dict[str, str]:
+    """Return the short name of each model that is a stand-in, by label."""
+    return {ref.label: ref.id.rstrip("/").split("/")[-1] for ref in manifest.models.values() if ref.stand_in_for}

@@ -1,0 +1,418 @@
+"""Two runs compared: which values differ by more than their noise, and what else was not the same.
+
+Noise, for each value:
+
+- a number: the larger of the two runs' tolerances, which are twice what runs of one profile lay apart (see
+  ``expected.expected_from_runs``). If neither run recorded one, that of its profile's expected value; if there is none
+  either, whole numbers are exact and others may differ by 1%;
+- a time, speed or bandwidth: a factor of two, because the machine may do other work. Beyond it is shown, and counts as
+  a difference only with ``strict_times``;
+- a text, yes or no: none.
+
+A value that only one run recorded, of a notebook that both ran, is a difference, and so is another status of such a
+notebook. Versions, parameters, sources, models and machines explain differences, and are none themselves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from helpers.base.errors import WorkbookError
+from helpers.base.units import gib
+from helpers.runs import store
+from helpers.runs.claims import _ledger
+from helpers.runs.execution import NOTEBOOKS
+from helpers.runs.expected import FLOAT_FLOOR
+from helpers.runs.expected import _format_value
+from helpers.runs.expected import _is_number
+from helpers.runs.expected import _is_timing
+from helpers.runs.expected import _matches
+from helpers.runs.expected import _relative_change
+from helpers.runs.pages import ROLES
+from helpers.runs.pages import _duration
+from helpers.runs.pages import _machine
+from helpers.runs.schema import Value
+from helpers.runs.schema import _ExpectedValue
+from helpers.runs.schema import _Manifest
+from helpers.runs.schema import _RecordedValue
+from helpers.runs.schema import _Status
+from helpers.runs.schema import _UnknownHardware
+from helpers.runs.store import _read_results
+from helpers.runs.store import _read_status
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from helpers.runs.schema import _ModelFacts
+
+SAME, WITHIN, BEYOND = "the same", "within tolerance", "beyond tolerance"
+NOISE, SLOW = "machine noise", "beyond machine noise"
+ONLY_A, ONLY_B = "only in A", "only in B"
+_MACHINE_FACTOR = 2.0
+_NONE = "–"
+
+
+class DifferenceError(WorkbookError):
+    """Two runs that cannot be compared, or a page that cannot be written."""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One value of both runs; None if a run did not record it.
+
+    ``noise`` is the absolute distance that counts as none; None if there is no such number. ``counts`` says whether
+    the line is a difference; ``notes`` name what else changed: unit, model, judgement of a claim.
+    """
+
+    notebook: str
+    name: str
+    unit: str
+    first: Value | None
+    second: Value | None
+    noise: float | None
+    verdict: str
+    counts: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def change(self) -> str:
+        """The change from A to B, relative to A."""
+        return _relative_change(self.first, self.second)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One fact of both runs, as text; a dash where a run has none."""
+
+    what: str
+    first: str
+    second: str
+
+    @property
+    def differs(self) -> bool:
+        """True if the runs are unlike in this."""
+        return self.first != self.second
+
+
+@dataclass(frozen=True)
+class _RunDifference:
+    """Two runs compared; A is the one to compare with.
+
+    ``facts`` say what ran and where; ``statuses`` and ``times`` hold a pair for each notebook of either run;
+    ``changes`` are other parameters, notebooks, models and packages, by group; ``claims`` those with another verdict.
+    """
+
+    run_a: Path
+    run_b: Path
+    warnings: tuple[str, ...]
+    facts: tuple[_Pair, ...]
+    statuses: tuple[_Pair, ...]
+    times: tuple[_Pair, ...]
+    lines: tuple[_Line, ...]
+    changes: Mapping[str, tuple[_Pair, ...]]
+    claims: tuple[_Pair, ...]
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The names of the two folders."""
+        return self.run_a.resolve().name, self.run_b.resolve().name
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many values have each verdict."""
+        return Counter(line.verdict for line in self.lines)
+
+    @property
+    def differing(self) -> int:
+        """How many values, and statuses of notebooks that both ran, are differences."""
+        number = 0
+        for line in self.lines:
+            if line.counts:
+                number += 1
+        for pair in self.statuses:
+            # A notebook that only one run is made of has a dash for the other, and was left out of the comparison.
+            if pair.differs and _NONE not in (pair.first, pair.second):
+                number += 1
+        return number
+
+    @property
+    def outcome(self) -> str:
+        """The outcome in a few words."""
+        number = self.differing
+        return f"{number or 'no'} difference{'s' if number > 1 else ''} beyond tolerance"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The files of one of the two runs, and the expected values of its profile."""
+
+    folder: Path
+    manifest: _Manifest
+    status: _Status
+    values: Mapping[str, Mapping[str, _RecordedValue]]
+    expected: Mapping[str, _ExpectedValue]
+
+    @property
+    def rehearsed(self) -> bool:
+        return self.manifest.rehearsal is not None
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """What the two runs recorded under one name, and what their profiles expect of it."""
+
+    notebook: str
+    name: str
+    first: _RecordedValue | None
+    second: _RecordedValue | None
+    expected: tuple[_ExpectedValue, ...]
+
+    @property
+    def recorded(self) -> list[_RecordedValue]:
+        # One or two: a name that neither run recorded is not looked at.
+        return [entry for entry in (self.first, self.second) if entry is not None]
+
+    @property
+    def timing(self) -> bool:
+        return all(_is_timing(entry.unit) for entry in self.recorded)
+
+
+def compare_runs(run_a: Path, run_b: Path, *, strict_times: bool = False) -> _RunDifference:
+    """Compare two run folders; with ``strict_times``, times beyond the machine's noise are differences too.
+
+    Raises RunFolderError for a folder without a run, ResultError for damaged files, and DifferenceError for a rehearsal
+    and a real run, and for runs that share no notebook.
+    """
+    first, second = _read(run_a), _read(run_b)
+    shared = _shared_notebooks(first, second)
+    return _RunDifference(
+        run_a,
+        run_b,
+        warnings=tuple(_warnings(first, second)),
+        facts=_pairs(_facts(first), _facts(second)),
+        statuses=_pairs(_states(first), _states(second)),
+        times=_pairs(_times(first), _times(second)),
+        lines=tuple(_lines(first, second, shared, strict_times)),
+        changes=_changes(first, second, shared),
+        claims=_unlike(_pairs(_claim_verdicts(first), _claim_verdicts(second))),
+    )
+
+
+def _read(folder: Path) -> _Run:
+    manifest, status = store.read_manifest(folder), _read_status(folder)
+    expected = store.read_expected(NOTEBOOKS / "expected" / f"{manifest.profile}.json")
+    return _Run(folder, manifest, status, _read_results(folder).values, expected)
+
+
+def _shared_notebooks(first: _Run, second: _Run) -> list[str]:
+    """The notebooks that both runs are made of. Raises DifferenceError for runs that cannot be compared."""
+    if first.rehearsed != second.rehearsed:
+        rehearsal = first if first.rehearsed else second
+        raise DifferenceError(
+            f"{rehearsal.folder} is a rehearsal and the other run is not. "
+            "A rehearsal can only be compared with another rehearsal."
+        )
+    shared = [name for name in first.status.notebooks if name in second.status.notebooks]
+    if not shared:
+        names_a, names_b = ", ".join(first.status.notebooks), ", ".join(second.status.notebooks)
+        raise DifferenceError(f"The runs share no notebook: A has {names_a}; B has {names_b}.")
+    return shared
+
+
+def _warnings(first: _Run, second: _Run) -> Iterator[str]:
+    """What a reader has to know before reading any value."""
+    profiles = first.manifest.profile, second.manifest.profile
+    if profiles[0] != profiles[1]:
+        yield (
+            f"the profiles are not the same, {profiles[0]} and {profiles[1]}: their models and machines are others, "
+            "and values that differ say nothing of a change in the workbook"
+        )
+    if first.rehearsed and second.rehearsed:
+        yield "both runs are rehearsals, with models of random weights: their values say nothing of the real models"
+    for letter, run in (("A", first), ("B", second)):
+        if run.status.state != "finished":
+            yield f"{letter} did not finish: it is {run.status.state}"
+    for letter, own, other in (("A", first, second), ("B", second, first)):
+        if alone := [name for name in own.status.notebooks if name not in other.status.notebooks]:
+            yield f"only {letter} is made of {', '.join(alone)}: left out of the comparison"
+    git_a, git_b = first.manifest.git, second.manifest.git
+    if git_a.commit == git_b.commit and (git_a.dirty or git_b.dirty):
+        yield "the commit is the same, with uncommitted changes: the code may still differ"
+
+
+def _facts(run: _Run) -> dict[str, str]:
+    manifest, hardware, git = run.manifest, run.manifest.hardware, run.manifest.git
+    commit = git.commit[:12] if git.commit else "not a git checkout"
+    facts = {
+        "Profile": manifest.profile,
+        "Started": manifest.started,
+        "State": run.status.state,
+        "Commit": f"{commit}, with changes" if git.dirty else commit,
+        "Python": manifest.python,
+        "Machine": _machine(hardware),
+    }
+    if isinstance(hardware, _UnknownHardware):
+        return facts
+    return facts | {
+        "Processor": f"{hardware.cpu_name}, {hardware.cpu_count} cores",
+        "Memory": gib(hardware.ram_bytes),
+        "System": hardware.system,
+    }
+
+
+def _states(run: _Run) -> dict[str, str]:
+    return {name: entry.status for name, entry in run.status.notebooks.items()}
+
+
+def _times(run: _Run) -> dict[str, str]:
+    return {name: _duration(entry.seconds) for name, entry in run.status.notebooks.items()}
+
+
+def _claim_verdicts(run: _Run) -> dict[str, str]:
+    return {f"{entry.number}: {entry.claim.statement}": entry.text for entry in _ledger(run.folder)}
+
+
+def _pairs(first: Mapping[str, str], second: Mapping[str, str]) -> tuple[_Pair, ...]:
+    """What both name, in A's order, then what B alone names."""
+    return tuple(_Pair(what, first.get(what, _NONE), second.get(what, _NONE)) for what in {**first, **second})
+
+
+def _unlike(pairs: Iterable[_Pair]) -> tuple[_Pair, ...]:
+    return tuple(pair for pair in pairs if pair.differs)
+
+
+def _lines(first: _Run, second: _Run, shared: Sequence[str], strict_times: bool) -> Iterator[_Line]:
+    """A line for each value that either run recorded in a notebook that both ran."""
+    for notebook in shared:
+        values_a, values_b = first.values.get(notebook, {}), second.values.get(notebook, {})
+        for name in {**values_a, **values_b}:
+            key = f"{notebook}/{name}"
+            expected = tuple(run.expected[key] for run in (first, second) if key in run.expected)
+            entries = _Entries(notebook, name, values_a.get(name), values_b.get(name), expected)
+            yield _line(entries, strict_times)
+
+
+def _line(entries: _Entries, strict_times: bool) -> _Line:
+    first, second = entries.first, entries.second
+    noise = None if entries.timing else _noise(entries)
+    verdict = _verdict(entries, noise)
+    differs = verdict not in (SAME, WITHIN, NOISE)
+    return _Line(
+        notebook=entries.notebook,
+        name=entries.name,
+        unit=entries.recorded[-1].unit,
+        first=None if first is None else first.value,
+        second=None if second is None else second.value,
+        noise=noise,
+        verdict=verdict,
+        counts=differs and (strict_times or not entries.timing),
+        notes=tuple(_notes(first, second)),
+    )
+
+
+def _verdict(entries: _Entries, noise: float | None) -> str:
+    if entries.first is None:
+        return ONLY_B
+    if entries.second is None:
+        return ONLY_A
+    first, second = entries.first.value, entries.second.value
+    # Numbers of two units cannot be compared, also if they are equal.
+    if entries.first.unit != entries.second.unit:
+        return BEYOND
+    if _matches(second, first, 0):
+        return SAME
+    if entries.timing and _is_number(first) and _is_number(second):
+        low, high = sorted((first, second))
+        return NOISE if 0 < high <= _MACHINE_FACTOR * low else SLOW
+    return WITHIN if _matches(second, first, noise or 0) else BEYOND
+
+
+def _noise(entries: _Entries) -> float | None:
+    """How far apart the values may lie; None if one of them is not a number."""
+    numbers = [entry.value for entry in entries.recorded if _is_number(entry.value)]
+    if len(numbers) < len(entries.recorded):
+        return None
+    own: list[float | None] = []
+    for entry in entries.recorded:
+        own += [entry.tolerance, entry.floor]
+    # What the runs themselves recorded goes before what their profiles expect today.
+    for tolerances in (own, [entry.tolerance for entry in entries.expected]):
+        if given := [tolerance for tolerance in tolerances if tolerance is not None]:
+            return max(given)
+    if all(isinstance(number, int) for number in numbers):
+        return 0
+    return FLOAT_FLOOR * max(map(abs, numbers))
+
+
+def _notes(first: _RecordedValue | None, second: _RecordedValue | None) -> Iterator[str]:
+    """What else changed: unit, model, judgement of a claim."""
+    if first is None or second is None:
+        return
+    if first.unit != second.unit:
+        yield f"unit: {first.unit or 'none'} → {second.unit or 'none'}"
+    if first.model != second.model:
+        yield f"model: {first.model or 'none'} → {second.model or 'none'}"
+    if first.agrees != second.agrees:
+        yield f"agrees with {second.claim or first.claim}: {_judgement(first)} → {_judgement(second)}"
+
+
+def _judgement(entry: _RecordedValue) -> str:
+    return "not judged" if entry.agrees is None else _format_value(entry.agrees)
+
+
+def _changes(first: _Run, second: _Run, shared: Sequence[str]) -> dict[str, tuple[_Pair, ...]]:
+    """What is not the same, by group, of the groups in which something is not."""
+    manifest_a, manifest_b = first.manifest, second.manifest
+    groups = {
+        "Parameters": _pairs(_parameters(manifest_a, shared), _parameters(manifest_b, shared)),
+        "Notebooks": tuple(_source(name, first, second) for name in shared),
+        "Models": _models(manifest_a.models, manifest_b.models),
+        "Packages": _pairs(manifest_a.packages, manifest_b.packages),
+    }
+    changes = {}
+    for group, pairs in groups.items():
+        if unlike := _unlike(pairs):
+            changes[group] = unlike
+    return changes
+
+
+def _parameters(manifest: _Manifest, notebooks: Iterable[str]) -> dict[str, str]:
+    parameters = {}
+    for notebook in notebooks:
+        for name, value in manifest.notebooks[notebook].parameters.items():
+            parameters[f"{notebook}: {name}"] = str(value)
+    return parameters
+
+
+def _source(name: str, first: _Run, second: _Run) -> _Pair:
+    """The files of a notebook in both runs."""
+    # ``inputs`` is a hash of the cells, parameters and models; the file's own changes with the outputs saved in it.
+    same_inputs = first.status.notebooks[name].inputs == second.status.notebooks[name].inputs
+    hash_a, hash_b = first.manifest.notebooks[name].sha256[:12], second.manifest.notebooks[name].sha256[:12]
+    remark = " (same cells, other saved outputs)" if same_inputs else ""
+    return _Pair(f"{name}.ipynb{remark}", hash_a, hash_b)
+
+
+def _models(first: Mapping[str, _ModelFacts], second: Mapping[str, _ModelFacts]) -> tuple[_Pair, ...]:
+    """Another model by role; if it is the same one, another revision, commit or file."""
+    pairs = []
+    for role in {**first, **second}:
+        ref_a, ref_b = first.get(role), second.get(role)
+        label_a = ref_a.label if ref_a else _NONE
+        label_b = ref_b.label if ref_b else _NONE
+        pairs.append(_Pair(ROLES.get(role, role), label_a, label_b))
+        if ref_a and ref_b and label_a == label_b:
+            pairs += _pairs(_versions(ref_a), _versions(ref_b))
+    # Two roles may have the same model, whose files are to be named once.
+    return tuple(dict.fromkeys(pairs))
+
+
+def _versions(ref: _ModelFacts) -> dict[str, str]:
+    versions = {f"{ref.label}: revision": ref.revision or _NONE, f"{ref.label}: commit": ref.commit or _NONE}
+    for name, digest in ref.sha256.items():
+        versions[f"{ref.label}: {name}"] = digest[:12]
+    return versions

@@ -1,0 +1,91 @@
+"""The progress of a run on the terminal: a live table, or plain lines if the output is not a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from helpers.runs.schema import _Status
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from time import monotonic
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from helpers.runs.schema import _NotebookStatus
+
+# A log that is read later needs few lines; a person who waits, a sign of life.
+LINE_SECONDS = 10.0
+_STYLES = {"pending": "dim", "running": "cyan", "passed": "green", "failed": "bold red"}
+Show = Callable[[_Status], None]
+
+
+@contextmanager
+def _display(console: Console) -> Iterator[Show]:
+    """A function that shows the status of a run each time it is called."""
+    if not console.is_terminal:
+        yield _PlainLines(console)
+        return
+    with Live(console=console, refresh_per_second=4) as live:
+        yield lambda status: live.update(_table(status))
+
+
+class _PlainLines:
+    """Prints a line when a notebook starts, at times while it runs, and when it ends."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.last: dict[str, str] = {}
+        self.printed = 0.0
+
+    def __call__(self, status: _Status) -> None:
+        """Print what is new in the status of a run."""
+        for name, entry in status.notebooks.items():
+            changed = self.last.get(name, "pending") != entry.status
+            if changed or self._is_due(entry):
+                self.printed = monotonic()
+                self.console.print(f"{name}: {_describe(entry)}", highlight=False, markup=False, soft_wrap=True)
+            self.last[name] = entry.status
+
+    def _is_due(self, entry: _NotebookStatus) -> bool:
+        started = entry.status == "running" and entry.cell > 0
+        return started and monotonic() - self.printed > LINE_SECONDS
+
+
+def _describe(entry: _NotebookStatus) -> str:
+    """One notebook's state in words: ``running, cell 3 of 12, 4 s of 90 s``."""
+    parts: list[str] = [entry.status]
+    if entry.status == "running" and entry.cells:
+        parts.append(f"cell {entry.cell} of {entry.cells}")
+    if entry.status != "pending":
+        parts.append(f"{entry.seconds:.0f} s of {entry.budget_seconds:g} s")
+    if entry.reason:
+        parts.append(entry.reason)
+    return ", ".join(parts)
+
+
+def _table(status: _Status) -> Table:
+    """All notebooks of a run, one row each."""
+    rows = Table(box=None, pad_edge=False)
+    for column in ("notebook", "status"):
+        rows.add_column(column)
+    for column in ("cell", "time", "budget"):
+        rows.add_column(column, justify="right")
+    rows.add_column("")
+    for name, entry in status.notebooks.items():
+        # As Text, because a line of code may hold what rich takes for its markup.
+        remark = Text(_remark(entry), overflow="ellipsis")
+        state = Text(entry.status, _STYLES[entry.status])
+        cell = f"{entry.cell}/{entry.cells}" if entry.cells else ""
+        time = f"{entry.seconds:.0f} s" if entry.seconds else ""
+        rows.add_row(name, state, cell, time, f"{entry.budget_seconds:g} s", remark)
+    return rows
+
+
+def _remark(entry: _NotebookStatus) -> str:
+    """Why a notebook failed, or the line at which it is."""
+    if entry.reason:
+        return entry.reason
+    return entry.line if entry.status == "running" else ""

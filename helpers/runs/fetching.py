@@ -1,0 +1,87 @@
+"""The models of a profile, fetched in a process of its own, which runs ``main``.
+
+huggingface_hub downloads several files at a time in threads that nothing can interrupt: a process that downloads would
+answer Ctrl-C only at the end of these files, gigabytes each. The child is killed instead, and the files that it had not
+completed are deleted, which no later download would take up.
+
+Its standard input carries one JSON line, the job, and then stays open: when it ends, the parent is gone, and the child
+ends itself. What it says goes to the parent's terminal; how it ended, into the job's file ``answer``:
+
+    {"commits": {"tiiuae/falcon-180B": "..."}} or {"error": "why they cannot be had"}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from helpers.base.errors import WorkbookError
+from helpers.base.files import ROOT
+from helpers.base.processes import ChildProcess
+from helpers.base.processes import Parent
+from helpers.models.checkpoint import LoadError
+from helpers.models.references import Profile
+from pathlib import Path
+from tempfile import TemporaryDirectory
+import json
+import os
+import sys
+
+MAIN = "from helpers.runs.fetching import main; main()"
+
+
+def fetch(
+    profile: Profile, roles: Collection[str] | None = None, commits: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Fetch what loading a profile's models (of ``roles``, if given) needs; the commit of each of a hub, by its id.
+
+    ``commits``, such as an earlier call's, are kept to. How far it is, is shown on the terminal. Raises LoadError. An
+    interruption, such as KeyboardInterrupt, ends it at once; what is complete is kept.
+    """
+    with TemporaryDirectory() as folder:
+        answer = Path(folder, "answer.json")
+        wanted = None if roles is None else sorted(roles)
+        job = {"profile": asdict(profile), "roles": wanted, "answer": str(answer)}
+        code = _run_to_end(job, {**os.environ, "WORKBOOK_REVISIONS": json.dumps(dict(commits or {}))})
+        if not answer.exists():
+            raise LoadError(f"fetching the models of {profile.name} ended unexpectedly (exit code {code}): try again.")
+        told = json.loads(answer.read_text(encoding="utf-8"))
+    if "error" in told:
+        raise LoadError(told["error"])
+    fetched: dict[str, str] = told["commits"]
+    return fetched
+
+
+def _run_to_end(job: Mapping[str, object], environment: Mapping[str, str]) -> int:
+    """The exit code of a process that fetches; interrupted, the process and its unfinished files are gone."""
+    child = ChildProcess([sys.executable, "-c", MAIN], environment=environment, cwd=ROOT, shares_output=True)
+    try:
+        with suppress(BrokenPipeError):  # its exit code says that it died before it read the job
+            child.send(job)
+        return child.wait()
+    finally:
+        # Paused, it completes no file between the look at its open files and its end.
+        child.pause()
+        unfinished = [path for path in child.open_files() if path.endswith(".incomplete")]
+        child.end()
+        for path in unfinished:
+            Path(path).unlink(missing_ok=True)
+
+
+def _main() -> None:
+    """Read the job, do it, and leave the answer."""
+    from pydantic import TypeAdapter
+
+    from helpers.models.finding import prepare
+
+    parent = Parent(answers=False)  # the progress on standard output is for the terminal
+    job = parent.receive()
+    parent.end_with_it()
+    profile = TypeAdapter(Profile).validate_python(job["profile"])
+    answer: dict[str, object]
+    try:
+        answer = {"commits": prepare(profile, roles=job["roles"])}
+    except WorkbookError as error:
+        answer = {"error": str(error)}
+    Path(job["answer"]).write_text(json.dumps(answer), encoding="utf-8")

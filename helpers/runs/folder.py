@@ -1,0 +1,182 @@
+"""The run folder: where it is and who holds it. ``helpers.schema`` describes its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import contextmanager
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC
+from datetime import datetime
+from filelock import FileLock
+from filelock import Timeout
+from helpers.base.files import ROOT
+from helpers.base.processes import Command
+from helpers.machine.hardware import DETECT
+from helpers.models.checkpoint import LoadError
+from helpers.models.checkpoint import file_hash
+from helpers.models.finding import packaged_file
+from helpers.models.hub_cache import hub_commit
+from helpers.runs.schema import _GitState
+from helpers.runs.schema import _Hardware
+from helpers.runs.schema import _Manifest
+from helpers.runs.schema import _ModelFacts
+from helpers.runs.schema import _NotebookFacts
+from helpers.runs.schema import _UnknownHardware
+from helpers.runs.store import RunFolderError
+from pathlib import Path
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from helpers.base.processes import Completed
+    from helpers.models.references import ModelRef
+    from helpers.models.references import Profile
+    from helpers.runs.notebook import _Plan
+
+# Executed notebooks, figures and logs of a whole run take some tens of MiB.
+LEAST_FREE_BYTES = 100 * 2**20
+
+
+def _utc_now() -> str:
+    """The time in UTC, to the second, as ISO 8601."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _new_folder(profile: str) -> Path:
+    """The folder of a new run: ``runs/<UTC time>-<profile>``, numbered when that second already has one."""
+    stem = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{profile}"
+    number, folder = 1, ROOT / "runs" / stem
+    while folder.exists():
+        number += 1
+        folder = ROOT / "runs" / f"{stem}-{number}"
+    return folder
+
+
+def _build_manifest(profile: Profile, plans: Sequence[_Plan], raw: Mapping[str, str], command: Sequence[str]) -> _Manifest:
+    """Collect everything known at the start of a run; ``finished`` is filled in at its end.
+
+    ``raw`` are the parameters that the command line gave. Hashes are SHA-256.
+    """
+    # torch takes seconds to look at a machine with GPUs, so this waits while the files are hashed; and in a process of
+    # its own, because the runner must not hold a CUDA context while notebooks run.
+    with Command([sys.executable, "-c", DETECT]) as detection:
+        notebooks = {plan.name: _notebook(plan) for plan in plans}
+        models = {role: _model(ref) for role, ref in profile.models.items()}
+        return _Manifest(
+            profile=profile.name,
+            description=profile.description,
+            command=list(command),
+            started=_utc_now(),
+            parameters=dict(raw),
+            seeds={plan.name: plan.effective["seed"] for plan in plans if "seed" in plan.effective},
+            notebooks=notebooks,
+            models=models,
+            git=_git_state(ROOT),
+            python=platform.python_version(),
+            packages=_packages(),
+            hardware=_detected(detection.result()),
+        )
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Create the folder if it is missing and hold it for this process, until the block ends or the process dies.
+
+    Raises RunFolderError if it cannot be written, if another live run holds it, or if the disk is nearly full.
+    """
+    try:
+        for part in ("notebooks", "figures", "logs"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        # The system releases the lock of a process that dies, so a killed run never blocks its own resume.
+        lock = FileLock(folder / ".lock")
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise RunFolderError(f"Another run is writing to {folder}. Wait for it, or start a new run.") from error
+    except OSError as error:
+        raise RunFolderError(
+            f"Cannot write the run folder {folder} ({error.strerror}). Change its permissions, or name another folder."
+        ) from error
+    try:
+        _check_space(folder)
+        yield
+    finally:
+        lock.release()
+
+
+def _merge_manifests(earlier: _Manifest, later: _Manifest) -> _Manifest:
+    """The manifest of a resumed run: as it is now, with the first start, and the notebooks that only then were run."""
+    notebooks = earlier.notebooks | later.notebooks
+    seeds = earlier.seeds | later.seeds
+    return later.model_copy(
+        update={
+            "started": earlier.started,
+            "resumed": [*earlier.resumed, later.started],
+            "notebooks": dict(sorted(notebooks.items())),
+            "seeds": dict(sorted(seeds.items())),
+        }
+    )
+
+
+def _executed_notebook(folder: Path, name: str) -> Path:
+    """The path of a notebook's executed copy."""
+    return folder / "notebooks" / f"{name}.ipynb"
+
+
+def _check_space(folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < LEAST_FREE_BYTES:
+        raise RunFolderError(f"Only {free / 2**20:.0f} MiB are free for {folder}. Free at least 100 MiB.")
+
+
+def _git_state(folder: Path) -> _GitState:
+    """The commit of a checkout and whether it holds changes; both None outside of git."""
+    commit, changes = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain")
+    return _GitState(commit=commit, dirty=None if changes is None else bool(changes))
+
+
+def _packages() -> dict[str, str]:
+    """The installed packages and their versions."""
+    versions = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
+    return dict(sorted(versions.items()))
+
+
+def _detected(detection: Completed) -> _Hardware | _UnknownHardware:
+    """What the process found; a run goes on without it."""
+    if detection.returncode != 0:
+        return _UnknownHardware(error=detection.errors.strip()[-500:])
+    return _Hardware.model_validate_json(detection.output)
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _notebook(plan: _Plan) -> _NotebookFacts:
+    return _NotebookFacts(sha256=file_hash(plan.path), parameters=plan.effective)
+
+
+def _model(ref: ModelRef) -> _ModelFacts:
+    hashes = {path.name: file_hash(path) for path in _model_files(ref)}
+    facts = asdict(ref) | {"label": ref.label, "sha256": hashes, "commit": hub_commit(ref)}
+    return _ModelFacts.model_validate(facts)
+
+
+def _model_files(ref: ModelRef) -> list[Path]:
+    """The files of a model that came with this repository or a package; a hub's are known by their commit."""
+    if ref.source == "embedded":
+        return sorted(path for path in (ROOT / ref.id).glob("*") if path.is_file())
+    if ref.source == "package":
+        with suppress(LoadError):
+            return [packaged_file(ref)]
+    return []

@@ -1,0 +1,136 @@
+"""What the pages about runs have in common: how a template is filled, and the words for times and machines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container
+from collections.abc import Iterable
+from collections.abc import Mapping
+from helpers.base.files import write_text
+from helpers.base.units import gib
+from helpers.runs.execution import NOTEBOOKS
+from helpers.runs.folder import _executed_notebook
+from helpers.runs.schema import _UnknownHardware
+from pathlib import Path
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from helpers.runs.schema import _Hardware
+    from nbconvert import HTMLExporter
+    from nbformat import NotebookNode
+
+ROLES = {"falcon": "Falcon, base", "falcon_chat": "Falcon, chat", "llama_chat": "Llama, chat"}
+_TEMPLATES = Path(__file__).parent
+
+
+def _render_page(template: str, content: Mapping[str, object]) -> str:
+    """Fill a template of this folder with ``content``, which is escaped."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(_TEMPLATES)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(template).render(content)
+_TEMPLATES = Path(__file__).parent
+# Of what an output offers, the first of these is shown. Widgets and scripts would need a kernel or a network.
+_SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
+_NOTEBOOK_LINK = re.compile(r"\]\(([\w.-]+)\.ipynb(#[^)\s]*)?\)")
+
+
+def _write_pages(run_dir: Path, notebooks: Iterable[str]) -> dict[str, str]:
+    """Write ``html/<notebook>.html`` for each executed notebook that is newer than its page.
+
+    If a page is new, all are written: links to it led elsewhere before. Returns the pages' paths, relative to the
+    run folder, by notebook; a notebook that never started has none.
+    """
+    executed: dict[str, Path] = {}
+    pages: dict[str, str] = {}
+    for name in notebooks:
+        path = _executed_notebook(run_dir, name)
+        if path.exists():
+            executed[name], pages[name] = path, f"html/{name}.html"
+    new = any(not (run_dir / page).exists() for page in pages.values())
+    stale = [name for name, path in executed.items() if new or _is_newer(path, run_dir / pages[name])]
+    if not stale:
+        return pages
+    (run_dir / "html").mkdir(exist_ok=True)
+    exporter = _exporter()
+    for name in stale:
+        write_text(run_dir / pages[name], _page(exporter, executed[name], run_dir.resolve().name, pages))
+    return pages
+
+
+def _duration(seconds: float | None) -> str:
+    """Format seconds for people: ``0.4 s``, ``12 s``, ``3 min 5 s``, ``2 h 10 min``."""
+    if seconds is None:
+        return "–"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        large, small, units = whole // 60, whole % 60, ("min", "s")
+    else:
+        large, small, units = whole // 3600, whole % 3600 // 60, ("h", "min")
+    return f"{large} {units[0]} {small} {units[1]}" if small else f"{large} {units[0]}"
+
+
+def _machine(hardware: _Hardware | _UnknownHardware) -> str:
+    """Describe the machine of a run in half a sentence."""
+    if isinstance(hardware, _UnknownHardware):
+        return "an unknown machine"
+    return _gpus(hardware) or f"{hardware.cpu_count} processor cores without a GPU"
+
+
+def _link_to_pages(markdown: str, pages: Container[str]) -> str:
+    """Return markdown whose links to notebooks lead to their pages, or to the report's table if there is no page."""
+
+    def address(match: re.Match[str]) -> str:
+        name, anchor = match[1], match[2] or ""
+        if name in pages:
+            return f"]({name}.html{anchor})"
+        return "](../report.html#notebooks)"
+
+    return _NOTEBOOK_LINK.sub(address, markdown)
+
+
+def _gpus(hardware: _Hardware) -> str:
+    """List the GPUs of a machine, equal ones together; empty if there is none."""
+    counts = Counter(f"{gpu.name} ({gib(gpu.total_bytes)})" for gpu in hardware.gpus)
+    return ", ".join(f"{count} × {name}" for name, count in counts.items())
+
+
+def _is_newer(source: Path, page: Path) -> bool:
+    return source.stat().st_mtime > page.stat().st_mtime
+
+
+def _exporter() -> HTMLExporter:
+    from nbconvert import HTMLExporter
+    from traitlets.config import Config
+
+    return HTMLExporter(
+        config=Config(NbConvertBase={"display_data_priority": _SHOWN}),
+        extra_template_paths=[str(_TEMPLATES)],
+        template_file="notebook.html.j2",
+        embed_images=True,
+        exclude_anchor_links=True,
+    )
+
+
+def _page(exporter: HTMLExporter, path: Path, run: str, pages: Container[str]) -> str:
+    import nbformat
+
+    notebook = _linked(nbformat.read(path, as_version=4), pages)
+    # Images are embedded from where the committed notebook lies, not from the run folder.
+    resources = {"metadata": {"name": path.stem, "path": str(NOTEBOOKS)}, "run": run}
+    page: str
+    page, _ = exporter.from_notebook_node(notebook, resources=resources)
+    return page
+
+
+def _linked(notebook: NotebookNode, pages: Container[str]) -> NotebookNode:
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _link_to_pages(cell.source, pages)
+    return notebook

@@ -1,0 +1,277 @@
+"""Record the values and figures of a notebook, compared with the values that were expected.
+
+The files are described in ``helpers.schema``. A verdict is "as expected", "differs" or "unmeasured" (nothing to compare
+with; this never counts as passed). The judgement ``agrees`` answers another question: whether the value agrees with a
+statement of the article. The runner names the run to a notebook through environment variables (``helpers.settings``);
+without a run, values are compared and shown, and kept only in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from dataclasses import replace
+from helpers.base import settings
+from helpers.base.stats import Measured
+from helpers.runs import store
+from helpers.runs.expected import _is_number
+from helpers.runs.expected import _matches
+from helpers.runs.expected import _with_tolerance
+from helpers.runs.expected import _with_unit
+from helpers.runs.schema import AS_EXPECTED
+from helpers.runs.schema import DIFFERS
+from helpers.runs.schema import UNMEASURED
+from helpers.runs.schema import _RecordedValue
+from helpers.runs.store import ResultError
+from helpers.runs.store import _changed_results
+from helpers.runs.store import _read_results
+from pathlib import Path
+import html
+import math
+import re
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from helpers.base.stats import Scalar
+    from helpers.runs.schema import Value
+    from helpers.runs.schema import Verdict
+    from helpers.runs.schema import _ExpectedValue
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+# What notebooks use, of the settings too.
+__all__ = [
+    "Measured",
+    "Record",
+    "Records",
+    "ResultError",
+    "forget",
+    "record",
+    "record_all",
+    "record_figure",
+    "recorded",
+    "unattended",
+    "work_folder",
+]
+_COLOURS: dict[Verdict, str] = {AS_EXPECTED: "#00805a", DIFFERS: "#c0392b", UNMEASURED: "#777777"}
+# Without a run, what each notebook recorded, by name.
+_session: dict[str, dict[str, _RecordedValue]] = {}
+
+
+@dataclass(frozen=True)
+class _Record:
+    """One recorded value compared with the expected one. It shows itself as a line in a notebook."""
+
+    name: str
+    content: _RecordedValue
+
+    @property
+    def value(self) -> Value:
+        """The value, a plain number, text or bool."""
+        return self.content.value
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the value is as expected."""
+        return self.content.verdict
+
+    def __str__(self) -> str:
+        shown = _with_unit(self.content.value, self.content.unit)
+        return f"{self.name}: {shown} | {self._expectation()} | {self.content.verdict}"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        colour = _COLOURS[self.verdict]
+        claim = f" (claim {html.escape(self.content.claim)})" if self.content.claim else ""
+        shown = html.escape(_with_unit(self.content.value, self.content.unit))
+        return (
+            f'<div style="border-left:4px solid {colour};padding:2px 10px">{html.escape(self.name)}{claim}: '
+            f"<b>{shown}</b>, {html.escape(self._expectation())}: "
+            f'<b style="color:{colour}">{self.verdict}</b></div>'
+        )
+
+    def _expectation(self) -> str:
+        if self.verdict == UNMEASURED:
+            return "no expected value"
+        return f"expected {_with_tolerance(self.content.expected, self.content.tolerance, self.content.unit)}"
+
+
+class _Records(tuple[_Record, ...]):
+    """Several recorded values. They show themselves as a line each in a notebook."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "\n".join(str(entry) for entry in self)
+
+    def _repr_html_(self) -> str:
+        return "".join(entry._repr_html_() for entry in self)
+
+
+def record(
+    name: str,
+    value: Value | Scalar,
+    unit: str = "",
+    claim: str | None = None,
+    *,
+    tolerance: float | None = None,
+    agrees: bool | None = None,
+    model: str | None = None,
+) -> _Record:
+    """Compare a value with the expected one and keep it in the run's ``results.json``.
+
+    ``value`` is a number, a text or a bool (numpy and torch scalars too); ``claim`` names a statement of the source
+    article, such as "A1". ``tolerance``, in the value's unit, is the least that ``expected_from_runs`` allows a number:
+    give it if a hundredth of the value is finer than the value's own meaning, as for a difference near zero.
+    ``agrees`` says whether the value agrees with that statement as published; None: it only illustrates it. ``model``
+    is the ``ModelRef.label`` of the model it was measured on; None: it was computed from published configurations.
+    A name recorded again in the same notebook replaces the earlier value.
+    Raises ResultError for an empty name, any other type, NaN and infinity, a tolerance that is negative or not finite,
+    and ``agrees`` without a claim.
+    """
+    (entry,) = record_all({name: Measured(value, unit, claim, tolerance, agrees, model)})
+    return entry
+
+
+def record_all(
+    values: Mapping[str, Value | Scalar | Measured],
+    *,
+    unit: str = "",
+    claim: str | None = None,
+    tolerance: float | None = None,
+    model: str | None = None,
+) -> _Records:
+    """Record the values of a section by name, with one call; ``record`` says what is kept and what is refused.
+
+    A value that needs more than a name is a ``Measured``. ``unit``, ``claim``, ``tolerance`` and ``model`` apply to
+    every value that does not bring its own; ``tolerance`` only to numbers. If one value is refused, none is kept::
+
+        runs.record_all(
+            {
+                "size_ratio": runs.Measured(ratio, "x", agrees=abs(ratio / 2.5 - 1) < 0.05),
+                "parameters": runs.Measured(count, "parameters"),
+            },
+            claim="A5",
+        )
+    """
+    common = Measured(0, unit, claim, tolerance, None, model)
+    expected = store.read_expected(settings.expected_file())
+    entries = []
+    for name, value in values.items():
+        measured = _completed(value, common)
+        content = _judged(name, measured, expected.get(f"{settings.notebook_name()}/{name}"))
+        entries.append(_Record(name, content))
+    _keep(entries)
+    return _Records(entries)
+
+
+def record_figure(name: str, figure: Figure) -> Figure:
+    """Save a figure as ``figures/<notebook>_<name>.png`` of the run and return it, so that the cell shows it."""
+    folder, notebook = settings.run_folder(), settings.notebook_name()
+    if folder is not None:
+        path = folder / "figures" / f"{notebook}_{re.sub(r'[^a-zA-Z0-9.-]+', '-', name)}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Without the name of the software, which holds matplotlib's version, equal figures are equal files.
+        figure.savefig(path, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None})
+        with _changed_results(folder) as results:
+            results.figures.setdefault(notebook, {})[name] = path.relative_to(folder).as_posix()
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        # Otherwise the inline backend shows a pyplot figure a second time.
+        pyplot.close(figure)
+    return figure
+
+
+def recorded() -> DataFrame:
+    """Return a table of what this notebook recorded, with the expected values."""
+    import pandas as pd
+
+    folder, notebook = settings.run_folder(), settings.notebook_name()
+    by_notebook = _session if folder is None else _read_results(folder).values
+    entries = by_notebook.get(notebook, {})
+    rows = []
+    for entry in entries.values():
+        shown = _with_unit(entry.value, entry.unit)
+        expected = _with_tolerance(entry.expected, entry.tolerance, entry.unit)
+        rows.append({"value": shown, "expected": expected, "verdict": entry.verdict, "claim": entry.claim or ""})
+    index = pd.Index(list(entries), name="name")
+    return pd.DataFrame(rows, index=index, columns=["value", "expected", "verdict", "claim"])
+
+
+def _forget(run_dir: Path, notebook: str) -> None:
+    """Drop what a notebook recorded, before it runs again."""
+    with _changed_results(run_dir) as results:
+        results.values.pop(notebook, None)
+        for figure in results.figures.pop(notebook, {}).values():
+            (run_dir / figure).unlink(missing_ok=True)
+
+
+def _completed(value: Value | Scalar | Measured, common: Measured) -> Measured:
+    """The value with what all values of the call have in common, if it does not bring its own."""
+    if not isinstance(value, Measured):
+        # A text or a yes has no tolerance, so a common one is not meant for it.
+        tolerance = None if isinstance(value, str | bool) else common.tolerance
+        return replace(common, value=value, tolerance=tolerance)
+    tolerance = value.tolerance
+    if tolerance is None and not isinstance(value.value, str | bool):
+        tolerance = common.tolerance
+    return replace(
+        value,
+        unit=value.unit or common.unit,
+        claim=value.claim or common.claim,
+        tolerance=tolerance,
+        model=value.model or common.model,
+    )
+
+
+def _judged(name: str, measured: Measured, expected: _ExpectedValue | None) -> _RecordedValue:
+    """The value as it is kept, compared with the expected one. Raises ResultError for what cannot be recorded."""
+    if not name.strip():
+        raise ResultError("A recorded value needs a name.")
+    value, tolerance = _plain(name, measured.value), measured.tolerance
+    if tolerance is not None and not (_is_number(value) and 0 <= tolerance < math.inf):
+        raise ResultError(f"{name!r} cannot have the tolerance {tolerance}. Give a number a finite one from 0 up.")
+    if measured.agrees is not None and measured.claim is None:
+        raise ResultError(f"{name!r}: `agrees` needs a `claim`. Name the claim that the value is judged by.")
+    # JSON has no truth values of numpy.
+    agrees = None if measured.agrees is None else bool(measured.agrees)
+    entry = _RecordedValue(
+        value=value, unit=measured.unit, claim=measured.claim, floor=tolerance, agrees=agrees, model=measured.model
+    )
+    if expected is None:
+        return entry
+    same = _matches(value, expected.value, expected.tolerance or 0)
+    comparison = {
+        "expected": expected.value,
+        "tolerance": expected.tolerance,
+        "source": expected.source,
+        "verdict": AS_EXPECTED if same else DIFFERS,
+    }
+    return entry.model_copy(update=comparison)
+
+
+def _plain(name: str, value: Value | Scalar) -> Value:
+    item: object = value
+    # A text is a text, though numpy's texts have an item too; an array of several has none to give.
+    if hasattr(value, "item"):
+        with suppress(TypeError, ValueError, RuntimeError):
+            item = value.item()
+    if not isinstance(item, bool | int | float | str):
+        kind = type(value).__name__
+        raise ResultError(f"{name!r} is a {kind}. Record a number, a text or a bool, one at a time.")
+    if isinstance(item, float) and not math.isfinite(item):
+        raise ResultError(f"{name!r} is {item}. Record a finite number, or a text that says why there is none.")
+    return item
+
+
+def _keep(entries: Sequence[_Record]) -> None:
+    contents = {entry.name: entry.content for entry in entries}
+    folder, notebook = settings.run_folder(), settings.notebook_name()
+    if folder is None:
+        _session.setdefault(notebook, {}).update(contents)
+        return
+    with _changed_results(folder) as results:
+        results.values.setdefault(notebook, {}).update(contents)

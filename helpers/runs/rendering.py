@@ -1,0 +1,149 @@
+"""Make the committed notebooks: from their sources (jupytext, py:percent), with the outputs of a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from helpers.base.files import ROOT
+from helpers.base.files import write_text
+from helpers.base.settings import DEFAULT_PROFILE
+from helpers.runs.execution import NOTEBOOKS
+from helpers.runs.execution import Request
+from helpers.runs.execution import run
+from helpers.runs.folder import _executed_notebook
+from helpers.runs.notebook import _make_portable
+from pathlib import Path
+from rich.console import Console
+import hashlib
+import re
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from helpers.models.references import Profile
+    from helpers.runs.execution import RunResult
+    from nbformat import NotebookNode
+
+_KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+_ADDRESS = re.compile(r"( at )0x[0-9a-f]{6,}")
+
+
+def _source_notebook(source: Path) -> NotebookNode:
+    """The notebook that a py:percent source describes, without outputs, with ids that depend on its cells alone."""
+    import jupytext
+    from nbformat import from_dict
+
+    notebook = jupytext.read(source, fmt={"extension": ".py", "format_name": "percent"})
+    metadata = {"kernelspec": _KERNELSPEC, "language_info": {"name": "python"}}
+    if "workbook" in notebook.metadata:  # the declared models, which the runner reads
+        metadata["workbook"] = notebook.metadata["workbook"]
+    notebook.metadata = from_dict(metadata)
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    _name_cells(notebook)
+    return notebook
+
+
+def _sync(notebooks: Path = NOTEBOOKS) -> list[Path]:
+    """Write each notebook again from ``source/``, keeping the outputs of cells that did not change."""
+    written = []
+    for source in sorted((notebooks / "source").glob("*.py")):
+        target = notebooks / f"{source.stem}.ipynb"
+        notebook = _source_notebook(source)
+        if target.exists():
+            _copy_outputs(_read(target), notebook)
+        written.append(_write(target, notebook))
+    return written
+
+
+def render(
+    profile: Profile | str = DEFAULT_PROFILE, notebooks: Path = NOTEBOOKS, folder: Path | None = None
+) -> RunResult:
+    """Write the notebooks again from their sources, run them, and keep the outputs of those that passed."""
+    _sync(notebooks)
+    request = Request(profile, notebooks=notebooks, folder=folder)
+    result = run(request, command=("workbook", "render"), console=Console())
+    for name in result.passed:
+        notebook = _source_notebook(notebooks / "source" / f"{name}.py")
+        _copy_outputs(_clean(_read(_executed_notebook(result.folder, name))), notebook)
+        _write(notebooks / f"{name}.ipynb", notebook)
+    return result
+
+
+def _clean(notebook: NotebookNode) -> NotebookNode:
+    """An executed notebook without what belongs to one run: injected parameters, counts, paths, addresses."""
+    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    _make_portable(notebook)
+    number = 0
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and cell.source.strip():
+            number += 1
+            cell.execution_count = number
+            for output in cell.outputs:
+                _clean_output(output, number)
+    return notebook
+
+
+def _name_cells(notebook: NotebookNode) -> None:
+    """Give each cell an id that follows from its text: a cell that did not change keeps its outputs."""
+    seen: Counter[str] = Counter()
+    for cell in notebook.cells:
+        digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:12]
+        seen[digest] += 1
+        cell.id = digest
+        if seen[digest] > 1:
+            cell.id = f"{digest}-{seen[digest]}"
+
+
+def _clean_output(output: NotebookNode, number: int) -> None:
+    if "execution_count" in output:
+        output.execution_count = number
+    for key, value in output.items():
+        output[key] = _neutral(value)
+
+
+def _neutral(value: object) -> object:
+    """Without this machine's folders and memory addresses."""
+    if isinstance(value, str):
+        for path, name in _paths().items():
+            value = value.replace(path, name)
+        return _ADDRESS.sub(r"\g<1>0x…", value)
+    if isinstance(value, dict):
+        # Of the same class: nbformat reads the keys of its nodes as attributes.
+        return type(value)((key, _neutral(item)) for key, item in value.items())
+    if isinstance(value, list):
+        return [_neutral(item) for item in value]
+    return value
+
+
+def _paths() -> dict[str, str]:
+    """This machine's folders and what stands for them, the longest first: the environment lies in the project."""
+    paths = {f"{ROOT}/": "", str(ROOT): ".", sys.prefix: "$VIRTUAL_ENV", str(Path.home()): "~"}
+    ordered = {}
+    for path in sorted(paths, key=len, reverse=True):
+        if len(path) > 2:  # not the root folder, as the home of a service may be
+            ordered[path] = paths[path]
+    return ordered
+
+
+def _copy_outputs(executed: NotebookNode, notebook: NotebookNode) -> None:
+    """Give the cells of ``notebook`` the outputs of the cells with the same id."""
+    done = {}
+    for cell in executed.cells:
+        if cell.cell_type == "code" and "id" in cell:
+            done[cell.id] = cell
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and cell.id in done:
+            cell.outputs, cell.execution_count = done[cell.id].outputs, done[cell.id].execution_count
+
+
+def _read(path: Path) -> NotebookNode:
+    import nbformat
+
+    return nbformat.read(path, as_version=4)
+
+
+def _write(path: Path, notebook: NotebookNode) -> Path:
+    import nbformat
+
+    nbformat.validate(notebook)
+    write_text(path, nbformat.writes(notebook) + "\n")
+    return path

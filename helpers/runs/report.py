@@ -1,0 +1,322 @@
+"""A finished run as HTML pages, made from the files of its run folder alone: the report, and its notebooks' pages."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from datetime import datetime
+from helpers.base.files import write_text
+from helpers.base.units import GIB
+from helpers.base.units import gib
+from helpers.runs import store
+from helpers.runs.claims import _judged_claims
+from helpers.runs.claims import _stand_ins
+from helpers.runs.expected import _with_tolerance
+from helpers.runs.expected import _with_unit
+from helpers.runs.pages import ROLES
+from helpers.runs.pages import _duration
+from helpers.runs.pages import _gpus
+from helpers.runs.pages import _machine
+from helpers.runs.pages import _render_page
+from helpers.runs.pages import _write_pages
+from helpers.runs.schema import AS_EXPECTED
+from helpers.runs.schema import DIFFERS
+from helpers.runs.schema import UNMEASURED
+from helpers.runs.schema import _NotebookStatus
+from helpers.runs.schema import _RecordedValue
+from helpers.runs.schema import _UnknownHardware
+from helpers.runs.store import _read_results
+from helpers.runs.store import _read_status
+from pathlib import Path
+import base64
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from helpers.runs.claims import _JudgedClaim
+    from helpers.runs.schema import _Manifest
+    from helpers.runs.schema import _ModelFacts
+    from helpers.runs.schema import _Results
+    from helpers.runs.schema import _Status
+
+_MAIN_PACKAGES = (
+    *("torch", "transformers", "accelerate", "bitsandbytes", "peft", "trl", "safetensors", "tokenizers", "numpy"),
+    *("papermill", "ipykernel", "ipywidgets", "jupyterlab", "matplotlib"),
+)
+
+
+@dataclass(frozen=True)
+class _ValueRow:
+    """A recorded value as the report shows it."""
+
+    key: str
+    content: _RecordedValue
+
+    @property
+    def name(self) -> str:
+        return self.key.replace("_", " ")
+
+    @property
+    def claim(self) -> str:
+        return self.content.claim or ""
+
+    @property
+    def value(self) -> str:
+        return _with_unit(self.content.value, self.content.unit)
+
+    @property
+    def expected(self) -> str:
+        return _with_tolerance(self.content.expected, self.content.tolerance, self.content.unit)
+
+    @property
+    def source(self) -> str:
+        return self.content.source or ""
+
+    @property
+    def verdict(self) -> str:
+        return self.content.verdict
+
+    @property
+    def mark(self) -> str:
+        return self.content.verdict.replace(" ", "-")
+
+    @property
+    def model(self) -> str | None:
+        return self.content.model
+
+
+@dataclass(frozen=True)
+class _NotebookRow:
+    """A notebook as the report shows it; ``page`` is the relative address of its own page, if it has one."""
+
+    name: str
+    entry: _NotebookStatus
+    _render_page: str
+    values: tuple[_ValueRow, ...]
+
+    @property
+    def status(self) -> str:
+        return self.entry.status
+
+    @property
+    def reason(self) -> str | None:
+        return self.entry.reason
+
+    @property
+    def line(self) -> str:
+        return self.entry.line
+
+    @property
+    def progress(self) -> str:
+        return f"{self.entry.cell} of {self.entry.cells}" if self.entry.cells else "–"
+
+    @property
+    def time(self) -> str:
+        return _duration(self.entry.seconds) if self.entry.started else "–"
+
+    @property
+    def expected(self) -> str:
+        return _duration(self.entry.expected_seconds)
+
+    @property
+    def budget(self) -> str:
+        return _duration(self.entry.budget_seconds)
+
+    @property
+    def share(self) -> int:
+        """Percent of the budget."""
+        # A notebook that was killed may have run over, and the bar must not.
+        return min(100, round(100 * self.entry.seconds / self.entry.budget_seconds))
+
+    @property
+    def memory(self) -> str:
+        return gib(self.entry.peak_bytes) if self.entry.peak_bytes else "–"
+
+    @property
+    def differing_first(self) -> list[_ValueRow]:
+        return sorted(self.values, key=lambda value: value.verdict != DIFFERS)
+
+
+@dataclass
+class _ValueSource:
+    """The values that one notebook recorded for a claim on one model."""
+
+    notebook: _NotebookRow
+    model: str | None
+    values: list[_ValueRow] = field(default_factory=list)
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``report.html`` and its notebooks' pages (``html/``) into a run folder and return the report's path.
+
+    A notebook's page is written again only if the executed notebook is newer. Raises RunFolderError if there is no run
+    in the folder.
+    """
+    target = run_dir / "report.html"
+    write_text(target, _render_page("report.html.j2", _content(run_dir)))
+    return target
+
+
+def _content(run_dir: Path) -> dict[str, object]:
+    """What the page shows. Writes the notebooks' pages that are missing or old, to link to them."""
+    status, manifest, recorded = _read_status(run_dir), store.read_manifest(run_dir), _read_results(run_dir)
+    notebooks = _notebook_rows(status, recorded, _write_pages(run_dir, status.notebooks))
+    claims = _judged_claims(status, manifest, recorded)
+    return {
+        "name": run_dir.resolve().name,
+        "manifest": manifest,
+        "outcome": _outcome(status),
+        "machine": _machine(manifest.hardware),
+        "date": f"{datetime.fromisoformat(manifest.started):%-d %B %Y}",
+        "labels": sorted({ref.label for ref in manifest.models.values()}),
+        "stand_ins": _stand_ins(manifest),
+        "rehearsal": _rehearsal(manifest),
+        "tiles": _tiles(status, claims, _verdicts(notebooks)),
+        "facts": _facts(manifest),
+        "models": [_model(role, ref) for role, ref in manifest.models.items()],
+        "notebooks": notebooks,
+        "claims": [(claim, _sources(claim, notebooks)) for claim in claims],
+        "judged": Counter(claim.verdict.mark for claim in claims),
+        "in_part": Counter(claim.confirmed_in_part for claim in claims)[True],
+        "verdicts": _verdicts(notebooks),
+        "figures": _figures(run_dir, recorded, notebooks),
+        "packages": {name: manifest.packages[name] for name in _MAIN_PACKAGES if name in manifest.packages},
+        "hashes": _hashes(manifest),
+    }
+
+
+def _notebook_rows(status: _Status, recorded: _Results, pages: Mapping[str, str]) -> list[_NotebookRow]:
+    rows = []
+    for name, entry in status.notebooks.items():
+        values = tuple(_ValueRow(key, value) for key, value in recorded.values.get(name, {}).items())
+        rows.append(_NotebookRow(name, entry, pages.get(name, ""), values))
+    return rows
+
+
+def _outcome(status: _Status) -> dict[str, str]:
+    total = len(status.notebooks)
+    passed = _passed(status)
+    if status.state != "finished":
+        return {"mark": "failed", "text": f"{status.state}: {passed} of {total} notebooks passed"}
+    if passed == total:
+        return {"mark": "passed", "text": f"all {total} notebooks passed"}
+    return {"mark": "failed", "text": f"{total - passed} of {total} notebooks did not pass"}
+
+
+def _passed(status: _Status) -> int:
+    return Counter(entry.status for entry in status.notebooks.values())["passed"]
+
+
+def _verdicts(notebooks: Iterable[_NotebookRow]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for notebook in notebooks:
+        counts.update(value.verdict for value in notebook.values)
+    return counts
+
+
+def _tiles(status: _Status, claims: Sequence[_JudgedClaim], verdicts: Mapping[str, int]) -> list[dict[str, str]]:
+    """The summary: a few figures, each with the section that tells more and a mark."""
+    entries = status.notebooks.values()
+    passed = _passed(status)
+    whole = passed == len(entries) and status.state == "finished"
+    # The peak of the whole run is more than that of one notebook, but earlier runs did not record it.
+    peak = status.peak_bytes or max((entry.peak_bytes for entry in entries), default=0)
+    judged = Counter(claim.judged for claim in claims)[True]
+    differing = verdicts.get(DIFFERS, 0)
+    rows = (
+        ("notebooks passed", f"{passed} of {len(entries)}", "notebooks", "passed" if whole else "failed"),
+        ("values as expected", str(verdicts.get(AS_EXPECTED, 0)), "values", ""),
+        ("values that differ", str(differing), "values", "failed" if differing else ""),
+        ("values unmeasured", str(verdicts.get(UNMEASURED, 0)), "values", ""),
+        ("claims with a verdict", f"{judged} of {len(claims)}", "claims", ""),
+        ("total time", _duration(sum(entry.seconds for entry in entries)), "notebooks", ""),
+        ("peak memory", gib(peak) if peak else "–", "notebooks", ""),
+    )
+    return [{"label": label, "value": value, "to": to, "mark": mark} for label, value, to, mark in rows]
+
+
+def _rehearsal(manifest: _Manifest) -> dict[str, object] | None:
+    """What stood in for what, and the plans at the true size; None for a run that was no rehearsal."""
+    if manifest.rehearsal is None:
+        return None
+    plans = []
+    for plan in manifest.rehearsal.plans:
+        devices = [f"{size / GIB:.1f}" for size in plan.device_bytes]
+        plans.append(plan.model_dump() | {"devices": devices, "limit": gib(plan.limit_bytes)})
+    return {"substitutions": manifest.rehearsal.substitutions, "plans": plans}
+
+
+def _sources(claim: _JudgedClaim, notebooks: Iterable[_NotebookRow]) -> list[_ValueSource]:
+    """Values in the order of recording, those of one notebook and model together."""
+    rows = {notebook.name: notebook for notebook in notebooks}
+    sources: dict[tuple[str, str | None], _ValueSource] = {}
+    for value in claim.values:
+        key = value.notebook, value.content.model
+        source = sources.setdefault(key, _ValueSource(rows[value.notebook], value.content.model))
+        source.values.append(_ValueRow(value.name, value.content))
+    return list(sources.values())
+
+
+def _model(role: str, ref: _ModelFacts) -> dict[str, str | None]:
+    revisions = {"embedded": "in this repository", "package": ref.file}
+    return {
+        "role": ROLES.get(role, role),
+        "name": ref.id,
+        "stand_in_for": "itself, in a rehearsal" if ref.rehearsed else ref.stand_in_for or "",
+        "revision": revisions.get(ref.source, ref.revision),
+        "licence": ref.licence or "–",
+    }
+
+
+def _facts(manifest: _Manifest) -> dict[str, str]:
+    """What ran and where, by label."""
+    hardware, git = manifest.hardware, manifest.git
+    changed = " with uncommitted changes" if git.dirty else ""
+    facts = {
+        "Profile": f"{manifest.profile}: {manifest.description}",
+        "Started": _moment(manifest.started),
+        "Finished": _moment(manifest.finished),
+        "Command": " ".join(manifest.command) or "–",
+        "Commit": f"{git.commit[:12]}{changed}" if git.commit else "not a git checkout",
+        "Python": manifest.python,
+    }
+    if isinstance(hardware, _UnknownHardware):
+        return facts | {"Machine": f"unknown ({hardware.error})"}
+    return facts | {
+        "Processor": f"{hardware.cpu_name}, {hardware.cpu_count} cores",
+        "Memory": gib(hardware.ram_bytes),
+        "GPUs": _gpus(hardware) or "none",
+        "System": hardware.system,
+    }
+
+
+def _figures(run_dir: Path, recorded: _Results, notebooks: Iterable[_NotebookRow]) -> list[dict[str, object]]:
+    """The figures in the order of the notebooks, each as a data URI with what its caption says."""
+    figures: list[dict[str, object]] = []
+    for notebook in notebooks:
+        for name, path in recorded.figures.get(notebook.name, {}).items():
+            figures.append({"notebook": notebook, "name": name.replace("_", " "), "uri": _data_uri(run_dir / path)})
+    return figures
+
+
+def _data_uri(path: Path) -> str:
+    # Within the page, because a report is sent around without its folder.
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+
+
+def _hashes(manifest: _Manifest) -> dict[str, dict[str, str]]:
+    """The SHA-256 of files by model, and of the notebooks; a hub's models have none."""
+    hashes = {}
+    for ref in manifest.models.values():
+        if ref.sha256:
+            hashes[ref.label] = ref.sha256
+    for name, entry in manifest.notebooks.items():
+        hashes.setdefault("Notebooks", {})[f"{name}.ipynb"] = entry.sha256
+    return hashes
+
+
+def _moment(text: str | None) -> str:
+    return f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M:%S} UTC" if text else "–"

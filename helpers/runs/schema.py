@@ -1,0 +1,270 @@
+"""The files of a run, and those that a run is judged by, as models: which fields they have, and of which types.
+
+``helpers.store`` reads and writes them. A run folder, ``runs/<UTC time>-<profile>/``, holds::
+
+    manifest.json   Manifest: what ran, where, with which versions, models, seeds and parameters (by the runner)
+    status.json     Status: the state of each notebook, kept up to date while it runs (by the runner)
+    results.json    Results: what the notebooks recorded (by ``helpers.results``)
+    notebooks/      the executed notebooks            figures/   <notebook>_<name>.png
+    logs/           what a notebook's process wrote   report.html, html/<notebook>.html
+
+Beside the notebooks lie ``expected/<profile>.json`` (ExpectedValue by "<notebook>/<name>") and ``data/claims.yaml``
+(Claim by its number). Each file has a ``version`` at its top.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel
+from pydantic import BeforeValidator
+from pydantic import ConfigDict
+from pydantic import Field
+from pydantic import PlainValidator
+from typing import Annotated
+from typing import Literal
+import math
+
+# What the runner writes in the place of a secret. A number may hold a secret's digits by chance, and is replaced too.
+REDACTED = "[redacted]"
+Value = bool | int | float | str
+Verdict = Literal["as expected", "differs", "unmeasured"]
+AS_EXPECTED: Verdict = "as expected"
+DIFFERS: Verdict = "differs"
+UNMEASURED: Verdict = "unmeasured"
+NotebookState = Literal["pending", "running", "passed", "failed"]
+
+
+def _plain_value(value: object) -> Value:
+    # pydantic's own union would turn "1" or True into a number, which is another value.
+    if isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError("a number, a text, true or false is needed")
+
+
+def _distance(value: object) -> int | float | None:
+    if value is None or value == REDACTED:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError("a number from 0 up, or null, is needed")
+    return value
+
+
+def _zero_if_redacted(value: object) -> object:
+    # One blanked number must not make a whole run unreadable.
+    return 0 if value == REDACTED else value
+_AnyValue = Annotated[Value, PlainValidator(_plain_value)]
+_Distance = Annotated[int | float | None, PlainValidator(_distance)]
+_Count = Annotated[int, BeforeValidator(_zero_if_redacted)]
+_Seconds = Annotated[float, BeforeValidator(_zero_if_redacted)]
+
+
+class _Part(BaseModel):
+    """A part of a file. A field that it does not know is an error: somebody wrote something else."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Mirror(BaseModel):
+    """A part that repeats a dataclass of the package. What the dataclass gains later is kept as it is."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class _RecordedValue(_Part):
+    """One value that a notebook recorded.
+
+    ``claim`` is the number of a statement of the article, such as "A1", and ``agrees`` says whether the value agrees
+    with that statement as published (None: it only illustrates it). ``expected``, ``tolerance`` and ``source`` repeat
+    the expected value at that time. ``floor`` is the least that a tolerance made from this run may be. ``model`` is the
+    label of the model that the value was measured on (None: it was computed from published configurations).
+    """
+
+    value: _AnyValue
+    unit: str
+    claim: str | None = None
+    expected: _AnyValue | None = None
+    tolerance: _Distance = None
+    source: str | None = None
+    verdict: Verdict = UNMEASURED
+    floor: _Distance = None
+    agrees: bool | None = None
+    model: str | None = None
+
+
+class _Results(_Part):
+    """``results.json``: values and the paths of figures, both by notebook and name, in the order of recording."""
+
+    values: dict[str, dict[str, _RecordedValue]] = Field(default_factory=dict)
+    figures: dict[str, dict[str, str]] = Field(default_factory=dict)
+
+
+class _ExpectedValue(_Part):
+    """The value that a run should give, within an absolute tolerance. ``source``: "run ..." or "citation ..."."""
+
+    value: _AnyValue
+    tolerance: _Distance = None
+    source: str
+
+    @property
+    def cited(self) -> bool:
+        """True if a publication gives the value, and not a run."""
+        return self.source.startswith("citation")
+
+
+class _Claim(_Part):
+    """One statement of the article. The head of ``claims.yaml`` says what each field holds."""
+
+    statement: str
+    published: str
+    source: str
+    test: Literal["arithmetic", "model", "real model", "citation"]
+    notebooks: list[str] = Field(default_factory=list)
+    how: str
+    why: str = ""
+    reach: str = ""
+
+
+class _NotebookStatus(_Part):
+    """How far a notebook is, and how it ended.
+
+    ``cell`` counts the code cells of the executed notebook from 1, injected parameters included, as ``In [n]`` does;
+    ``line`` is that cell's first line. ``peak_bytes`` is the most resident memory of the notebook's processes together,
+    looked at each second. ``inputs`` is a hash of source, parameters and profile.
+    """
+
+    status: NotebookState
+    reason: str | None = None
+    cell: _Count = 0
+    cells: _Count = 0
+    line: str = ""
+    seconds: _Seconds = 0.0
+    started: str | None = None
+    budget_seconds: _Seconds
+    expected_seconds: _Seconds | None = None
+    peak_bytes: _Count = 0
+    inputs: str
+
+
+class _Status(_Part):
+    """``status.json``. ``peak_bytes`` is the most memory of all processes of the run, the runner's own included.
+
+    Pages that processes share count in each. 0: an earlier run, which did not record it.
+    """
+
+    state: Literal["running", "finished", "interrupted"]
+    peak_bytes: _Count = 0
+    notebooks: dict[str, _NotebookStatus]
+
+
+class _GpuFacts(_Mirror):
+    """One GPU of the machine of a run."""
+
+    name: str
+    total_bytes: _Count
+
+
+class _Hardware(_Mirror):
+    """The machine of a run, as ``hardware.detect`` reports it."""
+
+    gpus: list[_GpuFacts]
+    ram_bytes: _Count
+    cpu_count: _Count
+    cpu_name: str
+    system: str
+
+
+class _UnknownHardware(_Part):
+    """A machine that could not be looked at; ``error`` says why."""
+
+    error: str
+
+
+class _NotebookFacts(_Part):
+    """The file of a notebook (SHA-256) and the parameters that it ran with."""
+
+    sha256: str
+    parameters: dict[str, object]
+
+
+class _ModelFacts(_Mirror):
+    """A model of the run's profile (see ``types.ModelRef``), its label, commit and the SHA-256 of its files."""
+
+    id: str
+    label: str
+    source: str
+    revision: str | None = None
+    file: str | None = None
+    stand_in_for: str | None = None
+    licence: str | None = None
+    rehearsed: bool = False
+    sha256: dict[str, str]
+    commit: str | None = None
+
+
+class _LoadedModel(_Mirror):
+    """A model that a notebook of the run loaded, see ``loads.Load``; ``role`` is None if the profile names it nowhere."""
+
+    notebook: str
+    role: str | None
+    model: str
+    label: str
+    precision: str
+    commit: str | None = None
+
+
+class _GitState(_Part):
+    """The commit of the checkout and whether it holds changes; both None outside of git."""
+
+    commit: str | None
+    dirty: bool | None
+
+
+class _PlannedModel(_Mirror):
+    """A model planned at its true size in a rehearsal, see ``rehearsal.Planned``."""
+
+    model: str
+    precision: str
+    parameters: _Count
+    device_bytes: list[_Count]
+    limit_bytes: _Count
+
+
+class _SubstitutionFacts(_Mirror):
+    """One thing that was not as on the real machine, see ``rehearsal.Substitution``."""
+
+    what: str
+    real: str
+    here: str
+
+
+class _RehearsalFacts(_Part):
+    """What stood in for what in a rehearsal, and the plans at the true size."""
+
+    machine: _Hardware | None = None
+    plans: list[_PlannedModel] = Field(default_factory=list)
+    substitutions: list[_SubstitutionFacts] = Field(default_factory=list)
+
+
+class _Manifest(_Part):
+    """``manifest.json``: what a run needs to be told apart from, and compared with, another.
+
+    ``parameters`` are what the command line gave, ``notebooks`` hold the effective ones. ``finished`` is None until the
+    end. ``loaded`` are the models that its notebooks loaded. ``resumed`` lists the times of later starts. ``commits`` are those that the run keeps to, by repository.
+    """
+
+    profile: str
+    description: str
+    command: list[str]
+    started: str
+    finished: str | None = None
+    parameters: dict[str, str]
+    seeds: dict[str, object]
+    notebooks: dict[str, _NotebookFacts]
+    models: dict[str, _ModelFacts]
+    git: _GitState
+    python: str
+    packages: dict[str, str]
+    hardware: _Hardware | _UnknownHardware
+    loaded: list[_LoadedModel] = Field(default_factory=list, exclude_if=lambda loads: not loads)
+    rehearsal: _RehearsalFacts | None = Field(default=None, exclude_if=lambda facts: facts is None)
+    resumed: list[str] = Field(default_factory=list, exclude_if=lambda starts: not starts)
+    commits: dict[str, str] = Field(default_factory=dict, exclude_if=lambda commits: not commits)

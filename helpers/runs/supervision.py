@@ -1,0 +1,140 @@
+"""Run one notebook in a child process, follow its events, and leave no process behind, however it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
+from helpers.base.processes import ChildProcess
+from helpers.runs.child import _Event
+from helpers.runs.redaction import _redact
+from pathlib import Path
+from time import monotonic
+from typing import cast
+import psutil
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from helpers.runs.child import _Job
+
+GRACE_SECONDS = 15.0
+POLL_SECONDS = 0.25
+MEMORY_SECONDS = 1.0
+EXIT_SECONDS = 5.0
+
+
+@dataclass
+class _Progress:
+    """How far a notebook is. ``reason`` says why it failed; ``ended`` is True once the child said how it ended.
+
+    peak_bytes: the most resident memory of the notebook's processes together; tree_bytes: the same with the runner's.
+    """
+
+    began: float
+    cell_began: float | None = None
+    cell: int = 0
+    cells: int = 0
+    line: str = ""
+    ended: bool = False
+    reason: str | None = None
+    peak_bytes: int = 0
+    tree_bytes: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the child was started."""
+        return monotonic() - self.began
+
+    def weigh(self, family_bytes: int, own_bytes: int) -> None:
+        """Take in one sample of resident memory: of the notebook's processes, and of the runner's own."""
+        self.peak_bytes = max(self.peak_bytes, family_bytes)
+        self.tree_bytes = max(self.tree_bytes, family_bytes + own_bytes)
+
+    def take(self, event: _Event) -> None:
+        """Bring the progress up to date with one event of the child."""
+        self.cells = event.get("cells", self.cells)
+        self.cell = event.get("cell", self.cell)
+        self.line = event.get("line", self.line)
+        if event["event"] in ("started", "finished"):
+            self.cell_began = monotonic() if event["event"] == "started" else None
+        if event["event"] == "end":
+            self.ended, self.reason = True, event["reason"]
+
+    def overdue(self, job: _Job) -> str | None:
+        """Why the child must be killed: it did not stop by itself, well after its time had run out."""
+        if self.seconds > job.seconds + GRACE_SECONDS:
+            return f"notebook ran past its {job.seconds:g} s budget at cell {self.cell}"
+        if self.cell_began is not None and monotonic() - self.cell_began > job.cell_seconds + GRACE_SECONDS:
+            return f"cell {self.cell} ran past its {job.cell_seconds:g} s budget"
+        return None
+
+
+def _supervise(job: _Job, environ: Mapping[str, str], log: Path, show: Callable[[_Progress], None]) -> _Progress:
+    """Run the notebook to its end, calling ``show`` at least four times a second.
+
+    Whatever happens, an exception in ``show`` or Ctrl-C included, no process of the notebook outlives this call.
+    """
+    progress, own = _Progress(monotonic()), psutil.Process()
+    log.unlink(missing_ok=True)
+    with ChildProcess(
+        [sys.executable, "-m", "helpers.runs.child"],
+        environment=environ,
+        cwd=Path(job.notebook).parent,
+        errors=partial(_write_log, log, job.secrets),
+    ) as child:
+        with suppress(BrokenPipeError):  # it died before it read its job: the end of its events tells
+            child.send(asdict(replace(job, mark=child.mark)))
+        _follow(child, job, progress, own, show)
+        if progress.ended:
+            with suppress(TimeoutError):
+                child.wait(EXIT_SECONDS)
+        elif progress.reason is None:
+            progress.reason = f"its process ended unexpectedly (exit code {child.wait()}) at cell {progress.cell}"
+    return progress
+
+
+def _follow(
+    child: ChildProcess, job: _Job, progress: _Progress, own: psutil.Process, show: Callable[[_Progress], None]
+) -> None:
+    """Take in the events until the child says how it ended, ran past its time, or is gone."""
+    weighed = 0.0
+    while True:
+        moved = False
+        with suppress(TimeoutError):
+            try:
+                progress.take(cast(_Event, child.receive(POLL_SECONDS)))
+            except EOFError:
+                return
+            moved = True
+        if progress.ended:
+            return
+        # Each event, too: a cell's memory may be gone a moment later.
+        if moved or monotonic() - weighed > MEMORY_SECONDS:
+            weighed = monotonic()
+            progress.weigh(child.resident_bytes(), own.memory_info().rss)
+        progress.reason = progress.overdue(job)
+        if progress.reason:
+            return
+        show(progress)
+
+
+def _write_log(log: Path, secrets: tuple[str, ...], line: bytes) -> None:
+    with suppress(OSError), log.open("a", encoding="utf-8") as file:  # on a full disk, go on emptying the pipe
+        file.write(_redact(line.decode("utf-8", "replace"), secrets))
+
+
+def _environment(base: Mapping[str, str], offline: bool, workbook: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a notebook: the caller's, the run's own variables, and no hub where none is needed.
+
+    MPLBACKEND is dropped, so that figures show in the notebook whatever the caller had set.
+    """
+    environ = {name: value for name, value in base.items() if name != "MPLBACKEND"}
+    environ |= {f"WORKBOOK_{name}": value for name, value in workbook.items()} | {"WORKBOOK_UNATTENDED": "1"}
+    if offline:
+        environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    return environ

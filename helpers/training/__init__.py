@@ -1,0 +1,12 @@
+"""How weights change: fine-tuning with adapters, and the miniature Falcon."""
+
+from helpers.base.lazy import face
+
+__getattr__, __dir__, __all__ = face(
+    __name__,
+    {
+        "conversations": ["examples", "read_conversations", "token_counts"],
+        "finetuning": ["finetune", "merge", "relative_error", "reload"],
+        "recipe": ["FinetuneError", "Finetuned", "Point", "Recipe", "TARGETS"],
+    },
+)

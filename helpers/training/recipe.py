@@ -1,0 +1,72 @@
+"""Fine-tune with LoRA or QLoRA (peft and trl): from conversations to an adapter, and to a merged model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.base.errors import WorkbookError
+from helpers.models.loaded import Loaded
+
+TARGETS = {
+    "falcon": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+class FinetuneError(WorkbookError):
+    """A fine-tune that is not possible, or an adapter that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. LoRA adds B·A·alpha/rank to each linear layer of the decoder (Hu et al., arXiv 2106.09685).
+
+    ``steps`` optimizer steps of ``batch_size`` examples in each process: linear warm-up over ``warmup_steps``, then
+    cosine decay. Examples are not packed: Falcon in transformers builds its mask without looking at position ids, so
+    packed examples would see each other (``loading.load`` repairs that, but the model may come from elsewhere).
+    """
+
+    steps: int = 150
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    warmup_steps: int = 10
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    gradient_checkpointing: bool = False
+    log_every: int = 5
+    evaluate_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "rank", "alpha", "log_every", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise FinetuneError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class Point:
+    """The loss at one step in nats per token: of the batches since the last point, or of the held-out examples."""
+
+    step: int
+    loss: float | None = None
+    held_out_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A trained adapter: on the model in memory, and in a folder.
+
+    ``examples`` counts the replies trained on; ``left_out`` those longer than the context. ``seconds`` is the time of
+    this call, without that of an interrupted call before. ``processes`` is the number that really trained.
+    """
+
+    loaded: Loaded
+    adapter_dir: Path
+    history: tuple[Point, ...]
+    trainable_parameters: int
+    examples: int
+    left_out: int
+    seconds: float
+    processes: int

@@ -1,0 +1,240 @@
+"""Scores, intervals and paired tests of two sides, by hand; replies by generation's own."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from helpers import evaluation
+from helpers.base import WorkbookError
+from helpers.base.files import ROOT
+from helpers.evaluation import Comparison, Item, compare
+from helpers.generation import Reply, Sampling, generate
+from helpers.models import Loaded, load_profile, loading
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+GOAT = Item("1", "choice", "a goat or a saddle?", ("goat",), ("saddle",))
+LIST = Item("2", "list", "goat, swan, kettle?", ("goat", "swan"), ("kettle",))
+SHORT = Sampling(temperature=0, max_new_tokens=6)
+
+
+def reply(text: str, finish_reason="end", tokens=3, seconds=1.0, first=0.5) -> Reply:
+    return Reply(text, tokens, seconds, first, finish_reason)
+
+
+def table(items, **texts: list[str]) -> Comparison:
+    replies = {side: tuple(map(reply, said)) for side, said in texts.items()}
+    return Comparison(tuple(items), replies, dict.fromkeys(texts, "a model"), dict.fromkeys(texts, 2**20))
+
+
+# --- the rules --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("A goat.", True),
+        ("GOATS", True),
+        ("The answer is a goat", True),
+        ("", False),
+        ("A saddle.", False),
+        ("A goat, not a saddle.", False),
+        ("A scapegoat.", False),
+        ("A goatee.", False),
+    ],
+)
+def test_the_rule_of_correctness(text, right):
+    assert evaluation.is_correct(GOAT, text) is right
+
+
+def test_a_list_needs_every_animal_and_nothing_else():
+    assert evaluation.is_correct(LIST, "Swans and a goat.")
+    assert not evaluation.is_correct(LIST, "A goat.")
+    assert not evaluation.is_correct(LIST, "goat, swan, kettle")
+
+
+def test_the_rule_of_conciseness():
+    assert evaluation.is_concise(reply(" ".join(["word"] * 12)))
+    assert not evaluation.is_concise(reply(" ".join(["word"] * 13)))
+    assert not evaluation.is_concise(reply("A goat", finish_reason="length"))
+    assert not evaluation.is_concise(reply(" "))
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_by_hand():
+    test = table([GOAT, GOAT, LIST], falcon=["goat", "saddle", "goat, swan"], llama=["saddle", "saddle", "no idea"])
+    assert test.verdicts("falcon") == (True, False, True)
+    rows = test.scores().set_index(["items", "side", "rule"])
+    assert rows.loc[("all", "falcon", "correct"), ["passed", "of"]].tolist() == [2, 3]
+    assert rows.loc[("choice", "falcon", "correct"), ["passed", "of"]].tolist() == [1, 2]
+    assert rows.loc[("list", "llama", "correct"), ["passed", "of"]].tolist() == [0, 1]
+    assert rows.loc[("all", "llama", "concise"), "share"] == 1
+    # Wilson 1927 for 2 of 3 with z = 1.959964: centre (p + z²/2n)/(1 + z²/n), half-width z/(1 + z²/n)·sqrt(...)
+    z, n, p = 1.959964, 3, 2 / 3
+    centre, half = (p + z * z / 6) / (1 + z * z / 3), z / (1 + z * z / 3) * math.sqrt(p * (1 - p) / n + z * z / 36)
+    score = test.score("falcon")
+    assert (score.low, score.high) == pytest.approx((centre - half, centre + half), abs=1e-5)
+
+
+def test_a_changed_key_changes_the_score():
+    items = evaluation.read_items(ROOT / "notebooks" / "data" / "animal_items.jsonl")
+    test = table(items, perfect=[", ".join(item.answer) for item in items])
+    assert test.score("perfect").estimate == 1
+    swapped = [Item(i.id, i.kind, i.question, i.others, i.answer) for i in items[:10]]
+    assert sum(test.rescored([*swapped, *items[10:]]).verdicts("perfect")) == len(items) - 10
+    with pytest.raises(ValueError, match="168 items, but 10 keys"):
+        test.rescored(swapped)
+
+
+def test_the_paired_difference_by_hand():
+    said = {"falcon": ["goat"] * 5 + ["saddle"] * 5, "llama": ["saddle"] * 4 + ["goat"] * 2 + ["saddle"] * 4}
+    difference = table([GOAT] * 10, **said).difference("falcon", "llama")
+    assert (difference.only_first, difference.only_second) == (4, 1)
+    assert difference.interval.estimate == pytest.approx(0.3)
+    # exact binomial, 1 of 5: 2 * (1 + 5) / 32
+    assert difference.p_value == pytest.approx(2 * 6 / 32)
+    # the differences: four 1, one -1, five 0. All sums of ten draws from them, with their probabilities:
+    sums = np.array([1.0])
+    for _ in range(10):
+        sums = np.convolve(sums, [0.1, 0.5, 0.4])
+    below = np.cumsum(sums)
+    by_hand = [(int(np.searchsorted(below, tail)) - 10) / 10 for tail in (0.025, 0.975)]
+    assert [difference.interval.low, difference.interval.high] == pytest.approx(by_hand)
+
+
+def test_two_sides_that_never_differ_still_leave_a_width():
+    interval = table([GOAT] * 10, falcon=["goat"] * 10, llama=["goats"] * 10).difference("falcon", "llama").interval
+    most = 1 - 0.025 ** (1 / 10)  # Clopper and Pearson: (1 - p)^n = 0.025
+    assert (interval.low, interval.estimate, interval.high) == pytest.approx((-most, 0, most))
+
+
+def test_the_win_rate_counts_correct_before_concise_and_ties_half():
+    long, wrong = "goat " * 13, "saddle " * 13
+    test = table([GOAT] * 4, falcon=["goat", "goat", "saddle", "saddle"], llama=["saddle", long, "goat", wrong])
+    assert test.win_rate().estimate == pytest.approx((1 + 1 + 0 + 0.5) / 4)
+    assert test.win_rate("llama", "falcon").estimate == pytest.approx(1 - 2.5 / 4)
+
+
+def test_what_cannot_be_compared_is_said():
+    with pytest.raises(WorkbookError, match="two sides"):
+        table([GOAT] * 2, falcon=["goat"] * 2).win_rate()
+    one = table([GOAT], falcon=["goat"], llama=["saddle"])
+    for ask in (one.win_rate, lambda: one.difference("falcon", "llama")):
+        with pytest.raises(WorkbookError, match="at least two items"):
+            ask()
+
+
+def test_items_without_an_answer_are_not_scored():
+    story = Item("3", "story", "Tell me a story.")
+    test = table([GOAT, story], falcon=["goat", "Once upon a time"])
+    assert test.verdicts("falcon") == (True,)
+    with pytest.raises(WorkbookError, match="No item has an answer"):
+        table([story], falcon=["Once"]).score("falcon")
+    with pytest.raises(WorkbookError, match="No item has an answer"):
+        table([story], falcon=["Once"]).scores()
+    with pytest.raises(WorkbookError, match=r"There is no side 'llama'\. Choose one of: falcon"):
+        test.score("llama")
+
+
+def test_two_comparisons_of_the_same_items_side_by_side():
+    items = [GOAT, GOAT]
+    both = table(items, before=["saddle"] * 2).beside(table(items, after=["goat", "?"]))
+    assert both.sides == ("before", "after")
+    assert both.difference("after", "before").only_first == 1
+    with pytest.raises(ValueError, match="different items"):
+        both.beside(table([LIST], other=["goat"]))
+    with pytest.raises(ValueError, match="a side called after"):
+        both.beside(table(items, after=["goat", "?"]))
+
+
+def test_the_table_has_the_replies_side_by_side():
+    shown = table([GOAT, LIST], falcon=[" goat ", "swan"], llama=["saddle", "none"]).table()
+    assert shown["falcon"].tolist() == ["goat", "swan"]
+    assert shown["llama"].tolist() == ["saddle", "none"]
+    assert shown["question"].tolist() == [GOAT.question, LIST.question]
+
+
+def test_speeds_are_medians():
+    replies = (reply("a b", first=0.1, seconds=1.1), reply("a", first=0.3, seconds=0.7), reply("", tokens=1))
+    shown = Comparison((GOAT,) * 3, {"falcon": replies}, {"falcon": "mini"}, {"falcon": 3 * 2**20}).speed()
+    row = shown.loc["falcon"]
+    assert row["first token (s)"] == 0.3
+    assert row["tokens/s"] == pytest.approx((2 / 1.0 + 2 / 0.4) / 2)
+    assert row["words a reply"] == 1
+    assert row["weights (MiB)"] == 3
+
+
+# --- asking -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mini() -> Loaded:
+    from helpers.models import load
+
+    return load(load_profile("laptop").falcon_chat, "fp32")
+
+
+def test_replies_are_generations_own_one_at_a_time_or_in_batches(mini):
+    asked = ["Hello! How are you?", GOAT, "What do you like to eat in the morning?"]
+    messages = [[{"role": "user", "content": p if isinstance(p, str) else p.question}] for p in asked]
+    expected = [generate(mini, message, SHORT).text for message in messages]
+    for batch_size in (1, 2, 5):
+        found = compare(asked, {"mini": mini}, SHORT, batch_size=batch_size)
+        assert [r.text for r in found.replies["mini"]] == expected
+    assert found.items[0] == Item("prompt-1", "prompt", "Hello! How are you?")
+    assert found.labels == {"mini": mini.ref.label}
+    assert found.stored_bytes == {"mini": mini.report.stored_bytes}
+
+
+def test_a_model_reference_is_loaded_for_its_turn_only(mini, monkeypatch):
+    pass
+
+    opened, unloaded = [], []
+    load, unload = loading.load, loading.unload
+    monkeypatch.setattr(loading, "load", lambda *a: opened.append(load(*a)) or opened[-1])
+    monkeypatch.setattr(loading, "unload", lambda loaded: unloaded.append(unload(loaded)))
+    found = compare(["Hello!"], {"loaded": mini, "turn": mini.ref}, SHORT, precision="fp32")
+    assert found.table().loc[0, "loaded"] == found.table().loc[0, "turn"]
+    assert len(opened) == len(unloaded) == 1
+    assert not hasattr(opened[0], "model")
+    assert hasattr(mini, "model")
+
+
+def test_sides_are_loaded_together_only_where_the_profile_keeps_them_so():
+    laptop = load_profile("laptop")
+    refs = [laptop.falcon_chat, laptop.llama_chat]
+    in_turn = dataclasses.replace(laptop, resident=(("falcon", "falcon_chat"), ("llama_chat",)))
+    assert list(evaluation.sides(in_turn).values()) == refs
+    assert [side.ref for side in evaluation.sides(laptop).values()] == refs
+
+
+def test_nothing_to_ask_is_an_error(mini):
+    for prompts in ([], "Hi"):
+        with pytest.raises(WorkbookError, match="list of prompts"):
+            compare(prompts, {"a": mini})
+    for models in ({}, mini, {"a": "falcon-mini-chat"}):
+        with pytest.raises(WorkbookError, match="models by name"):
+            compare(["Hi"], models)
+    with pytest.raises(WorkbookError, match="batch_size must be at least 1"):
+        compare(["Hi"], {"a": mini}, batch_size=0)
+
+
+def test_intervals_stay_within_what_is_possible():
+    few = table([GOAT] * 2, falcon=["goat", "saddle"], llama=["saddle", "saddle"])
+    win, difference = few.win_rate(), few.difference("falcon", "llama").interval
+    assert (win.low, win.high) == (0, 1)
+    assert (difference.low, difference.high) == (0, 1)  # no draw of a gain and a tie is a loss
+    with pytest.raises(ValueError, match="not a list of words"):
+        Item("1", "fact", "?", answer="Paris")
+
+
+@pytest.mark.parametrize("second", ['{"kind": "list"}', '{"id": "2", "kind": "a", "question": "?", "answer": "Paris"}'])
+def test_a_line_that_is_no_item_is_named(second, tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_text(json.dumps({"id": "1", "kind": "list", "question": "?"}) + f"\n{second}\n")
+    with pytest.raises(WorkbookError, match=r"items\.jsonl, line 2 is not a valid item"):
+        evaluation.read_items(path)

@@ -1,0 +1,77 @@
+"""The layout of the Hugging Face cache, against huggingface_hub's own reading of it."""
+
+import hashlib
+from dataclasses import replace
+
+import huggingface_hub
+import pytest
+from huggingface_hub import scan_cache_dir, try_to_load_from_cache
+
+from helpers import machine
+from helpers.models import ModelRef, hub_cache
+
+COMMIT = "5f" * 20
+REF = ModelRef("org/tiny", "falcon", "plain", revision=COMMIT)
+FILES = {"config.json": b"{}", "model.safetensors": b"x" * 100, "pytorch_model.bin": b"y" * 7}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("revision", [COMMIT, "main", None])
+def test_what_is_stored_is_what_the_library_finds(cache, revision):
+    repository = hub_cache.repository(REF.id)
+    repository.store(FILES, revision)
+    (found,) = scan_cache_dir(cache).repos
+    (stored,) = found.revisions
+    assert (found.repo_id, found.size_on_disk) == (REF.id, sum(map(len, FILES.values())))
+    assert {file.file_name for file in stored.files} == set(FILES)
+    assert stored.commit_hash == repository.commit(revision) == repository.snapshot(revision).name
+    assert stored.refs == (set() if revision == COMMIT else {"main"})
+    config = try_to_load_from_cache(REF.id, "config.json", revision=revision)
+    assert config == str(repository.snapshot(revision) / "config.json")
+
+
+def test_hashes_are_the_names_of_the_blobs_and_other_folders_have_none(cache, tmp_path):
+    repository = hub_cache.repository(REF.id)
+    repository.store(FILES, COMMIT)
+    expected = {name: hashlib.sha256(content).hexdigest() for name, content in FILES.items()}
+    assert hub_cache._blob_hashes(repository.snapshot(COMMIT)) == expected
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "config.json").write_text("{}")
+    assert hub_cache._blob_hashes(plain) == {}
+
+
+def test_the_commit_of_a_model_is_known_once_it_is_there(cache):
+    assert hub_cache.hub_commit(REF) is None
+    hub_cache.repository(REF.id).store(FILES, COMMIT)
+    assert hub_cache.hub_commit(REF) == COMMIT
+    assert hub_cache.hub_commit(replace(REF, revision="main")) is None
+    assert hub_cache.hub_commit(replace(REF, source="embedded")) is None
+
+
+def test_downloaded_bytes_are_those_of_safetensors_up_to_what_is_published(cache, tmp_path):
+    hub_cache.repository(REF.id).store(FILES, COMMIT)
+    assert hub_cache._downloaded_bytes(REF) == hub_cache._downloaded_bytes(REF, cache) == 100
+    assert hub_cache._downloaded_bytes(replace(REF, download_bytes=60)) == 60
+    assert hub_cache._downloaded_bytes(REF, tmp_path / "elsewhere") == 0
+
+
+def test_a_blob_that_is_gone_is_no_longer_verified(cache):
+    repository = hub_cache.repository(REF.id)
+    repository.store(FILES, COMMIT)
+    hashes = hub_cache._blob_hashes(repository.snapshot(COMMIT))
+    repository.keep_verified(hashes.values())
+    assert repository.verified() == set(hashes.values())
+    repository.remove(repository.snapshot(COMMIT) / "config.json", hashes.pop("config.json"))
+    assert not (repository.snapshot(COMMIT) / "config.json").is_symlink()
+    repository.forget_missing()
+    assert repository.verified() == set(hashes.values())
+
+
+def test_the_folder_is_the_library_s(cache):
+    assert machine.download_folder() == cache

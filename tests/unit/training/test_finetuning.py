@@ -1,0 +1,386 @@
+"""Fine-tuning: what carries the loss, what is trained, and that every step leads to the same model."""
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from bitsandbytes.nn.modules import has_avx512bf16
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+from trl.trainer import utils as trl_utils
+
+from helpers import models
+from helpers.base.files import ROOT
+from helpers.generation import Sampling, generate
+from helpers.models import format_for, load_profile
+from helpers.models.workarounds import trl_training
+from helpers.models.workarounds.nf4_repacking import _keep_unpacked
+from helpers.training import FinetuneError, Recipe, conversations, examples, finetune, finetuning
+from helpers.training.recipe import TARGETS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+REF = load_profile("laptop").falcon_chat
+SHORT = Recipe(steps=4, batch_size=4, log_every=1, warmup_steps=1, rank=4, alpha=8, evaluate_every=2)
+repacks = pytest.mark.skipif(not has_avx512bf16(), reason="this CPU has no AVX512-BF16, so nothing is repacked")
+
+
+def talk(*texts: str, system: str | None = None) -> list[dict]:
+    said = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+    return [{"role": "system", "content": system}, *said] if system else said
+
+
+DATA = [talk(f"Is {thing} an animal?", answer) for thing, answer in (("a dog", "Yes."), ("a box", "No."))] * 4
+TWO_TURNS = talk("Hi there", "Hello!", "Is a dog alive?", "Yes, it is.", system="Be brief.")
+
+
+@pytest.fixture
+def nf4():
+    return models.load(REF, "nf4", unpacked=True)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A finished fine-tune of the nf4 model, with an inference before it."""
+    loaded = models.load(REF, "nf4", unpacked=True)
+    generate(loaded, "Once upon a time", Sampling(temperature=0, max_new_tokens=4))
+    return finetune(loaded, DATA, SHORT, tmp_path_factory.mktemp("tuned"), held_out=DATA[:2])
+
+
+def logits(model, text="User: Is a dog an animal?\nFalcon:"):
+    ids = AutoTokenizer.from_pretrained(ROOT / REF.id)(text, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        return model(ids).logits.float()
+
+
+# --- what carries the loss --------------------------------------------------------------------------------------------
+
+
+def test_each_reply_is_one_example_with_the_end_token_after_it_alone(tiny_loaded):
+    first, second = examples(tiny_loaded, [TWO_TURNS])
+    decode, end = tiny_loaded.tokenizer.decode, tiny_loaded.tokenizer.eos_token
+    assert decode(first.input_ids) == f"System: Be brief.\nUser: Hi there\nFalcon: Hello!{end}"
+    assert decode(second.input_ids) == (
+        "System: Be brief.\nUser: Hi there\nFalcon: Hello!\nUser: Is a dog alive?\nFalcon: Yes, it is." + end
+    )
+    for example, reply in ((first, " Hello!"), (second, " Yes, it is.")):
+        trained = [i for i, carries in zip(example.input_ids, example.trained, strict=True) if carries]
+        assert decode(trained) == reply + end
+
+
+def test_every_token_has_the_role_of_the_message_it_stands_in(tiny_loaded):
+    example = examples(tiny_loaded, [TWO_TURNS])[1]
+    texts: dict[str, str] = {}
+    for token, role in zip(example.input_ids, example.roles, strict=True):
+        texts[role] = texts.get(role, "") + tiny_loaded.tokenizer.decode([token])
+    assert texts == {
+        "format": "System:\nUser:\nFalcon:\nUser:\nFalcon:",
+        "system": " Be brief.",
+        "user": " Hi there Is a dog alive?",
+        "assistant": " Hello!",
+        "reply": " Yes, it is.",
+        "end": "<|endoftext|>",
+    }
+
+
+def test_the_counts_by_role_add_up(tiny_loaded):
+    found = examples(tiny_loaded, [TWO_TURNS])
+    counts = conversations.token_counts(found)
+    assert counts["tokens"].sum() == sum(len(example.input_ids) for example in found)
+    assert counts.loc["end"].tolist() == [2, 2]
+    assert counts.loc["reply", "trained"] == counts.loc["reply", "tokens"] > 0
+    assert not counts.loc[["system", "user", "assistant", "format"], "trained"].any()
+
+
+def test_labels_equal_those_that_trl_makes_from_prompt_and_completion(tiny_loaded, tmp_path):
+    form = tiny_loaded.format
+    pairs = [{"prompt": form.render(c[:1]), "completion": " " + c[1]["content"]} for c in DATA[:2]]
+    config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    model = copy.deepcopy(tiny_loaded.model)
+    theirs = SFTTrainer(
+        model, config, train_dataset=Dataset.from_list(pairs), processing_class=tiny_loaded.tokenizer
+    ).train_dataset
+    for row, example in zip(theirs, examples(tiny_loaded, DATA[:2]), strict=True):
+        assert row["input_ids"] == list(example.input_ids)
+        labels = [i if trained else -100 for i, trained in zip(example.input_ids, example.trained, strict=True)]
+        assert row["labels"] == labels
+
+
+def test_a_format_that_ends_replies_itself_gets_no_second_end_token(tiny_loaded):
+    folder = models.resolve(load_profile("laptop").llama_chat)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    loaded = dataclasses.replace(tiny_loaded, tokenizer=tokenizer, format=format_for("chatml"))
+    (example,) = examples(loaded, [talk("Hi", "Hello!")])
+    trained = [i for i, carries in zip(example.input_ids, example.trained, strict=True) if carries]
+    assert tokenizer.decode(trained) == "Hello!<|im_end|>"
+
+
+def test_examples_longer_than_the_context_are_left_out(tiny_loaded):
+    long = talk("word " * 200, "Yes.")
+    assert len(examples(tiny_loaded, [long, DATA[0]])) == 1
+    with pytest.raises(FinetuneError, match="None of the 1 replies fits"):
+        examples(tiny_loaded, [long])
+
+
+def test_a_line_that_is_no_conversation_is_named(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_text(json.dumps({"messages": DATA[0]}) + '\n{"text": "hi"}\n')
+    with pytest.raises(FinetuneError, match=r"samples\.jsonl, line 2"):
+        conversations.read_conversations(path)
+
+
+@pytest.mark.parametrize("given", [DATA[0], ["Hi"], [{"prompt": "Hi", "completion": "Hello."}], ["Hi", "Hello."]])
+def test_what_is_no_conversation_is_refused_with_an_example(given, tiny_loaded):
+    with pytest.raises(FinetuneError, match="Give a list of conversations"):
+        examples(tiny_loaded, given)
+
+
+def test_conversations_without_a_reply_are_refused(tiny_loaded):
+    for given in ([], [talk("Hi")], [[{"role": "falcon", "content": "Hi"}]]):
+        with pytest.raises(FinetuneError, match="no reply to train on"):
+            examples(tiny_loaded, given)
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "rank"])
+def test_a_recipe_that_trains_nothing_is_refused(name):
+    with pytest.raises(FinetuneError, match=f"{name} must be at least 1"):
+        dataclasses.replace(SHORT, **{name: 0})
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def test_only_the_adapters_are_trained(tuned):
+    base = dict(models.load(REF, "nf4", unpacked=True).model.named_parameters())
+    after = dict(tuned.loaded.model.base_model.model.named_parameters())
+    frozen = {name.replace(".base_layer", ""): p for name, p in after.items() if "lora" not in name}
+    assert base.keys() == frozen.keys()
+    assert all(torch.equal(base[name], frozen[name]) and not frozen[name].requires_grad for name in base)
+    by_hand = 8 * 4 * ((256 + 512) + (256 + 256) + (256 + 1024) + (1024 + 256))
+    assert tuned.trainable_parameters == by_hand
+    assert {p.dtype for p in tuned.loaded.model.parameters() if p.requires_grad} == {torch.float32}
+    assert tuned.processes == 1
+
+
+def test_the_history_holds_both_losses_and_they_fall(nf4, tmp_path):
+    seen = []
+    longer = dataclasses.replace(SHORT, steps=10, learning_rate=5e-3)
+    done = finetune(nf4, DATA, longer, tmp_path, held_out=DATA[:2], on_point=lambda h: seen.append(len(h)))
+    training = [p.loss for p in done.history if p.loss is not None]
+    held_out = [(p.step, p.held_out_loss) for p in done.history if p.held_out_loss is not None]
+    assert len(training) == 10
+    assert [step for step, _ in held_out] == [0, 2, 4, 6, 8, 10]
+    assert held_out[-1][1] < held_out[0][1] / 2
+    assert seen == list(range(1, len(done.history) + 1))
+
+
+def test_the_first_held_out_loss_is_the_direct_one(nf4, tmp_path):
+    (example,) = examples(nf4, DATA[:1])
+    ids = torch.tensor([example.input_ids])
+    labels = ids.masked_fill(~torch.tensor([example.trained]), -100)
+    with torch.inference_mode():
+        direct = nf4.model(ids, labels=labels).loss.item()
+    done = finetune(nf4, DATA, dataclasses.replace(SHORT, steps=1), tmp_path, held_out=DATA[:1])
+    first = next(p.held_out_loss for p in done.history if p.step == 0)
+    assert first == pytest.approx(direct, rel=1e-2)
+
+
+def test_inference_before_and_evaluation_during_training_change_nothing(tuned, nf4, tmp_path):
+    """On a CPU that repacks nf4 weights, an inference would otherwise take the gradients of all frozen layers."""
+    untouched = finetune(nf4, DATA, SHORT, tmp_path)
+    with_evaluation = [p.loss for p in tuned.history if p.loss is not None]
+    assert with_evaluation == [p.loss for p in untouched.history]
+
+
+def test_the_output_layer_is_given_the_trained_positions_alone_and_the_adapter_is_as_of_all(
+    tuned, nf4, tmp_path, monkeypatch
+):
+    kernel, rows = trl_utils._ChunkedLogProbFunction, []
+
+    class Counted:
+        @staticmethod
+        def apply(hidden, *rest):
+            rows.append(len(hidden))
+            return kernel.apply(hidden, *rest)
+
+    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", Counted)
+    whole = copy.deepcopy(nf4)
+    once = finetune(nf4, DATA, replace(SHORT, steps=2), tmp_path / "alone")
+    trained = sum(sum(example.trained) for example in examples(once.loaded, DATA))
+    assert sum(rows) == trained  # two steps of four: each of the eight examples once
+    monkeypatch.setattr(trl_training, "trained_positions_alone", lambda device: nullcontext())
+    rows.clear()
+    other = finetune(whole, DATA, replace(SHORT, steps=2), tmp_path / "all")
+    assert sum(rows) > 3 * trained
+    torch.testing.assert_close([p.loss for p in once.history], [p.loss for p in other.history], rtol=1e-6, atol=0)
+    found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "all"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@repacks
+def test_packed_weights_are_refused(tmp_path):
+    with pytest.raises(FinetuneError, match="unpacked=True"):
+        finetune(models.load(REF, "nf4"), DATA, SHORT, tmp_path)
+
+
+def first_gradient(*, unpacked: bool, inference: bool) -> torch.Tensor:
+    """The gradient of an adapter in the first layer, perhaps after an inference; zero where none arrives."""
+    model = models.load(REF, "nf4", unpacked=unpacked).model
+    if inference:
+        logits(model)
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=list(TARGETS["falcon"]), init_lora_weights=False)
+    model = get_peft_model(model, config).train()
+    ids = torch.tensor([[5, 17, 80, 200, 9, 11]])
+    model(ids, labels=ids).loss.backward()
+    adapter = model.base_model.model.transformer.h[0].self_attention.query_key_value.lora_A["default"].weight
+    return torch.zeros_like(adapter) if adapter.grad is None else adapter.grad
+
+
+@repacks
+def test_the_trap_is_real():
+    """Fails the day bitsandbytes keeps the gradients: then ``unpacked`` is no longer needed."""
+    right = first_gradient(unpacked=True, inference=False)
+    assert torch.equal(first_gradient(unpacked=True, inference=True), right)
+    spoiled = first_gradient(unpacked=False, inference=True)
+    assert finetuning.relative_error(spoiled, right) > 0.3
+
+
+def test_the_same_seed_gives_the_same_adapter(tuned, nf4, tmp_path):
+    again = finetune(nf4, DATA, SHORT, tmp_path, held_out=DATA[:2])
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (tuned.adapter_dir, again.adapter_dir))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert again.history == tuned.history
+
+
+def interrupted(nf4, folder, step: int) -> None:
+    """A training stopped by Ctrl-C as the loss of a step is logged; the checkpoints of the steps before are there."""
+
+    def interrupt(history):
+        if history[-1].step == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(nf4, DATA, SHORT, folder, held_out=DATA[:2], on_point=interrupt)
+
+
+def test_an_interrupted_training_goes_on_where_it_stopped(tuned, nf4, tmp_path):
+    interrupted(nf4, tmp_path, step=3)
+    seen = []
+    done = finetune(nf4, DATA, SHORT, tmp_path, held_out=DATA[:2], on_point=lambda history: seen.append(history[-1]))
+    assert sorted({point.step for point in seen}) == [3, 4]
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (tuned.adapter_dir, tmp_path))
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+    assert done.history == tuned.history
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tuned, nf4, tmp_path):
+    interrupted(nf4, tmp_path, step=3)
+    whole = tmp_path / "checkpoints" / "checkpoint-2"
+    assert whole.is_dir()
+    (tmp_path / "checkpoints" / "checkpoint-3").mkdir()
+    done = finetune(nf4, DATA, SHORT, tmp_path, held_out=DATA[:2])
+    assert done.history == tuned.history
+
+
+@pytest.mark.parametrize(
+    ("part", "recipe", "data", "options"),
+    [
+        ("recipe", dataclasses.replace(SHORT, seed=1), DATA, {"precision": "nf4", "unpacked": True}),
+        ("precision", SHORT, DATA, {"precision": "bf16"}),
+        ("double_quant", SHORT, DATA, {"precision": "nf4", "unpacked": True, "double_quant": True}),
+        ("data_sha256", SHORT, DATA[:4], {"precision": "nf4", "unpacked": True}),
+    ],
+)
+def test_a_folder_with_another_fine_tune_is_refused(part, recipe, data, options, tuned):
+    with pytest.raises(FinetuneError, match=f"another {part}"):
+        finetune(models.load(REF, **options), data, recipe, tuned.adapter_dir, held_out=DATA[:2])
+
+
+def test_a_double_quantized_base_is_reloaded_as_one(tmp_path):
+    loaded = models.load(REF, "nf4", unpacked=True, double_quant=True)
+    done = finetune(loaded, DATA, dataclasses.replace(SHORT, steps=1), tmp_path)
+    assert (logits(finetuning.reload(tmp_path).model) - logits(done.loaded.model)).abs().max() <= 1e-5
+
+
+def test_bf16_training_leaves_no_autocast_behind(nf4, tmp_path, monkeypatch):
+    """A GPU trains so; a model with autocast would differ from the reloaded one."""
+    config = finetuning._config
+    monkeypatch.setattr(finetuning, "_config", lambda *a, **k: dataclasses.replace(config(*a, **k), bf16=True))
+    done = finetune(nf4, DATA, SHORT, tmp_path)
+    assert (logits(finetuning.reload(tmp_path).model) - logits(done.loaded.model)).abs().max() <= 1e-5
+
+
+@repacks
+def test_weights_that_are_packed_already_are_refused(tmp_path):
+    loaded = models.load(REF, "nf4")
+    logits(loaded.model)
+    _keep_unpacked(loaded.model)
+    with pytest.raises(FinetuneError, match="unpacked=True"):
+        finetune(loaded, DATA, SHORT, tmp_path)
+
+
+def test_a_model_with_adapters_is_refused(tuned, tmp_path):
+    with pytest.raises(FinetuneError, match="adapters already"):
+        finetune(tuned.loaded, DATA, SHORT, tmp_path)
+
+
+def test_replies_that_do_not_fit_are_counted(nf4, tmp_path):
+    done = finetune(nf4, [*DATA, talk("word " * 600, "Yes.")], dataclasses.replace(SHORT, steps=1), tmp_path)
+    assert (done.examples, done.left_out) == (len(DATA), 1)
+
+
+@pytest.mark.slow
+def test_torchrun_trains_in_as_many_processes_as_asked(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, pathlib, sys\n"
+        "from helpers import finetuning, loading, profiles\n"
+        "loaded = loading.load(profiles.load_profile('laptop').falcon_chat, 'bf16')\n"
+        "data = [[{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello.'}]] * 8\n"
+        "recipe = finetuning.Recipe(steps=1, batch_size=2)\n"
+        "out = pathlib.Path(sys.argv[1])\n"
+        "done = finetuning.finetune(loaded, data, recipe, out)\n"
+        "(out / f'rank{os.environ[\"RANK\"]}').write_text(str(done.processes))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), str(tmp_path / "o")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr
+    assert [(tmp_path / "o" / f"rank{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
+    assert (tmp_path / "o" / "adapter_model.safetensors").is_file()
+
+
+# --- saving, reloading, merging ----------------------------------------------------------------------------------
+
+
+def test_the_reloaded_adapter_gives_the_logits_of_the_one_in_memory(tuned):
+    again = finetuning.reload(tuned.adapter_dir)
+    assert again.report.precision == "nf4"
+    assert (logits(again.model) - logits(tuned.loaded.model)).abs().max() <= 1e-5
+
+
+def test_the_merged_model_is_within_two_percent_of_the_trained_one(nf4, tmp_path):
+    strong = dataclasses.replace(SHORT, steps=20, learning_rate=5e-3)
+    done = finetune(nf4, DATA, strong, tmp_path / "adapter")
+    trained, plain = logits(done.loaded.model), logits(models.load(REF, "nf4", unpacked=True).model)
+    assert finetuning.relative_error(plain, trained) > 0.1, "the adapter must matter for this test to mean something"
+    merged = models.load(finetuning.merge(tmp_path / "adapter", tmp_path / "merged"), "bf16")
+    assert finetuning.relative_error(logits(merged.model), trained) <= 0.02
+    assert not any("lora" in name for name, _ in merged.model.named_parameters())
+
+
+def test_relative_error_by_hand():
+    assert finetuning.relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
+
+
+def test_a_folder_without_an_adapter_is_named(tmp_path):
+    with pytest.raises(FinetuneError, match=r"fine_tune\.json is missing"):
+        finetuning.reload(tmp_path)
