@@ -15,25 +15,19 @@ here, redacted, after each cell.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from dataclasses import field
-from helpers.base.files import write_text
-from helpers.base.processes import Parent
-from helpers.base.processes import adopt_orphans
-from helpers.base.processes import kill_marked
-from helpers.runs.notebook import _make_portable
-from helpers.runs.redaction import _redact
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from types import ModuleType
-from typing import Literal
-from typing import Required
-from typing import TypedDict
-from typing import cast
-import os
-import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Required, TypedDict, cast
+
+from helpers.base.files import write_text
+from helpers.base.processes import Parent, adopt_orphans, kill_marked
+from helpers.runs.notebook import _make_portable
+from helpers.runs.redaction import _redact
 
 if TYPE_CHECKING:
     from jupyter_client.manager import AsyncKernelManager
@@ -240,5 +234,7 @@ def _main() -> None:
         sys.excepthook(type(error), error, error.__traceback__)
     kill_marked(job.mark)  # what the kernel left behind, while it is still this process's
     parent.send({"event": "end", "reason": reason})
+
+
 if __name__ == "__main__":
     _main()

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from helpers.base.files import ROOT
-from helpers.runs import store
-from helpers.runs.schema import _Claim
-from helpers.runs.schema import _RecordedValue
-from helpers.runs.store import _read_claims
-from helpers.runs.store import _read_results
-from helpers.runs.store import _read_status
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helpers.base.files import ROOT
+from helpers.runs import store
+from helpers.runs.schema import _Claim, _RecordedValue
+from helpers.runs.store import _read_claims, _read_results, _read_status
+
 if TYPE_CHECKING:
-    from helpers.runs.schema import _Manifest
-    from helpers.runs.schema import _Results
-    from helpers.runs.schema import _Status
+    from helpers.runs.schema import _Manifest, _Results, _Status
 
 CLAIMS = ROOT / "notebooks" / "data" / "claims.yaml"
 _JUDGED = ("passed", "failed", "on-stand-in")

@@ -16,35 +16,20 @@ notebook. Versions, parameters, sources, models and machines explain differences
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from helpers.base.errors import WorkbookError
 from helpers.base.units import gib
 from helpers.runs import store
 from helpers.runs.claims import _ledger
 from helpers.runs.execution import NOTEBOOKS
-from helpers.runs.expected import FLOAT_FLOOR
-from helpers.runs.expected import _format_value
-from helpers.runs.expected import _is_number
-from helpers.runs.expected import _is_timing
-from helpers.runs.expected import _matches
-from helpers.runs.expected import _relative_change
-from helpers.runs.pages import ROLES
-from helpers.runs.pages import _duration
-from helpers.runs.pages import _machine
-from helpers.runs.schema import Value
-from helpers.runs.schema import _ExpectedValue
-from helpers.runs.schema import _Manifest
-from helpers.runs.schema import _RecordedValue
-from helpers.runs.schema import _Status
-from helpers.runs.schema import _UnknownHardware
-from helpers.runs.store import _read_results
-from helpers.runs.store import _read_status
-from pathlib import Path
-from typing import TYPE_CHECKING
+from helpers.runs.expected import FLOAT_FLOOR, _format_value, _is_number, _is_timing, _matches, _relative_change
+from helpers.runs.pages import ROLES, _duration, _machine
+from helpers.runs.schema import Value, _ExpectedValue, _Manifest, _RecordedValue, _Status, _UnknownHardware
+from helpers.runs.store import _read_results, _read_status
 
 if TYPE_CHECKING:
     from helpers.runs.schema import _ModelFacts

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Iterator
-from helpers.base.files import write_text
-from helpers.runs.difference import BEYOND
-from helpers.runs.difference import DifferenceError
-from helpers.runs.difference import NOISE
-from helpers.runs.difference import ONLY_A
-from helpers.runs.difference import ONLY_B
-from helpers.runs.difference import SAME
-from helpers.runs.difference import SLOW
-from helpers.runs.difference import WITHIN
-from helpers.runs.difference import _Pair
-from helpers.runs.expected import _format_value
-from helpers.runs.expected import _with_unit
-from helpers.runs.pages import _render_page
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helpers.base.files import write_text
+from helpers.runs.difference import BEYOND, NOISE, ONLY_A, ONLY_B, SAME, SLOW, WITHIN, DifferenceError, _Pair
+from helpers.runs.expected import _format_value, _with_unit
+from helpers.runs.pages import _render_page
+
 if TYPE_CHECKING:
-    from helpers.runs.difference import _Line
-    from helpers.runs.difference import _RunDifference
     from rich.console import RenderableType
     from rich.table import Table
     from rich.text import Text
+
+    from helpers.runs.difference import _Line, _RunDifference
 
 _VERDICTS = (SAME, WITHIN, BEYOND, NOISE, SLOW, ONLY_A, ONLY_B)
 
@@ -61,6 +52,8 @@ def tables(difference: _RunDifference) -> Iterator[RenderableType]:
     counted = ", ".join(f"{counts[verdict]} {verdict}" for verdict in _VERDICTS if counts[verdict])
     outcome = Text(difference.outcome.capitalize(), style="bold red" if difference.differing else "bold green")
     yield Text.assemble(outcome, f". {len(difference.lines)} values: {counted or 'none recorded'}.")
+
+
 _STYLES = {SAME: "dim", NOISE: "dim", WITHIN: "green"}
 
 
@@ -135,6 +128,8 @@ def _value_table(notebook: str, lines: Iterable[_Line]) -> Table:
         verdict = Text(f"{line.verdict} {_shown_noise(line)}".rstrip(), style=style)
         table.add_row(name, first, second, line.change, verdict)
     return table
+
+
 _MARKS = {SAME: "same", WITHIN: "as-expected", SLOW: "on-stand-in"}
 
 

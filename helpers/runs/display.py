@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from helpers.runs.schema import _Status
+from time import monotonic
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from time import monotonic
-from typing import TYPE_CHECKING
+
+from helpers.runs.schema import _Status
 
 if TYPE_CHECKING:
     from helpers.runs.schema import _NotebookStatus

@@ -2,58 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import contextmanager
-from contextlib import suppress
-from dataclasses import dataclass
-from dataclasses import replace
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
 from helpers.base.settings import DEFAULT_PROFILE
 from helpers.models.checkpoint import LoadError
 from helpers.models.hub_cache import hub_commit
-from helpers.models.loaded import forget_loads
-from helpers.models.loaded import read_loads
+from helpers.models.loaded import forget_loads, read_loads
 from helpers.models.references import Profile
 from helpers.runs import store
 from helpers.runs.child import _Job
 from helpers.runs.display import _display
 from helpers.runs.fetching import fetch
-from helpers.runs.folder import _build_manifest
-from helpers.runs.folder import _executed_notebook
-from helpers.runs.folder import _held
-from helpers.runs.folder import _merge_manifests
-from helpers.runs.folder import _new_folder
-from helpers.runs.folder import _utc_now
-from helpers.runs.notebook import UsageError
-from helpers.runs.notebook import _loaded_models
-from helpers.runs.notebook import _parse_parameters
-from helpers.runs.notebook import _plan_run
-from helpers.runs.notebook import _roles_to_fetch
-from helpers.runs.notebook import _undeclared
+from helpers.runs.folder import _build_manifest, _executed_notebook, _held, _merge_manifests, _new_folder, _utc_now
+from helpers.runs.notebook import UsageError, _loaded_models, _parse_parameters, _plan_run, _roles_to_fetch, _undeclared
 from helpers.runs.recording import _forget
-from helpers.runs.redaction import _find_secrets
-from helpers.runs.redaction import _redact
-from helpers.runs.redaction import _sweep
-from helpers.runs.schema import REDACTED
-from helpers.runs.schema import _NotebookStatus
-from helpers.runs.schema import _RehearsalFacts
-from helpers.runs.schema import _Status
-from helpers.runs.store import _read_status
-from helpers.runs.store import _write_manifest
-from helpers.runs.store import _write_status
-from helpers.runs.supervision import _environment
-from helpers.runs.supervision import _supervise
-from pathlib import Path
-from rich.console import Console
-import json
-import os
-import signal
-import threading
-from typing import TYPE_CHECKING
+from helpers.runs.redaction import _find_secrets, _redact, _sweep
+from helpers.runs.schema import REDACTED, _NotebookStatus, _RehearsalFacts, _Status
+from helpers.runs.store import _read_status, _write_manifest, _write_status
+from helpers.runs.supervision import _environment, _supervise
 
 if TYPE_CHECKING:
     from helpers.planning.rehearsal import Rehearsal
@@ -362,8 +341,7 @@ def _target(request: Request, profile: Profile) -> Path:
 
 def _chosen_profile(request: Request) -> Profile:
     """The profile to run, marked as rehearsed in a rehearsal. Raises UsageError if it needs no rehearsal."""
-    from helpers.models.profiles import load_profile
-    from helpers.models.profiles import rehearsed
+    from helpers.models.profiles import load_profile, rehearsed
 
     profile = request.profile
     if not isinstance(profile, Profile):

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
+
 from helpers.runs import store
 from helpers.runs.schema import _ExpectedValue
-from helpers.runs.store import ResultError
-from helpers.runs.store import _read_results
-from helpers.runs.store import _read_status
-from pathlib import Path
-from typing import TypeGuard
-import statistics
-from typing import TYPE_CHECKING
+from helpers.runs.store import ResultError, _read_results, _read_status
 
 if TYPE_CHECKING:
-    from helpers.runs.schema import Value
-    from helpers.runs.schema import _RecordedValue
+    from helpers.runs.schema import Value, _RecordedValue
 
 FLOAT_FLOOR = 0.01  # another CPU rounds differently: floats are never expected closer than 1%
 _TIME_UNITS = frozenset({"s", "ms", "µs", "us", "min", "h", "seconds", "minutes", "hours"})

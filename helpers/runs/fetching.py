@@ -12,21 +12,20 @@ ends itself. What it says goes to the parent's terminal; how it ended, into the 
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict
-from helpers.base.errors import WorkbookError
-from helpers.base.files import ROOT
-from helpers.base.processes import ChildProcess
-from helpers.base.processes import Parent
-from helpers.models.checkpoint import LoadError
-from helpers.models.references import Profile
-from pathlib import Path
-from tempfile import TemporaryDirectory
 import json
 import os
 import sys
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from helpers.base.errors import WorkbookError
+from helpers.base.files import ROOT
+from helpers.base.processes import ChildProcess, Parent
+from helpers.models.checkpoint import LoadError
+from helpers.models.references import Profile
 
 MAIN = "from helpers.runs.fetching import main; main()"
 

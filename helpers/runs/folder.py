@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import contextmanager
-from contextlib import suppress
-from dataclasses import asdict
-from datetime import UTC
-from datetime import datetime
-from filelock import FileLock
-from filelock import Timeout
-from helpers.base.files import ROOT
-from helpers.base.processes import Command
-from helpers.machine.hardware import DETECT
-from helpers.models.checkpoint import LoadError
-from helpers.models.checkpoint import file_hash
-from helpers.models.finding import packaged_file
-from helpers.models.hub_cache import hub_commit
-from helpers.runs.schema import _GitState
-from helpers.runs.schema import _Hardware
-from helpers.runs.schema import _Manifest
-from helpers.runs.schema import _ModelFacts
-from helpers.runs.schema import _NotebookFacts
-from helpers.runs.schema import _UnknownHardware
-from helpers.runs.store import RunFolderError
-from pathlib import Path
 import importlib.metadata
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+from helpers.base.files import ROOT
+from helpers.base.processes import Command
+from helpers.machine.hardware import DETECT
+from helpers.models.checkpoint import LoadError, file_hash
+from helpers.models.finding import packaged_file
+from helpers.models.hub_cache import hub_commit
+from helpers.runs.schema import _GitState, _Hardware, _Manifest, _ModelFacts, _NotebookFacts, _UnknownHardware
+from helpers.runs.store import RunFolderError
 
 if TYPE_CHECKING:
     from helpers.base.processes import Completed
-    from helpers.models.references import ModelRef
-    from helpers.models.references import Profile
+    from helpers.models.references import ModelRef, Profile
     from helpers.runs.notebook import _Plan
 
 # Executed notebooks, figures and logs of a whole run take some tens of MiB.
@@ -59,7 +49,9 @@ def _new_folder(profile: str) -> Path:
     return folder
 
 
-def _build_manifest(profile: Profile, plans: Sequence[_Plan], raw: Mapping[str, str], command: Sequence[str]) -> _Manifest:
+def _build_manifest(
+    profile: Profile, plans: Sequence[_Plan], raw: Mapping[str, str], command: Sequence[str]
+) -> _Manifest:
     """Collect everything known at the start of a run; ``finished`` is filled in at its end.
 
     ``raw`` are the parameters that the command line gave. Hashes are SHA-256.

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import asdict
-from dataclasses import dataclass
-from helpers.base.errors import WorkbookError
-from helpers.base.errors import choose
-from helpers.base.units import PRECISIONS
-from helpers.models.loaded import read_loads
-from helpers.models.profiles import SMALLEST
-from helpers.models.profiles import available
-from helpers.models.profiles import load_profile
-from helpers.models.references import Budget
-from helpers.models.references import ModelRef
-from helpers.runs.schema import _LoadedModel
-from pathlib import Path
-from typing import Any
 import ast
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpers.base.errors import WorkbookError, choose
+from helpers.base.units import PRECISIONS
+from helpers.models.loaded import read_loads
+from helpers.models.profiles import SMALLEST, available, load_profile
+from helpers.models.references import Budget, ModelRef
+from helpers.runs.schema import _LoadedModel
 
 if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
     from helpers.models.loaded import Load
     from helpers.models.references import Profile
-    from nbformat import NotebookNode
 
 _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 _KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}
@@ -43,6 +37,8 @@ def _make_portable(notebook: NotebookNode) -> None:
             del cell.metadata["tags"]
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if _WIDGET_VIEW not in output.get("data", {})]
+
+
 Document = Mapping[str, Any]  # a notebook's JSON
 _Cell = Mapping[str, Any]
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Container
-from collections.abc import Iterable
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from helpers.base.files import write_text
 from helpers.base.units import gib
 from helpers.runs.execution import NOTEBOOKS
 from helpers.runs.folder import _executed_notebook
 from helpers.runs.schema import _UnknownHardware
-from pathlib import Path
-import re
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from helpers.runs.schema import _Hardware
     from nbconvert import HTMLExporter
     from nbformat import NotebookNode
+
+    from helpers.runs.schema import _Hardware
 
 ROLES = {"falcon": "Falcon, base", "falcon_chat": "Falcon, chat", "llama_chat": "Llama, chat"}
 _TEMPLATES = Path(__file__).parent
@@ -31,6 +31,8 @@ def _render_page(template: str, content: Mapping[str, object]) -> str:
     loader = jinja2.FileSystemLoader(_TEMPLATES)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template(template).render(content)
+
+
 _TEMPLATES = Path(__file__).parent
 # Of what an output offers, the first of these is shown. Widgets and scripts would need a kernel or a network.
 _SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]

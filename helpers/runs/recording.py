@@ -8,39 +8,29 @@ without a run, values are compared and shown, and kept only in memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from dataclasses import replace
-from helpers.base import settings
-from helpers.base.stats import Measured
-from helpers.runs import store
-from helpers.runs.expected import _is_number
-from helpers.runs.expected import _matches
-from helpers.runs.expected import _with_tolerance
-from helpers.runs.expected import _with_unit
-from helpers.runs.schema import AS_EXPECTED
-from helpers.runs.schema import DIFFERS
-from helpers.runs.schema import UNMEASURED
-from helpers.runs.schema import _RecordedValue
-from helpers.runs.store import ResultError
-from helpers.runs.store import _changed_results
-from helpers.runs.store import _read_results
-from pathlib import Path
 import html
 import math
 import re
 import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helpers.base import settings
+from helpers.base.stats import Measured
+from helpers.runs import store
+from helpers.runs.expected import _is_number, _matches, _with_tolerance, _with_unit
+from helpers.runs.schema import AS_EXPECTED, DIFFERS, UNMEASURED, _RecordedValue
+from helpers.runs.store import ResultError, _changed_results, _read_results
+
 if TYPE_CHECKING:
-    from helpers.base.stats import Scalar
-    from helpers.runs.schema import Value
-    from helpers.runs.schema import Verdict
-    from helpers.runs.schema import _ExpectedValue
     from matplotlib.figure import Figure
     from pandas import DataFrame
+
+    from helpers.base.stats import Scalar
+    from helpers.runs.schema import Value, Verdict, _ExpectedValue
 
 # What notebooks use, of the settings too.
 __all__ = [

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from contextlib import suppress
-from helpers.base.files import write_json
-from helpers.runs.schema import REDACTED
-from pathlib import Path
-from typing import Any
-from typing import overload
-from urllib.parse import quote
-from urllib.parse import unquote
 import html
 import json
 import mmap
 import os
 import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, overload
+from urllib.parse import quote, unquote
+
+from helpers.base.files import write_json
+from helpers.runs.schema import REDACTED
 
 SHORTEST = 6
 _SECRET_NAME = re.compile(

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from helpers.base.files import ROOT
-from helpers.base.files import write_text
-from helpers.base.settings import DEFAULT_PROFILE
-from helpers.runs.execution import NOTEBOOKS
-from helpers.runs.execution import Request
-from helpers.runs.execution import run
-from helpers.runs.folder import _executed_notebook
-from helpers.runs.notebook import _make_portable
-from pathlib import Path
-from rich.console import Console
 import hashlib
 import re
 import sys
+from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
+from helpers.base.files import ROOT, write_text
+from helpers.base.settings import DEFAULT_PROFILE
+from helpers.runs.execution import NOTEBOOKS, Request, run
+from helpers.runs.folder import _executed_notebook
+from helpers.runs.notebook import _make_portable
+
 if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
     from helpers.models.references import Profile
     from helpers.runs.execution import RunResult
-    from nbformat import NotebookNode
 
 _KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 _ADDRESS = re.compile(r"( at )0x[0-9a-f]{6,}")

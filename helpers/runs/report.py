@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
-from datetime import datetime
-from helpers.base.files import write_text
-from helpers.base.units import GIB
-from helpers.base.units import gib
-from helpers.runs import store
-from helpers.runs.claims import _judged_claims
-from helpers.runs.claims import _stand_ins
-from helpers.runs.expected import _with_tolerance
-from helpers.runs.expected import _with_unit
-from helpers.runs.pages import ROLES
-from helpers.runs.pages import _duration
-from helpers.runs.pages import _gpus
-from helpers.runs.pages import _machine
-from helpers.runs.pages import _render_page
-from helpers.runs.pages import _write_pages
-from helpers.runs.schema import AS_EXPECTED
-from helpers.runs.schema import DIFFERS
-from helpers.runs.schema import UNMEASURED
-from helpers.runs.schema import _NotebookStatus
-from helpers.runs.schema import _RecordedValue
-from helpers.runs.schema import _UnknownHardware
-from helpers.runs.store import _read_results
-from helpers.runs.store import _read_status
-from pathlib import Path
 import base64
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from helpers.base.files import write_text
+from helpers.base.units import GIB, gib
+from helpers.runs import store
+from helpers.runs.claims import _judged_claims, _stand_ins
+from helpers.runs.expected import _with_tolerance, _with_unit
+from helpers.runs.pages import ROLES, _duration, _gpus, _machine, _render_page, _write_pages
+from helpers.runs.schema import AS_EXPECTED, DIFFERS, UNMEASURED, _NotebookStatus, _RecordedValue, _UnknownHardware
+from helpers.runs.store import _read_results, _read_status
 
 if TYPE_CHECKING:
     from helpers.runs.claims import _JudgedClaim
-    from helpers.runs.schema import _Manifest
-    from helpers.runs.schema import _ModelFacts
-    from helpers.runs.schema import _Results
-    from helpers.runs.schema import _Status
+    from helpers.runs.schema import _Manifest, _ModelFacts, _Results, _Status
 
 _MAIN_PACKAGES = (
     *("torch", "transformers", "accelerate", "bitsandbytes", "peft", "trl", "safetensors", "tokenizers", "numpy"),

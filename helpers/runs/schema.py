@@ -14,14 +14,10 @@ Beside the notebooks lie ``expected/<profile>.json`` (ExpectedValue by "<noteboo
 
 from __future__ import annotations
 
-from pydantic import BaseModel
-from pydantic import BeforeValidator
-from pydantic import ConfigDict
-from pydantic import Field
-from pydantic import PlainValidator
-from typing import Annotated
-from typing import Literal
 import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 # What the runner writes in the place of a secret. A number may hold a secret's digits by chance, and is replaced too.
 REDACTED = "[redacted]"
@@ -51,6 +47,8 @@ def _distance(value: object) -> int | float | None:
 def _zero_if_redacted(value: object) -> object:
     # One blanked number must not make a whole run unreadable.
     return 0 if value == REDACTED else value
+
+
 _AnyValue = Annotated[Value, PlainValidator(_plain_value)]
 _Distance = Annotated[int | float | None, PlainValidator(_distance)]
 _Count = Annotated[int, BeforeValidator(_zero_if_redacted)]

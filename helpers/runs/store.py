@@ -6,25 +6,17 @@ number when they are written again. Every file is written atomically.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from filelock import FileLock
-from helpers.base.errors import WorkbookError
-from helpers.base.files import FileError
-from helpers.base.files import read_json
-from helpers.base.files import write_json
-from helpers.runs.schema import _Claim
-from helpers.runs.schema import _ExpectedValue
-from helpers.runs.schema import _Manifest
-from helpers.runs.schema import _Results
-from helpers.runs.schema import _Status
 from pathlib import Path
-from pydantic import BaseModel
-from pydantic import TypeAdapter
-from pydantic import ValidationError
 from typing import TypeVar
+
+from filelock import FileLock
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from helpers.base.errors import WorkbookError
+from helpers.base.files import FileError, read_json, write_json
+from helpers.runs.schema import _Claim, _ExpectedValue, _Manifest, _Results, _Status
 
 VERSION = 2
 _UNNUMBERED = 1  # what a file without a version is

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, cast
+
+import psutil
+
 from helpers.base.processes import ChildProcess
 from helpers.runs.child import _Event
 from helpers.runs.redaction import _redact
-from pathlib import Path
-from time import monotonic
-from typing import cast
-import psutil
-import sys
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from helpers.runs.child import _Job

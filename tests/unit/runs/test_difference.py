@@ -10,21 +10,23 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from helpers.runs import BEYOND
-from helpers.runs import NOISE
-from helpers.runs import ONLY_A
-from helpers.runs import ONLY_B
-from helpers.runs import SAME
-from helpers.runs import SLOW
-from helpers.runs import WITHIN
-from helpers.runs import DifferenceError
-from helpers.runs import RunFolderError
-from helpers.runs.expected import _relative_change
 from helpers.base import files
 from helpers.cli import app
-from helpers.runs import difference
-from helpers.runs import difference_views
-from helpers.runs import execution
+from helpers.runs import (
+    BEYOND,
+    NOISE,
+    ONLY_A,
+    ONLY_B,
+    SAME,
+    SLOW,
+    WITHIN,
+    DifferenceError,
+    RunFolderError,
+    difference,
+    difference_views,
+    execution,
+)
+from helpers.runs.expected import _relative_change
 
 LABEL = "falcon-mini (stand-in for tiiuae/falcon-180B)"
 

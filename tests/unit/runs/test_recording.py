@@ -7,14 +7,11 @@ import os
 import numpy as np
 import pytest
 
-from helpers.runs import expected_from_runs
-from helpers.runs import judge
-from helpers.runs.schema import _ExpectedValue
-from helpers.runs.expected import _is_timing
 from helpers import base
 from helpers.base import files
-from helpers.runs import recording
-from helpers.runs import store
+from helpers.runs import expected_from_runs, judge, recording, store
+from helpers.runs.expected import _is_timing
+from helpers.runs.schema import _ExpectedValue
 
 
 @pytest.fixture

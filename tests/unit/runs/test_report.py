@@ -11,15 +11,11 @@ import nbformat
 import pytest
 from nbformat import v4
 
-from helpers.runs.claims import _claim_verdict
-from helpers.runs.claims import _ledger
-from helpers.runs.claims import _read_claims
-from helpers.runs.pages import _duration
-from helpers.runs.pages import _link_to_pages
-from helpers.runs import write_report
-from helpers.runs import RunFolderError
-from helpers.runs.schema import _RecordedValue
 from helpers.base.files import ROOT
+from helpers.runs import RunFolderError, write_report
+from helpers.runs.claims import _claim_verdict, _ledger, _read_claims
+from helpers.runs.pages import _duration, _link_to_pages
+from helpers.runs.schema import _RecordedValue
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

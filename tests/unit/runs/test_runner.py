@@ -20,43 +20,27 @@ from rich.console import Console
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from helpers.models import Load
-from helpers.models import load_profile
-from helpers.runs.notebook import _declared_models
-from helpers.runs.notebook import _roles_to_fetch
-from helpers.runs.notebook import _undeclared
-from helpers.runs.display import _PlainLines
-from helpers.runs.display import _describe
-from helpers.runs.display import _table
-from helpers.runs.notebook import _cells_hash
-from helpers.runs.notebook import _declared_parameters
-from helpers.runs.notebook import _parse_parameters
-from helpers.runs.notebook import _plan_run
-from helpers.runs.notebook import _select
-from helpers.runs.redaction import _find_secrets
-from helpers.runs.redaction import _redact
-from helpers.runs.redaction import _sweep
-from helpers.runs.rendering import _clean
-from helpers.runs.rendering import _source_notebook
-from helpers.runs.schema import _NotebookStatus
-from helpers.runs.schema import _Status
-from helpers.models import Budget
-from helpers.models import ModelRef
-from helpers.models import Profile
-from helpers.models import Requirement
-from tests.unit.models.test_loading_at_scale import Hub
 from helpers import runs
 from helpers.base.files import ROOT
 from helpers.cli import app
 from helpers.machine import hardware
-from helpers.models import hub_cache
-from helpers.models import profiles
-from helpers.runs import child
-from helpers.runs import execution
-from helpers.runs import fetching
-from helpers.runs import folder
-from helpers.runs import rendering
-from helpers.runs import supervision
+from helpers.models import Budget, Load, ModelRef, Profile, Requirement, hub_cache, load_profile, profiles
+from helpers.runs import child, execution, fetching, folder, rendering, supervision
+from helpers.runs.display import _describe, _PlainLines, _table
+from helpers.runs.notebook import (
+    _cells_hash,
+    _declared_models,
+    _declared_parameters,
+    _parse_parameters,
+    _plan_run,
+    _roles_to_fetch,
+    _select,
+    _undeclared,
+)
+from helpers.runs.redaction import _find_secrets, _redact, _sweep
+from helpers.runs.rendering import _clean, _source_notebook
+from helpers.runs.schema import _NotebookStatus, _Status
+from tests.unit.models.test_loading_at_scale import Hub
 
 TOKEN = "hf_sentinel123"
 DEFAULTS = 'profile = "laptop"\nseed = 0\nrate = 0.5\nname = "x"\nquick = True\nitems = [1]\nfree = None'

@@ -6,22 +6,11 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from helpers.runs import expected_from_runs
-from helpers.runs import judge
-from helpers.base.files import FileError
-from helpers.base.files import read_json
-from helpers.runs import REDACTED
-from helpers.runs.schema import _Claim
-from helpers.runs.schema import _ExpectedValue
-from helpers.runs.schema import _Manifest
-from helpers.runs.schema import _NotebookStatus
-from helpers.runs.schema import _RecordedValue
-from helpers.runs.schema import _Status
-from helpers.runs import ResultError
-from helpers.runs import RunFolderError
 from helpers import runs
+from helpers.base.files import FileError, read_json
 from helpers.cli import app
-from helpers.runs import store
+from helpers.runs import REDACTED, ResultError, RunFolderError, expected_from_runs, judge, store
+from helpers.runs.schema import _Claim, _ExpectedValue, _Manifest, _NotebookStatus, _RecordedValue, _Status
 
 # A run folder as the workbook wrote it before its files had a version: a real run, cut to two values.
 MODEL = {
@@ -234,7 +223,9 @@ def test_a_number_blanked_for_a_secret_s_digits_leaves_the_run_readable(earlier_
 
 
 def test_what_redacts_sees_the_whole_file(tmp_path):
-    status = _Status(state="running", notebooks={"00_a": _NotebookStatus(status="pending", budget_seconds=9, inputs="")})
+    status = _Status(
+        state="running", notebooks={"00_a": _NotebookStatus(status="pending", budget_seconds=9, inputs="")}
+    )
     seen = []
     store._write_status(tmp_path, status, lambda content: seen.append(copy.deepcopy(content)) or content)
     assert seen == [json.loads((tmp_path / "status.json").read_text())]
