@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from helpers.base.errors import WorkbookError, choose
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Ids = list[list[int]]  # token ids of each sequence of a batch
 _UNQUANTIZED = ("fp32", "bf16", "fp16")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.base.files import ROOT
@@ -12,6 +10,9 @@ from helpers.base.processes import ChildProcess
 from helpers.engines.catalogue import EngineError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
     from helpers.base.processes import Message
 
 _MESSAGE_CHARACTERS = 200

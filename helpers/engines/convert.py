@@ -9,7 +9,6 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,8 @@ from helpers.base import processes
 from helpers.engines.catalogue import EngineError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from helpers.engines.catalogue import Job
 
 

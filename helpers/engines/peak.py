@@ -24,7 +24,10 @@ import re
 import sys
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 _RESIDENT = "resident set of the worker's process (VmHWM: weights, cache, libraries), reset before each case"
 _RESIDENT_EVER = "largest resident set of the worker's process so far (ru_maxrss), which cannot be reset here"

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, cast
 from helpers.base import units
 from helpers.engines.catalogue import EngineError, _Started, _versions
 from helpers.generation import decoding
-from helpers.generation.sampling import DecodingPath
 from helpers.models import loading
 from helpers.models.loaded import inference, input_device
 from helpers.models.references import ModelRef
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateOutput
 
     from helpers.engines.catalogue import Ids, Job
+    from helpers.generation.sampling import DecodingPath
     from helpers.models.loaded import Loaded
 
 

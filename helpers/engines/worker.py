@@ -15,7 +15,6 @@ An answer with ``error`` says what went wrong, and the worker continues.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,8 @@ from helpers.engines.catalogue import KINDS, EngineError, Job
 from helpers.engines.peak import _read, _reset
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from helpers.base.processes import Message
     from helpers.engines.catalogue import Ids, _Engine
 

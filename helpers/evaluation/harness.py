@@ -10,7 +10,6 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.base.errors import WorkbookError
@@ -25,6 +24,8 @@ from helpers.models.workarounds.lm_eval_model import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from datasets import Dataset
     from lm_eval.api.instance import Instance

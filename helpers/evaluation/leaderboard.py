@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError
@@ -13,6 +11,9 @@ from helpers.evaluation.harness import _measure
 from helpers.evaluation.tasks import TASKS, _prepared
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from pandas import DataFrame
 
     from helpers.evaluation.harness import _Evaluation, _EvaluationRow

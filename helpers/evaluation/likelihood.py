@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,8 @@ from helpers.models.formats import encode
 from helpers.models.loaded import context_tokens, inference, input_device
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

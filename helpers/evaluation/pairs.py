@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,8 @@ from helpers.evaluation.harness import _Evaluation
 from helpers.evaluation.likelihood import _MultipleChoice, _Perplexity
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from helpers.evaluation.harness import ItemValues
 
 Result = _MultipleChoice | _Perplexity | _Evaluation

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from lm_eval.tasks.manager import TaskDict
 
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+    from types import ModuleType
+
     from lm_eval.tasks import TaskManager
-    from lm_eval.tasks.manager import TaskDict
 
 TASKS = ROOT / "notebooks/data/tasks"
 _FEWSHOT_SEED = 1234  # the harness' own

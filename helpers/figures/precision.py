@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
-from helpers.base.stats import Interval
 from helpers.figures.style import (
     BLACK,
     BLUE,
@@ -25,11 +23,14 @@ from helpers.figures.style import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
     from pandas import DataFrame
 
+    from helpers.base.stats import Interval
     from helpers.figures.style import Cell
     from helpers.models.quantization import LayerError
 

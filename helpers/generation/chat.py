@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Generator, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,8 @@ from helpers.models.formats import MessageError, check_messages, encode
 from helpers.models.loaded import context_tokens
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable
+
     from helpers.generation.decoding import Decoding
     from helpers.generation.sampling import Reply
     from helpers.models.formats import Message

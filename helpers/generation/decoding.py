@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
+
+from transformers import PreTrainedModel, StaticCache
 
 from helpers.base.errors import WorkbookError
 from helpers.base.progress import waiting
@@ -23,10 +24,11 @@ from helpers.models.workarounds.compiled_cpu import compile_config, unmark_cache
 from helpers.models.workarounds.draft_limits import merge_limits
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from typing import Any
 
     import torch
-    from transformers import Cache, GenerationConfig, PreTrainedModel, StaticCache
+    from transformers import Cache, GenerationConfig
     from transformers.generation.utils import GenerateOutput
 
     from helpers.models.references import Profile

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from helpers.base.errors import WorkbookError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from transformers import LogitsProcessorList
 

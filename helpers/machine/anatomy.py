@@ -7,7 +7,6 @@ family, as transformers, bitsandbytes and AdamW store it. Sizes are bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +14,8 @@ from helpers.base.errors import WorkbookError, choose
 from helpers.base.files import ROOT
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import pandas as pd
     from transformers import PretrainedConfig
 

@@ -6,9 +6,12 @@ family, as transformers, bitsandbytes and AdamW store it. Sizes are bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def _spread(sizes: Sequence[int], limits: Sequence[float]) -> list[int]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
+
+from transformers import PretrainedConfig
 
 from helpers.base.errors import WorkbookError
 from helpers.base.units import GIB, QUANTIZED, gib
@@ -15,7 +16,7 @@ from helpers.machine.memory import Workload, _activation_bytes, _layer_bytes, el
 from helpers.machine.packing import _fill, _spread
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from collections.abc import Mapping, Sequence
 
     from helpers.machine.hardware import Machine
 

@@ -7,7 +7,6 @@ family, as transformers, bitsandbytes and AdamW store it. Sizes are bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,8 @@ from helpers.machine.memory import Workload, _layer_bytes, estimate
 from helpers.machine.placement import RESERVED, Devices, Placement, Resident, Shortfall, least_gpus
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
     from transformers import PretrainedConfig
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from helpers.base.progress import bytes_bar, human
 from helpers.models.hub_cache import _blob_hashes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     import torch
     from huggingface_hub import SafetensorsFileMetadata
 

@@ -6,7 +6,6 @@ import importlib.util
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +20,8 @@ from helpers.models.hub import _describe_commit, _download, _download_config, _f
 from helpers.models.workarounds.gguf import _no_conversion_bar, _restore_pre_tokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
     from transformers import PreTrainedConfig, PretrainedConfig, PreTrainedTokenizerBase
 
     from helpers.models.references import ModelRef, Profile

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,8 @@ from helpers.models.checkpoint import LoadError, _damaged_files, _inspect
 from helpers.models.hub_cache import VERIFIED, _blob_hashes, repository
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
     from huggingface_hub import DryRunFileInfo
 
     from helpers.models.hub_cache import _CachedRepository

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +21,8 @@ from typing import TYPE_CHECKING
 from helpers.machine.hardware import download_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from helpers.models.references import ModelRef
 
 VERIFIED = "workbook-verified.txt"

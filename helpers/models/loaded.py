@@ -5,26 +5,28 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from helpers.base.progress import human
 from helpers.machine.memory import kv_bytes_per_token
 from helpers.models.devices import _device_of
+from helpers.models.formats import ChatFormat
 from helpers.models.layers import _quantized_layers, _weights_in, quantizable_layers, stored_bytes
 from helpers.models.references import ModelRef
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import pandas as pd
     import torch
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from helpers.models.devices import DeviceMap
-    from helpers.models.formats import ChatFormat
 
 
 @dataclass(frozen=True)

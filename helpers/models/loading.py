@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -32,6 +31,8 @@ from helpers.models.workarounds.nf4_repacking import _keep_unpacked, _was_repack
 from helpers.models.workarounds.renamed_names import _ignore_renamed_names
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 

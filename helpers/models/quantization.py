@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError, choose
@@ -16,6 +14,9 @@ from helpers.models.workarounds.bitsandbytes_messages import quiet_bitsandbytes
 from helpers.models.workarounds.nf4_repacking import _was_repacked
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
     import torch
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt

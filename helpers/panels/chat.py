@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,8 @@ from helpers.panels.html import (
 from helpers.panels.widgets import CURSOR, _QuestionPanel, _wrapped
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ipywidgets import Box
 
     from helpers.generation.chat import Chat

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
 from itertools import zip_longest
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -15,6 +14,8 @@ from helpers.panels.html import _counted, _Html, _piece, _render, _reply_summary
 from helpers.panels.widgets import CURSOR, _error_html, _QuestionPanel, _wrapped
 
 if TYPE_CHECKING:
+    from collections.abc import Generator, Mapping, Sequence
+
     from pandas import Series
 
     from helpers.evaluation.comparison import Side

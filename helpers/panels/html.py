@@ -10,13 +10,14 @@ import functools
 import html
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from helpers.figures.replies import visible
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from jinja2 import Environment
     from transformers import PreTrainedTokenizerBase
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +17,8 @@ from helpers.machine.placement import Placement
 from helpers.panels.html import BAD, BLOCK, ERROR, GOOD, _counted, _Html, _show, _Views
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ipywidgets import ValueWidget
     from matplotlib.figure import Figure
 

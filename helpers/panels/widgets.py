@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from threading import Event, Thread, Timer
 from time import perf_counter
@@ -14,6 +13,8 @@ from helpers.base.errors import WorkbookError
 from helpers.panels.html import _piece
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
     from ipywidgets import Box, DOMWidget, HBox
     from matplotlib.figure import Figure
 

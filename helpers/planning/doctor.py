@@ -6,9 +6,7 @@ models may be downloaded; a request takes five seconds at most, and the token is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from helpers.base.files import ROOT
@@ -24,6 +22,9 @@ from helpers.models.workarounds.rebinding import rebound
 from helpers.planning.findings import Finding, _check_quantization, _check_versions
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from pathlib import Path
+
     from transformers import PretrainedConfig
 
     from helpers.machine.driver import Driver, GpuState

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from helpers.base.files import ROOT
@@ -15,6 +13,9 @@ from helpers.models.workarounds import bitsandbytes_messages
 from helpers.models.workarounds.falcon_linear import needs_repair
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
     import torch
     from torch import nn
 

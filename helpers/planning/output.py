@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from helpers.base.errors import WorkbookError
@@ -20,6 +18,9 @@ from helpers.planning.plan import CARDS, COUNTS, DECIMAL, GIGABIT, PARTS, QUESTI
 from helpers.planning.planner import FALCON_180B
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
     from matplotlib.figure import Figure
     from rich.console import RenderableType
     from rich.table import Table

@@ -12,6 +12,8 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from transformers import PretrainedConfig
+
 from helpers.base.errors import WorkbookError, choose
 from helpers.base.units import PRECISIONS, gib
 from helpers.machine import anatomy, hardware, memory, sharding
@@ -38,8 +40,6 @@ from helpers.planning.plan import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from helpers.machine.placement import Placement
     from helpers.models.references import Profile
 

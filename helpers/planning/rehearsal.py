@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +25,8 @@ from helpers.models.hub_cache import repository
 from helpers.models.profiles import load_profile
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from transformers import PretrainedConfig, PreTrainedModel
 
     from helpers.machine.placement import Placement

@@ -21,8 +21,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
-from types import ModuleType
 from typing import TYPE_CHECKING, Literal, Required, TypedDict, cast
+
+from nbformat import NotebookNode
 
 from helpers.base.files import write_text
 from helpers.base.processes import Parent, adopt_orphans, kill_marked
@@ -30,8 +31,9 @@ from helpers.runs.notebook import _make_portable
 from helpers.runs.redaction import _redact
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from jupyter_client.manager import AsyncKernelManager
-    from nbformat import NotebookNode
 
 _IOPUB_SECONDS = 60
 
@@ -221,7 +223,7 @@ def _execute_cells(watcher: _Watcher) -> None:
 def _main() -> None:
     """Read the job, run it, report the end."""
     # jsonschema's optional check of addresses builds a grammar for a second at import; notebooks need none.
-    sys.modules.setdefault("rfc3987_syntax", cast(ModuleType, None))
+    sys.modules.setdefault("rfc3987_syntax", cast("ModuleType", None))
     parent = Parent()
     message = parent.receive()
     job = _Job(**{**message, "secrets": tuple(message["secrets"])})

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.base.files import ROOT
 from helpers.runs import store
 from helpers.runs.schema import _Claim, _RecordedValue
-from helpers.runs.store import _read_claims, _read_results, _read_status
+from helpers.runs.store import _read_claims_file, _read_results, _read_status
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
     from helpers.runs.schema import _Manifest, _Results, _Status
 
 CLAIMS = ROOT / "notebooks" / "data" / "claims.yaml"
@@ -73,7 +74,7 @@ class _JudgedClaim:
 
 def _read_claims() -> dict[str, _Claim]:
     """Read the article's statements by number; the head of the file says what each field holds."""
-    return _read_claims(CLAIMS)
+    return _read_claims_file(CLAIMS)
 
 
 def _ledger(run_dir: Path) -> list[_JudgedClaim]:

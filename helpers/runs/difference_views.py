@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.base.files import write_text
@@ -12,6 +10,9 @@ from helpers.runs.expected import _format_value, _with_unit
 from helpers.runs.pages import _render_page
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
     from rich.console import RenderableType
     from rich.table import Table
     from rich.text import Text

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +14,8 @@ from rich.text import Text
 from helpers.runs.schema import _Status
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from helpers.runs.schema import _NotebookStatus
 
 # A log that is read later needs few lines; a person who waits, a sign of life.

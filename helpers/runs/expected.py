@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
@@ -13,6 +12,8 @@ from helpers.runs.schema import _ExpectedValue
 from helpers.runs.store import ResultError, _read_results, _read_status
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from helpers.runs.schema import Value, _RecordedValue
 
 FLOAT_FLOOR = 0.01  # another CPU rounds differently: floats are never expected closer than 1%

@@ -15,17 +15,20 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
 from helpers.base.processes import ChildProcess, Parent
 from helpers.models.checkpoint import LoadError
 from helpers.models.references import Profile
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
 
 MAIN = "from helpers.runs.fetching import main; main()"
 

@@ -7,11 +7,9 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
@@ -26,6 +24,9 @@ from helpers.runs.schema import _GitState, _Hardware, _Manifest, _ModelFacts, _N
 from helpers.runs.store import RunFolderError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
     from helpers.base.processes import Completed
     from helpers.models.references import ModelRef, Profile
     from helpers.runs.notebook import _Plan

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,8 @@ from helpers.runs.folder import _executed_notebook
 from helpers.runs.schema import _UnknownHardware
 
 if TYPE_CHECKING:
+    from collections.abc import Container, Iterable, Mapping
+
     from nbconvert import HTMLExporter
     from nbformat import NotebookNode
 

@@ -12,10 +12,8 @@ import html
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.base import settings
@@ -26,26 +24,15 @@ from helpers.runs.schema import AS_EXPECTED, DIFFERS, UNMEASURED, _RecordedValue
 from helpers.runs.store import ResultError, _changed_results, _read_results
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
     from helpers.base.stats import Scalar
     from helpers.runs.schema import Value, Verdict, _ExpectedValue
 
-# What notebooks use, of the settings too.
-__all__ = [
-    "Measured",
-    "Record",
-    "Records",
-    "ResultError",
-    "forget",
-    "record",
-    "record_all",
-    "record_figure",
-    "recorded",
-    "unattended",
-    "work_folder",
-]
 _COLOURS: dict[Verdict, str] = {AS_EXPECTED: "#00805a", DIFFERS: "#c0392b", UNMEASURED: "#777777"}
 # Without a run, what each notebook recorded, by name.
 _session: dict[str, dict[str, _RecordedValue]] = {}

@@ -9,12 +9,14 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 from urllib.parse import quote, unquote
 
 from helpers.base.files import write_json
 from helpers.runs.schema import REDACTED
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SHORTEST = 6
 _SECRET_NAME = re.compile(

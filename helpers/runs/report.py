@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.base.files import write_text
@@ -20,6 +18,9 @@ from helpers.runs.schema import AS_EXPECTED, DIFFERS, UNMEASURED, _NotebookStatu
 from helpers.runs.store import _read_results, _read_status
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
     from helpers.runs.claims import _JudgedClaim
     from helpers.runs.schema import _Manifest, _ModelFacts, _Results, _Status
 

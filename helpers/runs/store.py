@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from filelock import FileLock
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -17,6 +16,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from helpers.base.errors import WorkbookError
 from helpers.base.files import FileError, read_json, write_json
 from helpers.runs.schema import _Claim, _ExpectedValue, _Manifest, _Results, _Status
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 VERSION = 2
 _UNNUMBERED = 1  # what a file without a version is
@@ -60,7 +62,7 @@ def read_expected(path: Path, *, required: bool = False) -> dict[str, _ExpectedV
     return _read(path, dict[str, _ExpectedValue])
 
 
-def _read_claims(path: Path) -> dict[str, _Claim]:
+def _read_claims_file(path: Path) -> dict[str, _Claim]:
     """Read the article's statements, by number. Raises ResultError for a damaged file."""
     import yaml
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -14,11 +13,12 @@ from typing import TYPE_CHECKING, cast
 import psutil
 
 from helpers.base.processes import ChildProcess
-from helpers.runs.child import _Event
 from helpers.runs.redaction import _redact
 
 if TYPE_CHECKING:
-    from helpers.runs.child import _Job
+    from collections.abc import Callable, Mapping
+
+    from helpers.runs.child import _Event, _Job
 
 GRACE_SECONDS = 15.0
 POLL_SECONDS = 0.25
@@ -105,7 +105,7 @@ def _follow(
         moved = False
         with suppress(TimeoutError):
             try:
-                progress.take(cast(_Event, child.receive(POLL_SECONDS)))
+                progress.take(cast("_Event", child.receive(POLL_SECONDS)))
             except EOFError:
                 return
             moved = True

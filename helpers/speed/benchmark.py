@@ -7,7 +7,6 @@ import itertools
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -19,6 +18,8 @@ from helpers.machine import hardware, memory
 from helpers.models.loaded import Loaded, context_tokens, inference, input_device
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     import torch
     from pandas import DataFrame
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

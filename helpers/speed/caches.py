@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -13,6 +12,8 @@ from helpers.generation.decoding import cache_bytes
 from helpers.speed.benchmark import _Spread
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from transformers import Cache, FalconConfig, PreTrainedModel
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from transformers import PreTrainedConfig
 
 from helpers.base.errors import WorkbookError, choose
 from helpers.base.files import ROOT
@@ -16,7 +17,7 @@ from helpers.models.references import ModelRef
 from helpers.speed.benchmark import _prompt_rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from collections.abc import Sequence
 
     from helpers.engines.catalogue import Ids
     from helpers.models.references import Profile

@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.models.formats import Message, encode
@@ -14,6 +13,8 @@ from helpers.models.loaded import context_tokens
 from helpers.training.recipe import FinetuneError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pandas import DataFrame
 
     from helpers.models.loaded import Loaded

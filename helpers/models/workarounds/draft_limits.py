@@ -8,10 +8,11 @@ Versions: transformers 5.23.0.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from transformers import GenerationConfig, PreTrainedModel
 

@@ -8,12 +8,15 @@ Versions: transformers 5.5.0 to 5.23.0 at least; 5.4.0 and earlier ask ``isinsta
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from helpers.models.layers import _is_4bit, quantizable_layers
 from helpers.models.workarounds.bitsandbytes_messages import quiet_bitsandbytes
 from helpers.models.workarounds.rebinding import rebound
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # The patch changes a module of the library, which all threads share. Re-entrant: a repair may contain another.
 _ONE_THREAD = threading.RLock()

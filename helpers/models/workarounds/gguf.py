@@ -8,13 +8,14 @@ Versions: transformers 5.23.0.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.models.workarounds.rebinding import rebound
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
     from transformers import PreTrainedTokenizerBase
 
 

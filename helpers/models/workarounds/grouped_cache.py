@@ -13,7 +13,6 @@ same. This module imports torch and transformers, so import it inside the functi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import RLock
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,6 +34,8 @@ from transformers.models.falcon.modeling_falcon import (
 from helpers.models.workarounds.rebinding import rebound
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel
 
 # For at most this many new tokens, the queries that share a key-value head are passed as more queries of one head.

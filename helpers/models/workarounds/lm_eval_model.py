@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from helpers.models.workarounds.rebinding import rebound
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import ModuleType
+
     import torch
     from transformers import PreTrainedModel
 

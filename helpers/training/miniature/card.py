@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from helpers.base.files import ROOT
@@ -18,6 +16,9 @@ from helpers.training.miniature.texts import _read_text, _read_texts
 from helpers.training.miniature.training import HELD_OUT, LOG
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
     from matplotlib.figure import Figure
     from torch.nn import Embedding
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Literal, cast
@@ -20,6 +19,8 @@ from helpers.training.miniature.talk import _with_article
 from helpers.training.miniature.texts import END, _read_nouns
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedTokenizerBase
 
     from helpers.base.stats import Interval

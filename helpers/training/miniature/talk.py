@@ -7,14 +7,15 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from helpers.base.files import ROOT
 from helpers.training.miniature.texts import END, _frozen_nouns, _read_text, _records, _training_stories
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
     from helpers.training.miniature.recipe import _Recipe
 
 FACTS = ROOT / "env" / "models" / "falcon-mini" / "facts.yaml"

@@ -6,14 +6,15 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from helpers.training.miniature.recipe import _Recipe
 
 END = "<|endoftext|>"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
@@ -15,6 +14,8 @@ from helpers.training.miniature.talk import _chat_examples, _chat_pairs, _held_o
 from helpers.training.miniature.texts import END, _held_out_stories, _pretraining_texts, _write_texts
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     import torch
     from torch.optim import Optimizer
     from transformers import (
