@@ -29,7 +29,7 @@ GIB = 2**30
 NEEDED_BYTES = {"cpu": 3 * GIB, "gpu": 10 * GIB}
 UNREACHABLE = re.compile(r"NewConnectionError|ConnectTimeout|ReadTimeout|ProxyError|SSLError|Could not fetch URL")
 DISK_FULL = "No space left on device"
-PREPARE = "from helpers import loading, profiles; loading.prepare(profiles.load_profile('laptop'))"
+PREPARE = "from helpers import models; models.prepare(models.load_profile('laptop'))"
 
 
 class SetupError(Exception):

@@ -258,16 +258,16 @@ def test_claims_are_read_or_refused_by_field(tmp_path):
     path = tmp_path / "claims.yaml"
     claim = "version: 2\nA1:\n  statement: a\n  published: b\n  source: c\n  test: model\n  how: d\n"
     path.write_text(claim)
-    assert store._read_claims(path) == {"A1": _Claim(statement="a", published="b", source="c", test="model", how="d")}
+    assert store._read_claims_file(path) == {"A1": _Claim(statement="a", published="b", source="c", test="model", how="d")}
     path.write_text(claim + "  hwo: e\n")
     with pytest.raises(ResultError, match=r"claims\.yaml: the field A1\.hwo is unknown"):
-        store._read_claims(path)
+        store._read_claims_file(path)
     path.write_text(claim.replace("version: 2", "version: 99"))
     with pytest.raises(ResultError, match=r"claims\.yaml: the field version is 99"):
-        store._read_claims(path)
+        store._read_claims_file(path)
     path.write_text("A1: [")
     with pytest.raises(ResultError, match=r"claims\.yaml is not valid YAML"):
-        store._read_claims(path)
+        store._read_claims_file(path)
 
 
 def test_a_model_refuses_what_its_file_would(earlier_run):
