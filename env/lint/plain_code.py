@@ -45,7 +45,8 @@ def main(folder: Path) -> int:
         source = file.read_text(encoding="utf-8")
         tree = ast.parse(source)
         count(totals, file, source, tree)
-        for line, text in problems(source, tree):
+        group = file.relative_to(folder).parts[0].removesuffix(".py")
+        for line, text in problems(source, tree, group):
             findings.append(f"{file}:{line}: {text}")
     findings += density_problems(totals)
     for finding in findings:
@@ -60,8 +61,8 @@ def main(folder: Path) -> int:
     return 1 if findings else 0
 
 
-def problems(source: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Yield the line and the text of each broken rule in one file."""
+def problems(source: str, tree: ast.AST, group: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and the text of each broken rule in one file of a group."""
     lines = len(source.splitlines())
     if lines > FILE_LINES:
         yield 1, f"the file has {lines} lines: split it ({FILE_LINES} at most)"
@@ -76,6 +77,19 @@ def problems(source: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, "a conditional expression inside another: write an if statement"
         elif is_bool_arithmetic(node):
             yield node.lineno, "a truth value as a factor or summand: write an if statement"
+        elif isinstance(node, ast.ImportFrom):
+            yield from private_imports(node, group)
+
+
+def private_imports(node: ast.ImportFrom, group: str) -> Iterator[tuple[int, str]]:
+    """Yield each name with a leading underscore that is imported from another group of the package."""
+    parts = (node.module or "").split(".")
+    if parts[0] != "helpers" or len(parts) < 2 or parts[1] == group:
+        return
+    for alias in node.names:
+        # Names such as __version__ are no private ones.
+        if alias.name.startswith("_") and not alias.name.startswith("__"):
+            yield node.lineno, f"{alias.name} is private to the group {parts[1]}"
 
 
 def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
