@@ -1,4 +1,4 @@
-"""Check the rules of plain code that ruff has no rule for: ``python env/lint/plain_code.py [FOLDER]``, helpers by default.
+"""Check the rules of plain code that ruff has no rule for: ``python env/lint/plain_code.py helpers``.
 
 Each function, file and expression is held to a limit, and the whole folder to densities. Every finding is a line
 ``file:line: what is wrong``. Exit code 1 if there is one. Only the standard library is used.
@@ -53,8 +53,8 @@ def main(folder: Path) -> int:
         print(finding)
     per_1000 = 1000 / max(1, totals.code)
     print(
-        f"{totals.code:,} lines of code: {totals.public} public functions and classes, {totals.any_arguments} arguments "
-        f"with Any, one comment per {totals.code / max(1, totals.comments):.0f} lines; per 1,000 lines "
+        f"{totals.code:,} lines of code: {totals.public} public functions and classes, {totals.any_arguments} "
+        f"arguments with Any, one comment per {totals.code / max(1, totals.comments):.0f} lines; per 1,000 lines "
         f"{totals.comprehensions * per_1000:.1f} comprehensions and {totals.conditionals * per_1000:.1f} conditional "
         "expressions"
     )
