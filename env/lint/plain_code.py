@@ -15,6 +15,7 @@ from pathlib import Path
 
 FILE_LINES = 400
 BODY_LINES = 30
+COMPLEXITY = 10
 COMPREHENSIONS_PER_1000 = 40
 CONDITIONALS_PER_1000 = 20
 CODE_PER_COMMENT = 40
@@ -71,6 +72,9 @@ def problems(source: str, tree: ast.AST, group: str) -> Iterator[tuple[int, str]
             length = body_lines(node)
             if length > BODY_LINES:
                 yield node.lineno, f"the body of {node.name} has {length} lines ({BODY_LINES} at most)"
+            paths = complexity(node)
+            if paths > COMPLEXITY:
+                yield node.lineno, f"{node.name} has a complexity of {paths} ({COMPLEXITY} at most)"
         elif isinstance(node, COMPREHENSIONS) and contains(node, COMPREHENSIONS):
             yield node.lineno, "a comprehension inside a comprehension: write a loop"
         elif isinstance(node, ast.IfExp) and contains(node, (ast.IfExp,)):
@@ -100,6 +104,28 @@ def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     if not body:
         return 0
     return (body[-1].end_lineno or body[-1].lineno) - body[0].lineno + 1
+
+
+def complexity(function: ast.AST) -> int:
+    """Count the paths through a function: McCabe 1976, with each operand of ``and`` and ``or`` and each comprehension.
+
+    ruff's own rule counts statements only, and would let a function hide its branches in expressions. Functions inside
+    the function are counted on their own.
+    """
+    paths = 1
+    for node in ast.iter_child_nodes(function):
+        if isinstance(node, (*FUNCTIONS, ast.Lambda)):
+            continue
+        paths += complexity(node) - 1
+    if isinstance(function, (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.Assert)):
+        paths += 1
+    elif isinstance(function, ast.comprehension):
+        paths += 1 + len(function.ifs)
+    elif isinstance(function, ast.BoolOp):
+        paths += len(function.values) - 1
+    elif isinstance(function, ast.match_case):
+        paths += 1
+    return paths
 
 
 def contains(node: ast.AST, kinds: tuple[type[ast.AST], ...]) -> bool:

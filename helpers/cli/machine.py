@@ -12,10 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from helpers.cli.app import USERS, app, reports_errors
+from helpers.cli.app import USERS, ProfileOption, app, reports_errors
 
 if TYPE_CHECKING:
-    from helpers.cli.app import ProfileOption
     from helpers.planning.findings import Finding
 
 

@@ -12,10 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from helpers.base.errors import WorkbookError, choose
-from helpers.cli.app import USERS, app, reports_errors, shortened, split
+from helpers.cli.app import USERS, ProfileOption, app, reports_errors, shortened, split
 
 if TYPE_CHECKING:
-    from helpers.cli.app import ProfileOption
     from helpers.evaluation.leaderboard import Leaderboard
 
 EnginesOption = Annotated[

@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from helpers.base.files import ROOT
-from helpers.cli.app import USERS, app, print_result, reports_errors, split
-
-if TYPE_CHECKING:
-    from helpers.cli.app import ProfileOption, RunFolder
+from helpers.cli.app import USERS, ProfileOption, RunFolder, app, print_result, reports_errors, split
 
 
 @app.command(rich_help_panel=USERS)
