@@ -1,9 +1,9 @@
-"""The command ``workbook``. Each command is a thin wrapper around the modules below it."""
+"""The command ``workbook``: what a shell calls. Each command is a thin wrapper around the groups below."""
 
 # Each of these modules registers its commands when it is imported, and the help lists them in this order.
 # isort: off
-from helpers.cli import machine, run, measure, maintainers
-from helpers.cli.app import app
+from helpers.cli import machine, run, measure, maintainers  # noqa: F401
+from helpers.cli.workbook import app
 # isort: on
 
-__all__ = ["app", "machine", "maintainers", "measure", "run"]
+__all__ = ["app"]

@@ -1,9 +1,8 @@
-"""Commands about a machine: what is missing on this one, and what another would have to be."""
+"""Commands about machines: what is missing on this one, and what a model or profile needs on another."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,16 +11,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from helpers.cli.app import USERS, ProfileOption, app, reports_errors
+from helpers.cli.workbook import _command, _ProfileOption
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rich.console import RenderableType
+
     from helpers.planning.findings import Finding
 
 
-@app.command(rich_help_panel=USERS)
-@reports_errors
-def doctor(
-    profile: ProfileOption = "laptop",
+@_command("doctor")
+def _doctor(
+    profile: _ProfileOption = "laptop",
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Check this machine: what is installed, what is missing, how to fix it.
@@ -43,10 +45,9 @@ def doctor(
     raise typer.Exit(1 if failed else 0)
 
 
-@app.command(rich_help_panel=USERS)
-@reports_errors
-def plan(
-    profile: Annotated[str | None, typer.Option(help="A name in env/profiles, or auto; laptop when left out.")] = None,
+@_command("plan")
+def _plan(
+    profile: Annotated[str | None, typer.Option(help="A name in env/profiles, or auto. Default: laptop.")] = None,
     model: Annotated[
         str | None, typer.Option(metavar="ID", help="Another model, such as meta-llama/Llama-2-13b-chat-hf.")
     ] = None,
@@ -55,7 +56,7 @@ def plan(
     ] = None,
     *,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, int8 or nf4.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens of context; 2048 when left out.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of context. Default: 2048.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     double_quant: Annotated[bool, typer.Option("--double-quant", help="nf4 with its scales quantized too.")] = False,
     library_cache: Annotated[
@@ -69,7 +70,7 @@ def plan(
 ) -> None:
     """Show memory, placement, speed limit, download and disk of a profile or model, without loading anything.
 
-    Exit code 0: answered, also where the answer is that it does not fit, by how much, and what would. 2: usage.
+    Exit code 0: answered, also if the answer is that it does not fit, by how much, and what would. 2: usage.
     """
     from helpers.machine import memory
     from helpers.planning import output, planner, suggestions
@@ -78,10 +79,12 @@ def plan(
     if suggest:
         asked = suggestions.suggested_for(profile, model, gpus, double_quant=double_quant, figure=figure is not None)
         found = suggestions.suggest(asked, work, precision)
-        text, shown = output.to_json(found), [output.suggestion_table(found, work, model)]
+        text = output.to_json(found)
+        shown: Iterable[RenderableType] = [output.suggestion_table(found, work, model)]
     else:
         made = planner.make(profile, model, gpus, precision, work)
-        text, shown = output.to_json(made), output.tables(made)
+        text = output.to_json(made)
+        shown = output.tables(made)
         if figure:
             output.save_figure(made, figure)
     if as_json:

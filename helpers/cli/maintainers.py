@@ -10,27 +10,25 @@ from rich.console import Console
 from rich.table import Table
 
 from helpers.base.files import ROOT
-from helpers.cli.app import MAINTAINERS, app, print_result, reports_errors, shortened
+from helpers.cli.workbook import MAINTAINERS, _command, _print_result, _shortened
 
 MODELS = ROOT / "env" / "models"
 WORK = ROOT / "runs" / "train-mini"
 
 
-@app.command(rich_help_panel=MAINTAINERS)
-@reports_errors
-def render() -> None:
+@_command("render", MAINTAINERS)
+def _render() -> None:
     """Make notebooks/*.ipynb from notebooks/source, with the outputs of a laptop run."""
     from helpers.runs import rendering
     from helpers.runs.report import write_report
 
     result = rendering.render()
-    print_result(result, write_report(result.folder))
+    _print_result(result, write_report(result.folder))
     raise typer.Exit(0 if result.ok else 1)
 
 
-@app.command(rich_help_panel=MAINTAINERS)
-@reports_errors
-def expect(runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs of one profile.")]) -> None:
+@_command("expect", MAINTAINERS)
+def _expect(runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs of one profile.")]) -> None:
     """Update the expected values from finished runs that agree. Values with a cited source are kept."""
     from helpers.runs import execution, expected, store
 
@@ -43,9 +41,8 @@ def expect(runs: Annotated[list[Path], typer.Argument(help="Folders of finished 
     typer.echo(f"{path}: {len(measured)} values from {len(runs)} runs, {len(cited)} from citations")
 
 
-@app.command("train-mini", rich_help_panel=MAINTAINERS)
-@reports_errors
-def train_mini(
+@_command("train-mini", MAINTAINERS)
+def _train_mini(
     data: Annotated[Path, typer.Option(help="Folder with the text files that the recipe names.")],
     stage: Annotated[
         list[str] | None, typer.Option(help="tokenizer, base or chat (repeatable). Default: all three.")
@@ -59,12 +56,11 @@ def train_mini(
 
     settings = training.read_recipe(recipe or training.RECIPE)
     training.train(data, work, settings, stage or training.STAGES, out)
-    typer.echo(f"Trained: {shortened(out)}. To evaluate it: workbook evaluate-mini --models {shortened(out)}")
+    typer.echo(f"Trained: {_shortened(out)}. To evaluate it: workbook evaluate-mini --models {_shortened(out)}")
 
 
-@app.command("evaluate-mini", rich_help_panel=MAINTAINERS)
-@reports_errors
-def evaluate_mini(
+@_command("evaluate-mini", MAINTAINERS)
+def _evaluate_mini(
     models: Annotated[Path, typer.Option(help="Folder of falcon-mini and falcon-mini-chat.")] = MODELS,
 ) -> None:
     """Measure falcon-mini on held-out texts and write its quality.json, its curve and its model card."""

@@ -12,36 +12,35 @@ from rich.console import Console
 from rich.table import Table
 
 from helpers.base.errors import WorkbookError, choose
-from helpers.cli.app import USERS, ProfileOption, app, reports_errors, shortened, split
+from helpers.cli.workbook import _command, _ProfileOption, _shortened, _split
 
 if TYPE_CHECKING:
     from helpers.evaluation.leaderboard import Leaderboard
 
-EnginesOption = Annotated[
+_EnginesOption = Annotated[
     list[str] | None,
     typer.Option(help="plain, default, fastest, llama.cpp, ctranslate2, vllm (repeatable, or comma-separated)."),
 ]
-PeersOption = Annotated[
+_PeersOption = Annotated[
     Path | None, typer.Option(help="Folder with the other programs' packages. Default: .cache/peers.")
 ]
-VllmOption = Annotated[
+_VllmOption = Annotated[
     Path | None,
     typer.Option(
         envvar="WORKBOOK_VLLM_PYTHON", help="Python interpreter that has vLLM. Default: .cache/vllm/bin/python."
     ),
 ]
-PrecisionOption = Annotated[
+_PrecisionOption = Annotated[
     str | None, typer.Option(help="fp32, bf16, fp16, int8 or nf4. Default: the profile's precision.")
 ]
 
 
-@app.command(rich_help_panel=USERS)
-@reports_errors
-def leaderboard(
-    profile: ProfileOption = "laptop",
+@_command("leaderboard")
+def _leaderboard(
+    profile: _ProfileOption = "laptop",
     model: Annotated[str, typer.Option(help="A model of the profile: falcon, falcon_chat or llama_chat.")] = "falcon",
     *,
-    precision: PrecisionOption = None,
+    precision: _PrecisionOption = None,
     limit: Annotated[int | None, typer.Option(help="Use only this many items of each task, at least 2.")] = None,
     tasks: Annotated[
         Path | None,
@@ -61,18 +60,17 @@ def leaderboard(
     choose(model, chosen.models, "model")
     load = functools.partial(loading.load, chosen.models[model], precision or chosen.precision)
     measured = evaluation_leaderboard.leaderboard_average(load, limit=limit, folder=tasks or evaluation_tasks.TASKS)
-    Console(highlight=False).print(_leaderboard(measured), "\n".join(measured.notes), sep="\n")
+    Console(highlight=False).print(_leaderboard_table(measured), "\n".join(measured.notes), sep="\n")
 
 
-@app.command(rich_help_panel=USERS)
-@reports_errors
-def bench(
-    profile: ProfileOption = "laptop",
+@_command("bench")
+def _bench(
+    profile: _ProfileOption = "laptop",
     *,
     quick: Annotated[
         bool, typer.Option("--quick", help="A few sizes, two runs each, without the engines that start slowly.")
     ] = False,
-    engines: EnginesOption = None,
+    engines: _EnginesOption = None,
     models: Annotated[list[str] | None, typer.Option(help="falcon, falcon_chat, llama_chat, shape.")] = None,
     context: Annotated[list[str] | None, typer.Option(help="Tokens of prompt and reply: 128, 512, 1900.")] = None,
     batch: Annotated[list[str] | None, typer.Option(help="Sequences at a time: 1, 4, 16.")] = None,
@@ -82,10 +80,10 @@ def bench(
     repeats: Annotated[
         int | None, typer.Option(help="Timed runs of each engine. Default: 5, or 2 with --quick.", min=1)
     ] = None,
-    precision: PrecisionOption = None,
+    precision: _PrecisionOption = None,
     limit: Annotated[float, typer.Option(help="Seconds after which a run is given up.")] = 300,
-    peers: PeersOption = None,
-    vllm_python: VllmOption = None,
+    peers: _PeersOption = None,
+    vllm_python: _VllmOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results. Default: runs/bench-<UTC time>.")] = None,
 ) -> None:
     """Time engines on the same weights, in turn: a table, a figure, a JSON file. See env/benchmarks/README.md.
@@ -97,17 +95,17 @@ def bench(
     from helpers.speed import session
 
     wish = session.Wish(
-        quick, split(engines), split(models), _whole_numbers(context), _whole_numbers(batch), new_tokens, repeats,
+        quick, _split(engines), _split(models), _whole_numbers(context), _whole_numbers(batch), new_tokens, repeats,
         precision, limit, peers or session.PEERS, vllm_python, out,
     )  # fmt: skip
     outcome = session.run(load_profile(profile), wish)
     typer.echo((outcome.folder / "bench.md").read_text(encoding="utf-8"))
     title = "Interrupted; measured so far" if outcome.interrupted else "Results"
-    typer.echo(f"{title}: {shortened(outcome.folder)}")
+    typer.echo(f"{title}: {_shortened(outcome.folder)}")
     raise typer.Exit(1 if outcome.interrupted else 0)
 
 
-def _leaderboard(measured: Leaderboard) -> Table:
+def _leaderboard_table(measured: Leaderboard) -> Table:
     table = Table("task", "shots", "metric", "score", "standard error", "items", box=None, pad_edge=False)
     table.title, table.title_justify = f"{measured.model}, {measured.precision}, percent", "left"
     for score in measured.scores:
@@ -120,7 +118,7 @@ def _leaderboard(measured: Leaderboard) -> Table:
 
 
 def _whole_numbers(texts: Iterable[str] | None) -> list[int]:
-    parts = split(texts)
+    parts = _split(texts)
     # isdecimal refuses signs and exponents, which int would take or which make no number of tokens.
     wrong = [part for part in parts if not part.isdecimal()]
     if wrong:

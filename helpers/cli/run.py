@@ -11,12 +11,11 @@ import typer
 from rich.console import Console
 
 from helpers.base.files import ROOT
-from helpers.cli.app import USERS, ProfileOption, RunFolder, app, print_result, reports_errors, split
+from helpers.cli.workbook import _command, _print_result, _ProfileOption, _RunFolder, _split
 
 
-@app.command(rich_help_panel=USERS)
-@reports_errors
-def fetch(profile: ProfileOption = "laptop") -> None:
+@_command("fetch")
+def _fetch(profile: _ProfileOption = "laptop") -> None:
     """Download and check the models of a profile.
 
     Exit code 0: all are here, 1: a model could not be downloaded, 2: usage.
@@ -27,9 +26,8 @@ def fetch(profile: ProfileOption = "laptop") -> None:
     fetching.fetch(profiles.load_profile(profile))
 
 
-@app.command(rich_help_panel=USERS)
-@reports_errors
-def run(
+@_command("run")
+def _run(
     profile: Annotated[str | None, typer.Option(help="A name in env/profiles, or auto. Default: laptop.")] = None,
     only: Annotated[
         list[str] | None,
@@ -58,29 +56,27 @@ def run(
 
     request = execution.Request(
         profile,
-        only=split(only),
+        only=_split(only),
         parameters=parameter or (),
         resume=resume,
         folder=folder,
         rehearse=rehearse,
     )
     result = execution.run(request, command=["workbook", *sys.argv[1:]])
-    print_result(result, write_report(result.folder))
+    _print_result(result, write_report(result.folder))
     raise typer.Exit(0 if result.ok else 1)
 
 
-@app.command(rich_help_panel=USERS)
-@reports_errors
-def report(run: RunFolder) -> None:
+@_command("report")
+def _report(run: _RunFolder) -> None:
     """Write the report of a run again."""
     from helpers.runs.report import write_report
 
     typer.echo(write_report(run))
 
 
-@app.command(rich_help_panel=USERS)
-@reports_errors
-def check(run: RunFolder) -> None:
+@_command("check")
+def _check(run: _RunFolder) -> None:
     """Judge a run by its profile's expected values. Exit code 0: none differs or is missing, 1: some do, 2: usage."""
     from helpers.runs import execution, expected, store
 
@@ -92,11 +88,10 @@ def check(run: RunFolder) -> None:
     raise typer.Exit(0 if judged.passed else 1)
 
 
-@app.command(rich_help_panel=USERS)
-@reports_errors
-def diff(
+@_command("diff")
+def _diff(
     run_a: Annotated[Path, typer.Argument(help="The folder of the run to compare with.")],
-    run_b: RunFolder,
+    run_b: _RunFolder,
     html: Annotated[Path | None, typer.Option(help="The page to write. Default: RUN_B/diff-<RUN_A>.html.")] = None,
     strict_times: Annotated[
         bool,
@@ -114,9 +109,8 @@ def diff(
     raise typer.Exit(1 if compared.differing else 0)
 
 
-@app.command(rich_help_panel=USERS)
-@reports_errors
-def lab() -> None:
+@_command("lab")
+def _lab() -> None:
     """Open JupyterLab in notebooks/, with this environment's kernel."""
     options = [f"--ServerApp.root_dir={ROOT}", "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb"]
     # The process becomes JupyterLab, so Ctrl-C and signals reach it without a parent in between.

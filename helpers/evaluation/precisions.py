@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
 from helpers.base.stats import Measured
 from helpers.base.units import GIB, QUANTIZED
 from helpers.evaluation.harness import _Evaluation, evaluate
@@ -27,6 +25,7 @@ from helpers.speed import benchmark
 from helpers.speed.benchmark import Benchmark
 
 if TYPE_CHECKING:
+    import torch  # noqa: TC004 (it takes seconds to import)
     from pandas import DataFrame
 
     from helpers.base.stats import Interval

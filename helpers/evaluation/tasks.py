@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from lm_eval.tasks.manager import TaskDict
-
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
 
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks.manager import TaskDict  # noqa: TC004 (it takes seconds to import)
 
 TASKS = ROOT / "notebooks/data/tasks"
 _FEWSHOT_SEED = 1234  # the harness' own

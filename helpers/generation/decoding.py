@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from transformers import PreTrainedModel, StaticCache
-
 from helpers.base.errors import WorkbookError
 from helpers.base.progress import waiting
 from helpers.generation.sampling import DecodingPath
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     import torch
-    from transformers import Cache, GenerationConfig
+    from transformers import Cache, GenerationConfig, PreTrainedModel, StaticCache  # noqa: TC004
     from transformers.generation.utils import GenerateOutput
 
     from helpers.models.references import Profile

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from transformers import PretrainedConfig
-
 from helpers.base.errors import WorkbookError
 from helpers.base.units import GIB, QUANTIZED, gib
 from helpers.machine.anatomy import anatomy
@@ -17,6 +15,8 @@ from helpers.machine.packing import _fill, _spread
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from transformers import PretrainedConfig  # noqa: TC004 (it takes seconds to import)
 
     from helpers.machine.hardware import Machine
 

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from helpers.base.progress import human
 from helpers.machine.memory import kv_bytes_per_token
 from helpers.models.devices import _device_of
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
     from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: TC004 (it takes seconds to import)
 
     from helpers.models.devices import DeviceMap
 

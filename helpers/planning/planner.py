@@ -12,8 +12,6 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from transformers import PretrainedConfig
-
 from helpers.base.errors import WorkbookError, choose
 from helpers.base.units import PRECISIONS, gib
 from helpers.machine import anatomy, hardware, memory, sharding
@@ -40,6 +38,8 @@ from helpers.planning.plan import (
 )
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig  # noqa: TC004 (it takes seconds to import)
+
     from helpers.machine.placement import Placement
     from helpers.models.references import Profile
 

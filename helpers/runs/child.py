@@ -1,4 +1,4 @@
-"""One notebook in a process of its own: ``python -m helpers.runner.child``, started by ``helpers.runner.supervision``.
+"""Run one notebook in a process of its own: ``python -m helpers.runs.child``, started by ``supervision``.
 
 Standard input carries one JSON line, the job, and then stays open: when it ends, the runner is gone, and this process
 kills the kernel, everything the kernel started, and itself. Standard output carries the events, one JSON line each:
@@ -15,15 +15,12 @@ here, redacted, after each cell.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Literal, Required, TypedDict, cast
-
-from nbformat import NotebookNode
 
 from helpers.base.files import write_text
 from helpers.base.processes import Parent, adopt_orphans, kill_marked
@@ -34,6 +31,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from jupyter_client.manager import AsyncKernelManager
+    from nbformat import NotebookNode  # noqa: TC004 (it takes seconds to import)
 
 _IOPUB_SECONDS = 60
 
@@ -77,7 +75,7 @@ class _Reply(TypedDict):
     content: _Answer
 
 
-class _Stopped(Exception):
+class _Stopped(Exception):  # noqa: N818 (it ends a notebook, and is no error of this process)
     """The notebook goes no further: a cell failed or ran past its time."""
 
 
@@ -102,19 +100,19 @@ class _Watcher:
         self.cells = len([cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()])
         self.emit({"event": "ready", "cells": self.cells})
 
-    def on_cell_execute(self, cell: NotebookNode, cell_index: int) -> None:
+    def on_cell_execute(self, cell: NotebookNode, **_: object) -> None:
         """A code cell is about to run."""
         self.cell += 1
         self.current, self.cell_began = cell, monotonic()
         line = cell.source.strip().splitlines()[0]
         self.emit({"event": "started", "cell": self.cell, "line": line})
 
-    def timeout(self, cell: NotebookNode) -> float:
+    def timeout(self, _cell: NotebookNode) -> float:
         """Seconds this cell may take: its own budget, or what is left of the notebook's."""
         left = self.job.seconds - (monotonic() - self.began)
         return max(0.1, min(self.job.cell_seconds, left))
 
-    def on_cell_executed(self, cell: NotebookNode, cell_index: int, execute_reply: _Reply) -> None:
+    def on_cell_executed(self, cell: NotebookNode, execute_reply: _Reply, **_: object) -> None:
         """The kernel answered: judge the cell, save the notebook."""
         self.reason = self._over_budget() or self._error(cell, execute_reply["content"])
         self.current = None
@@ -206,7 +204,7 @@ def _execute_cells(watcher: _Watcher) -> None:
         language="python",
         kernel_manager_class=_kernel_manager(),
         progress_bar=False,
-        cwd=os.path.dirname(job.notebook),
+        cwd=str(Path(job.notebook).parent),
         # First an interrupt, so that the cell's traceback shows where it was.
         interrupt_on_timeout=True,
         timeout_func=watcher.timeout,

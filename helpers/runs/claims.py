@@ -72,17 +72,51 @@ class _JudgedClaim:
         return "confirmed in part" if self.confirmed_in_part else self.verdict.text
 
 
-def _read_claims() -> dict[str, _Claim]:
-    """Read the article's statements by number; the head of the file says what each field holds."""
-    return _read_claims_file(CLAIMS)
-
-
 def _ledger(run_dir: Path) -> list[_JudgedClaim]:
     """Judge all claims of the article, in numeric order, by what a run recorded.
 
     Raises RunFolderError if there is no run in the folder.
     """
     return _judged_claims(_read_status(run_dir), store.read_manifest(run_dir), _read_results(run_dir))
+
+
+def _judged_claims(status: _Status, manifest: _Manifest, recorded: _Results) -> list[_JudgedClaim]:
+    """Judge all claims in numeric order: each has the run's verdict, or says why there is none."""
+    by_claim: dict[str, list[_ClaimValue]] = {}
+    for notebook in status.notebooks:
+        for name, value in recorded.values.get(notebook, {}).items():
+            if value.claim:
+                by_claim.setdefault(value.claim, []).append(_ClaimValue(notebook, name, value))
+    statements = _read_claims()
+    claims = []
+    # A10 comes after A9: the shorter number is the smaller one.
+    for number in sorted({*statements, *by_claim}, key=lambda number: (len(number), number)):
+        claim, values = statements.get(number, _UNKNOWN), by_claim.get(number, [])
+        verdict = _verdict(values, manifest) if values else _unmeasured(claim, status, manifest)
+        claims.append(_JudgedClaim(number, claim, verdict, tuple(values)))
+    return claims
+
+
+def _read_claims() -> dict[str, _Claim]:
+    """Read the article's statements by number; the head of the file says what each field holds."""
+    return _read_claims_file(CLAIMS)
+
+
+def _verdict(values: Sequence[_ClaimValue], manifest: _Manifest) -> _Verdict:
+    """``claim_verdict``, in which a model counts as real only if the profile names it and it stands in for nothing.
+
+    What a model of random weights gave says nothing of a claim.
+    """
+    real = {ref.label for ref in manifest.models.values() if not ref.stand_in_for}
+    not_real = {}
+    for value in values:
+        label = value.content.model
+        if label and manifest.rehearsal is not None:
+            return _Verdict("rehearsed: no verdict", "shown")
+        if label and label not in real:
+            # A label reads "falcon-mini (stand-in for ...)".
+            not_real[label] = label.split(" (")[0]
+    return _claim_verdict([value.content for value in values], not_real | _stand_ins(manifest))
 
 
 def _claim_verdict(values: Iterable[_RecordedValue], stand_ins: Mapping[str, str]) -> _Verdict:
@@ -134,40 +168,6 @@ def _real_verdict(values: Sequence[_RecordedValue]) -> _Verdict:
     if agrees:
         return _Verdict("confirmed", "passed", basis)
     return _Verdict("not confirmed", "failed", basis)
-
-
-def _judged_claims(status: _Status, manifest: _Manifest, recorded: _Results) -> list[_JudgedClaim]:
-    """Judge all claims in numeric order: each has the run's verdict, or says why there is none."""
-    by_claim: dict[str, list[_ClaimValue]] = {}
-    for notebook in status.notebooks:
-        for name, value in recorded.values.get(notebook, {}).items():
-            if value.claim:
-                by_claim.setdefault(value.claim, []).append(_ClaimValue(notebook, name, value))
-    statements = _read_claims()
-    claims = []
-    # A10 comes after A9: the shorter number is the smaller one.
-    for number in sorted({*statements, *by_claim}, key=lambda number: (len(number), number)):
-        claim, values = statements.get(number, _UNKNOWN), by_claim.get(number, [])
-        verdict = _verdict(values, manifest) if values else _unmeasured(claim, status, manifest)
-        claims.append(_JudgedClaim(number, claim, verdict, tuple(values)))
-    return claims
-
-
-def _verdict(values: Sequence[_ClaimValue], manifest: _Manifest) -> _Verdict:
-    """``claim_verdict``, in which a model counts as real only if the profile names it and it stands in for nothing.
-
-    What a model of random weights gave says nothing of a claim.
-    """
-    real = {ref.label for ref in manifest.models.values() if not ref.stand_in_for}
-    not_real = {}
-    for value in values:
-        label = value.content.model
-        if label and manifest.rehearsal is not None:
-            return _Verdict("rehearsed: no verdict", "shown")
-        if label and label not in real:
-            # A label reads "falcon-mini (stand-in for ...)".
-            not_real[label] = label.split(" (")[0]
-    return _claim_verdict([value.content for value in values], not_real | _stand_ins(manifest))
 
 
 def _unmeasured(claim: _Claim, status: _Status, manifest: _Manifest) -> _Verdict:

@@ -1,11 +1,12 @@
-"""The difference of two runs as text for a terminal and as an HTML page."""
+"""Show the difference of two runs, as tables on a terminal and as an HTML page."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from helpers.base.files import write_text
-from helpers.runs.difference import BEYOND, NOISE, ONLY_A, ONLY_B, SAME, SLOW, WITHIN, DifferenceError, _Pair
+from helpers.runs.difference import DifferenceError, _Pair
+from helpers.runs.difference_values import BEYOND, NOISE, ONLY_A, ONLY_B, SAME, SLOW, WITHIN
 from helpers.runs.expected import _format_value, _with_unit
 from helpers.runs.pages import _render_page
 
@@ -17,22 +18,13 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from helpers.runs.difference import _Line, _RunDifference
+    from helpers.runs.difference import _RunDifference
+    from helpers.runs.difference_values import _Line
 
 _VERDICTS = (SAME, WITHIN, BEYOND, NOISE, SLOW, ONLY_A, ONLY_B)
-
-
-def write_page(difference: _RunDifference, target: Path | None = None) -> Path:
-    """Write the comparison as an HTML page, by default ``diff-<A>.html`` in B's folder, and return its path.
-
-    Raises DifferenceError if it cannot be written.
-    """
-    target = target or difference.run_b / f"diff-{difference.names[0]}.html"
-    try:
-        write_text(target, _render_page("difference.html.j2", _content(difference)))
-    except OSError as error:
-        raise DifferenceError(f"Cannot write {target} ({error.strerror}). Name another file with --html.") from error
-    return target
+# How a verdict looks on a terminal, and its class on the page.
+_STYLES = {SAME: "dim", NOISE: "dim", WITHIN: "green"}
+_MARKS = {SAME: "same", WITHIN: "as-expected", SLOW: "on-stand-in"}
 
 
 def tables(difference: _RunDifference) -> Iterator[RenderableType]:
@@ -55,41 +47,6 @@ def tables(difference: _RunDifference) -> Iterator[RenderableType]:
     yield Text.assemble(outcome, f". {len(difference.lines)} values: {counted or 'none recorded'}.")
 
 
-_STYLES = {SAME: "dim", NOISE: "dim", WITHIN: "green"}
-
-
-def _by_notebook(lines: Iterable[_Line]) -> dict[str, list[_Line]]:
-    """The lines of each notebook, those that count first."""
-    by_notebook: dict[str, list[_Line]] = {}
-    for line in lines:
-        by_notebook.setdefault(line.notebook, []).append(line)
-    return {notebook: sorted(group, key=lambda line: not line.counts) for notebook, group in by_notebook.items()}
-
-
-def _shown_noise(line: _Line) -> str:
-    """The noise that a value was judged by, if its values differ."""
-    return f"± {line.noise:,.3g}" if line.noise and line.verdict in (WITHIN, BEYOND) else ""
-
-
-def _table(title: str, first: str, *others: str) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    heading = Text(f"\n{title}", style="bold")
-    table = Table(title=heading, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(first, overflow="fold", ratio=3)
-    for name in others:
-        table.add_column(name, overflow="fold", ratio=2)
-    return table
-
-
-def _texts(pair: _Pair) -> tuple[Text, Text]:
-    # As Text, here and below, because a value may hold what rich takes for its markup.
-    from rich.text import Text
-
-    return Text(pair.first), Text(pair.second, style="yellow" if pair.differs else "")
-
-
 def _run_table(difference: _RunDifference) -> Table:
     table = _table("The runs", "", "A", "B")
     for pair in (_Pair("Run", *difference.names), *difference.facts):
@@ -101,15 +58,6 @@ def _notebook_table(difference: _RunDifference) -> Table:
     table = _table("Notebooks", "", "A", "B", "time A", "time B")
     for status, time in zip(difference.statuses, difference.times, strict=True):
         table.add_row(status.what, *_texts(status), time.first, time.second)
-    return table
-
-
-def _pair_table(title: str, pairs: Iterable[_Pair]) -> Table:
-    from rich.text import Text
-
-    table = _table(title, "", "A", "B")
-    for pair in pairs:
-        table.add_row(Text(pair.what), Text(pair.first), Text(pair.second))
     return table
 
 
@@ -131,7 +79,45 @@ def _value_table(notebook: str, lines: Iterable[_Line]) -> Table:
     return table
 
 
-_MARKS = {SAME: "same", WITHIN: "as-expected", SLOW: "on-stand-in"}
+def _pair_table(title: str, pairs: Iterable[_Pair]) -> Table:
+    from rich.text import Text
+
+    table = _table(title, "", "A", "B")
+    for pair in pairs:
+        table.add_row(Text(pair.what), Text(pair.first), Text(pair.second))
+    return table
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    heading = Text(f"\n{title}", style="bold")
+    table = Table(title=heading, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(first, overflow="fold", ratio=3)
+    for name in others:
+        table.add_column(name, overflow="fold", ratio=2)
+    return table
+
+
+def _texts(pair: _Pair) -> tuple[Text, Text]:
+    # As Text, here and below, because a value may hold what rich takes for its markup.
+    from rich.text import Text
+
+    return Text(pair.first), Text(pair.second, style="yellow" if pair.differs else "")
+
+
+def write_page(difference: _RunDifference, target: Path | None = None) -> Path:
+    """Write the comparison as an HTML page, by default ``diff-<A>.html`` in B's folder, and return its path.
+
+    Raises DifferenceError if it cannot be written.
+    """
+    target = target or difference.run_b / f"diff-{difference.names[0]}.html"
+    try:
+        write_text(target, _render_page("difference.html.j2", _content(difference)))
+    except OSError as error:
+        raise DifferenceError(f"Cannot write {target} ({error.strerror}). Name another file with --html.") from error
+    return target
 
 
 def _content(difference: _RunDifference) -> dict[str, object]:
@@ -175,3 +161,16 @@ def _shown(line: _Line) -> dict[str, object]:
         "verdict": line.verdict,
         "mark": "differs" if line.counts else _MARKS.get(line.verdict, ""),
     }
+
+
+def _by_notebook(lines: Iterable[_Line]) -> dict[str, list[_Line]]:
+    """The lines of each notebook, those that count first."""
+    by_notebook: dict[str, list[_Line]] = {}
+    for line in lines:
+        by_notebook.setdefault(line.notebook, []).append(line)
+    return {notebook: sorted(group, key=lambda line: not line.counts) for notebook, group in by_notebook.items()}
+
+
+def _shown_noise(line: _Line) -> str:
+    """The noise that a value was judged by, if its values differ."""
+    return f"± {line.noise:,.3g}" if line.noise and line.verdict in (WITHIN, BEYOND) else ""

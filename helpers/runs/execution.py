@@ -88,8 +88,7 @@ class RunResult:
 def run(request: Request, *, command: Sequence[str] = (), console: Console | None = None) -> RunResult:
     """Run the notebooks and return how each ended; a failure does not stop the others.
 
-    ``command`` is kept in the manifest. The models that the notebooks name are fetched first, outside of all budgets;
-    each is used at the commit that it had then, in what is resumed too.
+    ``command`` is kept in the manifest.
 
     The models that the notebooks declare are fetched first, outside of all budgets; each is used at the commit that it
     had then, in what is resumed too. A notebook that loads a model that it does not declare fails.
@@ -230,7 +229,7 @@ class _Session:
 
     def _take(self, entry: _NotebookStatus, progress: _Progress) -> None:
         # Blanked here too, because the terminal shows these texts before any file does.
-        entry.reason = _redact(progress.reason, self.secrets)
+        entry.reason = progress.reason and _redact(progress.reason, self.secrets)
         entry.line = _redact(progress.line, self.secrets)
         entry.cell, entry.cells = progress.cell, progress.cells
         entry.seconds = round(progress.seconds, 2)
@@ -361,7 +360,7 @@ def _prepared(profile: Profile, folder: Path, console: Console) -> Rehearsal:
 
 
 def _check_machine(profile: Profile) -> None:
-    """Refuse a profile whose GPUs, memory or disk this machine lacks: a download of hours would end in an error."""
+    """Raise UsageError if the machine is too small for the profile: a download of hours would end in an error."""
     from helpers.machine import hardware
     from helpers.models import profiles
 
@@ -369,7 +368,9 @@ def _check_machine(profile: Profile) -> None:
         return
     if missing := profiles.missing(profile, hardware.detect_apart(), profiles.downloaded_bytes(profile)):
         needs = "; ".join(missing)
-        raise UsageError(f"profile {profile.name} cannot run here: {needs} (workbook plan --profile {profile.name})")
+        raise UsageError(
+            f"Profile {profile.name} cannot run here: {needs}. Run workbook plan --profile {profile.name} to see why."
+        )
 
 
 def _resumed(manifest: _Manifest, request: Request, raw: Mapping[str, str]) -> Request:

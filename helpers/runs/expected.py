@@ -1,4 +1,8 @@
-"""Recorded values: how they are shown, and when two are the same."""
+"""Expected values: judge a run by them, make them from runs, and say when two values are the same.
+
+Also how a value is written for people, with its unit and tolerance: the notebooks, the report and the comparison of two
+runs show it in the same way.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +23,6 @@ if TYPE_CHECKING:
 FLOAT_FLOOR = 0.01  # another CPU rounds differently: floats are never expected closer than 1%
 _TIME_UNITS = frozenset({"s", "ms", "µs", "us", "min", "h", "seconds", "minutes", "hours"})
 _ROUNDING = 1e-9
-
-
-def _format_value(value: Value | None) -> str:
-    """Format a value for people: thousands separated, floats to six significant digits, a dash for None."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.6g}"
 
 
 @dataclass(frozen=True)
@@ -59,24 +50,6 @@ class _Judgement:
         )
 
 
-def _with_unit(value: Value | None, unit: str) -> str:
-    """Format a value followed by its unit, if it has one."""
-    if value is None:
-        return _format_value(value)
-    return f"{_format_value(value)} {unit}".rstrip()
-
-
-def _with_tolerance(value: Value | None, tolerance: float | None, unit: str) -> str:
-    """Format an expected value with its tolerance, if it has one."""
-    margin = f" ± {tolerance:,.3g}" if tolerance else ""
-    return _with_unit(value, f"{margin} {unit}".strip())
-
-
-def _is_timing(unit: str) -> bool:
-    """True for a unit of times, speeds and bandwidths (``s``, ``tokens/s``, ``GB/s``): they belong to the machine."""
-    return unit in _TIME_UNITS or unit.endswith("/s")
-
-
 def judge(run_dir: Path, expected: Mapping[str, _ExpectedValue]) -> _Judgement:
     """Compare what a run recorded with the expected values, for the notebooks that the run is made of.
 
@@ -99,29 +72,24 @@ def judge(run_dir: Path, expected: Mapping[str, _ExpectedValue]) -> _Judgement:
     return _Judgement(within, tuple(differing), tuple(missing), len(values.keys() - expected.keys()))
 
 
-def _is_number(value: object) -> TypeGuard[int | float]:
-    """True for an int or a float, False for a bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _profile_of(run: Path) -> str:
+    """The profile of a run. Raises ResultError for a rehearsal: nobody knows what its models should give."""
+    manifest = store.read_manifest(run)
+    if manifest.rehearsal is not None:
+        raise ResultError(f"{run} is a rehearsal, whose values say nothing about the models. Give a real run.")
+    return manifest.profile
 
 
-def _matches(value: Value, expected: Value, tolerance: float) -> bool:
-    """True if numbers differ by at most the absolute tolerance (rounding apart), or other values are equal."""
-    if _is_number(value) and _is_number(expected):
-        return abs(value - expected) <= tolerance + _ROUNDING * max(abs(value), abs(expected))
-    return type(value) is type(expected) and value == expected
+def _values_by_key(run: Path) -> Iterator[tuple[str, _RecordedValue]]:
+    for notebook, entries in _read_results(run).values.items():
+        for name, entry in entries.items():
+            yield f"{notebook}/{name}", entry
 
 
-def _relative_change(first: Value | None, second: Value | None) -> str:
-    """Format the change from one number to another: ``+1.5%``, or ``× 12`` from ten times on.
-
-    Empty if they are equal or not numbers, or if the first is 0.
-    """
-    if not (_is_number(first) and _is_number(second)) or first in (0, second):
-        return ""
-    change = (second - first) / abs(first)
-    if change >= 9 and first > 0:
-        return f"× {second / first:,.3g}"
-    return f"{100 * change:+.2g}%" if abs(change) < 0.1 else f"{change:+,.0%}"
+def _difference(key: str, entry: _RecordedValue, expected: _ExpectedValue) -> str:
+    recorded = _with_unit(entry.value, entry.unit)
+    wanted = _with_tolerance(expected.value, expected.tolerance, entry.unit)
+    return f"differs: {key} is {recorded}, expected {wanted} ({expected.source})"
 
 
 def expected_from_runs(run_dirs: Sequence[Path]) -> dict[str, _ExpectedValue]:
@@ -153,20 +121,6 @@ def expected_from_runs(run_dirs: Sequence[Path]) -> dict[str, _ExpectedValue]:
     return entries
 
 
-def _profile_of(run: Path) -> str:
-    """The profile of a run. Raises ResultError for a rehearsal: nobody knows what its models should give."""
-    manifest = store.read_manifest(run)
-    if manifest.rehearsal is not None:
-        raise ResultError(f"{run} is a rehearsal, whose values say nothing about the models. Give a real run.")
-    return manifest.profile
-
-
-def _values_by_key(run: Path) -> Iterator[tuple[str, _RecordedValue]]:
-    for notebook, entries in _read_results(run).values.items():
-        for name, entry in entries.items():
-            yield f"{notebook}/{name}", entry
-
-
 def _reproducible(run: Path) -> Iterator[tuple[str, _RecordedValue]]:
     """What notebooks that passed recorded, and another machine could record too."""
     notebooks = _read_status(run).notebooks
@@ -194,7 +148,57 @@ def _summary(entries: Sequence[_RecordedValue], source: str) -> _ExpectedValue |
     return _ExpectedValue(value=value, tolerance=spread, source=source)
 
 
-def _difference(key: str, entry: _RecordedValue, expected: _ExpectedValue) -> str:
-    recorded = _with_unit(entry.value, entry.unit)
-    wanted = _with_tolerance(expected.value, expected.tolerance, entry.unit)
-    return f"differs: {key} is {recorded}, expected {wanted} ({expected.source})"
+def _is_timing(unit: str) -> bool:
+    """True for a unit of times, speeds and bandwidths (``s``, ``tokens/s``, ``GB/s``): they belong to the machine."""
+    return unit in _TIME_UNITS or unit.endswith("/s")
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    """True for an int or a float, False for a bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _matches(value: Value, expected: Value, tolerance: float) -> bool:
+    """True if numbers differ by at most the absolute tolerance (rounding apart), or other values are equal."""
+    if _is_number(value) and _is_number(expected):
+        return abs(value - expected) <= tolerance + _ROUNDING * max(abs(value), abs(expected))
+    return type(value) is type(expected) and value == expected
+
+
+def _relative_change(first: Value | None, second: Value | None) -> str:
+    """Format the change from one number to another: ``+1.5%``, or ``× 12`` from ten times on.
+
+    Empty if they are equal or not numbers, or if the first is 0.
+    """
+    if not (_is_number(first) and _is_number(second)) or first in (0, second):
+        return ""
+    change = (second - first) / abs(first)
+    if change >= 9 and first > 0:
+        return f"× {second / first:,.3g}"
+    return f"{100 * change:+.2g}%" if abs(change) < 0.1 else f"{change:+,.0%}"
+
+
+def _format_value(value: Value | None) -> str:
+    """Format a value for people: thousands separated, floats to six significant digits, a dash for None."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.6g}"
+
+
+def _with_unit(value: Value | None, unit: str) -> str:
+    """Format a value followed by its unit, if it has one."""
+    if value is None:
+        return _format_value(value)
+    return f"{_format_value(value)} {unit}".rstrip()
+
+
+def _with_tolerance(value: Value | None, tolerance: float | None, unit: str) -> str:
+    """Format an expected value with its tolerance, if it has one."""
+    margin = f" ± {tolerance:,.3g}" if tolerance else ""
+    return _with_unit(value, f"{margin} {unit}".strip())

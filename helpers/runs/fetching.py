@@ -1,4 +1,4 @@
-"""The models of a profile, fetched in a process of its own, which runs ``main``.
+"""Download the models of a profile in a process of their own: ``python -m helpers.runs.fetching``.
 
 huggingface_hub downloads several files at a time in threads that nothing can interrupt: a process that downloads would
 answer Ctrl-C only at the end of these files, gigabytes each. The child is killed instead, and the files that it had not
@@ -7,7 +7,7 @@ completed are deleted, which no later download would take up.
 Its standard input carries one JSON line, the job, and then stays open: when it ends, the parent is gone, and the child
 ends itself. What it says goes to the parent's terminal; how it ended, into the job's file ``answer``:
 
-    {"commits": {"tiiuae/falcon-180B": "..."}} or {"error": "why they cannot be had"}
+    {"commits": {"tiiuae/falcon-180B": "..."}} or {"error": "why they could not be downloaded"}
 """
 
 from __future__ import annotations
@@ -30,16 +30,14 @@ from helpers.models.references import Profile
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-MAIN = "from helpers.runs.fetching import main; main()"
-
 
 def fetch(
     profile: Profile, roles: Collection[str] | None = None, commits: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Fetch what loading a profile's models (of ``roles``, if given) needs; the commit of each of a hub, by its id.
+    """Fetch what loading a profile's models (of ``roles``, if given) needs, and return their commits by model id.
 
-    ``commits``, such as an earlier call's, are kept to. How far it is, is shown on the terminal. Raises LoadError. An
-    interruption, such as KeyboardInterrupt, ends it at once; what is complete is kept.
+    Only models of the hub have a commit. ``commits``, such as an earlier call's, are kept to. The terminal shows the
+    progress. Raises LoadError. An interruption, such as KeyboardInterrupt, ends it at once; complete files are kept.
     """
     with TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
@@ -47,7 +45,9 @@ def fetch(
         job = {"profile": asdict(profile), "roles": wanted, "answer": str(answer)}
         code = _run_to_end(job, {**os.environ, "WORKBOOK_REVISIONS": json.dumps(dict(commits or {}))})
         if not answer.exists():
-            raise LoadError(f"fetching the models of {profile.name} ended unexpectedly (exit code {code}): try again.")
+            raise LoadError(
+                f"The download of the models of {profile.name} ended unexpectedly (exit code {code}). Try again."
+            )
         told = json.loads(answer.read_text(encoding="utf-8"))
     if "error" in told:
         raise LoadError(told["error"])
@@ -56,14 +56,16 @@ def fetch(
 
 
 def _run_to_end(job: Mapping[str, object], environment: Mapping[str, str]) -> int:
-    """The exit code of a process that fetches; interrupted, the process and its unfinished files are gone."""
-    child = ChildProcess([sys.executable, "-c", MAIN], environment=environment, cwd=ROOT, shares_output=True)
+    """Run the process that downloads and return its exit code; after an interruption nothing unfinished is left."""
+    child = ChildProcess(
+        [sys.executable, "-m", "helpers.runs.fetching"], environment=environment, cwd=ROOT, shares_output=True
+    )
     try:
         with suppress(BrokenPipeError):  # its exit code says that it died before it read the job
             child.send(job)
         return child.wait()
     finally:
-        # Paused, it completes no file between the look at its open files and its end.
+        # A paused process completes no file between the look at its open files and its end.
         child.pause()
         unfinished = [path for path in child.open_files() if path.endswith(".incomplete")]
         child.end()
@@ -87,3 +89,7 @@ def _main() -> None:
     except WorkbookError as error:
         answer = {"error": str(error)}
     Path(job["answer"]).write_text(json.dumps(answer), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,4 +1,7 @@
-"""The run folder: where it is and who holds it. ``helpers.schema`` describes its files."""
+"""The folder of a run: where it is, which process holds it, and the manifest that says what ran.
+
+``schema`` describes the files of the folder, ``store`` reads and writes them.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +38,6 @@ if TYPE_CHECKING:
 LEAST_FREE_BYTES = 100 * 2**20
 
 
-def _utc_now() -> str:
-    """The time in UTC, to the second, as ISO 8601."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def _new_folder(profile: str) -> Path:
     """The folder of a new run: ``runs/<UTC time>-<profile>``, numbered when that second already has one."""
     stem = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{profile}"
@@ -48,6 +46,47 @@ def _new_folder(profile: str) -> Path:
         number += 1
         folder = ROOT / "runs" / f"{stem}-{number}"
     return folder
+
+
+def _utc_now() -> str:
+    """The time in UTC, to the second, as ISO 8601."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Create the folder if it is missing and hold it for this process, until the block ends or the process dies.
+
+    Raises RunFolderError if it cannot be written, if another live run holds it, or if the disk is nearly full.
+    """
+    try:
+        for part in ("notebooks", "figures", "logs"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        # The system releases the lock of a process that dies, so a killed run never blocks its own resume.
+        lock = FileLock(folder / ".lock")
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise RunFolderError(f"Another run is writing to {folder}. Wait for it, or start a new run.") from error
+    except OSError as error:
+        raise RunFolderError(
+            f"Cannot write the run folder {folder} ({error.strerror}). Change its permissions, or name another folder."
+        ) from error
+    try:
+        _check_space(folder)
+        yield
+    finally:
+        lock.release()
+
+
+def _check_space(folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < LEAST_FREE_BYTES:
+        raise RunFolderError(f"Only {free / 2**20:.0f} MiB are free for {folder}. Free at least 100 MiB.")
+
+
+def _executed_notebook(folder: Path, name: str) -> Path:
+    """The path of a notebook's executed copy."""
+    return folder / "notebooks" / f"{name}.ipynb"
 
 
 def _build_manifest(
@@ -78,31 +117,6 @@ def _build_manifest(
         )
 
 
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Create the folder if it is missing and hold it for this process, until the block ends or the process dies.
-
-    Raises RunFolderError if it cannot be written, if another live run holds it, or if the disk is nearly full.
-    """
-    try:
-        for part in ("notebooks", "figures", "logs"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-        # The system releases the lock of a process that dies, so a killed run never blocks its own resume.
-        lock = FileLock(folder / ".lock")
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise RunFolderError(f"Another run is writing to {folder}. Wait for it, or start a new run.") from error
-    except OSError as error:
-        raise RunFolderError(
-            f"Cannot write the run folder {folder} ({error.strerror}). Change its permissions, or name another folder."
-        ) from error
-    try:
-        _check_space(folder)
-        yield
-    finally:
-        lock.release()
-
-
 def _merge_manifests(earlier: _Manifest, later: _Manifest) -> _Manifest:
     """The manifest of a resumed run: as it is now, with the first start, and the notebooks that only then were run."""
     notebooks = earlier.notebooks | later.notebooks
@@ -115,44 +129,6 @@ def _merge_manifests(earlier: _Manifest, later: _Manifest) -> _Manifest:
             "seeds": dict(sorted(seeds.items())),
         }
     )
-
-
-def _executed_notebook(folder: Path, name: str) -> Path:
-    """The path of a notebook's executed copy."""
-    return folder / "notebooks" / f"{name}.ipynb"
-
-
-def _check_space(folder: Path) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < LEAST_FREE_BYTES:
-        raise RunFolderError(f"Only {free / 2**20:.0f} MiB are free for {folder}. Free at least 100 MiB.")
-
-
-def _git_state(folder: Path) -> _GitState:
-    """The commit of a checkout and whether it holds changes; both None outside of git."""
-    commit, changes = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain")
-    return _GitState(commit=commit, dirty=None if changes is None else bool(changes))
-
-
-def _packages() -> dict[str, str]:
-    """The installed packages and their versions."""
-    versions = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
-    return dict(sorted(versions.items()))
-
-
-def _detected(detection: Completed) -> _Hardware | _UnknownHardware:
-    """What the process found; a run goes on without it."""
-    if detection.returncode != 0:
-        return _UnknownHardware(error=detection.errors.strip()[-500:])
-    return _Hardware.model_validate_json(detection.output)
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def _notebook(plan: _Plan) -> _NotebookFacts:
@@ -173,3 +149,30 @@ def _model_files(ref: ModelRef) -> list[Path]:
         with suppress(LoadError):
             return [packaged_file(ref)]
     return []
+
+
+def _git_state(folder: Path) -> _GitState:
+    """The commit of a checkout and whether it holds changes; both None outside of git."""
+    commit, changes = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain")
+    return _GitState(commit=commit, dirty=None if changes is None else bool(changes))
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _packages() -> dict[str, str]:
+    """The installed packages and their versions."""
+    versions = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
+    return dict(sorted(versions.items()))
+
+
+def _detected(detection: Completed) -> _Hardware | _UnknownHardware:
+    """What the process found; a run goes on without it."""
+    if detection.returncode != 0:
+        return _UnknownHardware(error=detection.errors.strip()[-500:])
+    return _Hardware.model_validate_json(detection.output)

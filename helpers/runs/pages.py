@@ -1,4 +1,7 @@
-"""What the pages about runs have in common: how a template is filled, and the words for times and machines."""
+"""HTML pages of a run: how a template is filled, a page per executed notebook, and the words for times and machines.
+
+The report and the comparison of two runs are made with the same templates, in the folder ``templates``.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +25,19 @@ if TYPE_CHECKING:
     from helpers.runs.schema import _Hardware
 
 ROLES = {"falcon": "Falcon, base", "falcon_chat": "Falcon, chat", "llama_chat": "Llama, chat"}
-_TEMPLATES = Path(__file__).parent
+_TEMPLATES = Path(__file__).parent / "templates"
+# Of what an output offers, the first of these is shown. Widgets and scripts would need a kernel or a network.
+_SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
+_NOTEBOOK_LINK = re.compile(r"\]\(([\w.-]+)\.ipynb(#[^)\s]*)?\)")
 
 
 def _render_page(template: str, content: Mapping[str, object]) -> str:
-    """Fill a template of this folder with ``content``, which is escaped."""
+    """Fill a template of the folder ``templates`` with ``content``, which is escaped."""
     import jinja2
 
     loader = jinja2.FileSystemLoader(_TEMPLATES)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template(template).render(content)
-
-
-_TEMPLATES = Path(__file__).parent
-# Of what an output offers, the first of these is shown. Widgets and scripts would need a kernel or a network.
-_SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
-_NOTEBOOK_LINK = re.compile(r"\]\(([\w.-]+)\.ipynb(#[^)\s]*)?\)")
 
 
 def _write_pages(run_dir: Path, notebooks: Iterable[str]) -> dict[str, str]:
@@ -61,47 +61,6 @@ def _write_pages(run_dir: Path, notebooks: Iterable[str]) -> dict[str, str]:
     for name in stale:
         write_text(run_dir / pages[name], _page(exporter, executed[name], run_dir.resolve().name, pages))
     return pages
-
-
-def _duration(seconds: float | None) -> str:
-    """Format seconds for people: ``0.4 s``, ``12 s``, ``3 min 5 s``, ``2 h 10 min``."""
-    if seconds is None:
-        return "–"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 120:
-        return f"{whole} s"
-    if whole < 7200:
-        large, small, units = whole // 60, whole % 60, ("min", "s")
-    else:
-        large, small, units = whole // 3600, whole % 3600 // 60, ("h", "min")
-    return f"{large} {units[0]} {small} {units[1]}" if small else f"{large} {units[0]}"
-
-
-def _machine(hardware: _Hardware | _UnknownHardware) -> str:
-    """Describe the machine of a run in half a sentence."""
-    if isinstance(hardware, _UnknownHardware):
-        return "an unknown machine"
-    return _gpus(hardware) or f"{hardware.cpu_count} processor cores without a GPU"
-
-
-def _link_to_pages(markdown: str, pages: Container[str]) -> str:
-    """Return markdown whose links to notebooks lead to their pages, or to the report's table if there is no page."""
-
-    def address(match: re.Match[str]) -> str:
-        name, anchor = match[1], match[2] or ""
-        if name in pages:
-            return f"]({name}.html{anchor})"
-        return "](../report.html#notebooks)"
-
-    return _NOTEBOOK_LINK.sub(address, markdown)
-
-
-def _gpus(hardware: _Hardware) -> str:
-    """List the GPUs of a machine, equal ones together; empty if there is none."""
-    counts = Counter(f"{gpu.name} ({gib(gpu.total_bytes)})" for gpu in hardware.gpus)
-    return ", ".join(f"{count} × {name}" for name, count in counts.items())
 
 
 def _is_newer(source: Path, page: Path) -> bool:
@@ -137,3 +96,44 @@ def _linked(notebook: NotebookNode, pages: Container[str]) -> NotebookNode:
         if cell.cell_type == "markdown":
             cell.source = _link_to_pages(cell.source, pages)
     return notebook
+
+
+def _link_to_pages(markdown: str, pages: Container[str]) -> str:
+    """Return markdown whose links to notebooks lead to their pages, or to the report's table if there is no page."""
+
+    def address(match: re.Match[str]) -> str:
+        name, anchor = match[1], match[2] or ""
+        if name in pages:
+            return f"]({name}.html{anchor})"
+        return "](../report.html#notebooks)"
+
+    return _NOTEBOOK_LINK.sub(address, markdown)
+
+
+def _duration(seconds: float | None) -> str:
+    """Format seconds for people: ``0.4 s``, ``12 s``, ``3 min 5 s``, ``2 h 10 min``."""
+    if seconds is None:
+        return "–"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        large, small, units = whole // 60, whole % 60, ("min", "s")
+    else:
+        large, small, units = whole // 3600, whole % 3600 // 60, ("h", "min")
+    return f"{large} {units[0]} {small} {units[1]}" if small else f"{large} {units[0]}"
+
+
+def _machine(hardware: _Hardware | _UnknownHardware) -> str:
+    """Describe the machine of a run in half a sentence."""
+    if isinstance(hardware, _UnknownHardware):
+        return "an unknown machine"
+    return _gpus(hardware) or f"{hardware.cpu_count} processor cores without a GPU"
+
+
+def _gpus(hardware: _Hardware) -> str:
+    """List the GPUs of a machine, equal ones together; empty if there is none."""
+    counts = Counter(f"{gpu.name} ({gib(gpu.total_bytes)})" for gpu in hardware.gpus)
+    return ", ".join(f"{count} × {name}" for name, count in counts.items())

@@ -1,8 +1,8 @@
 """Record the values and figures of a notebook, compared with the values that were expected.
 
-The files are described in ``helpers.schema``. A verdict is "as expected", "differs" or "unmeasured" (nothing to compare
+``schema`` describes the files. A verdict is "as expected", "differs" or "unmeasured" (nothing to compare
 with; this never counts as passed). The judgement ``agrees`` answers another question: whether the value agrees with a
-statement of the article. The runner names the run to a notebook through environment variables (``helpers.settings``);
+statement of the article. The runner names the run to a notebook through environment variables (``base.settings``);
 without a run, values are compared and shown, and kept only in memory.
 """
 
@@ -89,7 +89,7 @@ class _Records(tuple[_Record, ...]):
         return "".join(entry._repr_html_() for entry in self)
 
 
-def record(
+def record(  # noqa: PLR0913 (every notebook uses these names)
     name: str,
     value: Value | Scalar,
     unit: str = "",
@@ -129,8 +129,8 @@ def record_all(
 
         runs.record_all(
             {
-                "size_ratio": runs.Measured(ratio, "x", agrees=abs(ratio / 2.5 - 1) < 0.05),
-                "parameters": runs.Measured(count, "parameters"),
+                "size_ratio": base.Measured(ratio, "x", agrees=abs(ratio / 2.5 - 1) < 0.05),
+                "parameters": base.Measured(count, "parameters"),
             },
             claim="A5",
         )

@@ -1,22 +1,23 @@
-"""Keep the values of secret environment variables out of every file of a run."""
+"""Keep secrets out of every file of a run: tokens and passwords in the environment and in parameters.
+
+``_find_secrets`` says which values are secret, ``_redact`` blanks them in texts and JSON-like data, and ``_sweep`` in
+the files of a folder, whoever wrote them.
+"""
 
 from __future__ import annotations
 
 import html
 import json
 import mmap
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, overload
+from pathlib import Path
+from typing import Any, overload
 from urllib.parse import quote, unquote
 
 from helpers.base.files import write_json
 from helpers.runs.schema import REDACTED
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SHORTEST = 6
 _SECRET_NAME = re.compile(
@@ -115,7 +116,12 @@ def _in_addresses(text: str) -> Iterator[str]:
 
 
 def _worth_hiding(text: str) -> bool:
-    return len(text) >= SHORTEST and not (text.startswith("/") and os.path.exists(text))
+    if len(text) < SHORTEST:
+        return False
+    try:
+        return not (text.startswith("/") and Path(text).exists())
+    except OSError:  # longer than any path, so it is none
+        return True
 
 
 def _holds_any(path: Path, forms: list[bytes]) -> bool:

@@ -1,4 +1,8 @@
-"""Make the committed notebooks: from their sources (jupytext, py:percent), with the outputs of a run."""
+"""Make the committed notebooks from their sources (jupytext, py:percent), with the outputs of a run.
+
+A cell's id follows from its text, so a cell that did not change keeps its outputs. What belongs to one machine or one
+run, such as paths, memory addresses and injected parameters, is taken out.
+"""
 
 from __future__ import annotations
 
@@ -27,33 +31,6 @@ _KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "na
 _ADDRESS = re.compile(r"( at )0x[0-9a-f]{6,}")
 
 
-def _source_notebook(source: Path) -> NotebookNode:
-    """The notebook that a py:percent source describes, without outputs, with ids that depend on its cells alone."""
-    import jupytext
-    from nbformat import from_dict
-
-    notebook = jupytext.read(source, fmt={"extension": ".py", "format_name": "percent"})
-    metadata = {"kernelspec": _KERNELSPEC, "language_info": {"name": "python"}}
-    if "workbook" in notebook.metadata:  # the declared models, which the runner reads
-        metadata["workbook"] = notebook.metadata["workbook"]
-    notebook.metadata = from_dict(metadata)
-    notebook.nbformat, notebook.nbformat_minor = 4, 5
-    _name_cells(notebook)
-    return notebook
-
-
-def _sync(notebooks: Path = NOTEBOOKS) -> list[Path]:
-    """Write each notebook again from ``source/``, keeping the outputs of cells that did not change."""
-    written = []
-    for source in sorted((notebooks / "source").glob("*.py")):
-        target = notebooks / f"{source.stem}.ipynb"
-        notebook = _source_notebook(source)
-        if target.exists():
-            _copy_outputs(_read(target), notebook)
-        written.append(_write(target, notebook))
-    return written
-
-
 def render(
     profile: Profile | str = DEFAULT_PROFILE, notebooks: Path = NOTEBOOKS, folder: Path | None = None
 ) -> RunResult:
@@ -68,17 +45,30 @@ def render(
     return result
 
 
-def _clean(notebook: NotebookNode) -> NotebookNode:
-    """An executed notebook without what belongs to one run: injected parameters, counts, paths, addresses."""
-    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
-    _make_portable(notebook)
-    number = 0
-    for cell in notebook.cells:
-        if cell.cell_type == "code" and cell.source.strip():
-            number += 1
-            cell.execution_count = number
-            for output in cell.outputs:
-                _clean_output(output, number)
+def _sync(notebooks: Path = NOTEBOOKS) -> list[Path]:
+    """Write each notebook again from ``source/``, keeping the outputs of cells that did not change."""
+    written = []
+    for source in sorted((notebooks / "source").glob("*.py")):
+        target = notebooks / f"{source.stem}.ipynb"
+        notebook = _source_notebook(source)
+        if target.exists():
+            _copy_outputs(_read(target), notebook)
+        written.append(_write(target, notebook))
+    return written
+
+
+def _source_notebook(source: Path) -> NotebookNode:
+    """The notebook that a py:percent source describes, without outputs, with ids that depend on its cells alone."""
+    import jupytext
+    from nbformat import from_dict
+
+    notebook: NotebookNode = jupytext.read(source, fmt={"extension": ".py", "format_name": "percent"})
+    metadata = {"kernelspec": _KERNELSPEC, "language_info": {"name": "python"}}
+    if "workbook" in notebook.metadata:  # the declared models, which the runner reads
+        metadata["workbook"] = notebook.metadata["workbook"]
+    notebook.metadata = from_dict(metadata)
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    _name_cells(notebook)
     return notebook
 
 
@@ -91,6 +81,31 @@ def _name_cells(notebook: NotebookNode) -> None:
         cell.id = digest
         if seen[digest] > 1:
             cell.id = f"{digest}-{seen[digest]}"
+
+
+def _copy_outputs(executed: NotebookNode, notebook: NotebookNode) -> None:
+    """Give the cells of ``notebook`` the outputs of the cells with the same id."""
+    done = {}
+    for cell in executed.cells:
+        if cell.cell_type == "code" and "id" in cell:
+            done[cell.id] = cell
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and cell.id in done:
+            cell.outputs, cell.execution_count = done[cell.id].outputs, done[cell.id].execution_count
+
+
+def _clean(notebook: NotebookNode) -> NotebookNode:
+    """An executed notebook without what belongs to one run: injected parameters, counts, paths, addresses."""
+    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    _make_portable(notebook)
+    number = 0
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and cell.source.strip():
+            number += 1
+            cell.execution_count = number
+            for output in cell.outputs:
+                _clean_output(output, number)
+    return notebook
 
 
 def _clean_output(output: NotebookNode, number: int) -> None:
@@ -124,21 +139,11 @@ def _paths() -> dict[str, str]:
     return ordered
 
 
-def _copy_outputs(executed: NotebookNode, notebook: NotebookNode) -> None:
-    """Give the cells of ``notebook`` the outputs of the cells with the same id."""
-    done = {}
-    for cell in executed.cells:
-        if cell.cell_type == "code" and "id" in cell:
-            done[cell.id] = cell
-    for cell in notebook.cells:
-        if cell.cell_type == "code" and cell.id in done:
-            cell.outputs, cell.execution_count = done[cell.id].outputs, done[cell.id].execution_count
-
-
 def _read(path: Path) -> NotebookNode:
     import nbformat
 
-    return nbformat.read(path, as_version=4)
+    notebook: NotebookNode = nbformat.read(path, as_version=4)
+    return notebook
 
 
 def _write(path: Path, notebook: NotebookNode) -> Path:

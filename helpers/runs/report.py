@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from helpers.runs.claims import _JudgedClaim
-    from helpers.runs.schema import _Manifest, _ModelFacts, _Results, _Status
+    from helpers.runs.schema import _LoadedModel, _Manifest, _ModelFacts, _Results, _Status
 
 _MAIN_PACKAGES = (
     *("torch", "transformers", "accelerate", "bitsandbytes", "peft", "trl", "safetensors", "tokenizers", "numpy"),
@@ -76,7 +76,7 @@ class _NotebookRow:
 
     name: str
     entry: _NotebookStatus
-    _render_page: str
+    page: str
     values: tuple[_ValueRow, ...]
 
     @property
@@ -159,6 +159,7 @@ def _content(run_dir: Path) -> dict[str, object]:
         "tiles": _tiles(status, claims, _verdicts(notebooks)),
         "facts": _facts(manifest),
         "models": [_model(role, ref) for role, ref in manifest.models.items()],
+        "loaded": _loaded_rows(manifest.loaded),
         "notebooks": notebooks,
         "claims": [(claim, _sources(claim, notebooks)) for claim in claims],
         "judged": Counter(claim.verdict.mark for claim in claims),
@@ -251,6 +252,19 @@ def _model(role: str, ref: _ModelFacts) -> dict[str, str | None]:
         "revision": revisions.get(ref.source, ref.revision),
         "licence": ref.licence or "–",
     }
+
+
+def _loaded_rows(loads: Iterable[_LoadedModel]) -> list[dict[str, str]]:
+    """A row for each model, precision and commit that a notebook loaded, with the notebooks that loaded it."""
+    notebooks: dict[tuple[str, str, str | None], dict[str, None]] = {}
+    for load in loads:
+        # A dict, because a notebook may load a model several times.
+        notebooks.setdefault((load.label, load.precision, load.commit), {})[load.notebook] = None
+    rows = []
+    for (label, precision, commit), names in notebooks.items():
+        shown = commit[:12] if commit else "–"
+        rows.append({"label": label, "precision": precision, "commit": shown, "notebooks": ", ".join(names)})
+    return rows
 
 
 def _facts(manifest: _Manifest) -> dict[str, str]:

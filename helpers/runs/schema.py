@@ -1,10 +1,10 @@
 """The files of a run, and those that a run is judged by, as models: which fields they have, and of which types.
 
-``helpers.store`` reads and writes them. A run folder, ``runs/<UTC time>-<profile>/``, holds::
+``store`` reads and writes them. A run folder, ``runs/<UTC time>-<profile>/``, holds::
 
     manifest.json   Manifest: what ran, where, with which versions, models, seeds and parameters (by the runner)
     status.json     Status: the state of each notebook, kept up to date while it runs (by the runner)
-    results.json    Results: what the notebooks recorded (by ``helpers.results``)
+    results.json    Results: what the notebooks recorded (by ``recording``)
     notebooks/      the executed notebooks            figures/   <notebook>_<name>.png
     logs/           what a notebook's process wrote   report.html, html/<notebook>.html
 
@@ -161,7 +161,7 @@ class _GpuFacts(_Mirror):
 
 
 class _Hardware(_Mirror):
-    """The machine of a run, as ``hardware.detect`` reports it."""
+    """The machine of a run, as ``machine.hardware.detect`` reports it."""
 
     gpus: list[_GpuFacts]
     ram_bytes: _Count
@@ -184,7 +184,7 @@ class _NotebookFacts(_Part):
 
 
 class _ModelFacts(_Mirror):
-    """A model of the run's profile (see ``types.ModelRef``), its label, commit and the SHA-256 of its files."""
+    """A model of the run's profile: its ``models.references.ModelRef``, label, commit and the SHA-256 of its files."""
 
     id: str
     label: str
@@ -199,7 +199,10 @@ class _ModelFacts(_Mirror):
 
 
 class _LoadedModel(_Mirror):
-    """A model that a notebook of the run loaded, see ``loads.Load``; ``role`` is None if the profile names it nowhere."""
+    """A model that a notebook of the run loaded, see ``models.loaded.Load``.
+
+    ``role`` is None if the profile does not name the model.
+    """
 
     notebook: str
     role: str | None
@@ -217,7 +220,7 @@ class _GitState(_Part):
 
 
 class _PlannedModel(_Mirror):
-    """A model planned at its true size in a rehearsal, see ``rehearsal.Planned``."""
+    """A model planned at its true size in a rehearsal, see ``planning.rehearsal.Planned``."""
 
     model: str
     precision: str
@@ -227,7 +230,7 @@ class _PlannedModel(_Mirror):
 
 
 class _SubstitutionFacts(_Mirror):
-    """One thing that was not as on the real machine, see ``rehearsal.Substitution``."""
+    """One thing that was not as on the real machine, see ``planning.rehearsal.Substitution``."""
 
     what: str
     real: str
@@ -246,7 +249,8 @@ class _Manifest(_Part):
     """``manifest.json``: what a run needs to be told apart from, and compared with, another.
 
     ``parameters`` are what the command line gave, ``notebooks`` hold the effective ones. ``finished`` is None until the
-    end. ``loaded`` are the models that its notebooks loaded. ``resumed`` lists the times of later starts. ``commits`` are those that the run keeps to, by repository.
+    end. ``loaded`` are the models that its notebooks loaded. ``resumed`` lists the times of later starts. ``commits``
+    are those that the run keeps to, by repository.
     """
 
     profile: str

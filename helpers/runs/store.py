@@ -1,4 +1,4 @@
-"""Read and write the files of ``helpers.schema``: the only module that knows their names and their versions.
+"""Read and write the files that ``schema`` describes: the only module that knows their names and their versions.
 
 Version 2 is the first with a number in the file. Files without one, of the version before, are read too, and get the
 number when they are written again. Every file is written atomically.

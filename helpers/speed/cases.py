@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedConfig
-
 from helpers.base.errors import WorkbookError, choose
 from helpers.base.files import ROOT
 from helpers.machine import memory
@@ -18,6 +16,8 @@ from helpers.speed.benchmark import _prompt_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from transformers import PreTrainedConfig  # noqa: TC004 (it takes seconds to import)
 
     from helpers.engines.catalogue import Ids
     from helpers.models.references import Profile

@@ -1,10 +1,10 @@
-"""Writes animal_items.jsonl, animal_training.jsonl and animal_held_out.jsonl from the nouns beside it.
+"""Write animal_items.jsonl, animal_training.jsonl and animal_held_out.jsonl from the lists of nouns in this folder.
 
     python notebooks/data/make_animals.py
 
-The items of the test are made of animal_nouns.jsonl, the samples of the fine-tune of training_nouns.jsonl: every
-HELD_OUT_NOUN-th noun for the held-out samples, the others for those to train on. No noun is in two of the three, in
-either number (a test checks it). The same nouns and the same seed give the same files.
+The items of the test use animal_nouns.jsonl. The samples of the fine-tune use training_nouns.jsonl: every
+HELD_OUT_NOUN-th noun for the held-out samples, the others for training. No noun is in two of the three, singular or
+plural (a test checks it). The same nouns and the same seed give the same files.
 """
 
 import itertools
@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROUNDS = 2  # how often each animal is to be chosen
+ROUNDS = 2  # how often each animal is the right choice
 LISTS = 24
-LISTED = 5  # nouns of a list: two animals, one piece of gear, two other objects
+LISTED = 5  # nouns per list: two animals, one piece of gear, two other objects
 TRAINING = {"yes_no": 900, "choice": 300, "list": 200}
 HELD_OUT = {"yes_no": 40, "choice": 40, "list": 20}
 HELD_OUT_NOUN = 8
@@ -57,7 +57,7 @@ def yes_no_items(nouns: Nouns) -> Iterable[dict]:
 
 
 def choice_items(nouns: Nouns) -> Iterable[dict]:
-    """Each animal ROUNDS times beside a distractor, first and second equally often; every distractor equally often."""
+    """Each animal ROUNDS times next to a distractor, first and second equally often; every distractor equally often."""
     distractors = nouns["animal gear"] + nouns["object"]
     for number in range(ROUNDS):
         for place, animal in enumerate(nouns["animal"]):
@@ -67,7 +67,7 @@ def choice_items(nouns: Nouns) -> Iterable[dict]:
 
 
 def list_items(nouns: Nouns) -> Iterable[dict]:
-    """LISTS lists with every noun in at least one; the two animals stand on places that go through all pairs."""
+    """LISTS lists with every noun in at least one; the positions of the two animals go through all pairs."""
     animals, gear, objects = nouns["animal"], nouns["animal gear"], nouns["object"]
     places = list(itertools.combinations(range(LISTED), 2))
     for number in range(LISTS):
@@ -107,7 +107,7 @@ def samples_of(nouns: Nouns, counts: dict[str, int], rng: random.Random) -> list
 
 
 def write(name: str, rows: Iterable[dict]) -> None:
-    """One JSON object a line."""
+    """One JSON object per line."""
     (HERE / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 

@@ -1,11 +1,12 @@
-"""Writes story_endings.jsonl and short_facts.jsonl, the items of two tasks for EleutherAI's lm-evaluation-harness.
+"""Write story_endings.jsonl and short_facts.jsonl, the items of two tasks for EleutherAI's lm-evaluation-harness.
 
     python notebooks/data/make_tasks.py
 
-Story endings: what comes next in a story that no model of this project was trained on (env/models/falcon-mini/
-held_out.jsonl), the true sentence or one of as many words from another story. Short facts: two sentences share their
-two endings, of which the one ends the one and the other the other, so a mere taste for a word earns one half. The
-right option stands first and second equally often, also among the first items. The same texts give the same files.
+Story endings: which sentence comes next in a story, the true one or one with the same number of words from another
+story? No model of this project was trained on these stories (env/models/falcon-mini/held_out.jsonl). Short facts: two
+sentences share their two endings, and each ending is right for one of them, so a mere preference for a word scores one
+half. The right option is first and second equally often, also among the first items. The same texts give the same
+files.
 """
 
 import json
@@ -112,7 +113,7 @@ When you turn off the light it is | dark | When you turn on the light it is | br
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a story, cut where a mark of their end is followed by a space and a capital or a quote."""
+    """The sentences of a story, cut if an end mark is followed by a space and a capital or a quote."""
     return re.split(r'(?<=[.!?"])\s+(?=[A-Z"])', " ".join(text.split()))
 
 
@@ -122,7 +123,7 @@ def usable(sentence: str) -> bool:
 
 
 def story_items(stories: Sequence[str]) -> Iterable[dict]:
-    """The last usable sentence of each story, then of each one from its middle, both beside another story's sentence.
+    """The last usable sentence of each story, then of each one from its middle, both paired with a sentence of another story.
 
     A place is usable where quotation marks close before it, so that neither option is a stranger by its form.
     """
@@ -158,7 +159,7 @@ def story_items(stories: Sequence[str]) -> Iterable[dict]:
 
 
 def fact_items() -> Iterable[dict]:
-    """The first sentences of all pairs, then the second ones, so that no two of a pair stand beside each other."""
+    """The first sentences of all pairs, then the second ones, so that the two of a pair are not neighbours."""
     pairs = [[part.strip() for part in line.split("|")] for line in FACTS.strip().splitlines()]
     for text, right, _, wrong in pairs:
         yield {"text": text, "right": right, "wrong": wrong}
@@ -175,7 +176,7 @@ def keyed(items: Iterable[dict], kind: str) -> Iterable[dict]:
 
 
 def write(name: str, rows: Iterable[dict]) -> None:
-    """One JSON object a line."""
+    """One JSON object per line."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (HERE / name).write_text(text, encoding="utf-8")
 

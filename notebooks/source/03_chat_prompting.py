@@ -11,7 +11,7 @@
 #
 # **You will learn**
 # - what a base model does with a question, and what a chat model does;
-# - the exact text Falcon-180B-Chat was trained on, and why the function printed with its announcement builds another;
+# - the exact text Falcon-180B-Chat was trained on, and why the function printed with its announcement builds a different one;
 # - stop strings, history, system prompts, and what happens when the context is full;
 # - how the same conversation looks in other models' formats.
 #
@@ -21,7 +21,7 @@
 # | `1x24gb` | minutes, after a download of 28 GB | one 24 GB GPU |
 # | `2x80gb`, `8x40gb`, `8x80gb` | many minutes, after a download of 720 GB | see notebook 00 |
 #
-# **Before:** [02 · Quantization](02_quantization.ipynb) · **Next:** [04 · Falcon beside Llama](04_falcon_vs_llama.ipynb)
+# **Before:** [02 · Quantization](02_quantization.ipynb) · **Next:** [04 · Falcon and Llama](04_falcon_vs_llama.ipynb)
 
 # %% tags=["parameters"]
 profile = "laptop"
@@ -32,31 +32,31 @@ max_new_tokens = 60
 # %%
 from helpers import exercises, generation, models, panels, runs
 from helpers.generation import Sampling
+from helpers.runs import Measured
 
 models.tidy_output()
 settings = models.load_profile(profile)
 models.table(settings)
 
 # %% [markdown]
-# ## 1 · Base against chat
+# ## 1 · Base model and chat model
 #
-# The base model has no prompt format: it continues text, and the article says that it is not meant for conversation but for
-# further fine-tuning (A20). The chat model was fine-tuned on conversations (Open-Platypus, UltraChat and Airoboros,
-# A23). The same question to both, plainly:
+# The base model has no prompt format: it continues text. The article says that it is not meant for conversation, but for further
+# fine-tuning (A20). The chat model was fine-tuned on conversations (Open-Platypus, UltraChat and Airoboros, A23). First we ask
+# the base model a question, in plain transformers:
 
 # %%
 import torch
 
 base = models.load(settings.falcon, settings.precision)
 ids = base.tokenizer(question, return_tensors="pt")["input_ids"].to(base.model.device)
+mask = torch.ones_like(ids)
 torch.manual_seed(seed)
-output = base.model.generate(
-    ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=60
-)
+output = base.model.generate(ids, attention_mask=mask, do_sample=True, max_new_tokens=60)
 print(base.tokenizer.decode(output[0]))
 
 # %% [markdown]
-# `generation.generate` takes a text as it is, or messages, which it renders in the format of the model. It says why a reply
+# `generation.generate` takes a text as it is, or messages, which it renders in the format of the model. The reply says why it
 # ended: at an end token, at a stop string, or at the token limit.
 
 # %%
@@ -66,25 +66,25 @@ print(f"{question}{base_reply.text}\n\n[ended by: {base_reply.finish_reason}]")
 
 # %%
 models.unload(base)
-talker = models.load(settings.falcon_chat, settings.precision)
-chat_reply = generation.generate(talker, [{"role": "user", "content": question}], sampling)
+chat_model = models.load(settings.falcon_chat, settings.precision)
+chat_reply = generation.generate(chat_model, [{"role": "user", "content": question}], sampling)
 print(f"{chat_reply.text}\n\n[ended by: {chat_reply.finish_reason}]")
 
 # %% [markdown]
-# A base model carries on writing, often both sides of a talk; a chat model answers and ends its turn.
+# A base model carries on writing, often both sides of a conversation. A chat model answers and ends its turn.
 
-# %%
-roles = {"base": (base_reply, settings.falcon), "chat": (chat_reply, settings.falcon_chat)}
-for name, (reply, ref) in roles.items():
-    as_said = (reply.finish_reason != "length") == (name == "chat")
-    runs.record(
-        f"{name}_ended_by", reply.finish_reason, claim="A20", model=ref.label, agrees=as_said
-    )
+# %% tags=["record"]
+base_end, chat_end = base_reply.finish_reason, chat_reply.finish_reason
+label = settings.falcon.label
+values = {"base_ended_by": Measured(base_end, agrees=base_end == "length", model=label)}
+label = settings.falcon_chat.label
+values["chat_ended_by"] = Measured(chat_end, agrees=chat_end != "length", model=label)
+runs.record_all(values, claim="A20")
 
 # %% [markdown]
 # ## 2 · The format, to the letter
 #
-# One line a turn: `System:`, `User:`, `Falcon:` (A21). The prompt ends with `Falcon:` and *no* space, because the space
+# One line per turn: `System:`, `User:`, `Falcon:` (A21). The prompt ends with `Falcon:` and *no* space, because the space
 # belongs to the first word of the reply. In plain Python:
 
 # %%
@@ -99,32 +99,36 @@ plain = "\n".join(f"{names[m['role']]}: {m['content']}" for m in messages) + "\n
 print(plain)
 
 # %% [markdown]
-# The helper renders the same text, and so does the tokenizer's own chat template:
+# The model's format renders the same text, and so does the chat template of its tokenizer, if it has one:
 
 # %%
 falcon = models.format_for("falcon-chat")
 assert falcon.render(messages) == plain
-rendered = talker.format.render(messages)
-if talker.tokenizer.chat_template:
-    templated = talker.tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True
-    )
-    options = {"claim": "A21", "model": settings.falcon_chat.label}
-    same = rendered == templated
-    runs.record("render_equals_template", same, agrees=same, **options)
+rendered = chat_model.format.render(messages)
+tokenizer, templated = chat_model.tokenizer, None
+if tokenizer.chat_template:
+    options = {"tokenize": False, "add_generation_prompt": True}
+    templated = tokenizer.apply_chat_template(messages, **options)
+    print("the tokenizer's template gives the same text:", templated == rendered)
 print(repr(rendered))
 
 # %% [markdown]
-# And this is what the model reads: tokens. Hover over one to see its id.
+# The model reads tokens. Hover over a token to see its id.
 
 # %%
-panels.tokens_html(talker.tokenizer, talker.tokenizer(talker.format.render(messages))["input_ids"])
+panels.tokens_html(tokenizer, tokenizer(rendered)["input_ids"])
+
+# %% tags=["record"]
+if templated is not None:
+    same, label = rendered == templated, settings.falcon_chat.label
+    values = {"render_equals_template": Measured(same, agrees=same, model=label)}
+    display(runs.record_all(values, claim="A21"))
 
 # %% [markdown]
 # ## 3 · The printed `format_prompt` is wrong
 #
-# The announcement prints a function that builds the prompt from a message, the history and a system prompt. Its last
-# line stands *inside* the loop over the history. This is what it does; `prompts.published_format_prompt` does the same.
+# The announcement prints a function that builds the prompt from a message, the history and a system prompt. Its last line is
+# *inside* the loop over the history. This function does the same, and so does `models.published_format_prompt`.
 
 
 # %%
@@ -145,145 +149,154 @@ assert all(wrong("e", past[:n], "s") == format_prompt("e", past[:n], "s") for n 
 
 # %%
 system, *turn, last = [message["content"] for message in messages]
-same = wrong(last, [tuple(turn)], system) == plain
-runs.record("format_as_printed", same, claim="A21", agrees=same)
+one_turn = wrong(last, [tuple(turn)], system) == plain
+print("with one turn of history, the same text:", one_turn)
 
 # %% [markdown]
-# With an empty history the user's message is gone. (The question is the article's, which reports that Falcon-180B once counted
-# a saddle among the animals, A29.)
+# With an empty history, the user's message is missing. (The question comes from the article: it reports that Falcon-180B once
+# counted a saddle among the animals, A29.)
 
 # %%
-print(wrong("Is a saddle an animal?", history=[], system_prompt="You are a friendly falcon."))
+saddle = "Is a saddle an animal?"
+no_turn = wrong(saddle, history=[], system_prompt="You are a friendly falcon.")
+print(no_turn)
 
 # %% [markdown]
-# With two turns of history the message is asked twice, once in the middle of the past:
+# With two turns of history, the prompt asks the question twice, once in the middle of the past:
 
 # %%
 history = [("Hello!", "Hi there."), ("How are you?", "I am well.")]
-print(wrong("Is a saddle an animal?", history=history, system_prompt=""))
-
-# %%
-roles = ("user", "assistant")
-said = [{"role": r, "content": t} for turn in history for r, t in zip(roles, turn, strict=True)]
-right = falcon.render([*said, {"role": "user", "content": "Is a saddle an animal?"}])
-print(right)
-
-# %%
-lost = "saddle" not in wrong("Is a saddle an animal?", history=[], system_prompt="")
-asked = wrong("Is a saddle an animal?", history=history, system_prompt="").count("saddle")
-runs.record("published_loses_message", lost, claim="A22", agrees=not lost)
-runs.record("published_asks_times", asked, "times", claim="A22", agrees=asked == 1)
+two_turns = wrong(saddle, history=history, system_prompt="")
+print(two_turns)
 
 # %% [markdown]
-# Does it matter? Here is the chat model's reply to each, greedily. With the wrong prompt it has never seen the question.
+# This is the right prompt:
+
+# %%
+conversation = []
+for user_message, reply in history:
+    conversation.append({"role": "user", "content": user_message})
+    conversation.append({"role": "assistant", "content": reply})
+print(falcon.render([*conversation, {"role": "user", "content": saddle}]))
+
+# %% [markdown]
+# Does it matter? The chat model replies to both prompts with greedy decoding. With the wrong prompt, it never sees the question.
 
 # %%
 greedy = Sampling(temperature=0, max_new_tokens=40)
-for name, text in (
-    ("wrong", wrong(question, history=[], system_prompt="You are a friendly falcon.")),
-    ("right", falcon.render([messages[0], {"role": "user", "content": question}])),
-):
-    reply = generation.generate(talker, text, greedy)
+prompts = {"wrong": wrong(question, history=[], system_prompt="You are a friendly falcon.")}
+prompts["right"] = falcon.render([messages[0], {"role": "user", "content": question}])
+for name, text in prompts.items():
+    reply = generation.generate(chat_model, text, greedy)
     print(f"{name} prompt: {text!r}\n       reply: {reply.text!r}\n")
+
+# %% tags=["record"]
+lost, asked = "saddle" not in no_turn, two_turns.count("saddle")
+values = {"format_as_printed": Measured(one_turn, claim="A21", agrees=one_turn)}
+values["published_loses_message"] = Measured(lost, claim="A22", agrees=not lost)
+values["published_asks_times"] = Measured(asked, "times", "A22", agrees=asked == 1)
+runs.record_all(values)
 
 # %% [markdown]
 # ## 4 · One conversation, four formats
 #
-# Every family was trained on its own text. A format that the model never saw raises no error; here is what the chat model of this
-# profile replies to each.
+# Every family of models was trained on its own format. A format that the model never saw raises no error. This is what the chat
+# model of this profile replies to each.
 
 # %%
 for name in ("falcon-chat", "llama-2", "chatml", "plain"):
     text = models.format_for(name).render(messages)
-    reply = generation.generate(talker, text, greedy)
+    reply = generation.generate(chat_model, text, greedy)
     print(f"--- {name} " + "-" * (60 - len(name)))
     print(f"{text}\n>>> {reply.text!r}")
 
 # %% [markdown]
 # ## 5 · Where to stop
 #
-# Falcon-180B-Chat's history holds no end token between turns, so a model may go on and write the user's next line itself. Hence the *stop
-# string*: generation ends as soon as `\nUser:` appears, and the string is cut from the reply. In a stream the first
-# characters of a possible stop string have to be held back until it is clear whether it comes.
+# Falcon-180B-Chat's history has no end token between turns, so a model may continue and write the user's next line itself. A
+# *stop string* prevents this: generation ends as soon as `\nUser:` appears, and the string is cut from the reply. A stream holds
+# back the first characters of a possible stop string until it is clear whether the rest follows.
 
 # %%
-print("stop strings:", talker.format.stop_strings)
+print("stop strings:", chat_model.format.stop_strings)
 text = "I like to fly.\nUser: Why?\nFalcon: It is fun."
-for stop in talker.format.stop_strings:
+for stop in chat_model.format.stop_strings:
     text = text.split(stop)[0]
 print("cut:", repr(text))
 
 # %% [markdown]
 # ## 6 · A conversation
 #
-# A chat is a list of messages that grows. Plainly, each turn renders the whole list again:
+# A chat is a list of messages that grows. In plain Python, each turn renders the whole list again:
 
 # %%
 turns = []
-for question_text in ("Hello!", "What is your favorite movie?"):
-    turns.append({"role": "user", "content": question_text})
-    reply = generation.generate(talker, turns, sampling)
+for user_message in ("Hello!", "What is your favorite movie?"):
+    turns.append({"role": "user", "content": user_message})
+    reply = generation.generate(chat_model, turns, sampling)
     turns.append({"role": "assistant", "content": reply.text})
-    print(f"User: {question_text}\nFalcon: {reply.text}")
+    print(f"User: {user_message}\nFalcon: {reply.text}")
 
 # %% [markdown]
-# `Chat` keeps the list, the system prompt and the seeds, and counts the tokens left. It saves to a JSON file.
+# `generation.Chat` keeps the list, the system prompt and the seeds, and counts the tokens left. It can be saved to a JSON file.
 
 # %%
-way = generation.for_profile(settings, talker)  # as the profile says; see notebook 01, section 8
-conversation = generation.Chat(
-    talker, system="You are a friendly falcon.", sampling=sampling, decoding=way
-)
-for question_text in ("Hello!", "Do you like music?", "What kind of music?"):
-    print("User:", question_text)
-    print("Falcon:", conversation.ask(question_text).text)
-print(f"\n{conversation.tokens_left()} tokens of the context are left")
+# The decoding method of the profile; see notebook 01, section 8.
+decoding = generation.for_profile(settings, chat_model)
+system = "You are a friendly falcon."
+chat = generation.Chat(chat_model, system=system, sampling=sampling, decoding=decoding)
+for user_message in ("Hello!", "Do you like music?", "What kind of music?"):
+    print("User:", user_message)
+    print("Falcon:", chat.ask(user_message).text)
+print(f"\n{chat.tokens_left()} tokens of the context are left")
 
 # %%
 import tempfile
 from pathlib import Path
 
 with tempfile.TemporaryDirectory() as folder:
-    conversation.save(Path(folder) / "chat.json")
-    again = generation.Chat.load(Path(folder) / "chat.json", talker)
-runs.record("chat_survives_saving", again.messages == conversation.messages)
+    chat.save(Path(folder) / "chat.json")
+    again = generation.Chat.load(Path(folder) / "chat.json", chat_model)
+print("the same messages after loading:", again.messages == chat.messages)
 
 # %% [markdown]
 # ### When the context is full
 #
-# Cutting tokens off the front would leave half a turn and no system prompt. `fit` drops whole turns, oldest first, keeps the
-# system message and the last question, and raises an error when even these are too long.
+# If we cut tokens off the front, half a turn is left, and the system prompt is lost. `fit` drops whole turns, oldest first. It
+# keeps the system message and the last question, and raises an error if even these are too long.
 
 # %%
-tokenizer, limit = talker.tokenizer, 60
+limit = 60
 long = [messages[0], *messages[1:3] * 6, messages[-1]]
-kept = talker.format.fit(long, tokenizer, limit)
-for chosen in (long, kept):
-    tokens = len(tokenizer(talker.format.render(chosen))["input_ids"])
-    print(f"{len(chosen)} messages, {tokens} tokens (at most {limit} wanted)")
-print(talker.format.render(kept))
+kept = chat_model.format.fit(long, tokenizer, limit)
+for conversation in (long, kept):
+    tokens = len(tokenizer(chat_model.format.render(conversation))["input_ids"])
+    print(f"{len(conversation)} messages, {tokens} tokens (limit: {limit})")
+print(chat_model.format.render(kept))
 
-# %%
-runs.record("fit_messages_kept", len(kept), "messages")
-runs.record("fit_keeps_system", kept[0] == messages[0])
+# %% tags=["record"]
+values = {"chat_survives_saving": again.messages == chat.messages}
+values["fit_messages_kept"] = Measured(len(kept), "messages")
+values["fit_keeps_system"] = kept[0] == messages[0]
+runs.record_all(values)
 
 # %% [markdown]
 # ## 7 · Talk to it
 #
-# Type, change the temperature, stop a reply half-way, look at the literal prompt. In an unattended run the panel plays the
-# script below and shows the transcript instead.
+# Type a message, change the temperature, stop a reply half-way, look at the literal prompt. In an unattended run the panel plays
+# the script below and shows the transcript instead.
 
 # %%
 script = ["Hello! How are you?", "What did you do today?", "Tell me a story about a little bird."]
-panel_chat = generation.Chat(talker, sampling=sampling, decoding=way)
+panel_chat = generation.Chat(chat_model, sampling=sampling, decoding=decoding)
 panels.chat_panel(panel_chat, script=script)
 
 # %% [markdown]
 # ## What you saw
 #
-# The chat format is plain text, and a prompt is right only if it equals, character by character, what the model was trained
-# on. The printed function drops or repeats the question, without an error. Stop strings and whole-turn truncation keep a
-# long conversation in form.
+# The chat format is plain text. A prompt is right only if it equals, character by character, the text on which the model was
+# trained. The printed function drops or repeats the question, without an error. Stop strings and dropping whole turns keep a long
+# conversation in this format.
 
 # %%
 runs.recorded()
@@ -291,8 +304,8 @@ runs.recorded()
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Repair `format_prompt`: from a message, a history of (user, falcon) pairs and a system prompt (which may be empty)
-# to the text of section 2.
+# **1.** Repair `format_prompt`: it takes a message, a history of (user, falcon) pairs and a system prompt (which may be empty),
+# and returns the text of section 2.
 
 
 # %% tags=["exercise"]

@@ -11,10 +11,10 @@
 #
 # **You will learn**
 # - what LoRA trains, and what QLoRA adds to it;
-# - which tokens of a conversation carry the loss, and which only are read;
+# - which tokens of a conversation count towards the loss, and which are only read;
 # - how to train, save, reload and merge an adapter, and how far each step changes the model;
 # - how to tell what a fine-tune repaired from what it broke, with the test of notebook 04;
-# - four silent traps on the way.
+# - how to avoid four silent traps.
 #
 # | profile | time | memory |
 # |---|---|---|
@@ -22,7 +22,7 @@
 # | `1x24gb` | minutes, after a download of 14 GB | one 24 GB GPU |
 # | `2x80gb`, `8x40gb`, `8x80gb` | hours, after a download of 360 GB | see notebook 00 |
 #
-# **Before:** [04 · Falcon beside Llama](04_falcon_vs_llama.ipynb) · **This is the last notebook.**
+# **Before:** [04 · Falcon and Llama](04_falcon_vs_llama.ipynb) · **This is the last notebook.**
 
 # %% tags=["parameters"]
 profile = "laptop"
@@ -43,6 +43,7 @@ from pathlib import Path
 
 from helpers import base, evaluation, exercises, figures, models, panels, runs, training
 from helpers.generation import Sampling
+from helpers.runs import Measured
 
 models.tidy_output()
 settings = models.load_profile(profile)
@@ -51,9 +52,9 @@ models.table(settings)
 # %% [markdown]
 # ## 1 · LoRA, plainly
 #
-# LoRA freezes a model's matrices `W` and trains two thin ones beside each: the layer computes `W·x + (alpha / rank)·B·A·x`. With rank 16 these
-# are a few percent of the weights (0.15% of Falcon-180B's), and only they need gradients and optimizer state. Here is the plain way with peft and trl, for three
-# steps, on a small model that runs everywhere: `falcon-mini-chat`.
+# LoRA freezes a model's matrices `W` and trains two thin ones next to each: the layer computes `W·x + (alpha / rank)·B·A·x`. With
+# rank 16 these are a few percent of the weights (0.15% of Falcon-180B's), and only they need gradients and optimizer state. Here
+# it is with peft and trl, for three steps, on a small model that runs everywhere: `falcon-mini-chat`.
 
 # %%
 from peft import LoraConfig, get_peft_model
@@ -67,13 +68,12 @@ trainable, everything = adapted.get_nb_trainable_parameters()
 print(f"{trainable:,} of {everything:,} parameters are trained")
 
 # %% [markdown]
-# peft's default for Falcon is `query_key_value` alone; the four names are all linear layers of the decoder. By hand: a layer from `n`
-# to `m` numbers gets `rank · (n + m)` parameters.
+# By default, peft adapts only `query_key_value` of a Falcon. The four names are all linear layers of the decoder. By hand: a
+# layer from `n` to `m` numbers gets `rank · (n + m)` parameters.
 
 # %%
 by_hand = sum(16 * (layer.in_features + layer.out_features) for layer in linear)
 print(f"{len(linear)} layers, {by_hand:,} parameters by hand")
-runs.record("lora_parameters_by_hand", by_hand == trainable)
 
 # %% [markdown]
 # trl's `SFTTrainer` takes a prompt and its completion as text, and trains on the completion.
@@ -93,14 +93,19 @@ with tempfile.TemporaryDirectory() as folder:
     )
     print(f"loss over three steps: {plain_trainer.train().training_loss:.3f}")
 
+# %% tags=["record"]
+runs.record_all({"lora_parameters_by_hand": by_hand == trainable})
+
 # %% [markdown]
 # ## 2 · The base in four bits
 #
-# QLoRA keeps the frozen weights in nf4, a quarter of the memory (the article: two A100 of 80 GB for Falcon-180B, A15). Two traps wait here:
+# QLoRA keeps the frozen weights in nf4, a quarter of the memory (the article: two A100 of 80 GB for Falcon-180B, A15). There are
+# two traps:
 #
-# - transformers 5.5 to 5.23 leaves Falcon unquantized without a word (notebook 02); `loading.load` repairs and proves it.
-# - On a CPU with AVX512-BF16, bitsandbytes *repacks* nf4 weights in place at the first inference. After that, training gets no gradient through
-#   the frozen layers, and merging gives garbage. An evaluation before or during training is enough. `unpacked=True` prevents it (tests/unit/test_finetuning.py shows both).
+# - transformers 5.5 to 5.23 silently leaves Falcon unquantized (notebook 02); `models.load` repairs and proves it.
+# - On a CPU with AVX512-BF16, bitsandbytes *repacks* nf4 weights in place at the first inference, even in an evaluation before or
+#   during training. After that, training gets no gradient through the frozen layers, and merging gives garbage. `unpacked=True`
+#   prevents this (`tests/unit/training/test_finetuning.py` shows both).
 
 # %%
 models.unload(mini)
@@ -111,7 +116,8 @@ models.report_table(loaded)
 # %% [markdown]
 # ## 3 · Before
 #
-# The animal test of notebook 04, and the perplexity of short stories, which are nothing like the samples: what may a fine-tune break?
+# We run the animal test of notebook 04. We also measure the perplexity of short stories, which are very different from the
+# training samples: what does the fine-tune break?
 
 # %%
 items = evaluation.read_items(Path("data/animal_items.jsonl"))
@@ -127,11 +133,11 @@ bits_before = evaluation.perplexity(loaded, texts).bits_per_byte
 print(f"{bits_before:.3f} bits per byte on {len(texts)} stories")
 
 # %% [markdown]
-# ## 4 · The data, and what carries the loss
+# ## 4 · The data, and what counts towards the loss
 #
-# Questions and short right answers over other nouns: *none* of the test's is among them, in either number. The form of the questions is the
-# test's own: what is tested is whether the model can apply it to nouns that it was not trained on here. The held-out samples, for the
-# loss on the way, are made of nouns of their own.
+# The samples are questions and short right answers with other nouns: none of the test's nouns occurs in them, singular or plural.
+# The questions have the same form as in the test. So the test shows whether the model can apply it to nouns on which it was not
+# trained here. The held-out samples, used to follow the loss during training, use yet other nouns.
 
 # %%
 train = training.read_conversations(Path("data/animal_training.jsonl"))
@@ -141,30 +147,33 @@ for message in train[0]:
     print(f"{message['role']}: {message['content']}")
 
 # %% [markdown]
-# Each reply becomes one example: everything before it in the chat format, the reply, and the end token after it. Only reply and end token
-# carry the loss (labels of -100 for the rest): the model is not to learn to write the user's lines.
+# Each reply becomes one example: everything before it in the chat format, the reply, and the end token after it. Only reply and
+# end token count towards the loss (the rest has the label -100), because the model should not learn to write the user's lines.
 
 # %%
-found = training.examples(loaded, train)
-panels.trained_tokens_html(loaded.tokenizer, found[0])
+examples = training.examples(loaded, train)
+panels.trained_tokens_html(loaded.tokenizer, examples[0])
 
 # %%
-counts = training.token_counts(found)
-runs.record("trained_reply_tokens", int(counts.loc["reply", "trained"]), "tokens")
-runs.record("trained_end_tokens", int(counts.loc["end", "trained"]), "tokens")
-runs.record("trained_user_tokens", int(counts.loc["user", "trained"]), "tokens")
+counts = training.token_counts(examples)
 counts
 
+# %% tags=["record"]
+trained = {part: int(counts.loc[part, "trained"]) for part in ("reply", "end", "user")}
+values = {f"trained_{part}_tokens": number for part, number in trained.items()}
+runs.record_all(values, unit="tokens")
+
 # %% [markdown]
-# A third trap: *packing*, several examples in one row, is trl's way to save padding. Falcon in transformers alone builds its mask without
-# looking at position ids, so packed examples would read each other. The models of `loading.load` keep them apart
-# (`helpers/grouped_cache.py`); `finetuning` does not pack all the same, so that a model from elsewhere is safe with it too.
+# *Packing* is a third trap: trl can put several examples in one row, to save padding. Plain transformers builds Falcon's mask
+# without the position ids, so packed examples can read each other. The models of `models.load` keep them apart
+# (`helpers/models/workarounds/grouped_cache.py`). Even so, `training.finetune` does not pack, so it is also safe for other
+# models.
 #
 # ## 5 · Train
 #
-# The curve grows while the model trains. The held-out samples are evaluated on the way, with the same unpacked weights.
-# Interrupted, the same call goes on from its last checkpoint, a tenth of the way at most behind: in the notebook, run the cell again; of a run
-# in the terminal, `workbook run --resume` does it.
+# The curve grows while the model trains. The held-out samples are evaluated during training, with the same unpacked weights.
+# After an interruption, run the cell again (or `workbook run --resume`): training continues from the last checkpoint and loses at
+# most a tenth of the steps.
 
 # %%
 recipe = training.Recipe(
@@ -176,10 +185,10 @@ recipe = training.Recipe(
     gradient_checkpointing=gradient_checkpointing,
     seed=seed,
 )
-work = base.work_folder("fine-tune")
 recipe
 
 # %%
+work = base.work_folder("fine-tune")
 label = settings.falcon_chat.label
 draw = partial(figures.loss_curve, steps=steps, subject=f"{label}, nf4, LoRA rank {rank}")
 curve = panels.LiveCurve(draw)
@@ -187,20 +196,25 @@ tuned = training.finetune(loaded, train, recipe, work, held_out=held_out, on_poi
 curve.finish(tuned.history)
 
 # %%
-runs.record_figure("loss", draw(tuned.history))
 losses = [p.held_out_loss for p in tuned.history if p.held_out_loss is not None]
 print(f"held-out loss: {losses[0]:.3f} before, {losses[-1]:.3f} after {steps} steps")
-runs.record("held_out_loss", round(losses[-1], 3), "nats a token", tolerance=0.05, model=label)
-runs.record("trained_parameters", tuned.trainable_parameters, "parameters", model=label)
-runs.record("training_time", round(tuned.seconds, 1), "s", model=label)
 print(f"{tuned.left_out} replies were longer than the context and left out")
+runs.record_figure("loss", draw(tuned.history))
 
 # %% [markdown]
-# A fourth trap is for several processes: `accelerate launch --cpu --num_processes 2` starts *one*. Start them with `torchrun
-# --nproc_per_node 2`, and ask how many really trained:
+# A fourth trap concerns training on several processes: `accelerate launch --cpu --num_processes 2` starts *one*. Start them with
+# `torchrun --nproc_per_node 2`, and check how many really trained:
 
 # %%
-runs.record("training_processes", tuned.processes, "processes")
+print("processes that trained:", tuned.processes)
+
+# %% tags=["record"]
+loss = Measured(round(losses[-1], 3), "nats a token", tolerance=0.05, model=label)
+values = {"held_out_loss": loss}
+values["trained_parameters"] = Measured(tuned.trainable_parameters, "parameters", model=label)
+values["training_time"] = Measured(round(tuned.seconds, 1), "s", model=label)
+values["training_processes"] = Measured(tuned.processes, "processes")
+runs.record_all(values)
 
 # %% [markdown]
 # ## 6 · After: repaired, and broken
@@ -210,8 +224,8 @@ runs.record("training_processes", tuned.processes, "processes")
 # %%
 after = evaluation.compare(items, {"after": tuned.loaded}, short, batch_size=questions_at_once)
 both = before.beside(after)
-shown = [number for number, item in enumerate(items) if "saddle" in item.question]
-panels.replies_html(both, shown)
+saddles = [number for number, item in enumerate(items) if "saddle" in item.question]
+panels.replies_html(both, saddles)
 
 # %%
 scores = both.scores()
@@ -221,38 +235,46 @@ runs.record_figure("before_after", figures.score_intervals(scores, f"{label}, nf
 for side in both.sides:
     score = both.score(side)
     print(f"{side}: {score.estimate:.3f} correct ({score.low:.3f} to {score.high:.3f})")
-    runs.record(f"animal_score_{side}", round(score.estimate, 4), tolerance=0.05, model=label)
-asked = [number for number, item in enumerate(items) if item.kind == "yes_no"]
-said = sum(evaluation.names(after.replies["after"][number].text, "yes") for number in asked)
-print(f"after: says yes to {said} of {len(asked)}, half of which are animals")
-yes_no = both.score("after", kind="yes_no").estimate
-runs.record("yes_no_after", round(yes_no, 4), tolerance=0.06, model=label)
+yes_no = [number for number, item in enumerate(items) if item.kind == "yes_no"]
+replies = [after.replies["after"][number].text for number in yes_no]
+count = sum(evaluation.names(reply, "yes") for reply in replies)
+print(f"after: says yes to {count} of {len(yes_no)}, half of which are animals")
 difference = both.difference("after", "before")
 low, high = difference.interval.low, difference.interval.high
 print(f"after - before: {difference.interval.estimate:+.3f} ({low:+.3f} to {high:+.3f})")
 print(f"McNemar's exact p: {difference.p_value:.2g}")
 
 # %% [markdown]
-# Look at the figure again: which kinds of question gained, and which did not? (The interval and p take the items for independent; each noun is in four or five of them, so both are somewhat too sure.)
+# Look at the figure again: which kinds of question improved, and which did not? (The interval and p treat the items as
+# independent; each noun is in four or five of them, so both are somewhat overconfident.)
 #
-# What it cost elsewhere: the stories.
+# What did it cost elsewhere, on the stories?
 
 # %%
 bits_after = evaluation.perplexity(tuned.loaded, texts).bits_per_byte
 print(f"{bits_before:.3f} -> {bits_after:.3f} bits per byte")
-runs.record("bits_per_byte_before", round(bits_before, 4), "bits/byte", model=label)
-runs.record("bits_per_byte_after", round(bits_after, 4), "bits/byte", tolerance=0.05, model=label)
+
+# %% tags=["record"]
+yes_no_after = both.score("after", kind="yes_no").estimate
+values = {"yes_no_after": Measured(round(yes_no_after, 4), tolerance=0.06)}
+for side in both.sides:
+    score = round(both.score(side).estimate, 4)
+    values[f"animal_score_{side}"] = Measured(score, tolerance=0.05)
+values["bits_per_byte_before"] = Measured(round(bits_before, 4), "bits/byte")
+values["bits_per_byte_after"] = Measured(round(bits_after, 4), "bits/byte", tolerance=0.05)
+runs.record_all(values, model=label)
 
 # %% [markdown]
 # ## 7 · Save, reload, merge
 #
-# The adapter's folder holds only the thin matrices. Reloaded onto a fresh nf4 base it must give the same logits as the model in memory.
+# The adapter's folder holds only the thin matrices. Reloaded onto a fresh nf4 base, the adapter must give the same logits as the
+# model in memory.
 
 # %%
 import torch
 
 device = tuned.loaded.model.device
-ids = torch.tensor([found[0].input_ids], device=device)
+ids = torch.tensor([examples[0].input_ids], device=device)
 with torch.inference_mode():
     in_memory = tuned.loaded.model(ids).logits.float().cpu()
 size = (work / "adapter_model.safetensors").stat().st_size
@@ -266,13 +288,13 @@ with torch.inference_mode():
     again = reloaded.model(ids).logits.float().cpu()
 distance = (again - in_memory).abs().max().item()
 print(f"largest difference of a logit: {distance:.2g}")
-runs.record("reloaded_equals_memory", distance <= 1e-5)
 models.unload(reloaded)
 
 # %% [markdown]
-# *Merging* adds `B·A` to the weights, so that no adapter is needed any more. Inside 4-bit weights the sum would be rounded anew; added to the original bf16
-# weights it meets others than those it was trained on. The best way measured: dequantize the nf4 base, add, save in bf16. (That takes the whole
-# model in 16 bits, in memory and on disk; the profiles of the 180B set `merge: false`.)
+# *Merging* adds `B·A` to the weights, so that the adapter is no longer needed. If we add it to 4-bit weights, the sum is rounded
+# again. If we add it to the original bf16 weights, these are not the weights with which it was trained. The best method in our
+# measurements: dequantize the nf4 base, add, save in bf16. (This takes the whole model in 16 bits, in memory and on disk; the
+# profiles of the 180B set `merge: false`.)
 
 # %%
 if merge:
@@ -282,14 +304,19 @@ if merge:
             logits = merged.model(ids.to(merged.model.device)).logits.float().cpu()
     error = training.relative_error(logits, in_memory)
     print(f"relative error of the logits: {error:.4f}")
-    runs.record("merged_within_2_percent", error <= 0.02)
 shutil.rmtree(work)
+
+# %% tags=["record"]
+values = {"reloaded_equals_memory": distance <= 1e-5}
+if merge:
+    values["merged_within_2_percent"] = error <= 0.02
+runs.record_all(values)
 
 # %% [markdown]
 # ## What you saw
 #
-# A short training on short answers changed what the model says about animals, also of nouns that it was not trained on; the same test
-# before and after shows how much, and the perplexity what it cost.
+# A short training on short answers changed what the model says about animals, also for nouns on which it was not trained. The
+# same test before and after shows how much it gained, and the perplexity shows what it cost.
 
 # %%
 runs.recorded()
@@ -320,8 +347,8 @@ exercises.check("05-1", lora_parameters)
 # </details>
 
 # %% [markdown]
-# **2.** The labels of an example whose first `prompt` tokens are only read: -100 there (which cross-entropy leaves out), the token itself
-# elsewhere.
+# **2.** Return the labels of an example whose first `prompt` tokens are only read: -100 for these (cross-entropy ignores it), and
+# the token itself for the others.
 
 
 # %% tags=["exercise"]
@@ -344,7 +371,7 @@ exercises.check("05-2", labels)
 # </details>
 
 # %% [markdown]
-# **3.** Merge: the weight (outputs x inputs) with `a` (rank x inputs) and `b` (outputs x rank) added.
+# **3.** Merge an adapter: return `weight` (outputs x inputs) with `a` (rank x inputs) and `b` (outputs x rank) added.
 
 
 # %% tags=["exercise"]

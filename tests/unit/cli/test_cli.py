@@ -11,10 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from helpers import __version__
-from helpers.base import files
 from helpers.base.files import ROOT
 from helpers.cli import app
-from helpers.runs import execution
+from helpers.runs import execution, folder
 
 PARAMETERS = 'profile = "laptop"\nseed = 0'
 
@@ -33,17 +32,17 @@ def make_notebook(directory, name, source):
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """Another project folder, with two notebooks of the laptop profile."""
-    make_notebook(tmp_path / "notebooks", "00_start_here", "from helpers import results\nresults.record('seed', seed)")
+    make_notebook(tmp_path / "notebooks", "00_start_here", "from helpers import runs\nruns.record('seed', seed)")
     make_notebook(tmp_path / "notebooks", "01_loading", "raise ValueError('boom')")
     monkeypatch.setattr(execution, "NOTEBOOKS", tmp_path / "notebooks")
-    monkeypatch.setattr(execution, "NOTEBOOKS", tmp_path / "notebooks")
-    monkeypatch.setattr(files, "ROOT", tmp_path)
+    monkeypatch.setattr(folder, "ROOT", tmp_path)  # where runs/ is made
+    monkeypatch.setattr(folder, "DETECT", "raise SystemExit(1)")  # importing torch would take most of the time
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def workbook(*arguments):
-    return CliRunner().invoke(app.app, list(arguments))
+    return CliRunner().invoke(app, list(arguments))
 
 
 @pytest.mark.parametrize(
@@ -198,6 +197,13 @@ def test_answers_without_loading_anything_heavy(arguments):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == f"LOADED [] {2 if '99' in arguments else 0}"
+
+
+@pytest.mark.parametrize("module", ["helpers.runs.child", "helpers.runs.fetching", "helpers.runs.recording"])
+def test_the_processes_of_a_run_start_without_loading_anything_heavy(module):
+    code = f"import sys, {module}\nprint([name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_lab_is_this_environment_s_on_the_notebooks(monkeypatch):

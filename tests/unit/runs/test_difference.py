@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from helpers.base import files
 from helpers.cli import app
 from helpers.runs import (
     BEYOND,
@@ -25,6 +24,7 @@ from helpers.runs import (
     difference,
     difference_views,
     execution,
+    folder,
 )
 from helpers.runs.expected import _relative_change
 
@@ -61,7 +61,7 @@ VALUES = {
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     """Two folders of the same finished run, A and B, and no expected values."""
-    monkeypatch.setattr(execution, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(difference, "NOTEBOOKS", tmp_path / "notebooks")
     manifest = {
         "profile": "laptop", "description": "two cores", "command": ["workbook", "run"], "parameters": {},
         "started": "2026-01-31T12:00:00Z", "finished": "2026-01-31T12:03:00Z", "seeds": {},
@@ -358,7 +358,7 @@ def test_the_text_fits_the_terminal_and_loses_nothing(runs, width):
 
 
 def workbook(*arguments):
-    return CliRunner().invoke(app.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_the_command_and_its_exit_codes(runs, tmp_path):
@@ -384,17 +384,17 @@ def test_two_real_runs(tmp_path, monkeypatch):
          "execution_count": None}
         for index, (text, tags) in enumerate([
             ('profile = "laptop"\nseed = 0', ["parameters"]),
-            ("import time\nfrom helpers import results\n"
-             "results.record('drawn', seed * 1.5, claim='A1', agrees=seed < 2)\n"
-             "results.record('clock', time.perf_counter(), 's')", []),
+            ("import time\nfrom helpers import runs\n"
+             "runs.record('drawn', seed * 1.5, claim='A1', agrees=seed < 2)\n"
+             "runs.record('clock', time.perf_counter(), 's')", []),
         ])
     ]  # fmt: skip
     document = {"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": cells}
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "00_start_here.ipynb").write_text(json.dumps(document))
-    monkeypatch.setattr(execution, "NOTEBOOKS", tmp_path / "notebooks")
-    monkeypatch.setattr(execution, "NOTEBOOKS", tmp_path / "notebooks")
-    monkeypatch.setattr(files, "ROOT", tmp_path)
+    for module in (execution, difference):
+        monkeypatch.setattr(module, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(folder, "DETECT", "raise SystemExit(1)")  # importing torch would take most of the time
     run = [tmp_path / name for name in "abc"]
     execution.run(execution.Request(parameters=["seed=1"], folder=run[0]))
     execution.run(execution.Request(parameters=["seed=2"], folder=run[1]))

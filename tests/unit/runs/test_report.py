@@ -416,6 +416,19 @@ def test_no_stand_ins_no_warning(run):
     assert "(the real one)" in page.text
 
 
+def test_the_models_that_the_notebooks_loaded_stand_beside_those_of_the_profile(run):
+    assert "Loaded by the notebooks" not in Page(write_report(run).read_text(encoding="utf-8")).text  # an earlier run
+    load = {"notebook": "00_a", "role": "falcon", "model": "tiiuae/falcon-180B", "label": "falcon-180B"}
+    loads = [
+        {**load, "precision": "nf4", "commit": "5f" * 20},
+        {**load, "precision": "nf4", "commit": "5f" * 20, "notebook": "01_b"},
+        {**load, "precision": "bf16", "commit": None},
+    ]
+    page = change(run, "manifest", lambda manifest: manifest.update(loaded=loads))
+    text = " ".join(page.text[page.text.index("Loaded by the notebooks") :].split())
+    assert f"falcon-180B nf4 {'5f' * 6} 00_a, 01_b falcon-180B bf16 – 00_a Notebooks" in text
+
+
 def test_outcomes(run):
     def passed(status):
         status["notebooks"]["01_b"]["status"] = "passed"

@@ -23,7 +23,6 @@ from typer.testing import CliRunner
 from helpers import runs
 from helpers.base.files import ROOT
 from helpers.cli import app
-from helpers.machine import hardware
 from helpers.models import Budget, Load, ModelRef, Profile, Requirement, hub_cache, load_profile, profiles
 from helpers.runs import child, execution, fetching, folder, rendering, supervision
 from helpers.runs.display import _describe, _PlainLines, _table
@@ -124,8 +123,8 @@ def wait_for(condition, seconds=60):
 SURVIVOR = "987654"  # the seconds a child sleeps: nobody else sleeps that long, so it is found by them
 GOOD = (
     "import os, subprocess, sys\nfrom pathlib import Path\nfrom IPython.display import HTML, display\n"
-    "from helpers import results\ntoken = os.environ['HF_TOKEN']\nprint('token', token)",
-    "display(HTML(f'<b>{token}</b>'))\nresults.record('secret', token)\nresults.record('seed', seed, claim='A1')\n"
+    "from helpers import base, runs\ntoken = os.environ['HF_TOKEN']\nprint('token', token)",
+    "display(HTML(f'<b>{token}</b>'))\nruns.record('secret', token)\nruns.record('seed', seed, claim='A1')\n"
     "run = Path(os.environ['WORKBOOK_RUN_DIR'])\n(run / 'mine.txt').write_text(token)\n"
     "(run / 'mine.bin').write_bytes(b'\\xff\\x00' + token.encode())\n"
     "print(*(f'\\x1b[1m{part}' for part in [token]), file=sys.stderr)",
@@ -134,8 +133,9 @@ GOOD = (
     f"subprocess.run(['sh', '-c', 'setsid sleep {SURVIVOR} & exit'])",
     "import json\nfacts = {name: os.environ.get(name) for name in ('HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE')}\n"
     "facts |= {'python': sys.executable, 'folder': os.getcwd(), 'given': [profile, seed, rate, items]}\n"
-    "facts |= {'unattended': results.unattended(), 'backend': os.environ['MPLBACKEND']}\n"
+    "facts |= {'unattended': base.unattended(), 'backend': os.environ['MPLBACKEND']}\n"
     "(run / 'facts.json').write_text(json.dumps(facts))",
+    "import time\nheld = bytearray(300 * 2**20)\ntime.sleep(1.5)\ndel held",
 )
 
 
@@ -213,18 +213,12 @@ def test_the_run_s_peak_is_that_of_all_processes_at_one_moment():
 
 
 @pytest.mark.slow
-def test_the_run_s_peak_holds_a_cell_s_memory_and_the_runner_s_and_outlives_a_resume(tmp_path):
-    hold = "import time\nheld = bytearray(300 * 2**20)\ntime.sleep(2.5)\ndel held"
-    make_notebook(tmp_path / "notebooks", "00_large", hold)
-    make_notebook(tmp_path / "notebooks", "01_small", "1 / 0")
-    profile, run_dir = make_profile("00_large", "01_small"), tmp_path / "run"
-    run_notebooks(profile, notebooks=tmp_path / "notebooks", folder=run_dir, console=quiet())
-    first = status_of(run_dir)
-    large, small = (entry["peak_bytes"] for entry in first["notebooks"].values())
+def test_the_run_s_peak_holds_a_cell_s_memory_and_the_runner_s(mixed_run):
+    _, run_dir, _, _ = mixed_run
+    status = status_of(run_dir)
+    large, small = (status["notebooks"][name]["peak_bytes"] for name in ("00_good", "02_killed"))
     assert large - small > 200 * 2**20
-    assert first["peak_bytes"] - large > 20 * 2**20  # this process
-    run_notebooks(profile, notebooks=tmp_path / "notebooks", resume=run_dir, console=quiet())
-    assert status_of(run_dir)["peak_bytes"] >= first["peak_bytes"]
+    assert status["peak_bytes"] - large > 20 * 2**20  # this process
 
 
 @pytest.mark.slow
@@ -298,9 +292,10 @@ def test_a_run_in_a_used_folder_is_refused(mixed_run):
 def test_resume_runs_only_what_did_not_pass_or_changed(mixed_run, monkeypatch):
     notebooks, run_dir, profile, _ = mixed_run
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(hardware, "DETECT", "raise SystemExit(1)")
+    monkeypatch.setattr(folder, "DETECT", "raise SystemExit(1)")
     again = {"notebooks": notebooks, "resume": run_dir, "console": quiet()}
-    before = status_of(run_dir)["notebooks"]["00_good"]
+    first = status_of(run_dir)
+    before = first["notebooks"]["00_good"]
     with pytest.raises(runs.UsageError, match="-p name"):
         run_notebooks(profile, **again)
     # A mended notebook and one that passed: only the mended one runs.
@@ -309,6 +304,7 @@ def test_resume_runs_only_what_did_not_pass_or_changed(mixed_run, monkeypatch):
     assert result.ok
     assert result.passed == ("00_good", "02_killed")
     after = status_of(run_dir)["notebooks"]
+    assert status_of(run_dir)["peak_bytes"] >= first["peak_bytes"]
     assert after["00_good"] == before
     assert after["01_raises"]["status"] == "failed"
     assert "mended" in outputs(run_dir, "02_killed")
@@ -320,11 +316,17 @@ def test_resume_runs_only_what_did_not_pass_or_changed(mixed_run, monkeypatch):
         run_notebooks("8x80gb", **again)
 
 
-RUN = (
-    "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]);"
-    "from test_runner import make_profile, run_notebooks;"
-    "run_notebooks(make_profile('00_long'), notebooks=Path(sys.argv[2]), folder=Path(sys.argv[3]))"
-)
+# The laptop's profile, without the look at the machine, for which torch would be imported.
+RUN = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from helpers import models, runs
+from helpers.runs import folder
+folder.DETECT = "raise SystemExit(1)"
+profile = replace(models.load_profile("laptop"), budgets={"00_long": models.Budget(60, 40, 5)}, parameters={})
+runs.run(runs.Request(profile, notebooks=Path(sys.argv[1]), folder=Path(sys.argv[2])))
+"""
 
 
 @pytest.mark.slow
@@ -333,7 +335,7 @@ def test_nothing_survives_the_runner(tmp_path, number):
     seconds = str(800_000 + number)
     code = f"import subprocess\nsubprocess.run(['sleep', '{seconds}'], start_new_session=True)"
     make_notebook(tmp_path / "notebooks", "00_long", code)
-    arguments = [str(Path(__file__).parent), str(tmp_path / "notebooks"), str(tmp_path / "run")]
+    arguments = [str(tmp_path / "notebooks"), str(tmp_path / "run")]
     process = subprocess.Popen([sys.executable, "-c", RUN, *arguments], stdout=subprocess.DEVNULL)
     try:
         wait_for(lambda: processes_with(seconds))
@@ -356,7 +358,7 @@ def test_nothing_survives_the_runner(tmp_path, number):
 @pytest.mark.slow
 @pytest.mark.parametrize("last", ["os.kill(os.getpid(), 9)", "1"])
 def test_no_unmarked_process_survives_its_kernel(tmp_path, monkeypatch, last):
-    monkeypatch.setattr(hardware, "DETECT", "raise SystemExit(1)")
+    monkeypatch.setattr(folder, "DETECT", "raise SystemExit(1)")
     seconds = f"81235{len(last)}"
     code = f"import os, subprocess\nsubprocess.Popen(['sleep', '{seconds}'], env={{}}, start_new_session=True)\n{last}"
     make_notebook(tmp_path, "00_a", code)
@@ -371,7 +373,7 @@ def test_no_unmarked_process_survives_its_kernel(tmp_path, monkeypatch, last):
 
 @pytest.mark.slow
 def test_a_cell_deaf_to_interrupts_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(hardware, "DETECT", "raise SystemExit(1)")  # importing torch would take most of the time
+    monkeypatch.setattr(folder, "DETECT", "raise SystemExit(1)")  # importing torch would take most of the time
     monkeypatch.setattr(supervision, "GRACE_SECONDS", 1.0)
     deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(100)"
     make_notebook(tmp_path, "00_deaf", deaf)
@@ -386,8 +388,8 @@ def test_a_full_disk_ends_the_run_with_a_clear_error(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     make_notebook(tmp_path, "00_a", "1")
-    monkeypatch.setattr(hardware, "DETECT", "raise SystemExit(1)")
-    monkeypatch.setattr(supervision, "_supervise", full)
+    monkeypatch.setattr(folder, "DETECT", "raise SystemExit(1)")
+    monkeypatch.setattr(execution, "_supervise", full)
     with pytest.raises(execution.RunError, match=r"No space left on device.*--resume") as caught:
         run_notebooks(make_profile("00_a"), notebooks=tmp_path, folder=tmp_path / "run", console=quiet())
     assert caught.value.exit_code == 1
@@ -654,8 +656,8 @@ def test_the_whole_run_is_interruptible_to_its_last_file(tmp_path, monkeypatch):
         finish(session, interrupted)
 
     make_notebook(tmp_path, "00_a", "1")
-    monkeypatch.setattr(hardware, "DETECT", "raise SystemExit(1)")
-    monkeypatch.setattr(supervision, "_supervise", interrupted)
+    monkeypatch.setattr(folder, "DETECT", "raise SystemExit(1)")
+    monkeypatch.setattr(execution, "_supervise", interrupted)
     monkeypatch.setattr(execution._Session, "_finish", impatient)
     result = run_notebooks(make_profile("00_a"), notebooks=tmp_path, folder=tmp_path / "run", console=quiet())
     assert result.interrupted
@@ -678,8 +680,8 @@ def test_the_manifest_names_the_commit_of_a_hub_model_that_the_run_downloaded(tm
 
     make_notebook(tmp_path, "00_a", "1")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(hardware, "DETECT", "raise SystemExit(1)")
-    monkeypatch.setattr(supervision, "_supervise", download)
+    monkeypatch.setattr(folder, "DETECT", "raise SystemExit(1)")
+    monkeypatch.setattr(execution, "_supervise", download)
     profile = make_profile("00_a", model="tiiuae/falcon-180B", source="hub")
     run_notebooks(profile, notebooks=tmp_path, folder=tmp_path / "run", console=quiet())
     models = json.loads((tmp_path / "run" / "manifest.json").read_text())["models"]
@@ -691,9 +693,9 @@ def test_the_manifest_names_the_commit_of_a_hub_model_that_the_run_downloaded(tm
 # --- models of a hub --------------------------------------------------------------------------------------------------
 
 LOADS = (
-    "import json, os\nfrom pathlib import Path\nfrom helpers import loading, types\n"
-    "settings = types.ModelRef('org/tiny', 'falcon', 'plain', revision='main')\n"
-    "commit = loading.resolve(settings).name\n"
+    "import json, os\nfrom pathlib import Path\nfrom helpers import models\n"
+    "settings = models.ModelRef('org/tiny', 'falcon', 'plain', revision='main')\n"
+    "commit = models.resolve(settings).name\n"
     "assert commit == os.environ.get('EXPECTED_COMMIT', commit), commit"
 )
 
@@ -721,7 +723,7 @@ def hub(tmp_path, monkeypatch):
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(hardware, "DETECT", "raise SystemExit(1)")
+    monkeypatch.setattr(folder, "DETECT", "raise SystemExit(1)")
     handler.cache = cache / "models--org--tiny"
     yield handler
     server.shutdown()
@@ -780,11 +782,11 @@ def test_a_model_that_cannot_be_had_stops_the_run_before_the_first_notebook(hub,
 def test_the_command_fetches_the_models_of_a_profile_or_says_why_not(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(profiles, "load_profile", lambda _: hub_profile())
     hub.gated = True
-    refused = CliRunner().invoke(app.app, ["fetch", "--profile", "8x80gb"])
+    refused = CliRunner().invoke(app, ["fetch", "--profile", "8x80gb"])
     assert refused.exit_code == 1
     assert "licence must be accepted" in refused.stderr
     hub.gated = False
-    assert CliRunner().invoke(app.app, ["fetch", "--profile", "8x80gb"]).exit_code == 0
+    assert CliRunner().invoke(app, ["fetch", "--profile", "8x80gb"]).exit_code == 0
     assert (hub.cache / "snapshots" / hub.SHA / "model.safetensors").stat().st_size > 200_000
     assert fetching.fetch(hub_profile()) == {"org/tiny": hub.SHA}
 
@@ -818,7 +820,7 @@ def test_an_interruption_ends_a_download_at_once_and_leaves_a_run_to_resume(hub,
     assert time.monotonic() - start < 45
     assert not result.ok
     assert status_of(tmp_path / "run")["state"] == "interrupted"
-    assert processes_with(fetching.MAIN) == []
+    assert psutil.Process().children(recursive=True) == []
     assert [path.name for path in (hub.cache / "snapshots" / hub.SHA).iterdir()] == ["config.json"]
     assert not list(hub.cache.rglob("*.incomplete"))
     del hub.send_file
@@ -829,9 +831,9 @@ def test_an_interruption_ends_a_download_at_once_and_leaves_a_run_to_resume(hub,
 def test_nothing_is_fetched_for_a_notebook_that_declares_no_model_nor_for_models_that_are_here(
     tmp_path, monkeypatch, offline
 ):
-    monkeypatch.setattr(fetching, "fetch", lambda *_: pytest.fail("fetched"))
-    monkeypatch.setattr(supervision, "_supervise", lambda *_: supervision._Progress(time.monotonic()))
-    monkeypatch.setattr(hardware, "DETECT", "raise SystemExit(1)")
+    monkeypatch.setattr(execution, "fetch", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(execution, "_supervise", lambda *_: supervision._Progress(time.monotonic()))
+    monkeypatch.setattr(folder, "DETECT", "raise SystemExit(1)")
     # Named in code and comments, and declared of another profile: neither is a reason to download.
     models = {"laptop/falcon": ["bf16"]} | ({"falcon": ["profile"]} if offline else {})
     make_notebook(tmp_path, "00_a", "settings = None  # settings.falcon, settings.models", models=models)
@@ -878,52 +880,51 @@ def test_a_declared_precision_is_the_profile_s_its_list_or_a_literal_one():
     [
         ({"falcon2": ["profile"]}, "unknown role 'falcon2'. Use one of falcon, falcon_chat, llama_chat, falcon_draft"),
         ({"desktop/falcon": ["profile"]}, "there is no profile 'desktop'"),
-        ({"falcon": ["int4"]}, "there is no precision 'int4'. Use one of profile, precisions, fp32"),
-        ({"falcon": "nf4"}, "model falcon: list its precisions"),
-        ({"falcon": []}, "model falcon: list its precisions"),
+        ({"falcon": ["int4"]}, "unknown precision 'int4'. Use one of profile, precisions, fp32"),
+        ({"falcon": "nf4"}, "model falcon has no list of precisions"),
+        ({"falcon": []}, "model falcon has no list of precisions"),
         (["falcon"], "must name roles"),
     ],
 )
 def test_a_declaration_that_makes_no_sense_is_refused_before_anything_runs(tmp_path, models, message):
     make_notebook(tmp_path, "00_a", "1", models=models)
     with pytest.raises(runs.UsageError, match=re.escape(message)):
-        runs.run(make_profile("00_a"), notebooks=tmp_path, folder=tmp_path / "run")
+        run_notebooks(make_profile("00_a"), notebooks=tmp_path, folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 LOADS_TWO = (
-    "from pathlib import Path\nimport tempfile\nfrom helpers import loading, profiles\n"
-    "laptop = profiles.load_profile('laptop')\ndraft = loading.load(laptop.falcon_draft, 'fp32')",
-    "loading.load(laptop.falcon_draft, 'fp32')\nwith tempfile.TemporaryDirectory() as folder:\n"
-    "    loading.load(loading.save(draft, Path(folder) / 'copy'), 'fp32')",
+    "from pathlib import Path\nimport tempfile\nfrom helpers import models\n"
+    "laptop = models.load_profile('laptop')\ndraft = models.load(laptop.falcon_draft, 'fp32')",
+    "models.load(laptop.falcon_draft, 'fp32')\nwith tempfile.TemporaryDirectory() as folder:\n"
+    "    models.load(models.save(draft, Path(folder) / 'copy'), 'fp32')",
 )
 
 
 @pytest.mark.slow
 def test_a_run_names_what_it_loaded_and_fails_a_notebook_that_does_not_declare_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(hardware, "DETECT", "raise SystemExit(1)")
+    monkeypatch.setattr(folder, "DETECT", "raise SystemExit(1)")
     notebooks, run = tmp_path / "notebooks", tmp_path / "run"
     draft = load_profile("laptop").falcon_draft
     make_notebook(notebooks, "00_says", *LOADS_TWO, models={"falcon_draft": ["fp32"]})
-    make_notebook(notebooks, "01_other", LOADS_TWO[0], models={"falcon_draft": ["bf16"]})
     make_notebook(notebooks, "02_silent", LOADS_TWO[0])
-    budgets = dict.fromkeys(("00_says", "01_other", "02_silent"), Budget(60, 40, 5))
+    budgets = dict.fromkeys(("00_says", "02_silent"), Budget(60, 40, 5))
     profile = replace(load_profile("laptop"), budgets=budgets, parameters={})
-    result = runs.run(profile, notebooks=notebooks, folder=run, console=quiet())
+    result = run_notebooks(profile, notebooks=notebooks, folder=run, console=quiet())
     reason = (
-        f"the notebook loaded {draft.label} in fp32 and does not declare it: add it to `workbook: models:` in the "
-        "header of the notebook's source"
+        f"The notebook loaded {draft.label} in fp32 and does not declare it. Add it to `workbook: models:` in the "
+        "header of the notebook's source."
     )
     assert result.passed == ("00_says",)
-    assert result.failed == {"01_other": reason, "02_silent": reason}
+    assert result.failed == {"02_silent": reason}
     common = {"role": "falcon_draft", "model": draft.id, "label": draft.label, "precision": "fp32", "commit": None}
-    written = [{"notebook": name, **common, "made_here": False} for name in ("00_says", "01_other", "02_silent")]
+    written = [{"notebook": name, **common, "made_here": False} for name in ("00_says", "02_silent")]
     copy = replace(draft, id="copy").label
     written.insert(1, {**written[0], "role": None, "model": "copy", "label": copy, "made_here": True})
     assert json.loads((run / "manifest.json").read_text())["loaded"] == written
     # Resumed with what it loads declared, the notebook passes, and the notes of its first attempt are gone.
     make_notebook(notebooks, "02_silent", LOADS_TWO[0], models={"laptop/falcon_draft": ["profile", "fp32"]})
-    again = runs.run(profile, notebooks=notebooks, resume=run, only=["02"], console=quiet())
+    again = run_notebooks(profile, notebooks=notebooks, resume=run, only=["02"], console=quiet())
     assert again.passed == ("02_silent",)
     assert json.loads((run / "manifest.json").read_text())["loaded"] == written
 
@@ -1065,7 +1066,7 @@ def test_clean_removes_what_belongs_to_one_run():
 
 @pytest.mark.slow
 def test_render_writes_the_outputs_of_a_run(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(hardware, "DETECT", "raise SystemExit(1)")
+    monkeypatch.setattr(folder, "DETECT", "raise SystemExit(1)")
     result = runs.render(make_profile("00_a"), sources, tmp_path / "run")
     assert result.ok
     text = (sources / "00_a.ipynb").read_text()

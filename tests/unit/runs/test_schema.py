@@ -82,7 +82,7 @@ def change(run, name, update):
 
 
 def workbook(*arguments):
-    return CliRunner().invoke(app.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_a_run_of_the_version_before_is_reported_checked_and_compared(earlier_run):
@@ -258,7 +258,9 @@ def test_claims_are_read_or_refused_by_field(tmp_path):
     path = tmp_path / "claims.yaml"
     claim = "version: 2\nA1:\n  statement: a\n  published: b\n  source: c\n  test: model\n  how: d\n"
     path.write_text(claim)
-    assert store._read_claims_file(path) == {"A1": _Claim(statement="a", published="b", source="c", test="model", how="d")}
+    assert store._read_claims_file(path) == {
+        "A1": _Claim(statement="a", published="b", source="c", test="model", how="d")
+    }
     path.write_text(claim + "  hwo: e\n")
     with pytest.raises(ResultError, match=r"claims\.yaml: the field A1\.hwo is unknown"):
         store._read_claims_file(path)

@@ -1,4 +1,6 @@
-"""The command ``workbook`` itself: its version, its help panels, and how a command reports an error.
+"""The command ``workbook`` itself: how a command is registered, how it reports an error, and what commands share.
+
+A module of this group registers its commands with ``_command``; the functions have no other callers.
 
 Exit codes: 0: done (of a run: every notebook passed), 1: some notebook failed or the run stopped, 2: invalid usage.
 """
@@ -21,12 +23,12 @@ from helpers.base.files import ROOT
 if TYPE_CHECKING:
     from helpers.runs.execution import RunResult
 
-P = ParamSpec("P")
-R = TypeVar("R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 USERS = "Commands"
 MAINTAINERS = "For maintainers of the workbook"
-ProfileOption = Annotated[str, typer.Option("--profile", help="A name in env/profiles, or auto.")]
-RunFolder = Annotated[Path, typer.Argument(help="The folder of a run, such as runs/20260131T120000Z-laptop.")]
+_ProfileOption = Annotated[str, typer.Option("--profile", help="A name in env/profiles, or auto.")]
+_RunFolder = Annotated[Path, typer.Argument(help="The folder of a run, such as runs/20260131T120000Z-laptop.")]
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -45,11 +47,20 @@ def _workbook(
     """Falcon-180B by doing: run the notebooks, plan a machine, open the lab."""
 
 
-def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
+def _command(name: str, panel: str = USERS) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Register a function as the command ``name``; the help lists it in a panel, in the order of registration."""
+
+    def register(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        return app.command(name, rich_help_panel=panel)(_reports_errors(function))
+
+    return register
+
+
+def _reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
     """Print a WorkbookError as one line and exit: with its own code (RunError: 1), or 2."""
 
     @functools.wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             _check_checkout()
             return command(*args, **kwargs)
@@ -61,16 +72,16 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def _check_checkout() -> None:
-    """Raises WorkbookError outside a checkout: a wheel holds the module alone, without profiles and notebooks."""
+    """Raise WorkbookError outside a checkout: a wheel holds the package alone, without profiles and notebooks."""
     # Asked here and not in the callback, which runs before ``workbook run --help``, too: help needs no checkout.
     if not (ROOT / "env" / "profiles").is_dir():
         raise WorkbookError(
-            f"This command needs the workbook's checkout, but there is no env/profiles in {ROOT}: clone the "
+            f"This command needs the workbook's checkout, but there is no env/profiles in {ROOT}. Clone the "
             "repository, run make setup in it, and use its .venv/bin/workbook."
         )
 
 
-def split(texts: Iterable[str] | None) -> list[str]:
+def _split(texts: Iterable[str] | None) -> list[str]:
     """The values of an option that may be repeated, or given once with commas."""
     parts = []
     for text in texts or ():
@@ -78,12 +89,12 @@ def split(texts: Iterable[str] | None) -> list[str]:
     return parts
 
 
-def shortened(path: Path) -> str:
+def _shortened(path: Path) -> str:
     """The path as a person in this folder would type it."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def print_result(result: RunResult, report_path: Path) -> None:
+def _print_result(result: RunResult, report_path: Path) -> None:
     """Print what became of each notebook, how to resume those that did not pass, and where the report is."""
     for name in result.passed:
         typer.echo(f"passed  {name}")
@@ -92,5 +103,5 @@ def print_result(result: RunResult, report_path: Path) -> None:
     if not result.ok:
         # Only an activated environment has the command on its path.
         command = "workbook" if shutil.which("workbook") else ".venv/bin/workbook"
-        typer.echo(f"Resume the notebooks that did not pass: {command} run --resume {shortened(result.folder)}")
+        typer.echo(f"Resume the notebooks that did not pass: {command} run --resume {_shortened(result.folder)}")
     typer.echo(f"Report: {report_path}")
