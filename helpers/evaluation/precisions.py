@@ -18,7 +18,7 @@ from helpers.base.units import GIB, QUANTIZED
 from helpers.evaluation.harness import _Evaluation, evaluate
 from helpers.evaluation.likelihood import _Perplexity, perplexity
 from helpers.evaluation.pairs import _paired
-from helpers.models import loading
+from helpers.evaluation.residents import _residents, _shortfalls
 from helpers.models.loaded import LoadReport, inference, input_device
 from helpers.models.references import ModelRef
 from helpers.speed import benchmark
@@ -67,12 +67,12 @@ def measure_precisions(
 
     Every precision reads the same ``texts`` and answers the first ``items`` of the tasks story_endings and short_facts.
     ``speed`` says how its speed is measured; ``seed`` is that of the intervals.
-    Raises what ``bench.residents``, ``bench.measure``, ``perplexity`` and ``evaluate`` raise.
+    Raises what ``load``, ``speed.measure``, ``perplexity`` and ``evaluate`` raise.
     """
-    shortfalls = loading.shortfalls(ref, precisions)
+    shortfalls = _shortfalls(ref, precisions)
     results: dict[str, _PrecisionResult] = {}
     speeds = []
-    for group in loading.residents(ref, precisions):
+    for group in _residents(ref, precisions):
         speeds.append(benchmark.measure(list(group.values()), settings=speed))
         for precision, loaded in group.items():
             results[precision] = _PrecisionResult(

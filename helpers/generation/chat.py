@@ -12,7 +12,7 @@ from helpers.base.errors import WorkbookError
 from helpers.generation.decoding import PLAIN
 from helpers.generation.generating import _prompt_text, generate, stream
 from helpers.generation.sampling import Sampling
-from helpers.models.formats import MessageError, check_messages, encode
+from helpers.models.formats import MessageError, encode
 from helpers.models.loaded import context_tokens
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Chat:
             chat = cls(loaded, state["system"], Sampling(**state["sampling"]))
             chat._turns = list(state["turns"])
             # with a question appended, valid messages mean that the saved turns are whole pairs
-            check_messages(chat._next("a question may follow"))
+            loaded.format.check(chat._next("a question may follow"))
         except FileNotFoundError as error:
             raise WorkbookError(f"There is no saved conversation at {path}. Check the path.") from error
         except (ValueError, KeyError, TypeError, MessageError) as error:
@@ -127,7 +127,7 @@ class Chat:
         return self._with_system([*self._turns, {"role": "user", "content": text}])
 
     def _asking(self, text: str) -> list[Message]:
-        # what is not a string is left to check_messages, whose message names its type
+        # what is not a string is left to the format's check, whose message names its type
         if isinstance(text, str) and not text.strip():
             raise WorkbookError("The question is blank. Ask something.")
         return self._next(text)

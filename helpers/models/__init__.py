@@ -5,9 +5,9 @@ from helpers.base.lazy import face
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
-        "checkpoint": ["INDEX", "LoadError", "file_hash", "record"],
+        "checkpoint": ["LoadError", "record"],
         "devices": ["device_map_for"],
-        "finding": ["config", "config_of", "packaged_file", "prepare", "resolve"],
+        "finding": ["config", "prepare", "resolve"],
         "formats": [
             "ChatFormat",
             "FORMATS",
@@ -17,11 +17,10 @@ __getattr__, __dir__, __all__ = face(
             "format_for",
             "published_format_prompt",
         ],
-        "hub": ["is_here"],
         "layers": ["quantizable_layers", "stored_bytes"],
-        "loaded": ["Load", "LoadReport", "Loaded", "context_tokens", "report_table"],
-        "loading": ["load", "residents", "save", "shortfalls", "tidy_output", "unload"],
-        "profiles": ["FOLDER", "ProfileError", "available", "downloaded_bytes", "load_profile", "missing", "table"],
+        "loaded": ["LoadReport", "Loaded", "context_tokens", "report_table"],
+        "loading": ["LoadOptions", "load", "save", "tidy_output", "unload"],
+        "profiles": ["ProfileError", "available", "downloaded_bytes", "load_profile", "missing", "table"],
         "quantization": [
             "LayerError",
             "NF4_TAIL",

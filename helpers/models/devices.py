@@ -1,4 +1,7 @@
-"""Load a profile's model in a precision: find it, load it, verify it and report on it."""
+"""Which device each part of a model goes to: the device map that transformers and accelerate take.
+
+A map holds names of modules and the device of each: the number of a GPU, "cpu" or "disk".
+"""
 
 from __future__ import annotations
 

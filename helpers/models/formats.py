@@ -1,4 +1,7 @@
-"""Dataclasses that several modules share. Sizes are bytes and times are seconds unless a name says otherwise."""
+"""How a chat model writes a conversation: the text of its messages, where a reply stops, what fits into the context.
+
+``format_for`` gives the format of a name. Each is a subclass of ``ChatFormat`` and says where it was published.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class MessageError(WorkbookError):
     """The messages are not a conversation: a role, the order or a content is wrong."""
 
 
-class PromptTooLong(WorkbookError):
+class PromptTooLong(WorkbookError):  # noqa: N818, it says what happened, as Python's StopIteration does
     """The prompt takes ``tokens`` tokens, but only ``max_tokens`` fit."""
 
     def __init__(self, tokens: int, max_tokens: int) -> None:
@@ -50,43 +53,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raise MessageError unless an optional system message is followed by user and assistant in turn."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise MessageError('Give a list of messages, for example [{"role": "user", "content": "Hello"}].')
-    for position, message in enumerate(messages):
-        _check_message(message, position)
-    start = 1 if messages[0]["role"] == "system" else 0
-    for position, message in enumerate(messages[start:], start):
-        expected = ("user", "assistant")[(position - start) % 2]
-        if message["role"] != expected:
-            raise MessageError(
-                f"Message {position} has the role {message['role']!r}, but {expected!r} is expected: "
-                "at most one system message comes first, then user and assistant take turns."
-            )
-    if len(messages) == start:
-        raise MessageError("The conversation has only a system message. Add a user message.")
-
-
-def _check_message(message: Message, position: int) -> None:
-    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-        raise MessageError(f"Message {position} is not a mapping with 'role' and 'content': {message!r}.")
-    if message["role"] not in ROLES:
-        raise MessageError(f"Message {position} has the role {message['role']!r}; the roles are {', '.join(ROLES)}.")
-    if not isinstance(message["content"], str):
-        kind = type(message["content"]).__name__
-        raise MessageError(f"The content of message {position} must be a string, but is {kind}.")
-
-
 @dataclass(frozen=True)
 class ChatFormat(ABC):
     """How one family of models writes a conversation.
 
     ``stop_strings`` end a reply when the model writes them; ``control_strings`` are broken if content holds them.
-    ``reply_start`` is the text between the prompt and the first character of a reply.
+    ``generation_prompt`` ends a prompt, and ``reply_start`` is what the model writes before the first character of its
+    reply.
     """
 
     name: ClassVar[str]
+    generation_prompt: ClassVar[str] = ""
     reply_start: ClassVar[str] = ""
     stop_strings: ClassVar[tuple[str, ...]] = ()
     control_strings: ClassVar[tuple[str, ...]] = ()
@@ -96,13 +73,33 @@ class ChatFormat(ABC):
 
         Raises MessageError for malformed messages, and if a reply is due but the last message is one already.
         """
-        check_messages(messages)
+        self.check(messages)
         if add_generation_prompt and messages[-1]["role"] != "user":
             raise MessageError("The last message is a reply. Add a user message, or pass add_generation_prompt=False.")
         escaped: list[Message] = []
         for message in messages:
             escaped.append({"role": message["role"], "content": self._escape(message["content"])})
-        return self._text(escaped, add_generation_prompt)
+        text = self._text(escaped)
+        if add_generation_prompt:
+            text += self.generation_prompt
+        return text
+
+    def check(self, messages: Sequence[Message]) -> None:
+        """Raise MessageError unless an optional system message is followed by user and assistant in turn."""
+        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+            raise MessageError('Give a list of messages, for example [{"role": "user", "content": "Hello"}].')
+        for position, message in enumerate(messages):
+            _check_message(message, position)
+        start = 1 if messages[0]["role"] == "system" else 0
+        for position, message in enumerate(messages[start:], start):
+            expected = ("user", "assistant")[(position - start) % 2]
+            if message["role"] != expected:
+                raise MessageError(
+                    f"Message {position} has the role {message['role']!r}, but {expected!r} is expected: "
+                    "at most one system message comes first, then user and assistant take turns."
+                )
+        if len(messages) == start:
+            raise MessageError("The conversation has only a system message. Add a user message.")
 
     def fit(
         self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, max_tokens: int
@@ -112,7 +109,7 @@ class ChatFormat(ABC):
         A turn is a user message with its reply. The system message and the last question always stay.
         Raises PromptTooLong if even these take more, MessageError for malformed messages.
         """
-        check_messages(messages)
+        self.check(messages)
         system = list(messages[:1]) if messages[0]["role"] == "system" else []
         rest = messages[len(system) :]
         asking = rest[-1]["role"] == "user"
@@ -134,8 +131,18 @@ class ChatFormat(ABC):
         return re.sub(pattern, lambda match: f"{match[0][0]} {match[0][1:]}", content)
 
     @abstractmethod
-    def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """The rendering of checked and escaped messages."""
+    def _text(self, messages: Sequence[Message]) -> str:
+        """The rendering of checked and escaped messages, without the generation prompt."""
+
+
+def _check_message(message: Message, position: int) -> None:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise MessageError(f"Message {position} is not a mapping with 'role' and 'content': {message!r}.")
+    if message["role"] not in ROLES:
+        raise MessageError(f"Message {position} has the role {message['role']!r}; the roles are {', '.join(ROLES)}.")
+    if not isinstance(message["content"], str):
+        kind = type(message["content"]).__name__
+        raise MessageError(f"The content of message {position} must be a string, but is {kind}.")
 
 
 @dataclass(frozen=True)
@@ -146,16 +153,14 @@ class _FalconChat(ChatFormat):
     """
 
     name = "falcon-chat"
+    generation_prompt = "Falcon:"
     reply_start = " "
     stop_strings = ("\nUser:", "\nFalcon:", "\nSystem:")
     control_strings = (*stop_strings, "<|endoftext|>")
     tags: ClassVar[dict[str, str]] = {"system": "System", "user": "User", "assistant": "Falcon"}
 
-    def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        text = "".join(f"{self.tags[message['role']]}: {message['content']}\n" for message in messages)
-        if add_generation_prompt:
-            text += "Falcon:"
-        return text
+    def _text(self, messages: Sequence[Message]) -> str:
+        return "".join(f"{self.tags[message['role']]}: {message['content']}\n" for message in messages)
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,7 @@ class _Llama2Chat(ChatFormat):
     stop_strings = ("</s>", "[INST]")
     control_strings = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>")
 
-    def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _text(self, messages: Sequence[Message]) -> str:
         text = opening = ""
         for message in messages:
             if message["role"] == "system":
@@ -195,16 +200,14 @@ class _ChatMl(ChatFormat):
     """
 
     name = "chatml"
+    generation_prompt = "<|im_start|>assistant\n"
     stop_strings = ("<|im_end|>", "<|im_start|>", "<|endoftext|>")
     control_strings = stop_strings
 
-    def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _text(self, messages: Sequence[Message]) -> str:
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": SMOLLM_SYSTEM}, *messages]
-        text = "".join(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages)
-        if add_generation_prompt:
-            text += "<|im_start|>assistant\n"
-        return text
+        return "".join(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages)
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,7 @@ class _Plain(ChatFormat):
     name = "plain"
     reply_start = "\n"
 
-    def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _text(self, messages: Sequence[Message]) -> str:
         return "\n".join(message["content"] for message in messages)
 
 

@@ -1,4 +1,8 @@
-"""Load a profile's model in a precision: find it, load it, verify it and report on it."""
+"""Download a model from the Hugging Face Hub, hash each file once, and say what to do if the hub refuses.
+
+Everything lands in the hub's own cache (``hub_cache`` knows its layout), so other programs find it there too. Errors
+of the hub, of the connection and of a full disk become LoadErrors.
+"""
 
 from __future__ import annotations
 
@@ -27,21 +31,17 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 
 
-@contextmanager
-def _full_disk(ref: ModelRef, variable: str, folder: Path) -> Iterator[None]:
-    """Turn the errors of a disk that fills up into LoadErrors; ``variable`` names the folder in the environment."""
-    from safetensors import SafetensorError
+def is_here(ref: ModelRef) -> bool:
+    """Whether a hub's model is complete in the Hugging Face cache, by names and lengths; the hub is not asked."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # Libraries written in Rust give only the system's text, no error number.
-        if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
-            raise
-        raise LoadError(
-            f"{ref.label}: the disk of {folder} is full. Free some space, or set {variable} to a folder on a larger "
-            "disk, and try again: complete files are kept."
-        ) from error
+        folder = snapshot_download(ref.id, revision=_revision(ref), allow_patterns=_HUB_FILES, local_files_only=True)
+        _inspect(Path(folder))
+    except (LocalEntryNotFoundError, LoadError):
+        return False
+    return (Path(folder) / "config.json").exists()
 
 
 def _download(ref: ModelRef) -> Path:
@@ -71,19 +71,6 @@ def _download_config(ref: ModelRef) -> Path:
     with _hub_errors(ref):
         file = hf_hub_download(ref.id, "config.json", revision=_revision(ref))
     return Path(file).parent
-
-
-def is_here(ref: ModelRef) -> bool:
-    """Whether a hub's model is complete in the Hugging Face cache, by names and lengths; the hub is not asked."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        folder = snapshot_download(ref.id, revision=_revision(ref), allow_patterns=_HUB_FILES, local_files_only=True)
-        _inspect(Path(folder))
-    except (LocalEntryNotFoundError, LoadError):
-        return False
-    return (Path(folder) / "config.json").exists()
 
 
 def _describe_commit(ref: ModelRef, folder: Path) -> str | None:
@@ -132,15 +119,32 @@ def _check_disk(ref: ModelRef, files: Iterable[DryRunFileInfo]) -> None:
 
 
 @contextmanager
+def _full_disk(ref: ModelRef, variable: str, folder: Path) -> Iterator[None]:
+    """Turn the errors of a disk that fills up into LoadErrors; ``variable`` names the folder in the environment."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # Libraries written in Rust give only the system's text, no error number.
+        if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+            raise
+        raise LoadError(
+            f"{ref.label}: the disk of {folder} is full. Free some space, or set {variable} to a folder on a larger "
+            "disk, and try again: complete files are kept."
+        ) from error
+
+
+@contextmanager
 def _hub_errors(ref: ModelRef) -> Iterator[None]:
     """Turn the hub's errors into LoadErrors that say what to do."""
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # the base of all of them
+    from huggingface_hub.errors import HTTPError
 
     try:
         yield
     except (OSError, RuntimeError, HTTPError) as error:
         advice = _refused_token(error) or _hub_advice(ref, error)
-        raise LoadError(f"Could not download {ref.label}: {advice} ({type(error).__name__})") from error
+        raise LoadError(f"{ref.label} could not be downloaded: {advice} ({type(error).__name__})") from error
 
 
 def _refused_token(error: Exception) -> str | None:
@@ -175,9 +179,7 @@ def _hub_advice(ref: ModelRef, error: Exception) -> str:
         errors.LocalEntryNotFoundError: "it was not downloaded yet and the hub cannot be reached. Connect to it "
         "(and unset HF_HUB_OFFLINE), or use the profile laptop, which needs no network.",
         errors.HfHubHTTPError: str(error),
-        errors.HTTPError: (  # type: ignore[attr-defined]
-            f"the connection to the hub broke. Load it again: complete files are kept. {error}"
-        ),
+        errors.HTTPError: (f"the connection to the hub broke. Load it again: complete files are kept. {error}"),
     }
     for kind, text in advice.items():
         if isinstance(error, kind):

@@ -49,6 +49,13 @@ class _CachedRepository:
         """The folder with the files at a revision."""
         return self.folder / _SNAPSHOTS / self.commit(revision)
 
+    def commit_here(self, revision: str | None) -> str | None:
+        """The commit whose files are here for a revision; None if they are missing."""
+        snapshot = self.snapshot(revision)
+        if not (snapshot / "config.json").is_file():
+            return None
+        return snapshot.name
+
     def verified(self) -> set[str]:
         """The names of the blobs that were hashed before and found whole."""
         file = self.folder / VERIFIED
@@ -100,16 +107,6 @@ def repository(model_id: str, cache: Path | None = None) -> _CachedRepository:
     return _CachedRepository((cache or download_folder()) / repo_folder_name(repo_id=model_id, repo_type="model"))
 
 
-def hub_commit(ref: ModelRef) -> str | None:
-    """The commit of a hub's model in the cache; None if it is not there, or if the model is not from a hub."""
-    if ref.source != "hub":
-        return None
-    snapshot = repository(ref.id).snapshot(ref.revision)
-    if not (snapshot / "config.json").is_file():
-        return None
-    return snapshot.name
-
-
 def _downloaded_bytes(ref: ModelRef, cache: Path | None = None) -> int:
     """Bytes of a hub's safetensors in the cache at the model's revision, at most what is to be downloaded of them."""
     snapshot = repository(ref.id, cache).snapshot(ref.revision)
@@ -126,7 +123,7 @@ def _blob_hashes(snapshot: Path) -> dict[str, str]:
     for path in snapshot.iterdir():
         if path.is_symlink():
             # Only the first link is followed: a blob may itself link into a shared store, whose names are other hashes.
-            blob = Path(os.path.abspath(snapshot / path.readlink()))
+            blob = Path(os.path.abspath(snapshot / path.readlink()))  # noqa: PTH100, resolve would follow every link
             if blob.parent.name == _BLOBS and _HASH.fullmatch(blob.name):
                 hashes[path.name] = blob.name
     return hashes

@@ -30,7 +30,9 @@ def quantizable_layers(model: PreTrainedModel) -> list[str]:
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    kept = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ()))
+    # What the library's own quantizers pass: it has no public name for it.
+    in_float32 = list(model._keep_in_fp32_modules or ())  # noqa: SLF001
+    kept = HfQuantizer.get_modules_to_not_convert(model, None, in_float32)
     names = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and should_convert_module(name, kept):

@@ -1,4 +1,8 @@
-"""Dataclasses that several modules share. Sizes are bytes and times are seconds unless a name says otherwise."""
+"""A loaded model: what it holds, the report of its load, and the notes that a run keeps of its loads.
+
+``loading.load`` returns a ``Loaded``; everything that makes, scores or trains on tokens takes one. Sizes are bytes and
+times are seconds.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,46 @@ if TYPE_CHECKING:
     from helpers.models.devices import DeviceMap
 
 
+@dataclass
+class Loaded:
+    """A verified model with its tokenizer and the chat format it was trained on."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    format: ChatFormat
+    report: LoadReport
+    ref: ModelRef
+    decoder: Any = field(default=None, init=False, repr=False, compare=False)  # kept by helpers.generation.decoding
+
+
+def context_tokens(loaded: Loaded) -> int:
+    """Length of the model's context in tokens, prompt and reply together."""
+    return int(loaded.model.config.max_position_embeddings)
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """The device for token ids: the model's, or the CPU if its first weights are offloaded to disk."""
+    import torch
+
+    # accelerate moves the inputs of offloaded layers itself, but cannot read them from the meta device.
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
+@contextmanager
+def inference(model: PreTrainedModel) -> Iterator[None]:
+    """Switch on inference mode and switch off dropout; a model in training mode is set back to it afterwards."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        if was_training:
+            model.train()
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """The verified facts of a load. ``stored_bytes``: bytes of the weights in memory, quantized or not."""
@@ -44,27 +88,13 @@ class LoadReport:
     seconds: float
     repaired: bool
     cache_bytes_per_token: int = 0  # keys and values of one sequence
-    grouped_cache: bool = (
-        False  # Falcon with a cache of its key-value heads only: see helpers.models.workarounds.grouped_cache
-    )
+    grouped_cache: bool = False  # Falcon with a cache of its key-value heads only: see workarounds.grouped_cache
     commit: str | None = None  # of a hub's repository, and whether the profile pins it
-
-
-@dataclass
-class Loaded:
-    """A verified model with its tokenizer and the chat format it was trained on."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    format: ChatFormat
-    report: LoadReport
-    ref: ModelRef
-    decoder: Any = field(default=None, init=False, repr=False, compare=False)  # kept by helpers.generation.decoding
 
 
 def _build_report(ref: ModelRef, precision: str, model: PreTrainedModel, device_map: DeviceMap) -> LoadReport:
     """What is in memory and on disk; time, repair and commit are for ``load`` to add."""
-    from helpers.models.workarounds.grouped_cache import _has_grouped_cache as has_grouped_cache
+    from helpers.models.workarounds.grouped_cache import _has_grouped_cache
 
     dtypes: Counter[str] = Counter()
     devices: Counter[str] = Counter()
@@ -76,7 +106,7 @@ def _build_report(ref: ModelRef, precision: str, model: PreTrainedModel, device_
         devices[device] += _weights_in(parameter)
         if device == "disk":
             bytes_on_disk += parameter.nbytes
-    grouped = ref.family == "falcon" and has_grouped_cache(model)
+    grouped = ref.family == "falcon" and _has_grouped_cache(model)
     return LoadReport(
         model=ref.label,
         stand_in_for=ref.stand_in_for,
@@ -177,31 +207,3 @@ def forget_loads(run: Path, notebook: str) -> None:
 
 def _file(run: Path, notebook: str) -> Path:
     return run / "loaded" / f"{notebook}.jsonl"
-
-
-def context_tokens(loaded: Loaded) -> int:
-    """Length of the model's context in tokens, prompt and reply together."""
-    return int(loaded.model.config.max_position_embeddings)
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """The device for token ids: the model's, or the CPU if its first weights are offloaded to disk."""
-    import torch
-
-    # accelerate moves the inputs of offloaded layers itself, but cannot read them from the meta device
-    return torch.device("cpu") if model.device.type == "meta" else model.device
-
-
-@contextmanager
-def inference(model: PreTrainedModel) -> Iterator[None]:
-    """Switch on inference mode and switch off dropout; a model in training mode is set back to it afterwards."""
-    import torch
-
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        if was_training:
-            model.train()

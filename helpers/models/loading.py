@@ -1,24 +1,25 @@
-"""Load a profile's model in a precision: find it, load it, verify it and report on it."""
+"""Load a model in a precision, prove that what is in memory is what was asked for, save it and drop it again.
+
+``load`` finds the checkpoint (``finding``), checks its files (``checkpoint``), chooses the devices (``devices``), lets
+transformers load it with the repairs of ``workarounds``, compares names, shapes, types and devices of all parameters,
+proves the quantization (``quantization``) and reports on the result (``loaded``).
+"""
 
 from __future__ import annotations
 
 import gc
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from helpers.base.errors import choose, first_names
 from helpers.base.progress import bar_class, bars, weights_bar
 from helpers.base.units import DTYPES, PRECISIONS, QUANTIZED
-from helpers.machine import hardware, memory
 from helpers.machine.memory import Workload
-from helpers.machine.placement import Devices, Resident, place_together, shortfall
-from helpers.models import finding
 from helpers.models.checkpoint import LoadError, _checked
-from helpers.models.devices import _default_device_map, _device_name, _device_of
+from helpers.models.devices import DeviceMap, _default_device_map, _device_name, _device_of
 from helpers.models.finding import _load_errors, _read_config, _read_tokenizer, resolve
 from helpers.models.formats import format_for
 from helpers.models.hub import _describe_commit
@@ -31,14 +32,13 @@ from helpers.models.workarounds.nf4_repacking import _keep_unpacked, _was_repack
 from helpers.models.workarounds.renamed_names import _ignore_renamed_names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping
+    from pathlib import Path
 
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from helpers.machine.hardware import Machine
     from helpers.models.checkpoint import _Shards
-    from helpers.models.devices import DeviceMap
     from helpers.models.references import ModelRef
 
 _DEVICE_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate chooses the devices
@@ -53,27 +53,42 @@ class _LoadingInfo(TypedDict):
     error_msgs: Collection[str]
 
 
+@dataclass(frozen=True)
+class LoadOptions:
+    """What a load is seldom told.
+
+    ``device_map``: where the modules go, instead of what ``device_map_for`` this machine says. ``verify``: whether to
+    hash the files first, as far as hashes are recorded; None: if the checkpoint's index records them. ``double_quant``:
+    whether nf4 quantizes its scales too, see ``bnb_config``.
+    """
+
+    device_map: DeviceMap | None = None
+    verify: bool | None = None
+    double_quant: bool = False
+
+
+_DEFAULTS = LoadOptions()
+
+
 def load(
     ref: ModelRef,
     precision: str = "bf16",
     *,
-    device_map: DeviceMap | None = None,
     offload: bool = False,
-    verify: bool | None = None,
-    double_quant: bool = False,
     unpacked: bool = False,
     grouped_cache: bool = True,
+    options: LoadOptions = _DEFAULTS,
 ) -> Loaded:
     """Load a model in a precision (fp32, bf16, fp16, int8, nf4) and verify it; with its tokenizer and chat format.
 
-    ``device_map``: default, that of ``device_map_for`` this machine; each of several processes started by torchrun
-    takes the GPU of its local rank. ``offload`` keeps in memory and on disk what the GPUs cannot hold; this is slow and
-    impossible for int8 and nf4. ``verify`` hashes the files first, as far as hashes are recorded
-    (``shards.damaged_files``); default: if the checkpoint's index records them. ``double_quant``: see ``bnb_config``; a
-    checkpoint that is quantized already stays as it is. The layers that int8 and nf4 do not quantize are in bfloat16.
-    ``unpacked``: see ``keep_unpacked``. ``grouped_cache``: Falcon gets the KV cache of ``helpers.models.workarounds.grouped_cache``; if
-    False, that of transformers. Only safetensors are read, code of a repository never runs, and only the cache of
-    downloads is written.
+    The layers go where ``device_map_for`` this machine says; each of several processes started by torchrun takes the
+    GPU of its local rank. ``offload`` keeps in memory and on disk what the GPUs cannot hold; this is slow and
+    impossible for int8 and nf4. ``unpacked`` keeps nf4 weights as they are stored, for training, merging and saving
+    (``workarounds.nf4_repacking``). ``grouped_cache``: Falcon gets a KV cache of its key-value heads
+    (``workarounds.grouped_cache``); if False, that of transformers. ``options`` holds the rest.
+
+    Layers that int8 and nf4 do not quantize are in bfloat16; a checkpoint that is quantized already stays as it is.
+    Only safetensors are read, code of a repository never runs, and only the cache of downloads is written.
 
     Memory of this process, besides the weights that stay on the CPU (weights kept in their stored type are mapped from
     their files, which counts as file cache): at most four of the checkpoint's largest tensors in the type they are
@@ -86,11 +101,11 @@ def load(
     checkpoint = resolve(ref)
     config = _read_config(ref, checkpoint)
     _check_config(ref, config, precision)
-    files = _checked(checkpoint, verify)
-    workload = Workload(cache_heads="kv" if grouped_cache else "library", double_quant=double_quant)
-    places = device_map or _default_device_map(config, precision, workload, offload=offload)
+    files = _checked(checkpoint, options.verify)
+    workload = Workload(cache_heads="kv" if grouped_cache else "library", double_quant=options.double_quant)
+    places = options.device_map or _default_device_map(config, precision, workload, offload=offload)
     with _repair(ref, precision) as repaired, _grouping(ref, wanted=grouped_cache), _load_errors(ref, checkpoint):
-        model = _verified_model(files, config, precision, places, double_quant)
+        model = _verified_model(files, config, precision, places, options.double_quant)
         tokenizer = _read_tokenizer(checkpoint)
     if unpacked:
         _keep_unpacked(model)
@@ -119,7 +134,7 @@ def save(loaded: Loaded, folder: Path) -> ModelRef:
     with bars(bar_class()):
         loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
-    return replace(loaded.ref, id=str(Path(folder).absolute()), source="embedded", file=None, revision=None)
+    return replace(loaded.ref, id=str(folder.absolute()), source="embedded", file=None, revision=None)
 
 
 def unload(loaded: Loaded) -> None:
@@ -145,7 +160,7 @@ def tidy_output() -> None:
     pd.set_option("display.max_colwidth", None)
     quiet_bitsandbytes()
     _ignore_renamed_names()
-    logging.set_tqdm_hook(lambda factory, args, options: bar_class()(*args, **options))
+    logging.set_tqdm_hook(lambda _, args, options: bar_class()(*args, **options))
 
 
 def _verified_model(
@@ -293,40 +308,3 @@ def _shape_problems(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]
 
 def _problem(wrong: Collection[str], what: str) -> list[str]:
     return [f"{len(wrong)} weights {what}: {first_names(wrong)}"] if wrong else []
-
-
-def shortfalls(ref: ModelRef, precisions: Sequence[str], machine: Machine | None = None) -> dict[str, str]:
-    """The precisions in which a model does not fit on a machine (this one, unless given), and what it needs."""
-    config, machine = finding.config(ref), machine or hardware.detect()
-    needs: dict[str, str] = {}
-    for precision in precisions:
-        if missing := shortfall(config, precision, machine):
-            needs[precision] = str(missing)
-    return needs
-
-
-def residents(ref: ModelRef, precisions: Sequence[str]) -> Iterator[dict[str, Loaded]]:
-    """A model in each precision that fits here: all at once if they fit together, else one after the other.
-
-    What was handed out is unloaded before the next is loaded, and at the end. Raises LoadError as ``loading.load``.
-    """
-    machine = hardware.detect()
-    missing = shortfalls(ref, precisions, machine)
-    fitting = [precision for precision in precisions if precision not in missing]
-    groups = [[precision] for precision in fitting]
-    if fitting and _fit_together(finding.config(ref), fitting, machine):
-        groups = [fitting]
-    for group in groups:
-        loaded = {precision: load(ref, precision) for precision in group}
-        try:
-            yield loaded
-        finally:
-            for model in loaded.values():
-                unload(model)
-
-
-def _fit_together(config: PreTrainedConfig, precisions: Sequence[str], machine: Machine) -> bool:
-    """Whether a model fits in all these precisions at once, each with one sequence of 2048 tokens."""
-    residents = [Resident(config, precision) for precision in precisions]
-    placements = place_together(residents, Devices.free(machine), memory.Workload())
-    return all(placement.fits for placement in placements)

@@ -1,9 +1,11 @@
-"""Read profiles (env/profiles/*.yaml). ``auto`` picks the largest that this machine can run."""
+"""Profiles: which models the workbook uses on which kind of machine, read from env/profiles/*.yaml.
+
+``load_profile("auto")`` picks the largest that this machine can run.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,21 +44,7 @@ def load_profile(name: str = SMALLEST) -> Profile:
         return _largest(hardware.detect())
     choose(name, ["auto", *(path.stem for path in _files())], "profile", ProfileError)
     profile = _read(FOLDER / f"{name}.yaml")
-    return rehearsed(profile) if settings.rehearsal_folder() else profile
-
-
-def rehearsed(profile: Profile) -> Profile:
-    """The profile with each model that would come from a hub marked as rehearsed."""
-    return replace(
-        profile,
-        falcon=_rehearsed_model(profile.falcon),
-        falcon_chat=_rehearsed_model(profile.falcon_chat),
-        llama_chat=_rehearsed_model(profile.llama_chat),
-    )
-
-
-def _rehearsed_model(ref: ModelRef) -> ModelRef:
-    return replace(ref, rehearsed=ref.source == "hub")
+    return profile.in_rehearsal() if settings.rehearsal_folder() else profile
 
 
 def available() -> tuple[str, ...]:

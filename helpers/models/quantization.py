@@ -1,4 +1,8 @@
-"""bitsandbytes configurations, the proof that quantization happened, and what it costs each layer."""
+"""Weights in 8 and 4 bits: how bitsandbytes is configured, the proof that it quantized, and what it costs each layer.
+
+``verify_quantized`` proves the storage of every layer from its class, types and bytes; ``_verify_against_checkpoint``
+compares one weight with the file it came from. Both run before the first forward pass, which may repack 4-bit weights.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from helpers.base.errors import WorkbookError, choose
 from helpers.base.units import QUANTIZED
 from helpers.models.checkpoint import _read_tensor
 from helpers.models.layers import _is_4bit, _is_8bit, _quantized_layers, _row_scales, _weights_in, quantizable_layers
+from helpers.models.quantization_by_hand import relative_error
 from helpers.models.workarounds.bitsandbytes_messages import quiet_bitsandbytes
 from helpers.models.workarounds.nf4_repacking import _was_repacked
 
@@ -47,8 +52,8 @@ def bnb_config(
 
     quiet_bitsandbytes()
     if precision == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=compute_dtype or torch.bfloat16,
@@ -77,6 +82,65 @@ def verify_quantized(model: PreTrainedModel, precision: str) -> None:
     )
 
 
+def nf4_code() -> list[float]:
+    """The 16 values of nf4: quantiles of the normal distribution, scaled so that the ends are -1 and 1.
+
+    Eight evenly spaced probabilities from the tail to the middle give the negative half and zero, nine the positive
+    half (QLoRA, arXiv 2305.14314, section 3 and appendix E; bitsandbytes' ``create_normal_map``).
+    """
+    import numpy as np
+    from scipy.stats import norm
+
+    # The last quantile of each half is the middle, zero: it is left out here and put in once below.
+    negative = norm.ppf(np.linspace(NF4_TAIL, 0.5, 8))[:-1]
+    positive = norm.ppf(np.linspace(NF4_TAIL, 0.5, 9))[:-1]
+    values = [*-negative, 0.0, *positive[::-1]]
+    return [float(value / positive[0]) for value in values]
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What storing one matrix in a precision costs: relative errors (Frobenius norm) against exact arithmetic.
+
+    weight: of the stored values; output: of the layer's result for real inputs. ``outliers``: how many of the
+    ``columns`` of those inputs hold a magnitude of ``OUTLIER`` or more.
+    """
+
+    layer: str
+    weight: float
+    output: float
+    outliers: int
+    columns: int
+
+
+def layer_errors(reference: PreTrainedModel, model: PreTrainedModel, ids: torch.Tensor) -> list[LayerError]:
+    """The error of each linear layer of ``model`` alone: its inputs are those that it has in ``reference``.
+
+    ``ids`` (1, tokens) is the text that is read. The exact result is the product of the reference's weight and inputs
+    in float32, so a layer in bf16 has an output error too, that of rounding. Both models must be of one checkpoint.
+    Raises QuantizationError for nf4 weights that a forward pass has repacked.
+    """
+    import torch
+    from torch.nn.functional import linear
+
+    names = quantizable_layers(reference)
+    inputs = _layer_inputs(reference, names, ids)
+    errors = []
+    for name in names:
+        layer, layer_input = model.get_submodule(name), inputs[name]
+        source = _dequantized_weight(reference.get_submodule(name))
+        # The weight comes first, because the layer's forward pass may repack it.
+        weight_error = relative_error(_dequantized_weight(layer).to(source.device), source)
+        with torch.inference_mode():
+            output = layer(layer_input.to(_weight(layer).device)).float()
+            exact = linear(layer_input.float(), source)
+            output_error = relative_error(output.to(exact.device), exact)
+        columns = layer_input.abs().flatten(0, -2).amax(0)
+        outliers = int((columns >= OUTLIER).sum())
+        errors.append(LayerError(name, weight_error, output_error, outliers, len(columns)))
+    return errors
+
+
 def _verify_against_checkpoint(model: PreTrainedModel, checkpoint: Path, layer: str | None = None) -> float:
     """Compare one quantized weight with the checkpoint's, within the error that the format allows.
 
@@ -103,20 +167,26 @@ def _verify_against_checkpoint(model: PreTrainedModel, checkpoint: Path, layer: 
     return share
 
 
-def nf4_code() -> list[float]:
-    """The 16 values of nf4: quantiles of the normal distribution, scaled so that the ends are -1 and 1.
+def _layer_inputs(model: PreTrainedModel, names: Sequence[str], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The input of each of these layers while the model reads ``ids``."""
+    import torch
 
-    Eight evenly spaced probabilities from the tail to the middle give the negative half and zero, nine the positive
-    half (QLoRA, arXiv 2305.14314, section 3 and appendix E; bitsandbytes' ``create_normal_map``).
-    """
-    import numpy as np
-    from scipy.stats import norm
+    inputs: dict[str, torch.Tensor] = {}
 
-    # The last quantile of each half is the middle, zero: it is left out here and put in once below.
-    negative = norm.ppf(np.linspace(NF4_TAIL, 0.5, 8))[:-1]
-    positive = norm.ppf(np.linspace(NF4_TAIL, 0.5, 9))[:-1]
-    values = [*-negative, 0.0, *positive[::-1]]
-    return [float(value / positive[0]) for value in values]
+    def recorder(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def keep_input(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            inputs[name] = arguments[0].detach()
+
+        return keep_input
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(recorder(name)) for name in names]
+    try:
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs
 
 
 def _dequantized_weight(module: nn.Module) -> torch.Tensor:
@@ -238,72 +308,3 @@ def _half_widest_gap(code: torch.Tensor) -> float:
 def _with_slack(allowed: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     """The allowed error, with some tolerance for float32 arithmetic and for blocks of zeros."""
     return allowed + largest * 1e-4 + 1e-12
-
-
-@dataclass(frozen=True)
-class LayerError:
-    """What storing one matrix in a precision costs: relative errors (Frobenius norm) against exact arithmetic.
-
-    weight: of the stored values; output: of the layer's result for real inputs. ``outliers``: how many of the
-    ``columns`` of those inputs hold a magnitude of ``OUTLIER`` or more.
-    """
-
-    layer: str
-    weight: float
-    output: float
-    outliers: int
-    columns: int
-
-
-def layer_errors(reference: PreTrainedModel, model: PreTrainedModel, ids: torch.Tensor) -> list[LayerError]:
-    """The error of each linear layer of ``model`` alone: its inputs are those that it has in ``reference``.
-
-    ``ids`` (1, tokens) is the text that is read. The exact result is the product of the reference's weight and inputs
-    in float32, so a layer in bf16 has an output error too, that of rounding. Both models must be of one checkpoint.
-    Raises QuantizationError for nf4 weights that a forward pass has repacked.
-    """
-    import torch
-    from torch.nn.functional import linear
-
-    names = quantizable_layers(reference)
-    inputs = _layer_inputs(reference, names, ids)
-    errors = []
-    for name in names:
-        layer, layer_input = model.get_submodule(name), inputs[name]
-        source = _dequantized_weight(reference.get_submodule(name))
-        # The weight comes first, because the layer's forward pass may repack it.
-        weight_error = _relative_error(_dequantized_weight(layer), source)
-        with torch.inference_mode():
-            output = layer(layer_input.to(_weight(layer).device)).float()
-            output_error = _relative_error(output, linear(layer_input.float(), source))
-        columns = layer_input.abs().flatten(0, -2).amax(0)
-        outliers = int((columns >= OUTLIER).sum())
-        errors.append(LayerError(name, weight_error, output_error, outliers, len(columns)))
-    return errors
-
-
-def _layer_inputs(model: PreTrainedModel, names: Sequence[str], ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The input of each of these layers while the model reads ``ids``."""
-    import torch
-
-    inputs: dict[str, torch.Tensor] = {}
-
-    def recorder(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def keep_input(layer: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            inputs[name] = arguments[0].detach()
-
-        return keep_input
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(recorder(name)) for name in names]
-    try:
-        with torch.inference_mode():
-            model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return inputs
-
-
-def _relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
-    difference = value.to(exact.device) - exact
-    return float(difference.norm() / exact.norm())

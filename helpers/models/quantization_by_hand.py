@@ -102,8 +102,9 @@ def int8_equals_bitsandbytes(weight: torch.Tensor, x: torch.Tensor) -> bool:
 
     codes, scales = absmax_int8(weight.half().float())
     their_codes, their_scales, _ = int8_vectorwise_quant(weight.half())
-    theirs = Linear8bitLt(*weight.shape[::-1], bias=False, has_fp16_weights=False, threshold=6.0).eval()
-    theirs.weight = Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False).to("cpu")
+    rows, columns = weight.shape
+    theirs = Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=6.0).eval()
+    theirs.weight = Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False).cpu()
     with torch.inference_mode():
         products_equal = torch.equal(int8_product(x, weight), theirs(x))
     return products_equal and torch.equal(codes, their_codes) and torch.equal(scales, their_scales)

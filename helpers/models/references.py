@@ -1,8 +1,11 @@
-"""Dataclasses that several modules share. Sizes are bytes and times are seconds unless a name says otherwise."""
+"""What a profile says: its models, the machine it needs and the time its notebooks may take.
+
+Sizes are bytes and times are seconds. ``profiles`` reads these from env/profiles/*.yaml.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from helpers.base.units import Precision
@@ -27,6 +30,10 @@ class ModelRef:
     download_bytes: int | None = None
     shards: int | None = None  # safetensors files it is published in
     rehearsed: bool = False  # replaced by a tiny checkpoint of random weights: see helpers.planning.rehearsal
+
+    def in_rehearsal(self) -> ModelRef:
+        """The model, marked as rehearsed if it would come from a hub."""
+        return replace(self, rehearsed=self.source == "hub")
 
     @property
     def name(self) -> str:
@@ -90,3 +97,13 @@ class Profile:
     def models(self) -> dict[str, ModelRef]:
         """The three models by role."""
         return {"falcon": self.falcon, "falcon_chat": self.falcon_chat, "llama_chat": self.llama_chat}
+
+    def in_rehearsal(self) -> Profile:
+        """The profile with each model that would come from a hub marked as rehearsed."""
+        rehearsed = {role: ref.in_rehearsal() for role, ref in self.models.items()}
+        return replace(
+            self,
+            falcon=rehearsed["falcon"],
+            falcon_chat=rehearsed["falcon_chat"],
+            llama_chat=rehearsed["llama_chat"],
+        )

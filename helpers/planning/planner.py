@@ -19,7 +19,7 @@ from helpers.machine import placement as machine_placement
 from helpers.machine.memory import Workload
 from helpers.machine.placement import RESERVED, Devices, Resident, least_gpus, parts_by_device, place_together
 from helpers.models import finding, profiles
-from helpers.models.finding import config_of, published_shape
+from helpers.models.finding import published_shape
 from helpers.models.references import ModelRef
 from helpers.planning.plan import (
     AS_MANY_AS_FIT,
@@ -244,7 +244,7 @@ def _plan(request: _Request, here: _Here) -> _Plan:
 
 def _residents(models: Mapping[str, ModelRef], groups: Sequence[Sequence[str]]) -> list[_Residents]:
     """Groups of roles as what is in memory together; groups of equal shapes become one."""
-    configs = {role: config_of(ref) for role, ref in models.items()}
+    configs = {role: finding.config(ref) for role, ref in models.items()}
     # A model of the same shape, planned for the same context, needs the same bytes: one table is enough for both.
     same_shape: dict[tuple[tuple[anatomy.Anatomy, int], ...], list[Sequence[str]]] = {}
     for group in groups:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError
 from helpers.machine import placement
-from helpers.models.finding import config_of
+from helpers.models import finding
 from helpers.planning.plan import AS_MANY_AS_FIT, COUNTS, DECIMAL, SIZES
 from helpers.planning.planner import FALCON_180B, _check_request, _published_ref
 
@@ -58,7 +58,7 @@ def suggest(ref: ModelRef, work: Workload = AS_MANY_AS_FIT, precision: str | Non
     ``precision``: only this one. Raises WorkbookError for an unknown one, and for less than one sequence or token.
     """
     _check_request(work, precision)
-    config = config_of(ref)
+    config = finding.config(ref)
     precisions = (precision,) if precision else ("fp32", "bf16", "int8", "nf4")
     suggestions: list[_Suggestion] = []
     for name, count, size in itertools.product(precisions, COUNTS, SIZES):

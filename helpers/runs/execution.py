@@ -19,14 +19,21 @@ from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
 from helpers.base.settings import DEFAULT_PROFILE
 from helpers.models.checkpoint import LoadError
-from helpers.models.hub_cache import hub_commit
 from helpers.models.loaded import forget_loads, read_loads
 from helpers.models.references import Profile
 from helpers.runs import store
 from helpers.runs.child import _Job
 from helpers.runs.display import _display
 from helpers.runs.fetching import fetch
-from helpers.runs.folder import _build_manifest, _executed_notebook, _held, _merge_manifests, _new_folder, _utc_now
+from helpers.runs.folder import (
+    _build_manifest,
+    _executed_notebook,
+    _held,
+    _hub_commit,
+    _merge_manifests,
+    _new_folder,
+    _utc_now,
+)
 from helpers.runs.notebook import UsageError, _loaded_models, _parse_parameters, _plan_run, _roles_to_fetch, _undeclared
 from helpers.runs.recording import _forget
 from helpers.runs.redaction import _find_secrets, _redact, _sweep
@@ -276,7 +283,7 @@ class _Session:
         for role, model in manifest.models.items():
             ref = self.profile.models[role]
             # Only now, because a notebook may have downloaded the model.
-            model.commit = self.commits.get(ref.id) or hub_commit(ref)
+            model.commit = self.commits.get(ref.id) or _hub_commit(ref)
 
     def _save_status(self) -> None:
         _write_status(self.folder, self.status, self._redact)
@@ -340,7 +347,7 @@ def _target(request: Request, profile: Profile) -> Path:
 
 def _chosen_profile(request: Request) -> Profile:
     """The profile to run, marked as rehearsed in a rehearsal. Raises UsageError if it needs no rehearsal."""
-    from helpers.models.profiles import load_profile, rehearsed
+    from helpers.models.profiles import load_profile
 
     profile = request.profile
     if not isinstance(profile, Profile):
@@ -349,7 +356,7 @@ def _chosen_profile(request: Request) -> Profile:
         return profile
     if profile.offline:
         raise UsageError(f"All models of profile {profile.name} are on this machine. Run it without --rehearse.")
-    return rehearsed(profile)
+    return profile.in_rehearsal()
 
 
 def _prepared(profile: Profile, folder: Path, console: Console) -> Rehearsal:

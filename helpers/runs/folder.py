@@ -22,7 +22,7 @@ from helpers.base.processes import Command
 from helpers.machine.hardware import DETECT
 from helpers.models.checkpoint import LoadError, file_hash
 from helpers.models.finding import packaged_file
-from helpers.models.hub_cache import hub_commit
+from helpers.models.hub_cache import repository
 from helpers.runs.schema import _GitState, _Hardware, _Manifest, _ModelFacts, _NotebookFacts, _UnknownHardware
 from helpers.runs.store import RunFolderError
 
@@ -137,8 +137,15 @@ def _notebook(plan: _Plan) -> _NotebookFacts:
 
 def _model(ref: ModelRef) -> _ModelFacts:
     hashes = {path.name: file_hash(path) for path in _model_files(ref)}
-    facts = asdict(ref) | {"label": ref.label, "sha256": hashes, "commit": hub_commit(ref)}
+    facts = asdict(ref) | {"label": ref.label, "sha256": hashes, "commit": _hub_commit(ref)}
     return _ModelFacts.model_validate(facts)
+
+
+def _hub_commit(ref: ModelRef) -> str | None:
+    """The commit of a hub's model in the cache; None if it is missing, or if the model is not from a hub."""
+    if ref.source != "hub":
+        return None
+    return repository(ref.id).commit_here(ref.revision)
 
 
 def _model_files(ref: ModelRef) -> list[Path]:

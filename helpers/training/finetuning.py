@@ -349,4 +349,5 @@ def _load_base(adapter_dir: Path) -> Loaded:
             f"{adapter_dir} holds no adapter of this workbook: {IDENTITY_FILE} is missing. Give another folder."
         )
     data = json.loads(path.read_text(encoding="utf-8"))
-    return loading.load(ModelRef(**data["base"]), data["precision"], unpacked=True, double_quant=data["double_quant"])
+    options = loading.LoadOptions(double_quant=data["double_quant"])
+    return loading.load(ModelRef(**data["base"]), data["precision"], unpacked=True, options=options)

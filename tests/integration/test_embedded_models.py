@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers import models
 from helpers.base import PRECISIONS
 from helpers.base.files import ROOT
 from helpers.models import (
@@ -23,6 +22,7 @@ from helpers.models import (
     resolve,
     verify_quantized,
 )
+from helpers.models.finding import packaged_file
 from helpers.models.quantization import _verify_against_checkpoint
 from helpers.models.workarounds.falcon_linear import falcon_repair
 
@@ -115,7 +115,7 @@ def test_every_weight_of_falcon_mini_is_the_checkpoints():
 def test_smollm2_equals_its_published_file():
     """The copy in the cache holds the GGUF file's weights, and gives the logits that transformers reads from it."""
     cached = load(MODELS["llama_chat"], "bf16")
-    file = models.packaged_file(MODELS["llama_chat"])
+    file = packaged_file(MODELS["llama_chat"])
     direct = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
     weights = direct.state_dict()
     assert cached.model.state_dict().keys() == weights.keys()
@@ -177,8 +177,7 @@ import socket
 def refuse(*arguments, **options):
     raise AssertionError(f"asked the network: {arguments}")
 socket.socket.connect = socket.getaddrinfo = refuse
-from helpers.models.loading import config, load
-from helpers.models.profiles import load_profile
+from helpers.models import config, load, load_profile
 for ref in load_profile("laptop").models.values():
     config(ref)
     print(load(ref).report.parameters)

@@ -29,7 +29,7 @@ def merge_limits(draft: PreTrainedModel, on_proposed: Callable[[int], None]) -> 
     def generate(input_ids: torch.Tensor, generation_config: GenerationConfig, **options: Any) -> Any:
         limits = {name: options.pop(name) for name in _LIMITS}
         config = copy.copy(generation_config)
-        config.update(**limits)  # type: ignore[no-untyped-call]
+        config.update(**limits)
         output = propose(input_ids=input_ids, generation_config=config, **options)
         on_proposed(output.sequences.shape[1] - input_ids.shape[1])
         return output

@@ -50,7 +50,7 @@ def needs_repair() -> bool:
     size = FalconConfig(
         vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, bos_token_id=0, eos_token_id=0
     )
-    nf4 = BitsAndBytesConfig(load_in_4bit=True)  # type: ignore[no-untyped-call]
+    nf4 = BitsAndBytesConfig(load_in_4bit=True)
     # On the meta device no memory is used; the logger would warn that nothing was quantized, which is what we ask.
     with _ONE_THREAD, torch.device("meta"), rebound(integration.logger, "disabled", True):
         model = FalconForCausalLM(size)

@@ -3,7 +3,7 @@
 What is wrong: transformers' FalconAttention copies each key-value head to all of its query heads *before* it stores
 them, which makes a cache of 232 heads for Falcon-180B instead of 8. And FalconModel builds its mask without looking at
 the position ids, so packed texts see each other.
-Versions: transformers 5.23.0. A test in ``tests/unit`` fails once the library does this itself: then this module goes.
+Versions: transformers 5.23.0. A test fails once the library does this itself: then this module goes.
 
 Here the heads are stored as they are (``GroupedFalconAttention``), and the mask is made as in the library's Llama
 (``GroupedFalconModel``): with the position ids, and only if the kernel needs one. Weights, names and results stay the
@@ -87,14 +87,14 @@ class _GroupedFalconAttention(FalconAttention):
         # Computed at each call: tensor parallelism changes both counts.
         return self.num_heads // self.num_kv_heads  # type: ignore[operator]  # Falcon's number is never None
 
-    def forward(  # noqa: PLR0917, the signature is the library's
+    def forward(  # noqa: PLR0913, PLR0917, the signature is the library's
         self,
         hidden_states: torch.Tensor,
-        alibi: torch.Tensor | None,
+        alibi: torch.Tensor | None,  # noqa: ARG002, the library's block passes it by name
         attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,  # noqa: ARG002, as above
         layer_past: Cache | None = None,
-        use_cache: bool = False,
+        use_cache: bool = False,  # noqa: ARG002, as above
         output_attentions: bool = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **_: Any,
@@ -102,11 +102,11 @@ class _GroupedFalconAttention(FalconAttention):
         """Map (batch, tokens, hidden) to the same shape; with the weights (batch, heads, tokens, keys) if asked for."""
         query, key, value = self._split_heads(self.query_key_value(hidden_states))
         if position_embeddings is not None:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)  # type: ignore[no-untyped-call]
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
         weights = None
-        if output_attentions or self.config._attn_implementation == "eager":
+        if output_attentions or self.config._attn_implementation == "eager":  # noqa: SLF001, as the library asks
             assert attention_mask is not None, "FalconModel always makes a mask for explicit attention"
             output, weights = self._explicit(query, key, value, attention_mask)
         else:
@@ -159,7 +159,7 @@ class _GroupedFalconAttention(FalconAttention):
 
 def _split(by_head: torch.Tensor, groups: int | None) -> torch.Tensor:
     """Reshape (batch, heads, ...) to (batch, groups, heads per group, ...)."""
-    split: torch.Tensor = by_head.unflatten(1, (groups, -1))  # type: ignore[no-untyped-call]
+    split: torch.Tensor = by_head.unflatten(1, (groups, -1))
     return split
 
 
@@ -169,10 +169,10 @@ def _masked(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return scores + mask
 
 
-class _GroupedFalconModel(FalconModel):  # type: ignore[no-untyped-call]
+class _GroupedFalconModel(FalconModel):
     """Falcon's decoder; its mask is made once, from the order, the padding, the packing and ALiBi."""
 
-    def forward(  # noqa: PLR0917, the signature is the library's
+    def forward(  # noqa: PLR0913, PLR0917, the signature is the library's
         self,
         input_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,

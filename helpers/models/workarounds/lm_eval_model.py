@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def untied_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A shallow copy that shares all weights and that the harness cannot tie."""
     copied = copy.copy(model)
-    copied.tie_weights = lambda *args, **options: None  # type: ignore[method-assign]
+    copied.tie_weights = lambda *_, **__: None  # type: ignore[method-assign]
     return copied
 
 

@@ -35,4 +35,4 @@ def trained_positions_alone(device: torch.device) -> AbstractContextManager[None
     from trl.trainer import utils
 
     # This module reads the name for that choice alone; the kernels ask their own module.
-    return rebound(utils, "_use_triton", lambda device: True)
+    return rebound(utils, "_use_triton", lambda _: True)

@@ -126,7 +126,7 @@ def cache_bytes(cache) -> int:
 def test_transformers_still_caches_every_query_head():
     cache = pair()[0](tokens(1, 4), use_cache=True).past_key_values
     assert cache.layers[0].keys.shape[1] == 12, (
-        "transformers caches the key-value heads by itself: delete helpers/grouped_cache.py"
+        "transformers caches the key-value heads by itself: delete helpers/models/workarounds/grouped_cache.py"
     )
 
 

@@ -9,6 +9,7 @@ from huggingface_hub import scan_cache_dir, try_to_load_from_cache
 
 from helpers import machine
 from helpers.models import ModelRef, hub_cache
+from helpers.runs.folder import _hub_commit
 
 COMMIT = "5f" * 20
 REF = ModelRef("org/tiny", "falcon", "plain", revision=COMMIT)
@@ -47,11 +48,13 @@ def test_hashes_are_the_names_of_the_blobs_and_other_folders_have_none(cache, tm
 
 
 def test_the_commit_of_a_model_is_known_once_it_is_there(cache):
-    assert hub_cache.hub_commit(REF) is None
-    hub_cache.repository(REF.id).store(FILES, COMMIT)
-    assert hub_cache.hub_commit(REF) == COMMIT
-    assert hub_cache.hub_commit(replace(REF, revision="main")) is None
-    assert hub_cache.hub_commit(replace(REF, source="embedded")) is None
+    repository = hub_cache.repository(REF.id)
+    assert repository.commit_here(COMMIT) is None
+    repository.store(FILES, COMMIT)
+    assert repository.commit_here(COMMIT) == COMMIT
+    assert repository.commit_here("main") is None
+    assert _hub_commit(REF) == COMMIT
+    assert _hub_commit(replace(REF, source="embedded")) is None
 
 
 def test_downloaded_bytes_are_those_of_safetensors_up_to_what_is_published(cache, tmp_path):

@@ -22,6 +22,7 @@ from helpers.base import PRECISIONS, WorkbookError
 from helpers.base.files import ROOT
 from helpers.models import (
     LoadError,
+    LoadOptions,
     ModelRef,
     Profile,
     QuantizationError,
@@ -139,7 +140,7 @@ def test_the_table_has_every_figure_in_words(checkpoint):
 
 
 def test_double_quant_takes_fewer_bytes_for_scales(checkpoint):
-    single, double = (load(at(checkpoint), "nf4", double_quant=on).model for on in (False, True))
+    single, double = (load(at(checkpoint), "nf4", options=LoadOptions(double_quant=on)).model for on in (False, True))
     states = [model.transformer.h[0].mlp.dense_h_to_4h.weight.quant_state for model in (single, double)]
     assert [state.absmax.dtype for state in states] == [torch.float32, torch.uint8]
 
@@ -273,7 +274,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
 
 
 def test_weights_that_were_not_placed_are_refused(checkpoint):
-    model = load(at(checkpoint), device_map={"": "disk"}).model
+    model = load(at(checkpoint), options=LoadOptions(device_map={"": "disk"})).model
     found = problems(model, "cpu")
     assert found == problems(model, "auto") == problems(model, {"": "cpu"})
     assert found[0].startswith("19 weights not on the devices asked for: transformer.h.0.")
@@ -345,7 +346,7 @@ def test_a_damaged_quantization_stops_the_load(checkpoint, monkeypatch):
         model.transformer.h[0].self_attention.dense.weight.quant_state.absmax.mul_(3)
         return original(model, folder)
 
-    monkeypatch.setattr(quantization, "_verify_against_checkpoint", damaged)
+    monkeypatch.setattr(loading, "_verify_against_checkpoint", damaged)
     with pytest.raises(QuantizationError, match=r"dense.weight is not"):
         load(at(checkpoint), "nf4")
 
@@ -489,16 +490,16 @@ def test_a_package_that_is_not_installed_is_reported(cache, file):
 
 BUILD = """
 import sys, time
-from helpers import loading
+from helpers.models import finding
 from tests.unit.models.test_loading import PACKAGED
-original = loading._unpack_gguf
+original = finding._unpack_gguf
 def slow(*paths):
     print("built", flush=True)
     original(*paths)
-loading._unpack_gguf = slow
+finding._unpack_gguf = slow
 print("ready", flush=True)
 sys.stdin.readline()
-print(loading.resolve(PACKAGED))
+print(finding.resolve(PACKAGED))
 """
 
 
@@ -537,10 +538,11 @@ def test_prepare_makes_every_model_ready_and_says_so(cache, builds, checkpoint, 
 
 CELL = """
 import time
-from helpers import loading, progress
+from helpers import models
+from helpers.base import progress
 from transformers.utils import logging
-loading.tidy_output()
-for _ in logging.tqdm(range(5), desc="slow"): time.sleep(0.6)
+models.tidy_output()
+for _ in logging.tqdm(range(5), desc="slow"): time.sleep(0.5)
 for _ in logging.tqdm(range(5), desc="fast"): pass
 with progress.waiting("Unpacking"): pass
 """

@@ -42,6 +42,7 @@ from helpers.generation import Sampling
 from helpers.machine import Gpu, Machine, anatomy, hardware, memory, placement
 from helpers.models import (
     LoadError,
+    LoadOptions,
     ModelRef,
     Profile,
     Requirement,
@@ -54,6 +55,7 @@ from helpers.models import (
     resolve,
 )
 from helpers.models import devices as models_devices
+from helpers.models import hub as models_hub
 from helpers.models.devices import _default_device_map
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -273,7 +275,7 @@ def test_a_model_partly_or_wholly_on_disk_gives_equal_logits_and_replies(mini, p
     plain = load(at(mini), precision)
     device_map = {"": "disk"} if whole else partly_on_disk(plain.model.config)
     before = sorted(path.name for path in mini.iterdir())
-    loaded = load(at(mini), precision, device_map=device_map)
+    loaded = load(at(mini), precision, options=LoadOptions(device_map=device_map))
     assert torch.equal(logits(loaded.model), logits(plain.model))
     sampling = Sampling(temperature=0, max_new_tokens=12)
     texts = [generation.generate(each, "Once upon a time", sampling).token_ids for each in (loaded, plain)]
@@ -285,7 +287,7 @@ def test_a_model_partly_or_wholly_on_disk_gives_equal_logits_and_replies(mini, p
 def test_the_report_says_what_is_on_disk_and_does_not_count_it_as_memory(mini):
     plain, loaded = (
         load(at(mini)).report,
-        load(at(mini), device_map=partly_on_disk(AutoConfig.from_pretrained(mini))).report,
+        load(at(mini), options=LoadOptions(device_map=partly_on_disk(AutoConfig.from_pretrained(mini)))).report,
     )
     assert loaded.parameters == plain.parameters == sum(loaded.devices.values())
     assert set(loaded.devices) == {"cpu", "disk"}
@@ -307,10 +309,10 @@ def test_offload_on_a_machine_with_too_little_memory_works(mini, monkeypatch):
 
 def test_a_weight_of_another_shape_on_disk_is_refused_and_named(copied):
     name = "transformer.h.1.mlp.dense_h_to_4h.weight"
-    file = copied / json.loads((copied / models.INDEX).read_text())["weight_map"][name]
+    file = copied / json.loads((copied / checkpoint.INDEX).read_text())["weight_map"][name]
     save_file(load_file(file) | {name: torch.zeros(64, 256, dtype=torch.bfloat16)}, file, metadata={"format": "pt"})
     with pytest.raises(LoadError, match=rf"1 weights of another shape: {name} \(64, 256\), not \(256, 64\)"):
-        load(at(copied), device_map={"": "disk"})
+        load(at(copied), options=LoadOptions(device_map={"": "disk"}))
 
 
 # Files that are not what they should be
@@ -358,14 +360,14 @@ def test_a_shard_of_another_place_is_named(copied):
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"metadata": {}}'])
 def test_an_index_that_is_none_is_named(copied, text):
-    (copied / models.INDEX).write_text(text)
-    with pytest.raises(LoadError, match=rf"{models.INDEX} is not a valid index of a checkpoint"):
+    (copied / checkpoint.INDEX).write_text(text)
+    with pytest.raises(LoadError, match=rf"{checkpoint.INDEX} is not a valid index of a checkpoint"):
         load(at(copied))
 
 
 def test_one_flipped_byte_is_found_where_the_index_carries_hashes(copied):
     models.record(copied)
-    recorded = json.loads((copied / models.INDEX).read_text())["metadata"]["sha256"]
+    recorded = json.loads((copied / checkpoint.INDEX).read_text())["metadata"]["sha256"]
     assert recorded[third(copied).name] == hashlib.sha256(third(copied).read_bytes()).hexdigest()
     assert len(recorded) == 5
     load(at(copied))
@@ -373,12 +375,12 @@ def test_one_flipped_byte_is_found_where_the_index_carries_hashes(copied):
     with pytest.raises(LoadError, match=rf"{third(copied)}: not the bytes that were recorded. Delete") as caught:
         load(at(copied))
     assert "00002" not in str(caught.value)
-    load(at(copied), verify=False)
+    load(at(copied), options=LoadOptions(verify=False))
 
 
 def test_what_has_no_hashes_is_not_called_verified(copied):
     with pytest.raises(LoadError, match="cannot be verified: neither"):
-        load(at(copied), verify=True)
+        load(at(copied), options=LoadOptions(verify=True))
     with pytest.raises(LoadError, match="Save the model in several shards"):
         models.record(MINI)
 
@@ -610,9 +612,9 @@ def test_a_file_damaged_before_an_interruption_is_found_after_it(hub, copied, tm
 
 
 def test_each_file_is_hashed_once_until_it_is_downloaded_again(hub, copied, tmp_path, monkeypatch):
-    hashed, original = [], checkpoint._damaged_files
+    hashed, original = [], models_hub._damaged_files
     monkeypatch.setattr(
-        checkpoint, "_damaged_files", lambda *args: (hashed.append(sorted(args[1])), original(*args))[1]
+        models_hub, "_damaged_files", lambda *args: (hashed.append(sorted(args[1])), original(*args))[1]
     )
     folder = resolve(HUB_REF)
     assert resolve(HUB_REF) == folder
@@ -626,7 +628,7 @@ def test_each_file_is_hashed_once_until_it_is_downloaded_again(hub, copied, tmp_
     hub.spoils = ""
     assert resolve(HUB_REF) == folder
     assert hashed[2:] == [[third(copied).name]]
-    assert models.is_here(HUB_REF)
+    assert models_hub.is_here(HUB_REF)
 
 
 def test_a_blob_that_is_a_link_into_a_shared_store_is_verified_and_mended(hub, copied, tmp_path):
@@ -641,7 +643,7 @@ def test_a_blob_that_is_a_link_into_a_shared_store_is_verified_and_mended(hub, c
     assert blob.name in verified(tmp_path)
     flip_a_byte(shared)
     with pytest.raises(LoadError, match=f"{third(folder)}: not the bytes that were recorded"):
-        load(HUB_REF, verify=True)
+        load(HUB_REF, options=LoadOptions(verify=True))
     (tmp_path / "hub" / "models--org--tiny" / hub_cache.VERIFIED).unlink()
     with pytest.raises(LoadError, match=f"removed: {third(folder).name}"):
         resolve(HUB_REF)
@@ -659,31 +661,31 @@ def test_a_run_s_commit_is_asked_for_instead_of_the_profile_s_revision(hub, monk
 
 
 def test_a_model_is_here_once_all_its_files_are(hub):
-    assert not models.is_here(HUB_REF)
+    assert not models_hub.is_here(HUB_REF)
     models.config(HUB_REF)
-    assert not models.is_here(HUB_REF)
+    assert not models_hub.is_here(HUB_REF)
     folder = resolve(HUB_REF)
-    assert models.is_here(HUB_REF)
+    assert models_hub.is_here(HUB_REF)
     (folder / "tokenizer.json").unlink()
-    assert not models.is_here(HUB_REF)
+    assert not models_hub.is_here(HUB_REF)
     resolve(HUB_REF)
     third(folder).resolve().unlink()
-    assert not models.is_here(HUB_REF)
+    assert not models_hub.is_here(HUB_REF)
 
 
 def test_the_cache_is_verified_when_asked_and_mended_as_the_error_says(hub):
     folder = resolve(HUB_REF)
-    assert load(HUB_REF, verify=True).report.commit
+    assert load(HUB_REF, options=LoadOptions(verify=True)).report.commit
     assert set(hub_cache._blob_hashes(folder)) == {path.name for path in folder.iterdir()}
     flip_a_byte(third(folder).resolve())
     flip_a_byte((folder / "tokenizer.json").resolve())
     with pytest.raises(LoadError) as caught:
-        load(HUB_REF, verify=True)
+        load(HUB_REF, options=LoadOptions(verify=True))
     for name in (third(folder).name, "tokenizer.json"):
         assert f"{folder / name}" in str(caught.value)
     for path in str(caught.value).split("Delete ")[1].split(" and download")[0].split(", "):
         Path(path).unlink()
-    assert load(HUB_REF, verify=True).report.commit
+    assert load(HUB_REF, options=LoadOptions(verify=True)).report.commit
 
 
 def test_a_shard_cut_off_in_the_cache_is_mended_as_the_error_says(hub):
@@ -830,8 +832,7 @@ def test_an_interrupted_load_leaves_nothing_broken(sharded, monkeypatch):
 SLOW = """
 import sys, time
 from transformers import core_model_loading
-from helpers.models.loading import load
-from helpers.base.errors import ModelRef
+from helpers.models import ModelRef, load
 original = core_model_loading.set_param_for_module
 def slow(*arguments):
     time.sleep(0.12)
@@ -872,8 +873,7 @@ def test_a_long_load_shows_the_bytes_the_shard_and_the_device(sharded):
 PEAK = """
 import json, sys, threading, time
 import torch
-from helpers.models.loading import load
-from helpers.base.errors import ModelRef
+from helpers.models import LoadOptions, ModelRef, load
 from transformers import FalconForCausalLM, AutoTokenizer
 
 def anonymous():
@@ -889,7 +889,7 @@ ref = ModelRef(id=folder, family="falcon", format="falcon-chat", source="embedde
 load(ModelRef(id=sys.argv[4], family="falcon", format="falcon-chat", source="embedded"), precision)  # warms up
 done, peaks, base = False, [0], anonymous()
 threading.Thread(target=watch, daemon=True).start()
-loaded = load(ref, precision, device_map=device_map)
+loaded = load(ref, precision, options=LoadOptions(device_map=device_map))
 peaks.append(0)
 with torch.inference_mode():
     loaded.model(torch.tensor([[5, 9, 2]]))
@@ -920,7 +920,7 @@ def large(tmp_path_factory):
         file = f"model-{number:05d}-of-{len(names):05d}.safetensors"
         save_file({name: drawn[shapes[name]].clone() for name in group}, folder / file)
         files |= dict.fromkeys(group, file)
-    (folder / models.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / checkpoint.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
     yield folder
     shutil.rmtree(folder)
 

@@ -30,7 +30,7 @@ def published(ref):
 
 def changed(tmp_path, edit, name="laptop"):
     """A copy of a profile's file, edited."""
-    fields = yaml.safe_load((models.FOLDER / f"{name}.yaml").read_text())
+    fields = yaml.safe_load((profiles.FOLDER / f"{name}.yaml").read_text())
     edit(fields)
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(fields))

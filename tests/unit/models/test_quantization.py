@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, 
 
 from helpers import models
 from helpers.models import (
+    LoadOptions,
     QuantizationError,
     bnb_config,
     layer_errors,
@@ -419,13 +420,14 @@ def test_layer_errors_leave_no_hook_behind_after_a_failure(checkpoint):
 
 
 @pytest.mark.parametrize(
-    "options", [{"precision": "int8"}, {"precision": "nf4"}, {"precision": "nf4", "double_quant": True}]
+    ("precision", "options"),
+    [("int8", LoadOptions()), ("nf4", LoadOptions()), ("nf4", LoadOptions(double_quant=True))],
 )
-def test_a_saved_model_is_loaded_with_the_same_logits(mini, tmp_path, options, recwarn):
-    small = models.load(mini.ref, **options)
+def test_a_saved_model_is_loaded_with_the_same_logits(mini, tmp_path, precision, options, recwarn):
+    small = models.load(mini.ref, precision, options=options)
     ref = models.save(small, tmp_path / "small")
-    again = models.load(ref, options["precision"])
-    verify_quantized(again.model, options["precision"])
+    again = models.load(ref, precision)
+    verify_quantized(again.model, precision)
     assert again.report.quantized_layers == again.report.linear_layers == 32
     assert again.report.stored_bytes == small.report.stored_bytes
     assert torch.equal(logits(again.model), logits(small.model))

@@ -97,7 +97,7 @@ def test_every_published_model_and_its_sisters_can_be_planned(model_id, paramete
     assert ref.download_bytes == 2 * parameters
     assert ref.stand_in_for is None
     assert ref.id == model_id
-    assert machine.count_parameters(models.config_of(ref), tied=False) == parameters
+    assert machine.count_parameters(models.config(ref), tied=False) == parameters
     assert planner._plan_model(ref, [80e9] * 8, HERE).title.startswith(f"{model_id} in bf16")
 
 

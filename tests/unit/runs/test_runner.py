@@ -23,9 +23,11 @@ from typer.testing import CliRunner
 from helpers import runs
 from helpers.base.files import ROOT
 from helpers.cli import app
-from helpers.models import Budget, Load, ModelRef, Profile, Requirement, hub_cache, load_profile, profiles
+from helpers.models import Budget, ModelRef, Profile, Requirement, load_profile, profiles
+from helpers.models.loaded import Load
 from helpers.runs import child, execution, fetching, folder, rendering, supervision
 from helpers.runs.display import _describe, _PlainLines, _table
+from helpers.runs.folder import _hub_commit
 from helpers.runs.notebook import (
     _cells_hash,
     _declared_models,
@@ -687,7 +689,7 @@ def test_the_manifest_names_the_commit_of_a_hub_model_that_the_run_downloaded(tm
     models = json.loads((tmp_path / "run" / "manifest.json").read_text())["models"]
     assert seen == [None]
     assert {model["commit"] for model in models.values()} == {commit}
-    assert hub_cache.hub_commit(make_profile(source="embedded").models["falcon"]) is None
+    assert _hub_commit(make_profile(source="embedded").models["falcon"]) is None
 
 
 # --- models of a hub --------------------------------------------------------------------------------------------------

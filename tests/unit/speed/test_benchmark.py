@@ -1,6 +1,5 @@
 """Speed and memory: what is counted is counted by hand here; how fast the machine is, is nobody's to test."""
 
-import gc
 import itertools
 import math
 import os
@@ -14,7 +13,6 @@ from transformers import FalconConfig
 from helpers import speed
 from helpers.base import WorkbookError
 from helpers.machine import Gpu, anatomy, hardware, memory
-from helpers.models import load_profile, loading
 from helpers.speed import Benchmark, SpeedSettings, benchmark
 from helpers.speed.benchmark import _peak_memory, _Spread
 
@@ -191,58 +189,6 @@ def test_no_batch_size_is_refused(tiny_loaded):
     for batch_sizes in ([], [0]):
         with pytest.raises(WorkbookError, match="batch size"):
             speed.measure(tiny_loaded, batch_sizes, SMALL)
-
-
-# Which precisions are in memory together
-
-
-@pytest.mark.parametrize(
-    ("precisions", "together"),
-    [(["bf16"], True), (["bf16", "nf4"], True), (["int8", "nf4"], True), (["bf16", "int8", "nf4"], False)],
-)
-def test_180b_on_eight_gpus(precisions, together):
-    """333, 167 and 95 GiB, on 8 x 74.5 GiB of which a twentieth is kept free."""
-    config = anatomy.published_config("tiiuae/falcon-180B")
-    assert loading._fit_together(config, precisions, machine(8)) == together
-
-
-def test_a_processors_memory_is_shared():
-    config = anatomy.published_config("tiiuae/falcon-7b")  # 13.4 GiB in bf16, 26.9 in fp32
-    assert loading._fit_together(config, ["fp32", "bf16"], machine(ram_bytes=48 * 2**30))
-    assert not loading._fit_together(config, ["fp32", "bf16"], machine(ram_bytes=36 * 2**30))
-
-
-def test_what_is_missing_is_named():
-    falcon = load_profile("8x80gb").falcon
-    assert loading.shortfalls(falcon, ["fp32", "bf16", "nf4"], machine(8)).keys() == {"fp32"}
-    assert "GiB" in loading.shortfalls(falcon, ["bf16"], machine(2))["bf16"]
-
-
-@pytest.mark.parametrize(("ram_bytes", "groups"), [(8 * 2**30, [["bf16", "nf4"]]), (60 * MIB, [["bf16"], ["nf4"]])])
-def test_residents_come_together_where_they_fit(monkeypatch, ram_bytes, groups):
-    falcon, seen, handed_out, here = load_profile().falcon, [], [], machine(ram_bytes=ram_bytes)
-    monkeypatch.setattr(hardware, "detect", lambda: here)
-    for group in loading.residents(falcon, ["bf16", "nf4"]):
-        assert all("model" not in vars(one) for one in handed_out)
-        assert all(one.report.precision == precision for precision, one in group.items())
-        seen.append(list(group))
-        handed_out += group.values()
-    assert seen == groups
-    assert all("model" not in vars(one) for one in handed_out)
-
-
-def test_residents_are_unloaded_when_the_work_fails():
-    falcon, kept = load_profile().falcon, []
-
-    def work():
-        for group in loading.residents(falcon, ["bf16"]):
-            kept.extend(group.values())
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        work()
-    gc.collect()  # the generator ends when it is collected
-    assert "model" not in vars(kept[0])
 
 
 def test_joined_benchmarks_are_interleaved_only_if_there_was_one():

@@ -29,6 +29,7 @@ from helpers.training.recipe import TARGETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REF = load_profile("laptop").falcon_chat
+DOUBLE = models.LoadOptions(double_quant=True)
 SHORT = Recipe(steps=4, batch_size=4, log_every=1, warmup_steps=1, rank=4, alpha=8, evaluate_every=2)
 repacks = pytest.mark.skipif(not has_avx512bf16(), reason="this CPU has no AVX512-BF16, so nothing is repacked")
 
@@ -296,7 +297,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tuned, nf4, tmp_path):
     [
         ("recipe", dataclasses.replace(SHORT, seed=1), DATA, {"precision": "nf4", "unpacked": True}),
         ("precision", SHORT, DATA, {"precision": "bf16"}),
-        ("double_quant", SHORT, DATA, {"precision": "nf4", "unpacked": True, "double_quant": True}),
+        ("double_quant", SHORT, DATA, {"precision": "nf4", "unpacked": True, "options": DOUBLE}),
         ("data_sha256", SHORT, DATA[:4], {"precision": "nf4", "unpacked": True}),
     ],
 )
@@ -306,7 +307,7 @@ def test_a_folder_with_another_fine_tune_is_refused(part, recipe, data, options,
 
 
 def test_a_double_quantized_base_is_reloaded_as_one(tmp_path):
-    loaded = models.load(REF, "nf4", unpacked=True, double_quant=True)
+    loaded = models.load(REF, "nf4", unpacked=True, options=DOUBLE)
     done = finetune(loaded, DATA, dataclasses.replace(SHORT, steps=1), tmp_path)
     assert (logits(finetuning.reload(tmp_path).model) - logits(done.loaded.model)).abs().max() <= 1e-5
 

@@ -28,7 +28,7 @@ def test_bitsandbytes_still_repacks(nf4, logits):
     logits(nf4)
     after = nf4.get_submodule(FIRST).weight.data
     assert after.shape != before.shape or not torch.equal(after, before), (
-        "bitsandbytes leaves nf4 weights alone at inference. Delete helpers/workarounds/nf4_repacking.py, the "
+        "bitsandbytes leaves nf4 weights alone at inference. Delete helpers/models/workarounds/nf4_repacking.py, the "
         "parameter `unpacked` of load, and the checks of repacked weights."
     )
     assert _was_repacked(nf4)

@@ -24,7 +24,7 @@ def warned(*, quiet: bool) -> str:
 
 def test_peft_still_uses_renamed_names():
     assert "is deprecated and will be removed in v6" in warned(quiet=False), (
-        "delete helpers/workarounds/renamed_names.py"
+        "delete helpers/models/workarounds/renamed_names.py"
     )
 
 
