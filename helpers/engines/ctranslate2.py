@@ -14,7 +14,7 @@ _TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class _CTranslate2:
-    """``Generator.generate_batch``. It computes in float32 if its CPU backend lacks the 16-bit type."""
+    """``Generator.generate_batch``. It computes in float32 if its CPU backend has no such 16-bit type."""
 
     def load(self, job: Job) -> _Started:
         """Convert the checkpoint, once, into the type that it computes in."""

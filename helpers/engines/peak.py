@@ -5,12 +5,14 @@ on who can see them:
 
 - **An engine in a process of its own** (this module). On GPUs: what torch's CUDA allocator had handed out, summed over
   the GPUs. Otherwise: the resident set of the process, with weights, cache and libraries, because engines that are not
-  torch allocate where no allocator of torch sees it. ``reset`` begins the stretch, and ``read`` says what it counted.
-- **A model in this process** (``bench.peak_memory``): what torch's allocators hold above what they held at the start.
-  The resident set would count the notebook, its libraries and memory that earlier work has freed but not returned.
-- **A notebook with all its processes** (``runner.supervision``): the sum of their resident sets, sampled once a second,
-  because the kernel keeps a peak for each process, but not for a sum. Memory shared by several processes counts for
-  each of them.
+  torch allocate where no allocator of torch sees it. ``_reset_peak`` begins the stretch, and ``_read_peak`` says what
+  it counted.
+- **A model in this process** (``helpers.speed.benchmark``): what torch's allocators hold above what they held at the
+  start. The resident set would count the notebook, its libraries and memory that earlier work has freed but not
+  returned.
+- **A notebook with all its processes** (``helpers.runs.supervision``): the sum of their resident sets, sampled once a
+  second, because the kernel keeps a peak for each process, but not for a sum. Memory shared by several processes counts
+  for each of them.
 
 Every recorded figure names its kind, and figures of different kinds are never compared. This module needs the standard
 library alone: it runs under the Python of any engine.
@@ -34,7 +36,7 @@ _RESIDENT_EVER = "largest resident set of the worker's process so far (ru_maxrss
 _ON_GPU = "torch.cuda.max_memory_allocated, summed over the GPUs, reset before each case"
 
 
-def _reset() -> None:
+def _reset_peak() -> None:
     """Return freed memory to the system and start a new peak from the memory in use."""
     gc.collect()
     # without trimming, memory freed by the case before would count for this one; only glibc has malloc_trim
@@ -48,8 +50,8 @@ def _reset() -> None:
             cuda.reset_peak_memory_stats(device)
 
 
-def _read() -> tuple[int, str]:
-    """The peak since ``reset`` in bytes, and what was counted."""
+def _read_peak() -> tuple[int, str]:
+    """The peak since ``_reset_peak`` in bytes, and what was counted."""
     if cuda := _cuda():
         allocated = 0
         for device in range(cuda.device_count()):
@@ -68,7 +70,7 @@ def _read() -> tuple[int, str]:
 
 
 def _peak_resident_bytes() -> int | None:
-    """The peak that ``reset`` can reset, from Linux's /proc; None on other systems."""
+    """The peak that ``_reset_peak`` can reset, from Linux's /proc; None on other systems."""
     with suppress(OSError):
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         if match := re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE):

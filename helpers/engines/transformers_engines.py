@@ -73,7 +73,7 @@ class _Plain:
 
 
 class _Default(_Plain):
-    """The workbook: ``loading.load``, and the decoding of ``helpers.generation.generating`` if no strategy is chosen."""
+    """The workbook: ``loading.load``, and the decoding of ``generation.generate`` if no strategy is chosen."""
 
     path: DecodingPath = "plain"
     loaded: Loaded

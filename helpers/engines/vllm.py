@@ -74,5 +74,5 @@ class _Vllm:
         pool_bytes = 0
         for tensor in tensors:
             pool_bytes += tensor.nbytes
-        bytes_per_token = pool_bytes / (settings.num_gpu_blocks * settings.block_size)
+        bytes_per_token: float = pool_bytes / (settings.num_gpu_blocks * settings.block_size)
         return round(bytes_per_token * self._tokens)

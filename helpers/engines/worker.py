@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.base.processes import Parent, die_with_parent
 from helpers.engines.catalogue import KINDS, EngineError, Job
-from helpers.engines.peak import _read, _reset
+from helpers.engines.peak import _read_peak, _reset_peak
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +58,7 @@ class _Worker:
         self._check([len(row) for row in tokens], new_tokens)
         cache_bytes = self.engine.cache_bytes()
         # the peak of a case leaves out what only compiling and warming up needed
-        _reset()
+        _reset_peak()
         return {"warm_up": seconds, "tokens": tokens, "cache_bytes": cache_bytes}
 
     def run(self, new_tokens: int) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class _Worker:
 
     def peak(self) -> dict[str, Any]:
         """The peak of memory since the warm-up of the case (see ``helpers.engines.peak``)."""
-        held, definition = _read()
+        held, definition = _read_peak()
         return {"bytes": held, "definition": definition}
 
     def _check(self, counts: list[int], new_tokens: int) -> None:

@@ -148,7 +148,7 @@ class Chat:
 
 
 def play(
-    chat: Chat, questions: Iterable[str], show: Callable[[str, Reply], None] = lambda question, reply: None
+    chat: Chat, questions: Iterable[str], show: Callable[[str, Reply], None] = lambda _question, _reply: None
 ) -> list[Reply]:
     """Ask the questions in order, as a scripted transcript; ``show(question, reply)`` is called after each reply."""
     replies = []

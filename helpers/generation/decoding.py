@@ -11,7 +11,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from helpers.base.errors import WorkbookError
 from helpers.base.progress import waiting
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     import torch
-    from transformers import Cache, GenerationConfig, PreTrainedModel, StaticCache  # noqa: TC004
+    from transformers import Cache, GenerationConfig, PreTrainedModel, StaticCache
     from transformers.generation.utils import GenerateOutput
 
     from helpers.models.references import Profile
@@ -71,16 +71,14 @@ class Size:
     tokens: int
 
 
-@dataclass(frozen=True)
-class _Options:
+class _Options(NamedTuple):
     """Arguments of ``generate`` that a strategy needs besides its ``GenerationConfig``."""
 
     cache: StaticCache | None = None
     draft: PreTrainedModel | None = None
 
 
-@dataclass(frozen=True)
-class _Decoder:
+class _Decoder(NamedTuple):
     """A model's double for ``generate``, and the sizes (rows, tokens) that were compiled for it."""
 
     source: PreTrainedModel
@@ -114,23 +112,27 @@ def _check(loaded: Loaded, decoding: Decoding) -> None:
 
 def cannot_compile(loaded: Loaded) -> str:
     """Why the model's pass cannot be compiled on this machine; empty if it can."""
-    import torch
-
     model = loaded.model
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
         return "its layers lie on several devices"
     if hasattr(model, "get_base_model"):
         return "it carries an adapter that is not merged"
-    on_cpu = model.device.type == "cpu"
     if getattr(model, "is_quantized", False):
         # bitsandbytes registers its kernels as operations of torch.compile for CUDA alone
         on_gpu = devices.pop().type == "cuda"
         if not (on_gpu and cast("Any", model).hf_quantizer.is_compileable):
             return f"torch.compile cannot compile the {loaded.report.precision} layers on this machine"
-    if on_cpu and not _compiler():
+    return _no_cpu_compiler() if model.device.type == "cpu" else ""
+
+
+def _no_cpu_compiler() -> str:
+    """Why torch.compile cannot compile anything for a CPU here; empty if it can."""
+    import torch
+
+    if not (shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")):
         return "there is no C++ compiler (g++) on this machine"
-    if on_cpu and " " in torch.__file__:
+    if " " in torch.__file__:
         return "torch.compile fails if the path of the Python environment contains a space"
     return ""
 
@@ -151,7 +153,7 @@ def configure(
     decoding: Decoding,
     size: Size,
     config: GenerationConfig,
-    on_proposed: Callable[[int], None] = lambda count: None,
+    on_proposed: Callable[[int], None] = lambda _count: None,
 ) -> _Options:
     """Set the fields of ``config`` that the strategy needs, and return the other arguments of ``generate``.
 
@@ -291,7 +293,3 @@ def _assistant(decoding: Decoding, on_proposed: Callable[[int], None]) -> PreTra
     )
     merge_limits(model, on_proposed)
     return model
-
-
-def _compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")

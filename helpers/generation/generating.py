@@ -52,17 +52,6 @@ class Candidate(NamedTuple):
     token_id: int
 
 
-def _prompt_text(loaded: Loaded, messages: Sequence[Message], max_new_tokens: int) -> str:
-    """The text that ``generate`` gives the model for these messages: rendered, without the oldest turns if too long.
-
-    The reply gets ``max_new_tokens`` of the context, but never more than half of it. Raises PromptTooLong if the last
-    question alone is too long, MessageError for malformed messages.
-    """
-    context = context_tokens(loaded)
-    prompt_tokens = context - min(max_new_tokens, context // 2)
-    return loaded.format.render(loaded.format.fit(messages, loaded.tokenizer, prompt_tokens))
-
-
 def generate(
     loaded: Loaded, prompt: Prompt, sampling: Sampling = DEFAULT_SAMPLING, *, decoding: Decoding = PLAIN
 ) -> Reply:
@@ -207,7 +196,7 @@ class _Watch:
     through the methods of a streamer (``put``, ``end``), several at a time.
     """
 
-    def __init__(self, answers: list[_Answer], on_text: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(self, answers: list[_Answer], on_text: Callable[[str], None] = lambda _text: None) -> None:
         self.answers, self.on_text = answers, on_text
         self.cancelled = self.streams = self._prompt_seen = False
         self._started = 0.0
@@ -232,7 +221,7 @@ class _Watch:
         for answer in self.answers:
             answer.proposed += count
 
-    def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
         import torch
 
         if not self.streams:
@@ -270,6 +259,17 @@ def _begin(loaded: Loaded, prompt: Prompt, sampling: Sampling) -> _Answer:
     ids = _prompt_ids(loaded, text)
     limit = min(sampling.max_new_tokens, context_tokens(loaded) - len(ids))
     return _Answer(loaded, ids, limit, strip_space=not isinstance(prompt, str))
+
+
+def _prompt_text(loaded: Loaded, messages: Sequence[Message], max_new_tokens: int) -> str:
+    """The text that ``generate`` gives the model for these messages: rendered, without the oldest turns if too long.
+
+    The reply gets ``max_new_tokens`` of the context, but never more than half of it. Raises PromptTooLong if the last
+    question alone is too long, MessageError for malformed messages.
+    """
+    context = context_tokens(loaded)
+    prompt_tokens = context - min(max_new_tokens, context // 2)
+    return loaded.format.render(loaded.format.fit(messages, loaded.tokenizer, prompt_tokens))
 
 
 def _prompt_ids(loaded: Loaded, text: str) -> list[int]:

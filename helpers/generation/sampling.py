@@ -1,4 +1,9 @@
-"""Dataclasses that several modules share. Sizes are bytes and times are seconds unless a name says otherwise."""
+"""How the next token is drawn, and the reply that the drawn tokens make.
+
+``Sampling`` is what a user chooses, ``Reply`` is what a user gets. In between, ``_processors`` turns the model's logits
+into scores whose largest is the next token, so that sampled and greedy replies take the same path (see ``generating``).
+Times are seconds.
+"""
 
 from __future__ import annotations
 
@@ -60,26 +65,6 @@ class Reply:
 DEFAULT_SAMPLING = Sampling()
 
 
-class _GumbelNoise:
-    """A logits processor after which the largest score is a draw from softmax(scores), with one generator per row.
-
-    The Gumbel-max method (Gumbel 1954; Maddison et al. 2014): -log of an exponential variable is Gumbel noise.
-    """
-
-    def __init__(self, seeds: Sequence[int]) -> None:
-        import torch
-
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        size = scores.shape[-1]
-        # drawn on the CPU, so that a seed gives the same text on every device
-        draws = torch.stack([torch.empty(size).exponential_(generator=generator) for generator in self.generators])
-        return scores - draws.log().to(scores.device)
-
-
 def _check_sampling(sampling: Sampling) -> None:
     if sampling.temperature < 0:
         raise WorkbookError(f"The temperature must be 0 (greedy) or more, but is {sampling.temperature}.")
@@ -99,3 +84,23 @@ def _processors(sampling: Sampling, seeds: Sequence[int]) -> LogitsProcessorList
         processors.append(TopPLogitsWarper(float(sampling.top_p)))
         processors.append(_GumbelNoise(seeds))
     return processors
+
+
+class _GumbelNoise:
+    """A logits processor after which the largest score is a draw from softmax(scores), with one generator per row.
+
+    The Gumbel-max method (Gumbel 1954; Maddison et al. 2014): -log of an exponential variable is Gumbel noise.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        import torch
+
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        size = scores.shape[-1]
+        # drawn on the CPU, so that a seed gives the same text on every device
+        draws = torch.stack([torch.empty(size).exponential_(generator=generator) for generator in self.generators])
+        return scores - draws.log().to(scores.device)

@@ -1,9 +1,7 @@
-"""Generate replies: one, a batch or a stream, each with its timings.
+"""Stop strings: show the text of a reply as it arrives, but nothing of a string that ends it.
 
-All three share one path: ``transformers`` generates greedily over logits to which a random generator of this reply
-alone has added noise, and every token passes through one ``_Answer``, which turns tokens into text and decides when to
-stop. Therefore the joined pieces of a stream equal the whole reply, a batch equals single prompts, and the caller's
-random state is neither used nor changed.
+A format names the strings that begin another speaker's turn (``ChatFormat.stop_strings``). A stop string may arrive in
+several tokens, so an ending that may still become one is held back.
 """
 
 from __future__ import annotations

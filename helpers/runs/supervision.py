@@ -30,7 +30,8 @@ EXIT_SECONDS = 5.0
 class _Progress:
     """How far a notebook is. ``reason`` says why it failed; ``ended`` is True once the child said how it ended.
 
-    peak_bytes: the most resident memory of the notebook's processes together; tree_bytes: the same with the runner's.
+    peak_bytes: the most resident memory of the notebook's processes together (``helpers.engines.peak`` defines the
+    kinds of peak memory in this project); tree_bytes: the same with the runner's.
     """
 
     began: float

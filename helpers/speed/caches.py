@@ -1,4 +1,7 @@
-"""Speed and memory of loaded models, compared with what the memory's bandwidth allows."""
+"""Compare Falcon's two key-value caches: transformers' own, and one of the key-value heads alone.
+
+A decoding step reads the whole cache, so a smaller one is faster, too, the longer the context is.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +105,7 @@ def _filled_cache(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> Cac
     """A cache of ``tokens`` random keys and values per sequence, in the shape that the model itself gives it."""
     import torch
 
-    # One pass lets the model make the cache, so that its classes and shapes are the model's own.
+    # one pass lets the model make the cache, so that its classes and shapes are the model's own.
     cache: Cache = model(input_ids=ids, use_cache=True).past_key_values
     for layer in cache.layers:
         for name in _CACHED:

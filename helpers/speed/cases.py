@@ -17,7 +17,8 @@ from helpers.speed.benchmark import _prompt_rows
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import PreTrainedConfig  # noqa: TC004 (it takes seconds to import)
+    # Heavy, and never needed at run time: no file is read back into these dataclasses.
+    from transformers import PreTrainedConfig  # noqa: TC004
 
     from helpers.engines.catalogue import Ids
     from helpers.models.references import Profile
@@ -88,9 +89,9 @@ class _Subject:
         """
         weights = memory.weight_bytes(self.config, precision)
         if not self.config.tie_word_embeddings:
-            # bitsandbytes leaves embeddings in 16 bits.
+            # bitsandbytes leaves embeddings in 16 bits
             weights -= self.config.vocab_size * self.config.hidden_size * memory.element_bytes(precision)
-        # On average, half of the new tokens are in the cache.
+        # on average, half of the new tokens are in the cache
         cached = case.batch_size * (case.context - case.new_tokens // 2)
         return weights + cached * memory.kv_bytes_per_token(self.config, precision, heads="kv")
 

@@ -1,4 +1,8 @@
-"""Run the engines in turn: every engine runs each case again and again, and every case becomes one row per engine."""
+"""Run the engines in turn: every engine runs each case several times, and every case becomes one row per engine.
+
+From the top: ``_rows`` takes the cases one after the other, ``_round`` lets the engines take turns in a case,
+``_Measurement`` is one engine in one case, and ``_Seat`` starts and asks the worker of an engine.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.base.files import ROOT
 from helpers.engines.catalogue import OWN, EngineError, Job, Kind
-from helpers.engines.child import Child, Ended, Late
+from helpers.engines.child import Child, WorkerEndedError, WorkerLateError
 from helpers.machine import memory
 from helpers.machine.hardware import Machine
 from helpers.speed.benchmark import _Spread
@@ -86,102 +90,6 @@ class _Setup:
     done: Callable[[str, int], object] = _show_nothing
 
 
-@dataclass
-class _Seat:
-    """An engine's place in the round: its worker, started when it is needed, or why there is none (``lacks``)."""
-
-    kind: Kind
-    subject: _Subject
-    setup: _Setup
-    job: Job
-    lacks: str = ""
-    note: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
-    child: Child | None = None
-    late: list[_Case] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, kind: Kind, subject: _Subject, cases: Sequence[_Case], setup: _Setup) -> _Seat:
-        """A seat for an engine that is to run these cases."""
-        fitting = [case for case in cases if not subject.lacks(case)] or cases
-        job = Job(
-            ref=asdict(subject.ref),
-            folder=str(subject.folder),
-            precision=setup.precision,
-            threads=setup.threads,
-            context=max(case.context for case in fitting),
-            batch_size=max(case.batch_size for case in fitting),
-            cache=str(setup.cache),
-        )
-        return cls(kind, subject, setup, job, lacks=_missing(kind, setup))
-
-    def start(self) -> None:
-        """Start the worker and let it load, without waiting."""
-        if self.child is None and not self.lacks:
-            log = self.setup.logs / f"{self.subject.name}-{self.kind.name}.log"
-            self.child = Child(_command(self.kind, self.setup), _environment(self.kind, self.setup), log)
-            with self._giving_up():
-                self.child.send({"do": "load", "job": asdict(self.job)})
-
-    def loaded(self) -> None:
-        """Wait until the worker has loaded. A model that fails to load is not tried again."""
-        if self.child is None or self.lacks:
-            return
-        with self._giving_up():
-            answer = self.child.receive(_LOADING_TAKES * self.setup.limit_seconds)
-            self.note, self.versions = answer["note"], answer["versions"]
-
-    def ask(self, request: Mapping[str, object], case: _Case) -> dict[str, Any]:
-        """The worker's answer. A worker that was ended is started again first. Raises EngineError."""
-        if self.child is None:
-            self.start()
-            self.loaded()
-        if self.child is None or self.lacks:
-            raise EngineError(self.lacks)
-        try:
-            return self.child.ask(request, self.setup.limit_seconds)
-        except Ended as error:
-            self.child = None
-            if isinstance(error, Late):
-                self.late.append(case)
-            raise
-
-    def end(self) -> None:
-        """End the worker."""
-        if self.child:
-            self.child.end()
-            self.child = None
-
-    @contextmanager
-    def _giving_up(self) -> Iterator[None]:
-        """Keep the reason of an EngineError and end the worker for good."""
-        try:
-            yield
-        except EngineError as error:
-            self.lacks = str(error)
-            self.end()
-
-
-def _missing(kind: Kind, setup: _Setup) -> str:
-    """Why an engine cannot run here, whatever the model: not installed, or not for this device or precision."""
-    if setup.precision not in kind.precisions:
-        return f"takes no {setup.precision} weights"
-    if setup.machine.gpus and not kind.on_gpu:
-        return "its package runs on the CPU here, the model on a GPU"
-    if _is_installed(kind, setup):
-        return ""
-    advice = "not installed: see env/benchmarks/README.md"
-    return f"{advice}, and --vllm-python" if kind.name == "vllm" else advice
-
-
-def _is_installed(kind: Kind, setup: _Setup) -> bool:
-    if kind.name == "vllm":
-        return setup.vllm_python is not None and setup.vllm_python.is_file()
-    if not kind.package:
-        return True
-    return (setup.peers / kind.package).is_dir() or importlib.util.find_spec(kind.package) is not None
-
-
 def _rows(
     subject: _Subject, cases: Sequence[_Case], kinds: Sequence[Kind], setup: _Setup, versions: dict[str, str]
 ) -> Generator[list[_Row], None, None]:
@@ -206,31 +114,66 @@ def _rows(
                 yield _round(seats, case, references, interleaved=len(groups) == 1)
 
 
-def _timed(row: _Row, times: Times) -> _Row:
-    """A row with the figures that follow from the seconds of its runs."""
-    first_seconds = [first for first, _ in times]
-    prefill = [row.batch_size * row.prompt_tokens / seconds for seconds in first_seconds]
-    row = replace(row, first_token=_Spread.of(first_seconds), prefill=_Spread.of(prefill))
-    whole = _Spread.of([seconds for _, seconds in times])
-    first = statistics.median(first_seconds)
-    # the fastest run has the fewest seconds, so the ends of the spread change places
-    after = (whole.median - first, whole.high - first, whole.low - first)
-    if min(after) <= 0:
-        notes = [note for note in (row.note, TOO_NOISY) if note]
-        return replace(row, note="; ".join(notes))
-    tokens = row.batch_size * (row.new_tokens - 1)
-    return replace(row, decode=_Spread(tokens / after[0], tokens / after[1], tokens / after[2]))
+def _groups(subject: _Subject, cases: Sequence[_Case], kinds: Sequence[Kind], setup: _Setup) -> list[list[Kind]]:
+    """The engines that are in memory at once: all if they fit into half of what is free with the largest case."""
+    largest = max(cases, key=lambda case: case.context * case.batch_size)
+    workload = memory.Workload(largest.batch_size, largest.context)
+    estimate = memory.estimate(subject.config, setup.precision, workload=workload)
+    gpus = setup.machine.gpus
+    free = sum(gpu.free_bytes for gpu in gpus) if gpus else setup.machine.ram_available_bytes
+    present = [kind for kind in kinds if not _missing(kind, setup)]
+    # vLLM's pool takes most of a GPU, whatever the model
+    alone = bool(gpus) and any(kind.name == "vllm" for kind in present)
+    if alone or estimate.total * len(present) > free / 2:
+        return [[kind] for kind in kinds]
+    return [list(kinds)]
 
 
-def _agreement(tokens: Ids, reference: Ids) -> int:
-    """Number of tokens before the first that differs, summed over the sequences."""
-    total = 0
-    for ours, theirs in zip(tokens, reference, strict=True):
-        for token, other in zip(ours, theirs, strict=True):
-            if token != other:
-                break
-            total += 1
-    return total
+def _load(seats: Sequence[_Seat]) -> None:
+    # all workers load at the same time; a paused one would not
+    for seat in seats:
+        seat.start()
+    for seat in seats:
+        seat.loaded()
+
+
+def _round(seats: Sequence[_Seat], case: _Case, references: dict[_Case, Ids], *, interleaved: bool) -> list[_Row]:
+    """One case: every engine warms up, then every engine runs once, and again."""
+    subject, setup = seats[0].subject, seats[0].setup
+    prompts = [] if subject.lacks(case) else subject.prompts(case)
+    measurements = []
+    for seat in seats:
+        planned = _planned(seat, case, interleaved)
+        measurements.append(_Measurement(seat, case, planned, planned))
+    for measurement in measurements:
+        measurement.warm_up(prompts, references)
+    for _ in range(setup.repeats):
+        for measurement in measurements:
+            measurement.run()
+    return [measurement.finished() for measurement in measurements]
+
+
+def _planned(seat: _Seat, case: _Case, interleaved: bool) -> _Row:
+    """A row without figures, with the reason if it cannot get any."""
+    subject, setup = seat.subject, seat.setup
+    late = ""
+    if any(case.exceeds(other) for other in seat.late):
+        late = "a smaller case ran over its time"
+    step_bytes = subject.step_bytes(case, setup.precision)
+    return _Row(
+        model=subject.label,
+        engine=seat.kind.name,
+        precision=setup.precision,
+        context=case.context,
+        batch_size=case.batch_size,
+        prompt_tokens=case.prompt_tokens,
+        new_tokens=case.new_tokens,
+        repeats=setup.repeats,
+        interleaved=interleaved,
+        step_bytes=step_bytes,
+        limit=case.batch_size * setup.bandwidth / step_bytes,
+        lacks=subject.lacks(case) or seat.lacks or late,
+    )
 
 
 @dataclass
@@ -295,66 +238,127 @@ class _Measurement:
             self.row = replace(self.planned, lacks=str(error))
 
 
-def _round(seats: Sequence[_Seat], case: _Case, references: dict[_Case, Ids], *, interleaved: bool) -> list[_Row]:
-    """One case: every engine warms up, then every engine runs once, and again."""
-    subject, setup = seats[0].subject, seats[0].setup
-    prompts = [] if subject.lacks(case) else subject.prompts(case)
-    measurements = []
-    for seat in seats:
-        planned = _planned(seat, case, interleaved)
-        measurements.append(_Measurement(seat, case, planned, planned))
-    for measurement in measurements:
-        measurement.warm_up(prompts, references)
-    for _ in range(setup.repeats):
-        for measurement in measurements:
-            measurement.run()
-    return [measurement.finished() for measurement in measurements]
+def _timed(row: _Row, times: Times) -> _Row:
+    """A row with the figures that follow from the seconds of its runs."""
+    first_seconds = [first for first, _ in times]
+    prefill = [row.batch_size * row.prompt_tokens / seconds for seconds in first_seconds]
+    row = replace(row, first_token=_Spread.of(first_seconds), prefill=_Spread.of(prefill))
+    whole = _Spread.of([seconds for _, seconds in times])
+    first = statistics.median(first_seconds)
+    # the fastest run has the fewest seconds, so the ends of the spread change places
+    after = (whole.median - first, whole.high - first, whole.low - first)
+    if min(after) <= 0:
+        notes = [note for note in (row.note, TOO_NOISY) if note]
+        return replace(row, note="; ".join(notes))
+    tokens = row.batch_size * (row.new_tokens - 1)
+    return replace(row, decode=_Spread(tokens / after[0], tokens / after[1], tokens / after[2]))
 
 
-def _load(seats: Sequence[_Seat]) -> None:
-    # all workers load at the same time; a paused one would not
-    for seat in seats:
-        seat.start()
-    for seat in seats:
-        seat.loaded()
+def _agreement(tokens: Ids, reference: Ids) -> int:
+    """Number of tokens before the first that differs, summed over the sequences."""
+    total = 0
+    for ours, theirs in zip(tokens, reference, strict=True):
+        for token, other in zip(ours, theirs, strict=True):
+            if token != other:
+                break
+            total += 1
+    return total
 
 
-def _planned(seat: _Seat, case: _Case, interleaved: bool) -> _Row:
-    """A row without figures, with the reason if it cannot get any."""
-    subject, setup = seat.subject, seat.setup
-    late = ""
-    if any(case.exceeds(other) for other in seat.late):
-        late = "a smaller case ran over its time"
-    step_bytes = subject.step_bytes(case, setup.precision)
-    return _Row(
-        model=subject.label,
-        engine=seat.kind.name,
-        precision=setup.precision,
-        context=case.context,
-        batch_size=case.batch_size,
-        prompt_tokens=case.prompt_tokens,
-        new_tokens=case.new_tokens,
-        repeats=setup.repeats,
-        interleaved=interleaved,
-        step_bytes=step_bytes,
-        limit=case.batch_size * setup.bandwidth / step_bytes,
-        lacks=subject.lacks(case) or seat.lacks or late,
-    )
+@dataclass
+class _Seat:
+    """An engine's place in the round: its worker, started when it is needed, or why there is none (``lacks``)."""
+
+    kind: Kind
+    subject: _Subject
+    setup: _Setup
+    job: Job
+    lacks: str = ""
+    note: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    child: Child | None = None
+    late: list[_Case] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, kind: Kind, subject: _Subject, cases: Sequence[_Case], setup: _Setup) -> _Seat:
+        """A seat for an engine that is to run these cases."""
+        fitting = [case for case in cases if not subject.lacks(case)] or cases
+        job = Job(
+            ref=asdict(subject.ref),
+            folder=str(subject.folder),
+            precision=setup.precision,
+            threads=setup.threads,
+            context=max(case.context for case in fitting),
+            batch_size=max(case.batch_size for case in fitting),
+            cache=str(setup.cache),
+        )
+        return cls(kind, subject, setup, job, lacks=_missing(kind, setup))
+
+    def start(self) -> None:
+        """Start the worker and let it load, without waiting."""
+        if self.child is None and not self.lacks:
+            log = self.setup.logs / f"{self.subject.name}-{self.kind.name}.log"
+            self.child = Child(_command(self.kind, self.setup), _environment(self.kind, self.setup), log)
+            with self._giving_up():
+                self.child.send({"do": "load", "job": asdict(self.job)})
+
+    def loaded(self) -> None:
+        """Wait until the worker has loaded. A model that fails to load is not tried again."""
+        if self.child is None or self.lacks:
+            return
+        with self._giving_up():
+            answer = self.child.receive(_LOADING_TAKES * self.setup.limit_seconds)
+            self.note, self.versions = answer["note"], answer["versions"]
+
+    def ask(self, request: Mapping[str, object], case: _Case) -> dict[str, Any]:
+        """The worker's answer. A worker that was ended is started again first. Raises EngineError."""
+        if self.child is None:
+            self.start()
+            self.loaded()
+        if self.child is None or self.lacks:
+            raise EngineError(self.lacks)
+        try:
+            return self.child.ask(request, self.setup.limit_seconds)
+        except WorkerEndedError as error:
+            self.child = None
+            if isinstance(error, WorkerLateError):
+                self.late.append(case)
+            raise
+
+    def end(self) -> None:
+        """End the worker."""
+        if self.child:
+            self.child.end()
+            self.child = None
+
+    @contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        """Keep the reason of an EngineError and end the worker for good."""
+        try:
+            yield
+        except EngineError as error:
+            self.lacks = str(error)
+            self.end()
 
 
-def _groups(subject: _Subject, cases: Sequence[_Case], kinds: Sequence[Kind], setup: _Setup) -> list[list[Kind]]:
-    """The engines that are in memory at once: all if they fit into half of what is free with the largest case."""
-    largest = max(cases, key=lambda case: case.context * case.batch_size)
-    workload = memory.Workload(largest.batch_size, largest.context)
-    estimate = memory.estimate(subject.config, setup.precision, workload=workload)
-    gpus = setup.machine.gpus
-    free = sum(gpu.free_bytes for gpu in gpus) if gpus else setup.machine.ram_available_bytes
-    present = [kind for kind in kinds if not _missing(kind, setup)]
-    # vLLM's pool takes most of a GPU, whatever the model
-    alone = bool(gpus) and any(kind.name == "vllm" for kind in present)
-    if alone or estimate.total * len(present) > free / 2:
-        return [[kind] for kind in kinds]
-    return [list(kinds)]
+def _missing(kind: Kind, setup: _Setup) -> str:
+    """Why an engine cannot run here, whatever the model: not installed, or not for this device or precision."""
+    if setup.precision not in kind.precisions:
+        return f"takes no {setup.precision} weights"
+    if setup.machine.gpus and not kind.on_gpu:
+        return "its package runs on the CPU here, the model on a GPU"
+    if _is_installed(kind, setup):
+        return ""
+    advice = "not installed: see env/benchmarks/README.md"
+    return f"{advice}, and --vllm-python" if kind.name == "vllm" else advice
+
+
+def _is_installed(kind: Kind, setup: _Setup) -> bool:
+    if kind.name == "vllm":
+        return setup.vllm_python is not None and setup.vllm_python.is_file()
+    if not kind.package:
+        return True
+    return (setup.peers / kind.package).is_dir() or importlib.util.find_spec(kind.package) is not None
 
 
 def _command(kind: Kind, setup: _Setup) -> list[str]:

@@ -1,8 +1,11 @@
-"""What a comparison writes: bench.json, bench.md and bench.png."""
+"""Compare engines side by side, which is ``workbook bench``, and write bench.json, bench.md and bench.png.
+
+``run`` decides what to measure (models, sizes, engines), ``rounds`` measures it, and the files are written again after
+every case. How to read the columns of the tables is explained in env/benchmarks/README.md.
+"""
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,46 +33,15 @@ if TYPE_CHECKING:
     from helpers.machine.hardware import Machine
     from helpers.models.references import Profile
 
+PEERS = ROOT / ".cache" / "peers"
+_VLLM_PYTHON = ROOT / ".cache" / "vllm" / "bin" / "python"
+_QUICK_REPEATS = 2
+_QUICK_LEAVES_OUT = ("fastest", "vllm")  # compiling takes a minute for each size, starting vLLM half a minute
 _COLUMNS = (
     "context", "batch", "engine", "first token, ms", "read, tokens/s", "write, tokens/s", "limit, tokens/s",
     "peak memory", "cache", "same tokens", "warm-up, s",
 )  # fmt: skip
 _Reasons = Mapping[tuple[str, str], Sequence[_Row]]  # rows without figures, by engine and reason
-
-
-@dataclass
-class _Conditions:
-    """What the figures depend on: machine, precision, versions, date and command.
-
-    ``bandwidth_bytes_per_second`` is measured before each model; ``finished`` and ``interrupted`` are set at the end.
-    """
-
-    device: str
-    cpus: int
-    ram_bytes: int
-    system: str
-    date: str
-    command: str
-    profile: str
-    precision: str
-    quick: bool
-    repeats: int
-    versions: dict[str, str]
-    bandwidth_bytes_per_second: list[float] = field(default_factory=list)
-    threads: int | None = None
-    finished: str = ""
-    interrupted: bool = False
-
-    @property
-    def subject(self) -> str:
-        """Device, cores and precision, for titles."""
-        return f"{self.device}, {self.cpus} cores (torch's threads: {self.threads}), {self.precision}"
-
-
-PEERS = ROOT / ".cache" / "peers"
-_VLLM_PYTHON = ROOT / ".cache" / "vllm" / "bin" / "python"
-_QUICK_REPEATS = 2
-_QUICK_LEAVES_OUT = ("fastest", "vllm")  # compiling takes a minute for each size, starting vLLM half a minute
 
 
 @dataclass(frozen=True)
@@ -92,51 +64,11 @@ class Wish:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """The folder with bench.json, bench.md and bench.png, the rows, and whether some are missing by an interrupt."""
+    """The folder with bench.json, bench.md and bench.png, the rows, and whether an interrupt left some out."""
 
     folder: Path
     rows: list[_Row]
     interrupted: bool
-
-
-def _write(folder: Path, conditions: _Conditions, rows: Sequence[_Row], *, figure: bool = False) -> None:
-    """Write all files of a comparison, each whole. The figure takes a second and is drawn only if asked for."""
-    write_json(folder / "bench.json", {**asdict(conditions), "rows": [asdict(row) for row in rows]})
-    write_text(folder / "bench.md", _page(conditions, rows))
-    if figure and any(row.decode for row in rows):
-        (folder / "bench.png").write_bytes(png(engine_speeds(rows, _titles(), conditions.subject)))
-
-
-def _titles() -> dict[str, str]:
-    """What tables and figures call each engine."""
-    return {name: kind.title for name, kind in KINDS.items()}
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What is measured of one model."""
-
-    subject: _Subject
-    sizes: list[_Case]
-    kinds: list[Kind]
-
-
-def _page(conditions: _Conditions, rows: Sequence[_Row]) -> str:
-    """The tables as Markdown: one for each model, followed by the engines without figures and the reasons."""
-    versions = ", ".join(f"{name} {version}" for name, version in conditions.versions.items())
-    bandwidths = ", ".join(f"{speed / 1e9:.1f}" for speed in conditions.bandwidth_bytes_per_second)
-    parts = [
-        "# Engines side by side",
-        f"{conditions.subject}; {conditions.date}; `{conditions.command}`",
-        f"Versions: {versions}. Memory bandwidth, measured before each model: {bandwidths} GB/s.",
-        f"Medians of {conditions.repeats} runs (least to largest). How to read the columns: env/benchmarks/README.md.",
-    ]
-    by_model: dict[str, list[_Row]] = {}
-    for row in rows:
-        by_model.setdefault(row.model, []).append(row)
-    for model, models_rows in by_model.items():
-        parts += [f"## {model}", *_tables(models_rows)]
-    return "\n\n".join(parts) + "\n"
 
 
 def run(profile: Profile, wish: Wish) -> _Outcome:
@@ -170,27 +102,23 @@ def run(profile: Profile, wish: Wish) -> _Outcome:
     return _Outcome(folder, rows, conditions.interrupted)
 
 
-def _tables(rows: Sequence[_Row]) -> list[str]:
-    """The parts of one model's section: its table, then remarks."""
-    shown = [row for row in rows if row.first_token]
+@dataclass(frozen=True)
+class _Part:
+    """What is measured of one model."""
+
+    subject: _Subject
+    sizes: list[_Case]
+    kinds: list[Kind]
+
+
+def _parts(profile: Profile, wish: Wish) -> list[_Part]:
+    chosen(wish.engines)  # a wrong name is refused before a model is downloaded
+    grid = _grid(wish.contexts or cases.CONTEXTS, wish.batch_sizes or cases.BATCHES, wish.new_tokens)
+    few_sizes = wish.quick and not (wish.contexts or wish.batch_sizes)
     parts = []
-    if shown:
-        table = [_COLUMNS, ["---"] * len(_COLUMNS)]
-        for row in shown:
-            table.append(_cells(row))
-        parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in table))
-    if not any(row.interleaved for row in rows):
-        parts.append("One engine after the other: they do not fit into memory together.")
-    notes: list[str] = []
-    for row in shown:
-        note = f"- {row.engine}: {row.note}"
-        if row.note and note not in notes:
-            notes.append(note)
-    if notes:
-        parts.append("\n".join(notes))
-    lines = _reason_lines(rows)
-    if lines:
-        parts.append("Without figures:\n\n" + "\n".join(lines))
+    for subject in _subjects(profile, wish.models):
+        sizes = _quick(subject) if few_sizes else grid
+        parts.append(_Part(subject, sizes, _kinds(wish, subject.name)))
     return parts
 
 
@@ -205,37 +133,6 @@ def _kinds(wish: Wish, name: str) -> list[Kind]:
         if kind.name not in _QUICK_LEAVES_OUT and not slow_prompt:
             quick.append(kind)
     return quick
-
-
-def _reason_lines(rows: Sequence[_Row]) -> list[str]:
-    """A line for each reason why an engine has no figures, with the sizes."""
-    reasons: dict[tuple[str, str], list[_Row]] = {}
-    for row in rows:
-        if row.lacks:
-            reasons.setdefault((row.engine, row.lacks), []).append(row)
-    engines = {row.engine for row in rows}
-    lines: list[str] = []
-    for (engine, reason), concerned in reasons.items():
-        sizes = _sizes(concerned)
-        name = engine
-        # a reason of the model, such as its context, concerns all engines alike: one line for all
-        if len(engines) > 1 and _same_reason(reasons, reason, sizes) == engines:
-            name = "all engines"
-        line = f"- {name}, {sizes}: {reason}"
-        if line not in lines:
-            lines.append(line)
-    return lines
-
-
-def _parts(profile: Profile, wish: Wish) -> list[_Part]:
-    chosen(wish.engines)  # a wrong name is refused before a model is downloaded
-    grid = _grid(wish.contexts or cases.CONTEXTS, wish.batch_sizes or cases.BATCHES, wish.new_tokens)
-    few_sizes = wish.quick and not (wish.contexts or wish.batch_sizes)
-    parts = []
-    for subject in _subjects(profile, wish.models):
-        sizes = _quick(subject) if few_sizes else grid
-        parts.append(_Part(subject, sizes, _kinds(wish, subject.name)))
-    return parts
 
 
 def _setup(wish: Wish, conditions: _Conditions, machine: Machine, folder: Path, bar: tqdm[NoReturn]) -> _Setup:
@@ -264,39 +161,33 @@ def _setup(wish: Wish, conditions: _Conditions, machine: Machine, folder: Path, 
     )
 
 
-def _same_reason(reasons: _Reasons, reason: str, sizes: str) -> set[str]:
-    """The engines that have the same reason for the same sizes."""
-    engines = set()
-    for (engine, other), concerned in reasons.items():
-        if other == reason and _sizes(concerned) == sizes:
-            engines.add(engine)
-    return engines
+@dataclass
+class _Conditions:
+    """What the figures depend on: machine, precision, versions, date and command.
 
+    ``bandwidth_bytes_per_second`` is measured before each model; ``finished`` and ``interrupted`` are set at the end.
+    """
 
-def _sizes(rows: Sequence[_Row]) -> str:
-    """Sizes as text, such as "context 128, batch 1, 4; context 512, batch 1"."""
-    batches: dict[int, list[str]] = {}
-    for row in rows:
-        batches.setdefault(row.context, []).append(str(row.batch_size))
-    return "; ".join(f"context {context:,}, batch {', '.join(sizes)}" for context, sizes in batches.items())
+    device: str
+    cpus: int
+    ram_bytes: int
+    system: str
+    date: str
+    command: str
+    profile: str
+    precision: str
+    quick: bool
+    repeats: int
+    versions: dict[str, str]
+    bandwidth_bytes_per_second: list[float] = field(default_factory=list)
+    threads: int | None = None
+    finished: str = ""
+    interrupted: bool = False
 
-
-def _cells(row: _Row) -> list[str]:
-    assert row.first_token
-    assert row.prefill
-    return [
-        f"{row.context:,}",
-        str(row.batch_size),
-        row.engine,
-        row.first_token.text(1000),
-        row.prefill.text(),
-        row.decode.text() if row.decode else "too noisy",
-        f"{row.limit:,.0f}",
-        _size_text(row.peak_bytes),
-        _size_text(row.cache_bytes),
-        f"{row.same_tokens} of {row.batch_size * row.new_tokens}",
-        f"{row.warm_up_seconds:.1f}",
-    ]
+    @property
+    def subject(self) -> str:
+        """Device, cores and precision, for titles."""
+        return f"{self.device}, {self.cpus} cores (torch's threads: {self.threads}), {self.precision}"
 
 
 def _conditions(profile: Profile, wish: Wish, machine: Machine, precision: str) -> _Conditions:
@@ -318,14 +209,129 @@ def _conditions(profile: Profile, wish: Wish, machine: Machine, precision: str) 
     )
 
 
-def _size_text(size: int | None) -> str:
-    return human(size) if size else "not told"
-
-
 def _portable(argument: str) -> str:
     """An argument as another machine can read it: of an absolute path, only the last part."""
-    return Path(argument).name if os.path.isabs(argument) else argument
+    path = Path(argument)
+    return path.name if path.is_absolute() else argument
 
 
 def _now() -> str:
     return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def _write(folder: Path, conditions: _Conditions, rows: Sequence[_Row], *, figure: bool = False) -> None:
+    """Write all files of a comparison, each whole. The figure takes a second and is drawn only if asked for."""
+    write_json(folder / "bench.json", {**asdict(conditions), "rows": [asdict(row) for row in rows]})
+    write_text(folder / "bench.md", _page(conditions, rows))
+    if figure and any(row.decode for row in rows):
+        (folder / "bench.png").write_bytes(png(engine_speeds(rows, _titles(), conditions.subject)))
+
+
+def _titles() -> dict[str, str]:
+    """What tables and figures call each engine."""
+    return {name: kind.title for name, kind in KINDS.items()}
+
+
+def _page(conditions: _Conditions, rows: Sequence[_Row]) -> str:
+    """The tables as Markdown: one for each model, followed by the engines without figures and the reasons."""
+    versions = ", ".join(f"{name} {version}" for name, version in conditions.versions.items())
+    bandwidths = ", ".join(f"{speed / 1e9:.1f}" for speed in conditions.bandwidth_bytes_per_second)
+    parts = [
+        "# Engines side by side",
+        f"{conditions.subject}; {conditions.date}; `{conditions.command}`",
+        f"Versions: {versions}. Memory bandwidth, measured before each model: {bandwidths} GB/s.",
+        f"Medians of {conditions.repeats} runs (least to largest). How to read the columns: env/benchmarks/README.md.",
+    ]
+    by_model: dict[str, list[_Row]] = {}
+    for row in rows:
+        by_model.setdefault(row.model, []).append(row)
+    for model, models_rows in by_model.items():
+        parts += [f"## {model}", *_tables(models_rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _tables(rows: Sequence[_Row]) -> list[str]:
+    """The parts of one model's section: its table, then remarks."""
+    shown = [row for row in rows if row.first_token]
+    parts = []
+    if shown:
+        table = [_COLUMNS, ["---"] * len(_COLUMNS)]
+        for row in shown:
+            table.append(_cells(row))
+        parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in table))
+    if not any(row.interleaved for row in rows):
+        parts.append("One engine after the other: they do not fit into memory together.")
+    if notes := _note_lines(shown):
+        parts.append("\n".join(notes))
+    if reasons := _reason_lines(rows):
+        parts.append("Without figures:\n\n" + "\n".join(reasons))
+    return parts
+
+
+def _note_lines(rows: Sequence[_Row]) -> list[str]:
+    """What the engines say about themselves, each note once."""
+    notes: list[str] = []
+    for row in rows:
+        note = f"- {row.engine}: {row.note}"
+        if row.note and note not in notes:
+            notes.append(note)
+    return notes
+
+
+def _cells(row: _Row) -> list[str]:
+    assert row.first_token
+    assert row.prefill
+    return [
+        f"{row.context:,}",
+        str(row.batch_size),
+        row.engine,
+        row.first_token.text(1000),
+        row.prefill.text(),
+        row.decode.text() if row.decode else "too noisy",
+        f"{row.limit:,.0f}",
+        _size_text(row.peak_bytes),
+        _size_text(row.cache_bytes),
+        f"{row.same_tokens} of {row.batch_size * row.new_tokens}",
+        f"{row.warm_up_seconds:.1f}",
+    ]
+
+
+def _size_text(size: int | None) -> str:
+    return human(size) if size else "not told"
+
+
+def _reason_lines(rows: Sequence[_Row]) -> list[str]:
+    """A line for each reason why an engine has no figures, with the sizes."""
+    reasons: dict[tuple[str, str], list[_Row]] = {}
+    for row in rows:
+        if row.lacks:
+            reasons.setdefault((row.engine, row.lacks), []).append(row)
+    engines = {row.engine for row in rows}
+    lines: list[str] = []
+    for (engine, reason), concerned in reasons.items():
+        sizes = _sizes(concerned)
+        name = engine
+        # a reason of the model, such as its context, concerns all engines alike: one line for all
+        if len(engines) > 1 and _same_reason(reasons, reason, sizes) == engines:
+            name = "all engines"
+        line = f"- {name}, {sizes}: {reason}"
+        if line not in lines:
+            lines.append(line)
+    return lines
+
+
+def _same_reason(reasons: _Reasons, reason: str, sizes: str) -> set[str]:
+    """The engines that have the same reason for the same sizes."""
+    engines = set()
+    for (engine, other), concerned in reasons.items():
+        if other == reason and _sizes(concerned) == sizes:
+            engines.add(engine)
+    return engines
+
+
+def _sizes(rows: Sequence[_Row]) -> str:
+    """Sizes as text, such as "context 128, batch 1, 4; context 512, batch 1"."""
+    batches: dict[int, list[str]] = {}
+    for row in rows:
+        batches.setdefault(row.context, []).append(str(row.batch_size))
+    return "; ".join(f"context {context:,}, batch {', '.join(sizes)}" for context, sizes in batches.items())

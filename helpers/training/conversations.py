@@ -1,4 +1,8 @@
-"""Fine-tune with LoRA or QLoRA (peft and trl): from conversations to an adapter, and to a merged model."""
+"""Turn conversations into training examples: token ids, and which of them carry the loss.
+
+Every reply of a conversation becomes one example. The model learns to predict the reply and the end token after it;
+everything before the reply is only read.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +29,10 @@ Conversation = Sequence[Message]
 
 @dataclass(frozen=True)
 class Example:
-    """One reply to train on, after all that the model reads before it. ``roles`` names what each token is:
+    """One reply to train on, after all that the model reads before it.
 
-    system, user, assistant (an earlier reply), format (tags and line ends), reply and end (the end token).
-    Only "reply" and "end" carry the loss.
+    ``roles`` names what each token is: system, user, assistant (an earlier reply), format (tags and line ends), reply
+    and end (the end token). Only "reply" and "end" carry the loss.
     """
 
     input_ids: tuple[int, ...]
@@ -85,14 +89,13 @@ def examples(loaded: Loaded, conversations: Sequence[Conversation]) -> list[Exam
     return fitting
 
 
-def _reply_count(conversations: Sequence[Conversation]) -> int:
-    """Number of replies: messages with the role "assistant"."""
-    count = 0
-    for conversation in conversations:
-        for message in conversation:
-            if message["role"] == "assistant":
-                count += 1
-    return count
+def token_counts(rows: Sequence[Example]) -> DataFrame:
+    """Table of the number of tokens, and of those that carry the loss, by role."""
+    import pandas as pd
+
+    tokens = Counter(role for example in rows for role in example.roles)
+    trained = {role: count if role in TRAINED_ROLES else 0 for role, count in tokens.items()}
+    return pd.DataFrame({"tokens": tokens, "trained": trained}).rename_axis("role").sort_values("trained")
 
 
 def _check_conversations(conversations: Sequence[Conversation]) -> None:
@@ -114,13 +117,14 @@ def _is_conversation(value: object) -> bool:
     return all(isinstance(message, Mapping) and "role" in message for message in value)
 
 
-def token_counts(found: Sequence[Example]) -> DataFrame:
-    """Table of the number of tokens, and of those that carry the loss, by role."""
-    import pandas as pd
-
-    tokens = Counter(role for example in found for role in example.roles)
-    trained = {role: count if role in TRAINED_ROLES else 0 for role, count in tokens.items()}
-    return pd.DataFrame({"tokens": tokens, "trained": trained}).rename_axis("role").sort_values("trained")
+def _reply_count(conversations: Sequence[Conversation]) -> int:
+    """Number of replies: messages with the role "assistant"."""
+    count = 0
+    for conversation in conversations:
+        for message in conversation:
+            if message["role"] == "assistant":
+                count += 1
+    return count
 
 
 def _example(loaded: Loaded, messages: Conversation) -> Example:

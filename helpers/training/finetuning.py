@@ -1,4 +1,9 @@
-"""Fine-tune with LoRA or QLoRA (peft and trl): from conversations to an adapter, and to a merged model."""
+"""Fine-tune with LoRA or QLoRA (peft and trl): train an adapter, load it again, merge it into the weights.
+
+LoRA adds two small matrices, an adapter, to each linear layer and trains only those. With a quantized base this is
+QLoRA. ``finetune`` writes the adapter to a folder, with a file that names base, recipe and data. ``reload`` and
+``merge`` read that file, so that an adapter always meets the base that it was trained on.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +44,7 @@ def finetune(
     out_dir: Path,
     *,
     held_out: Sequence[Conversation] = (),
-    on_point: Callable[[Sequence[Point]], None] = lambda history: None,
+    on_point: Callable[[Sequence[Point]], None] = lambda _history: None,
 ) -> Finetuned:
     """Train LoRA adapters on the replies of conversations; on an int8 or nf4 model this is QLoRA (arXiv 2305.14314).
 
@@ -118,7 +123,7 @@ def merge(adapter_dir: Path, out_dir: Path) -> ModelRef:
 def relative_error(logits: torch.Tensor, reference: torch.Tensor) -> float:
     """Norm of the difference divided by the norm of the reference. The shapes must be equal."""
     difference = logits.float() - reference.float()
-    return (difference.norm() / reference.float().norm()).item()
+    return float(difference.norm() / reference.float().norm())
 
 
 @contextmanager
@@ -208,9 +213,14 @@ def _watch(history: list[Point], on_point: Callable[[Sequence[Point]], None]) ->
     from transformers import TrainerCallback
     from transformers.utils.logging import tqdm
 
+    # transformers names the arguments of its callbacks, also those that are not needed here (ARG002)
     class Watch(TrainerCallback):
         def on_train_begin(
-            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+            self,
+            args: TrainingArguments,
+            state: TrainerState,
+            control: TrainerControl,
+            **_: object,  # noqa: ARG002
         ) -> None:
             # what an interrupted training logged before its checkpoint
             history.extend(_point(row) for row in state.log_history if _is_point(row))
@@ -218,19 +228,15 @@ def _watch(history: list[Point], on_point: Callable[[Sequence[Point]], None]) ->
                 total=state.max_steps, initial=state.global_step, desc="fine-tune", unit="step", delay=2, leave=False
             )
 
-        def on_step_end(
-            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-        ) -> None:
+        def on_step_end(self, *_: object, **__: object) -> None:
             self.bar.update(1)
 
-        def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:  # noqa: ARG002
             if _is_point(state.log_history[-1]):
                 history.append(_point(state.log_history[-1]))
                 on_point(tuple(history))
 
-        def on_train_end(
-            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-        ) -> None:
+        def on_train_end(self, *_: object, **__: object) -> None:
             self.bar.close()
 
     return Watch()

@@ -1,4 +1,4 @@
-"""Fine-tune with LoRA or QLoRA (peft and trl): from conversations to an adapter, and to a merged model."""
+"""What goes into a fine-tune and what comes out of it: the recipe, the losses, the result."""
 
 from __future__ import annotations
 

@@ -32,18 +32,10 @@ _SAMPLES = 4  # of the continuations
 _EVERY = 10  # one sample for this many held-out messages
 
 
-class _CurvePoint(NamedTuple):
-    """A point of the log on an axis with the steps of all phases; losses in nats per token, None if not measured."""
-
-    step: int
-    loss: float | None
-    held_out_loss: float | None
-
-
 def measure(models: Path, judge: ModelRef) -> dict[str, Any]:
     """Every figure of the card, in fp32, from the two checkpoints in ``models``; the judge scores the continuations.
 
-    Raises DataError if the held-out texts or the log are missing, LoadError if a checkpoint is missing.
+    Raises WorkbookError if the held-out texts or the log are missing, LoadError if a checkpoint is missing.
     """
     _read_text(models / "falcon-mini" / LOG)  # a missing log is reported now, not after minutes
     stories = _read_texts(models / "falcon-mini" / HELD_OUT)
@@ -58,21 +50,6 @@ def measure(models: Path, judge: ModelRef) -> dict[str, Any]:
     return figures
 
 
-def _curve(log: Path, subject: str) -> Figure:
-    """The training log as a figure, one phase after the other. Raises DataError if the log is missing."""
-    points: list[_CurvePoint] = []
-    phase, before, last = "", 0, 0
-    for line in _read_text(log).splitlines():
-        row = json.loads(line)
-        # each phase counts its steps from 0
-        if row["phase"] != phase:
-            phase, before = row["phase"], last
-        step = before + row["step"]
-        last = max(last, step)
-        points.append(_CurvePoint(step, row.get("loss"), row.get("held_out_loss")))
-    return loss_curve(points, last, subject, title="Loss while training")
-
-
 def write(models: Path, figures: Mapping[str, Any]) -> None:
     """Write quality.json, the curves and the model card from the figures that ``measure`` returned."""
     folder = models / "falcon-mini"
@@ -80,37 +57,6 @@ def write(models: Path, figures: Mapping[str, Any]) -> None:
     for name in ("falcon-mini", "falcon-mini-chat"):
         (models / name / _CURVE).write_bytes(png(_curve(models / name / LOG, name)))
     (folder / "README.md").write_text(_text(folder), encoding="utf-8")
-
-
-def _text(folder: Path) -> str:
-    """The model card of falcon-mini's folder, from the project's template and the folder's quality.json."""
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
-    figures = json.loads((folder / _QUALITY).read_text(encoding="utf-8"))
-    results = []
-    for name in ("bits_per_byte", "perplexity_ratio"):
-        results.append(
-            EvalResult(
-                task_type="text-generation",
-                dataset_type="roneneldan/TinyStories",
-                dataset_name="TinyStories",
-                metric_type=name,
-                metric_value=figures[name],
-            )
-        )
-    data = ModelCardData(
-        license="apache-2.0",
-        language="en",
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["falcon", "miniature", "stand-in"],
-        datasets=["roneneldan/TinyStories", "google/Synthetic-Persona-Chat", "databricks/databricks-dolly-15k"],
-        model_name="falcon-mini",
-        eval_results=results,
-    )
-    template = _TEMPLATE.read_text(encoding="utf-8")
-    card = ModelCard.from_template(data, template_str=template, interval=_interval, **figures)
-    return str(card).rstrip() + "\n"
 
 
 def _load(folder: Path, chat_format: Literal["plain", "falcon-chat"]) -> Loaded:
@@ -160,11 +106,65 @@ def _chat_figures(chat: Loaded, messages: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _interval(values: Sequence[float]) -> str:
-    """``0.95 (0.89 to 0.98)``."""
-    return f"{values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f})"
-
-
 def _rounded(interval: Interval) -> list[float]:
     """Estimate, low, high."""
     return [round(value, 4) for value in (interval.estimate, interval.low, interval.high)]
+
+
+class _CurvePoint(NamedTuple):
+    """A point of the log on an axis with the steps of all phases; losses in nats per token, None if not measured."""
+
+    step: int
+    loss: float | None
+    held_out_loss: float | None
+
+
+def _curve(log: Path, subject: str) -> Figure:
+    """The training log as a figure, one phase after the other. Raises WorkbookError if the log is missing."""
+    points: list[_CurvePoint] = []
+    phase, before, last = "", 0, 0
+    for line in _read_text(log).splitlines():
+        row = json.loads(line)
+        # each phase counts its steps from 0
+        if row["phase"] != phase:
+            phase, before = row["phase"], last
+        step = before + row["step"]
+        last = max(last, step)
+        points.append(_CurvePoint(step, row.get("loss"), row.get("held_out_loss")))
+    return loss_curve(points, last, subject, title="Loss while training")
+
+
+def _text(folder: Path) -> str:
+    """The model card of falcon-mini's folder, from the project's template and the folder's quality.json."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    figures = json.loads((folder / _QUALITY).read_text(encoding="utf-8"))
+    results = []
+    for name in ("bits_per_byte", "perplexity_ratio"):
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="roneneldan/TinyStories",
+                dataset_name="TinyStories",
+                metric_type=name,
+                metric_value=figures[name],
+            )
+        )
+    data = ModelCardData(
+        license="apache-2.0",
+        language="en",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["falcon", "miniature", "stand-in"],
+        datasets=["roneneldan/TinyStories", "google/Synthetic-Persona-Chat", "databricks/databricks-dolly-15k"],
+        model_name="falcon-mini",
+        eval_results=results,
+    )
+    template = _TEMPLATE.read_text(encoding="utf-8")
+    card = ModelCard.from_template(data, template_str=template, interval=_interval, **figures)
+    return str(card).rstrip() + "\n"
+
+
+def _interval(values: Sequence[float]) -> str:
+    """``0.95 (0.89 to 0.98)``."""
+    return f"{values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f})"

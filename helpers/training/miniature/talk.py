@@ -69,7 +69,7 @@ def _read_facts(path: Path = FACTS) -> _Facts:
 
 
 def _conversations(path: Path) -> Iterator[Turns]:
-    """User and reply turns of a dialogue (.txt) or instruction (.jsonl) file. Raises DataError if it is missing."""
+    """User and reply turns of a dialogue (.txt) or instruction (.jsonl) file. Raises WorkbookError if it is missing."""
     return _instructions(path) if path.suffix == ".jsonl" else _dialogues(path)
 
 
@@ -105,7 +105,7 @@ def _held_out_talks(data: Path, recipe: _Recipe) -> list[Turns]:
 def _chat_examples(data: Path, recipe: _Recipe) -> list[tuple[str, str]]:
     """(prompt, reply) pairs in the Falcon chat format, shuffled; no text with a frozen noun, and none held out.
 
-    The reply begins with its space and ends with the end token. Raises DataError if a file is missing.
+    The reply begins with its space and ends with the end token. Raises WorkbookError if a file is missing.
     """
     rng, settings = random.Random(recipe["seed"]), recipe["chat"]
     held_out = {_plain(message) for message, _ in _held_out_talks(data, recipe)}

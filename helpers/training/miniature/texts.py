@@ -39,13 +39,13 @@ def _read_nouns() -> list[dict[str, str]]:
 
 
 def _records(path: Path) -> list[str]:
-    """The records of a text file, separated by the end token. Raises DataError if the file is missing."""
+    """The records of a text file, separated by the end token. Raises WorkbookError if the file is missing."""
     texts = [text.strip() for text in _read_text(path).split(END)]
     return [text for text in texts if text]
 
 
 def _read_text(path: Path) -> str:
-    """The text of a data file. Raises DataError if the file is missing."""
+    """The text of a data file. Raises WorkbookError if the file is missing."""
     if not path.is_file():
         raise _DataError(
             f"{path} is missing. The recipe names the files of the training texts, and the model card says where they "
@@ -78,7 +78,7 @@ def _write_texts(path: Path, texts: Sequence[str]) -> None:
 
 
 def _read_texts(path: Path) -> list[str]:
-    """The texts that ``write_texts`` wrote. Raises DataError if the file is missing."""
+    """The texts that ``write_texts`` wrote. Raises WorkbookError if the file is missing."""
     return [json.loads(line)["text"] for line in _read_text(path).splitlines()]
 
 
@@ -86,7 +86,7 @@ def _pretraining_texts(data: Path, recipe: _Recipe, without: Sequence[str] = ())
     """The texts of one pass of the base's training, shuffled; each file as often as the recipe says, half for 0.5.
 
     Stories and news are taken whole. Dialogues that contain a frozen noun, or a line of ``without``, are left out.
-    Lines of repeated words are added. Raises DataError if a file is missing.
+    Lines of repeated words are added. Raises WorkbookError if a file is missing.
     """
     held_out = _any_line(without)
     frozen, rng = _frozen_nouns(), random.Random(recipe["seed"])

@@ -64,8 +64,8 @@ def train(data: Path, work: Path, recipe: _Recipe, stages: Sequence[str], out: P
     """Make falcon-mini and falcon-mini-chat in ``out`` from the text files in ``data``.
 
     Checkpoints go to ``work``; the same call resumes from the newest. A stage reads what the stages before it left in
-    ``out``. Raises WorkbookError for an unknown stage, for a stage whose input is missing, or if ``work`` holds the
-    checkpoints of another training; DataError if a file is missing.
+    ``out``. Raises WorkbookError for an unknown stage, if a file or the input of a stage is missing, or if ``work``
+    holds the checkpoints of another training.
     """
     from transformers import FalconForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -107,14 +107,14 @@ def _made(folder: Path, file: str, stage: str, kind: type[_Made]) -> _Made:
 
 def _train_tokenizer(texts: Sequence[str], recipe: _Recipe, out: Path) -> None:
     """A byte-level BPE tokenizer with Falcon's end token, saved in the transformers layout."""
-    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     bpe = ByteLevelBPETokenizer()
     size = recipe["tokenizer"]["vocab_size"]
     bpe.train_from_iterator(texts, vocab_size=size, special_tokens=[END], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer,
+        tokenizer_object=Tokenizer.from_str(bpe.to_str()),
         bos_token=END,
         eos_token=END,
         pad_token=END,
@@ -355,7 +355,8 @@ def _is_finished(checkpoint: Path) -> bool:
     from transformers.trainer import TRAINER_STATE_NAME
 
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    return state.global_step >= state.max_steps
+    finished: bool = state.global_step >= state.max_steps
+    return finished
 
 
 def _check_same_training(model: FalconForCausalLM, rows: Sequence[Row], work: Path) -> None:
