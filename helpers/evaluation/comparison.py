@@ -1,4 +1,8 @@
-"""The same prompts to several models: replies, scores by rule, intervals, the paired difference and its test."""
+"""Ask several models the same prompts and score their replies by rules: shares, intervals, the paired difference.
+
+``compare`` returns a ``Comparison``, which holds the replies and computes everything else from them. Items with an
+answer key are scored by ``RULES``; prompts without a key are only shown.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +104,7 @@ def is_concise(reply: Reply) -> bool:
 
 RULES: dict[str, Callable[[Item, Reply], bool]] = {
     "correct": lambda item, reply: is_correct(item, reply.text),
-    "concise": lambda item, reply: is_concise(reply),
+    "concise": lambda _, reply: is_concise(reply),
 }
 
 
@@ -176,11 +180,11 @@ class Comparison:
 
         Raises WorkbookError as ``verdicts`` does, and for fewer than two items.
         """
-        one, two = self.verdicts(first, rule, kind), self.verdicts(second, rule, kind)
-        _check_several(one)
-        only_first, only_second = stats.discordant_pairs(one, two)
-        interval = stats.paired_difference(one, two)
-        return _Difference(first, second, interval, stats.mcnemar(one, two), only_first, only_second)
+        left, right = self.verdicts(first, rule, kind), self.verdicts(second, rule, kind)
+        _check_several(left)
+        only_first, only_second = stats.discordant_pairs(left, right)
+        interval = stats.paired_difference(left, right)
+        return _Difference(first, second, interval, stats.mcnemar(left, right), only_first, only_second)
 
     def win_rate(self, first: str | None = None, second: str | None = None) -> Interval:
         """How often the first side's reply is the better one, with its 95% interval; a tie counts half.

@@ -1,7 +1,9 @@
-"""The bridge to EleutherAI's lm-evaluation-harness.
+"""Measure a loaded model with the tasks of EleutherAI's lm-evaluation-harness.
 
-Its lower interface, ``evaluator.evaluate``, is used: ``simple_evaluate`` also seeds all random generators, asks the hub
-for the model's commit and collects facts on the machine.
+``evaluate`` prepares the tasks (``tasks.py``), shows the harness the model in its own chat format, and turns what the
+harness returns into rows and into values by item, which ``pairs.py`` compares. The harness' lower interface,
+``evaluator.evaluate``, is used: ``simple_evaluate`` also seeds all random generators, asks the hub for the model's
+commit and collects facts on the machine.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from helpers.base.errors import WorkbookError
-from helpers.evaluation.likelihood import BATCH_SIZE, _check_room
+from helpers.evaluation.likelihood import _OPTION_BATCH, _check_length
 from helpers.evaluation.tasks import TASKS, _only_errors, _prepared
 from helpers.models.loaded import context_tokens, inference, input_device
 from helpers.models.workarounds.lm_eval_model import (
@@ -96,7 +98,7 @@ def evaluate(
     limit: int | None = None,
     *,
     folder: Path = TASKS,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = _OPTION_BATCH,
     truncate: bool = False,
 ) -> _Evaluation:
     """Run EleutherAI's lm-evaluation-harness over tasks or groups, by the name that their file gives them.
@@ -108,12 +110,12 @@ def evaluate(
     items of each task. With ``truncate``, an item with more tokens than the context loses its beginning, as is usual,
     and is counted. (The harness' own command line does not know the chat format.) The random state stays as it was.
     Raises WorkbookError for an unknown task, listing the known ones, for a limit below 1, or if an item has more tokens
-    than the context; DataUnavailable if a data set cannot be downloaded.
+    than the context; DataDownloadError if a data set cannot be downloaded.
     """
     if limit is not None and limit < 1:
         raise WorkbookError(f"limit must be at least 1, but is {limit}.")
-    with _prepared(tasks, folder) as found:
-        return _measure(loaded, found, limit, batch_size=batch_size, truncate=truncate)
+    with _prepared(tasks, folder) as prepared:
+        return _measure(loaded, prepared, limit, batch_size=batch_size, truncate=truncate)
 
 
 def _measure(
@@ -121,7 +123,7 @@ def _measure(
     tasks: _PreparedTasks,
     limit: int | None = None,
     *,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = _OPTION_BATCH,
     truncate: bool = False,
 ) -> _Evaluation:
     """``evaluate`` over tasks that are prepared."""
@@ -160,7 +162,7 @@ def _harness_model(loaded: Loaded, chat: bool, batch_size: int, truncate: bool) 
     The harness sets a padding token and ties the output layer to the embeddings if the configuration says so, even
     if the checkpoint has an output layer of its own: it gets copies (the weights are shared) that keep it from both.
     """
-    harness = _harness_class(loaded, chat, truncate)(
+    return _harness_class(loaded, chat, truncate)(
         pretrained=untied_copy(loaded.model),
         tokenizer=copy.deepcopy(loaded.tokenizer),
         backend="causal",
@@ -168,9 +170,6 @@ def _harness_model(loaded: Loaded, chat: bool, batch_size: int, truncate: bool) 
         max_length=context_tokens(loaded),
         softmax_dtype="float32",
     )
-    # The harness would put its inputs on the device of its own choice, not on that of the model's first layer.
-    harness._device = input_device(loaded.model)
-    return harness
 
 
 def _harness_class(loaded: Loaded, chat: bool, truncate: bool) -> type[HFLM]:
@@ -179,24 +178,35 @@ def _harness_class(loaded: Loaded, chat: bool, truncate: bool) -> type[HFLM]:
     class Model(HFLM):  # type: ignore[misc]  # the harness has no types
         truncated = 0
 
+        @property
+        def device(self) -> torch.device:
+            # The harness would put its inputs on the device of its own choice, not on that of the model's first layer.
+            return input_device(loaded.model)
+
         def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
             return loaded.format.render(chat_history, add_generation_prompt)
 
         def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             start = loaded.format.reply_start if chat else ""
-            asked = [replace(request, arguments=(request.args[0], start + request.args[1])) for request in requests]
+            asked = []
+            for request in requests:
+                before, reply = request.args
+                asked.append(replace(request, arguments=(before, start + reply)))
             results: list[tuple[float, bool]] = super().loglikelihood(asked, disable_tqdm)
             return results
 
-        def _loglikelihood_tokens(self, requests: list[_Request], **options: Any) -> list[tuple[float, bool]]:
+        def _loglikelihood_tokens(
+            self, requests: list[_Request], disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> list[tuple[float, bool]]:
             too_long = _longer_than(self.max_length, requests)
             if too_long and not truncate:
-                _check_room(max(too_long), self.max_length)
+                _check_length(max(too_long), self.max_length)
             self.truncated += len(too_long)
-            results: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **options)
+            results: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
             return results
 
-        def _model_call(self, inps: torch.Tensor, attn_mask: None = None, labels: None = None) -> torch.Tensor:
+        # A causal model gets no mask and no labels, which the harness passes to others.
+        def _model_call(self, inps: torch.Tensor, **_: None) -> torch.Tensor:
             return logits_without_cache(self.model, inps)
 
     return Model
@@ -204,9 +214,13 @@ def _harness_class(loaded: Loaded, chat: bool, truncate: bool) -> type[HFLM]:
 
 def _longer_than(context: int, requests: Sequence[_Request]) -> list[int]:
     """The numbers of tokens that requests take, of those that take more than the context holds."""
-    # The last token of a reply is only predicted, never read.
-    sizes = [len(before) + len(reply) - 1 for _, before, reply in requests]
-    return [size for size in sizes if size > context]
+    too_long = []
+    for _, before, reply in requests:
+        # The last token of a reply is only predicted, never read.
+        size = len(before) + len(reply) - 1
+        if size > context:
+            too_long.append(size)
+    return too_long
 
 
 def _evaluation(results: Mapping[str, Any], tasks: TaskDict, truncated: int, version: str) -> _Evaluation:
@@ -268,5 +282,5 @@ def _items(name: str, samples: Sequence[Mapping[str, Any]]) -> _ItemScores:
         if metric == "bits_per_byte":
             values[metric] = tuple((float(log_likelihood), float(size)) for log_likelihood, size in of_items)
         elif not isinstance(of_items[0], tuple):
-            values[metric] = tuple(float(value) for value in of_items)
+            values[metric] = tuple(map(float, of_items))
     return _ItemScores(keys, values)

@@ -1,4 +1,8 @@
-"""The Open LLM Leaderboard of 2023: four tasks, and their average."""
+"""Measure the average of the Open LLM Leaderboard of 2023, which the article quotes: four tasks and their mean.
+
+The tasks' own files and their data sets come from the harness and the hub, or from a folder. The installed harness is
+newer than the leaderboard's, so differences of a few tenths are not meaningful.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +63,7 @@ class Leaderboard:
     @property
     def standard_error(self) -> float:
         """Standard error of the average of four independent tasks: the root of their summed variances, over four."""
-        return math.sqrt(math.fsum(score.standard_error**2 for score in self.scores)) / len(self.scores)
+        return math.hypot(*(score.standard_error for score in self.scores)) / len(self.scores)
 
     @property
     def published(self) -> dict[str, float]:
@@ -84,8 +88,9 @@ class Leaderboard:
         import pandas as pd
 
         rows = [vars(score) for score in self.scores]
-        rows += [{"task": "average", "score": self.average, "standard_error": self.standard_error}]
-        rows += [{"task": f"published average, {name}", "score": value} for name, value in self.published.items()]
+        rows.append({"task": "average", "score": self.average, "standard_error": self.standard_error})
+        for name, value in self.published.items():
+            rows.append({"task": f"published average, {name}", "score": value})
         return pd.DataFrame(rows).set_index("task")
 
 
@@ -98,28 +103,33 @@ def leaderboard_average(
     leaderboard, MMLU is the mean of its subjects, each with the same weight. The harness of 2023 drew other examples,
     so differences of a few tenths are not meaningful. ``load`` returns the model; it is called once the data are there.
     ``folder`` may hold task files of the four names, for example with local data, which replace the harness' own.
-    Raises DataUnavailable if a data set cannot be downloaded, WorkbookError for a limit below 2, which has no error.
+    Raises DataDownloadError if a data set cannot be downloaded, WorkbookError for a limit below 2, which has no error.
     """
     if limit is not None and limit < 2:
         raise WorkbookError(f"limit must be at least 2, or there is no standard error, but is {limit}.")
     with _prepared([_GROUP], folder) as tasks:
         loaded = load()
-        found = _measure(loaded, tasks, limit, batch_size=batch_size, truncate=True)
-    scores = tuple(_score(found, task, metric) for task, metric in _METRICS.items())
-    return Leaderboard(loaded.ref.label, loaded.report.precision, scores, found.version, limit, found.truncated)
+        evaluation = _measure(loaded, tasks, limit, batch_size=batch_size, truncate=True)
+    scores = tuple(_score(evaluation, task, metric) for task, metric in _METRICS.items())
+    return Leaderboard(
+        loaded.ref.label, loaded.report.precision, scores, evaluation.version, limit, evaluation.truncated
+    )
 
 
-def _score(found: _Evaluation, task: str, metric: str) -> _LeaderboardScore:
+def _score(evaluation: _Evaluation, task: str, metric: str) -> _LeaderboardScore:
     """The unweighted mean over the members of a group (of a single task: itself), in percent."""
-    members = found.groups.get(task, (task,))
-    rows = [_row(found, member, metric) for member in members]
-    value = math.fsum(row.value for row in rows) / len(rows)
-    # A limit of 1 is refused, and all four metrics are means: each of them has a standard error.
-    errors = [row.standard_error or 0.0 for row in rows]
-    error = math.sqrt(math.fsum(each**2 for each in errors)) / len(rows)
-    count = sum(row.count for row in rows)
-    return _LeaderboardScore(task, rows[0].shots, metric, 100 * value, 100 * error, count)
+    members = evaluation.groups.get(task, (task,))
+    values, errors, count = [], [], 0
+    for member in members:
+        row = _row(evaluation, member, metric)
+        values.append(row.value)
+        # A limit of 1 is refused, and all four metrics are means: each of them has a standard error.
+        errors.append(row.standard_error or 0.0)
+        count += row.count
+    value = math.fsum(values) / len(members)
+    error = math.hypot(*errors) / len(members)
+    return _LeaderboardScore(task, row.shots, metric, 100 * value, 100 * error, count)
 
 
-def _row(found: _Evaluation, task: str, metric: str) -> _EvaluationRow:
-    return next(row for row in found.rows if (row.task, row.metric) == (task, metric))
+def _row(evaluation: _Evaluation, task: str, metric: str) -> _EvaluationRow:
+    return next(row for row in evaluation.rows if (row.task, row.metric) == (task, metric))

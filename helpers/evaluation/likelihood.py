@@ -1,4 +1,9 @@
-"""Perplexity over a sliding window, and bits per byte."""
+"""What a model finds likely: the perplexity of texts, and multiple choice by the likelihood of its options.
+
+Both read a text without generating anything, and sum ln p(token | tokens before it) in nats. ``perplexity`` scores
+every token of a text, in windows if it is longer than the context. ``multiple_choice`` scores each option after the
+prompt: the model's choice is the likeliest. Values do not depend on the batch size, up to rounding.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +30,9 @@ if TYPE_CHECKING:
 
     from helpers.models.loaded import Loaded
 
-_BATCH_SIZE = 4  # windows of one forward: with 2048 tokens and a vocabulary of 65024 their logits take a gigabyte
+_WINDOW_BATCH = 4  # windows of one forward: with 2048 tokens and a vocabulary of 65024 their logits take a gigabyte
+_OPTION_BATCH = 16  # options of one forward: they are far shorter than windows
 _Span = tuple[list[int], int]  # the tokens of a window, and how many at its beginning are only context
-BATCH_SIZE = 16
 _Scored = tuple[tuple[int, ...], tuple[int, ...]]  # the tokens before an option, and the option's own, which are scored
 
 
@@ -75,85 +80,13 @@ class _Perplexity:
 
         Raises ValueError for fewer than two texts.
         """
-        found = stats.ratio(self.nll, self.text_tokens)
-        return Interval(self.perplexity, math.exp(found.low), math.exp(found.high), found.confidence)
+        mean = stats.ratio(self.nll, self.text_tokens)
+        return Interval(self.perplexity, math.exp(mean.low), math.exp(mean.high), mean.confidence)
 
     @property
     def bits(self) -> tuple[float, ...]:
         """``nll`` in bits."""
         return tuple(value / math.log(2) for value in self.nll)
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question with two or more options, of which ``options[answer]`` is right.
-
-    A text prompt is used as it is, and an option is the text that follows it. A prompt of messages is rendered in the
-    model's chat format, and an option is a reply: it begins as that format's replies do.
-    """
-
-    prompt: Prompt
-    options: tuple[str, ...]
-    answer: int
-
-
-@dataclass(frozen=True)
-class _MultipleChoice:
-    """What ``multiple_choice`` measured: for each question its options' log-likelihoods in nats, and the right option.
-
-    keys: a hash of each question, by which ``paired`` checks that two results are of the same questions.
-    """
-
-    log_likelihoods: tuple[tuple[float, ...], ...]
-    answers: tuple[int, ...]
-    keys: tuple[str, ...] = ()
-
-    @property
-    def chosen(self) -> tuple[int, ...]:
-        """The most likely option of each question; of equal ones the first."""
-        return tuple(values.index(max(values)) for values in self.log_likelihoods)
-
-    @property
-    def correct(self) -> tuple[bool, ...]:
-        """Whether the chosen option is the right one, by question."""
-        return tuple(chosen == answer for chosen, answer in zip(self.chosen, self.answers, strict=True))
-
-    @property
-    def accuracy(self) -> Interval:
-        """The share of questions answered correctly, with its Wilson interval."""
-        return stats.proportion(sum(self.correct), len(self.correct))
-
-
-def multiple_choice(loaded: Loaded, questions: Sequence[Question], *, batch_size: int = BATCH_SIZE) -> _MultipleChoice:
-    """Ask a model by likelihood: its choice is the option that it finds most likely after the prompt.
-
-    The log-likelihood of an option is the sum of ln p(token | tokens before it) over its tokens. As in
-    lm-evaluation-harness (``_encode_pair``), prompt and option are encoded together, white space at the end of the
-    prompt belongs to the option, and the option's tokens are those after as many as the prompt has alone. In fp32 the
-    values do not depend on ``batch_size``, which counts options.
-    Raises WorkbookError for no questions, fewer than two options, an answer out of range, an empty prompt or option,
-    or more tokens than the context; MessageError for malformed messages.
-    """
-    from transformers.utils.logging import tqdm
-
-    if not questions:
-        raise WorkbookError("Give at least one question.")
-    if batch_size < 1:
-        raise WorkbookError(f"batch_size must be at least 1, but is {batch_size}.")
-    encoded = [_options(loaded, question, number) for number, question in enumerate(questions)]
-    # Equal rows are scored once. The longest come first, so that a batch too large for the memory fails at the start.
-    distinct = dict.fromkeys(itertools.chain.from_iterable(encoded))
-    order = sorted(distinct, key=lambda row: -len(row[0]) - len(row[1]))
-    values: dict[_Scored, float] = {}
-    starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc="multiple choice", unit="batch", delay=2, leave=False):
-        batch = order[start : start + batch_size]
-        values |= zip(batch, _log_likelihoods(loaded.model, batch), strict=True)
-    log_likelihoods = []
-    for options in encoded:
-        log_likelihoods.append(tuple(values[option] for option in options))
-    answers = tuple(question.answer for question in questions)
-    return _MultipleChoice(tuple(log_likelihoods), answers, tuple(map(_key, questions)))
 
 
 def perplexity(
@@ -162,7 +95,7 @@ def perplexity(
     *,
     window: int | None = None,
     stride: int | None = None,
-    batch_size: int = _BATCH_SIZE,
+    batch_size: int = _WINDOW_BATCH,
     max_tokens: int | None = None,
 ) -> _Perplexity:
     """The perplexity of a model on texts. Each text starts after the begin token, so that its first token counts too.
@@ -178,11 +111,10 @@ def perplexity(
     if isinstance(texts, str) or not texts or not all(texts):
         raise WorkbookError("Give a list of texts, none of them empty.")
     context = context_tokens(loaded)
-    size = context if window is None else window
-    step = size // 2 if stride is None else stride
-    _check(context, size, step, batch_size, max_tokens)
-    most = sys.maxsize if max_tokens is None else max_tokens
-    encoded = _encoded_up_to(loaded.tokenizer, texts, most)
+    size = window if window is not None else context
+    step = stride if stride is not None else size // 2
+    _check_sizes(context, size, step, batch_size, max_tokens)
+    encoded = _encoded_up_to(loaded.tokenizer, texts, max_tokens or sys.maxsize)
     nll = _nll_by_text(loaded.model, [ids for ids, _ in encoded], size, step, batch_size)
     tokens, sizes, keys = [], [], []
     for ids, text in encoded:
@@ -193,57 +125,7 @@ def perplexity(
     return _Perplexity(sum(tokens), sum(sizes), nll, tuple(tokens), tuple(sizes), tuple(keys))
 
 
-def _check_room(tokens: int, context: int) -> None:
-    """Raise WorkbookError for a question with more tokens than the context holds."""
-    if tokens > context:
-        raise WorkbookError(f"A question takes {tokens} tokens with an option, but the context holds {context}.")
-
-
-def _key(question: Question) -> str:
-    text = json.dumps([question.prompt, question.options, question.answer])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _options(loaded: Loaded, question: Question, number: int) -> list[_Scored]:
-    """The options of a question as tokens, each of them checked to be one that can be scored."""
-    if len(question.options) < 2:
-        raise WorkbookError(f"Question {number} has fewer than two options.")
-    if not 0 <= question.answer < len(question.options):
-        raise WorkbookError(f"Question {number} names option {question.answer}; they count from 0.")
-    if not all(question.options):
-        raise WorkbookError(f"Question {number} has an empty option.")
-    if isinstance(question.prompt, str):
-        prompt, start = question.prompt, ""
-    else:
-        prompt, start = loaded.format.render(question.prompt), loaded.format.reply_start
-    before = prompt.rstrip()
-    if not before:
-        raise WorkbookError(f"Question {number} has an empty prompt.")
-    length = len(encode(loaded.tokenizer, before))
-    whole = [encode(loaded.tokenizer, prompt + start + option) for option in question.options]
-    if any(len(ids) <= length for ids in whole):
-        raise WorkbookError(f"Question {number} has an option that is no token of its own after the prompt.")
-    _check_room(max(map(len, whole)), context_tokens(loaded))
-    return [(tuple(ids[:length]), tuple(ids[length:])) for ids in whole]
-
-
-def _windows(length: int, context: int, stride: int | None = None) -> list[tuple[int, int, int]]:
-    """(begin, first scored position, end) of each window over ``length`` tokens, with ``context`` of at least 2.
-
-    The windows advance by ``stride``, at least 1 and less than ``context``; by default half a context. Position 0,
-    which follows nothing, is never scored; every other position is scored exactly once.
-    """
-    step = context // 2 if stride is None else stride
-    spans = []
-    scored, begin = 1, 0
-    while scored < length:
-        end = min(begin + context, length)
-        spans.append((begin, scored, end))
-        scored, begin = end, begin + step
-    return spans
-
-
-def _check(context: int, size: int, step: int, batch_size: int, max_tokens: int | None) -> None:
+def _check_sizes(context: int, size: int, step: int, batch_size: int, max_tokens: int | None) -> None:
     if not 2 <= size <= context:
         raise WorkbookError(f"window must be from 2 to the model's context of {context} tokens, but is {size}.")
     if not 1 <= step < size:
@@ -252,26 +134,6 @@ def _check(context: int, size: int, step: int, batch_size: int, max_tokens: int 
         raise WorkbookError(f"batch_size must be at least 1, but is {batch_size}.")
     if max_tokens is not None and max_tokens < 1:
         raise WorkbookError(f"max_tokens must be at least 1, but is {max_tokens}.")
-
-
-def _log_likelihoods(model: PreTrainedModel, scored: Sequence[_Scored]) -> list[float]:
-    """Sum of ln p(token | tokens before it) over the second part of each row, in nats, from one padded forward."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    device = input_device(model)
-    rows = [torch.tensor([*before, *option], device=device) for before, option in scored]
-    ids = pad_sequence(rows, batch_first=True)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    # Logits of positions that predict no option are not computed: a large vocabulary makes them expensive.
-    first = min(len(before) for before, _ in scored) - 1
-    sums = []
-    with inference(model):
-        kept = ids.shape[1] - first
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
-        for row, (before, option) in zip(logits, scored, strict=True):
-            sums.append(_option_sum(row[len(before) - 1 - first :], option))
-    return sums
 
 
 def _encoded_up_to(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], most: int) -> list[tuple[list[int], str]]:
@@ -287,18 +149,11 @@ def _encoded_up_to(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], mos
     return encoded
 
 
-def _option_sum(logits: torch.Tensor, option: Sequence[int]) -> float:
-    """The sum over the option's tokens, which ``logits`` (positions, vocabulary) predict one after the other."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    targets = torch.tensor(option, device=logits.device)
-    return -cross_entropy(logits[: len(option)].float(), targets, reduction="sum").item()
-
-
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, most: int) -> tuple[list[int], str]:
     """The begin token with at most ``most`` tokens of the text, and the part of the text that they cover."""
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    begin = tokenizer.bos_token_id
+    if begin is None:
+        begin = tokenizer.eos_token_id
     if begin is None:
         raise WorkbookError("The tokenizer has neither a begin nor an end token to start a text with.")
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -330,6 +185,21 @@ def _nll_by_text(
     return tuple(map(math.fsum, parts))
 
 
+def _windows(length: int, size: int, step: int) -> list[tuple[int, int, int]]:
+    """(begin, first scored position, end) of each window over ``length`` tokens, with ``size`` of at least 2.
+
+    The windows advance by ``step``, at least 1 and less than ``size``. Position 0, which follows nothing, is never
+    scored; every other position is scored exactly once.
+    """
+    spans = []
+    scored, begin = 1, 0
+    while scored < length:
+        end = min(begin + size, length)
+        spans.append((begin, scored, end))
+        scored, begin = end, begin + step
+    return spans
+
+
 def _nll(model: PreTrainedModel, spans: Sequence[_Span]) -> list[float]:
     """Sum of -ln p(token | tokens before it) over the scored tokens of each window, in nats, from one forward."""
     import torch
@@ -348,3 +218,140 @@ def _nll(model: PreTrainedModel, spans: Sequence[_Span]) -> list[float]:
             predicted = row[skipped - 1 - first : len(ids) - 1 - first].float()
             sums.append(cross_entropy(predicted, targets, reduction="sum").item())
     return sums
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with two or more options, of which ``options[answer]`` is right.
+
+    A text prompt is used as it is, and an option is the text that follows it. A prompt of messages is rendered in the
+    model's chat format, and an option is a reply: it begins as that format's replies do.
+    """
+
+    prompt: Prompt
+    options: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class _MultipleChoice:
+    """What ``multiple_choice`` measured: for each question its options' log-likelihoods in nats, and the right option.
+
+    keys: a hash of each question, by which ``pairs.py`` checks that two results are of the same questions.
+    """
+
+    log_likelihoods: tuple[tuple[float, ...], ...]
+    answers: tuple[int, ...]
+    keys: tuple[str, ...] = ()
+
+    @property
+    def chosen(self) -> tuple[int, ...]:
+        """The most likely option of each question; of equal ones the first."""
+        return tuple(values.index(max(values)) for values in self.log_likelihoods)
+
+    @property
+    def correct(self) -> tuple[bool, ...]:
+        """Whether the chosen option is the right one, by question."""
+        return tuple(chosen == answer for chosen, answer in zip(self.chosen, self.answers, strict=True))
+
+    @property
+    def accuracy(self) -> Interval:
+        """The share of questions answered correctly, with its Wilson interval."""
+        return stats.proportion(sum(self.correct), len(self.correct))
+
+
+def multiple_choice(
+    loaded: Loaded, questions: Sequence[Question], *, batch_size: int = _OPTION_BATCH
+) -> _MultipleChoice:
+    """Ask a model by likelihood: its choice is the option that it finds most likely after the prompt.
+
+    The log-likelihood of an option is the sum of ln p(token | tokens before it) over its tokens. As in
+    lm-evaluation-harness (``_encode_pair``), prompt and option are encoded together, white space at the end of the
+    prompt belongs to the option, and the option's tokens are those after as many as the prompt has alone. In fp32 the
+    values do not depend on ``batch_size``, which counts options.
+    Raises WorkbookError for no questions, fewer than two options, an answer out of range, an empty prompt or option,
+    or more tokens than the context; MessageError for malformed messages.
+    """
+    from transformers.utils.logging import tqdm
+
+    if not questions:
+        raise WorkbookError("Give at least one question.")
+    if batch_size < 1:
+        raise WorkbookError(f"batch_size must be at least 1, but is {batch_size}.")
+    encoded = [_options(loaded, question, number) for number, question in enumerate(questions)]
+    # Equal rows are scored once. The longest come first, so that a batch too large for the memory fails at the start.
+    distinct = dict.fromkeys(itertools.chain.from_iterable(encoded))
+    order = sorted(distinct, key=lambda row: -len(row[0]) - len(row[1]))
+    values: dict[_Scored, float] = {}
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, desc="multiple choice", unit="batch", delay=2, leave=False):
+        batch = order[start : start + batch_size]
+        values |= zip(batch, _log_likelihoods(loaded.model, batch), strict=True)
+    log_likelihoods = []
+    for options in encoded:
+        log_likelihoods.append(tuple(values[option] for option in options))
+    answers = tuple(question.answer for question in questions)
+    return _MultipleChoice(tuple(log_likelihoods), answers, tuple(map(_key, questions)))
+
+
+def _options(loaded: Loaded, question: Question, number: int) -> list[_Scored]:
+    """The options of a question as tokens, each of them checked to be one that can be scored."""
+    if len(question.options) < 2:
+        raise WorkbookError(f"Question {number} has fewer than two options.")
+    if not 0 <= question.answer < len(question.options):
+        raise WorkbookError(f"Question {number} names option {question.answer}; they count from 0.")
+    if not all(question.options):
+        raise WorkbookError(f"Question {number} has an empty option.")
+    if isinstance(question.prompt, str):
+        prompt, start = question.prompt, ""
+    else:
+        prompt, start = loaded.format.render(question.prompt), loaded.format.reply_start
+    before = prompt.rstrip()
+    if not before:
+        raise WorkbookError(f"Question {number} has an empty prompt.")
+    length = len(encode(loaded.tokenizer, before))
+    whole = [encode(loaded.tokenizer, prompt + start + option) for option in question.options]
+    if any(len(ids) <= length for ids in whole):
+        raise WorkbookError(f"Question {number} has an option that is no token of its own after the prompt.")
+    _check_length(max(map(len, whole)), context_tokens(loaded))
+    return [(tuple(ids[:length]), tuple(ids[length:])) for ids in whole]
+
+
+def _check_length(tokens: int, context: int) -> None:
+    """Raise WorkbookError for a question with more tokens than the context holds."""
+    if tokens > context:
+        raise WorkbookError(f"A question takes {tokens} tokens with an option, but the context holds {context}.")
+
+
+def _log_likelihoods(model: PreTrainedModel, scored: Sequence[_Scored]) -> list[float]:
+    """Sum of ln p(token | tokens before it) over the second part of each row, in nats, from one padded forward."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    device = input_device(model)
+    rows = [torch.tensor([*before, *option], device=device) for before, option in scored]
+    ids = pad_sequence(rows, batch_first=True)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    # Logits of positions that predict no option are not computed: a large vocabulary makes them expensive.
+    first = min(len(before) for before, _ in scored) - 1
+    sums = []
+    with inference(model):
+        kept = ids.shape[1] - first
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
+        for row, (before, option) in zip(logits, scored, strict=True):
+            sums.append(_option_sum(row[len(before) - 1 - first :], option))
+    return sums
+
+
+def _option_sum(logits: torch.Tensor, option: Sequence[int]) -> float:
+    """The sum over the option's tokens, which ``logits`` (positions, vocabulary) predict one after the other."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    targets = torch.tensor(option, device=logits.device)
+    return -cross_entropy(logits[: len(option)].float(), targets, reduction="sum").item()
+
+
+def _key(question: Question) -> str:
+    text = json.dumps([question.prompt, question.options, question.answer])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

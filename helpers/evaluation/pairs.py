@@ -1,9 +1,12 @@
-"""Two results on the same items: their difference, with its interval."""
+"""Compare two results on the same items: their difference, its interval, and a test if items are right or wrong.
+
+Pairs tell small differences far better than two separate scores do: both results share the difficulty of each item.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from helpers.base import stats
@@ -81,23 +84,23 @@ def _paired(
     Raises WorkbookError for results of different kinds or of different items, and for a task or metric that they do
     not have; ValueError for fewer than two items.
     """
-    one, other = _measured(first, task, metric), _measured(second, task, metric)
-    if one.measure != other.measure:
+    left, right = _measured(first, task, metric), _measured(second, task, metric)
+    if left.measure != right.measure:
         raise WorkbookError(
-            f"One result is of {one.measure}, the other of {other.measure}. Compare results of the same measure."
+            f"One result is of {left.measure}, the other of {right.measure}. Compare results of the same measure."
         )
     # A text cut at another length has the same beginning but other bytes, so the weights are compared too.
-    if one.keys != other.keys or one.weights != other.weights:
+    if left.keys != right.keys or left.weights != right.weights:
         raise WorkbookError("The results are not of the same items in the same order. Measure both on the same items.")
-    difference = stats.paired_difference(one.values, other.values, one.weights, confidence=confidence, seed=seed)
-    count = len(one.keys)
-    if not (one.are_outcomes and other.are_outcomes):
-        return _Paired(one.measure, count, one.quotient, other.quotient, difference)
-    first_right = [value > 0 for value in one.values]
-    second_right = [value > 0 for value in other.values]
-    only_first, only_second = stats.discordant_pairs(first_right, second_right)
-    p_value = stats.mcnemar(first_right, second_right)
-    return _Paired(one.measure, count, one.quotient, other.quotient, difference, only_first, only_second, p_value)
+    difference = stats.paired_difference(left.values, right.values, left.weights, confidence=confidence, seed=seed)
+    pair = _Paired(left.measure, len(left.keys), left.quotient, right.quotient, difference)
+    if not (left.are_outcomes and right.are_outcomes):
+        return pair
+    left_correct = [value > 0 for value in left.values]
+    right_correct = [value > 0 for value in right.values]
+    only_first, only_second = stats.discordant_pairs(left_correct, right_correct)
+    p_value = stats.mcnemar(left_correct, right_correct)
+    return replace(pair, only_first=only_first, only_second=only_second, p_value=p_value)
 
 
 def _measured(result: Result, task: str | None, metric: str | None) -> _Measured:
@@ -142,15 +145,18 @@ def _task_names(result: _Evaluation, task: str | None) -> tuple[str, ...]:
 
 def _shared_metric(result: _Evaluation, names: Sequence[str], metric: str | None) -> str:
     """The metric to compare by, checked to be one of every task."""
-    # A list, not a set: without acc the first metric is taken, in the order of the harness.
-    shared = list(result.items[names[0]].values)
+    # A dictionary, not a set: without acc the first metric is taken, in the order of the harness.
+    shared = dict.fromkeys(result.items[names[0]].values)
     for name in names[1:]:
-        shared = [each for each in shared if each in result.items[name].values]
-    if metric is None and shared:
-        return "acc" if "acc" in shared else shared[0]
-    if metric is None or metric not in shared:
-        choose(str(metric), shared, "metric")
-    return metric
+        for other in shared.keys() - result.items[name].values.keys():
+            del shared[other]
+    if metric is not None:
+        return choose(metric, shared, "metric")
+    if not shared:
+        raise WorkbookError("The tasks have no metric in common. Compare them one by one: name a task.")
+    if "acc" in shared:
+        return "acc"
+    return next(iter(shared))
 
 
 def _weighted(values: ItemValues) -> Iterator[tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""One model in several precisions: what each costs in quality, bytes and speed, and what that says of the claims.
+"""Measure one model in several precisions: what each costs in quality, bytes and speed, and what the claims say to it.
 
 The article claims that 8-bit and 4-bit weights show almost no difference in evaluation (A18), and that 8-bit is much
 faster than 4-bit (A19). ``measure_precisions`` measures a model, and the study that it returns gives tables, rows for
@@ -82,18 +82,6 @@ def measure_precisions(
                 tasks=evaluate(loaded, _TASKS, items),
             )
     return _PrecisionStudy(ref, tuple(precisions), results, shortfalls, benchmark.joined(speeds), seed)
-
-
-def _almost_none(change: Interval, margin: float) -> bool | None:
-    """Whether a change is almost none: True if its whole interval lies within the margin, False if it lies beyond.
-
-    None if the interval reaches across the margin: then the items cannot tell.
-    """
-    if -margin < change.low and change.high < margin:
-        return True
-    if change.low > margin or change.high < -margin:
-        return False
-    return None
 
 
 @dataclass(frozen=True)
@@ -190,7 +178,7 @@ class _PrecisionStudy:
         decoding = self._decoding_speeds()
         rows = []
         for precision in self.precisions:
-            row: dict[str, str | float | None] = {"precision": precision, "lacks": self.shortfalls.get(precision)}
+            row: dict[str, str | float | None] = {"precision": precision, "missing": self.shortfalls.get(precision)}
             result = self.results.get(precision)
             if result is not None:
                 row["stored_bytes"] = result.report.stored_bytes
@@ -258,6 +246,18 @@ class _PrecisionStudy:
             if row.batch_size == 1 and row.decode is not None:
                 speeds[row.precision] = row.decode.median
         return speeds
+
+
+def _almost_none(change: Interval, margin: float) -> bool | None:
+    """Whether a change is almost none: True if its whole interval lies within the margin, False if it lies beyond.
+
+    None if the interval reaches across the margin: then the items cannot tell.
+    """
+    if -margin < change.low and change.high < margin:
+        return True
+    if change.low > margin or change.high < -margin:
+        return False
+    return None
 
 
 def _logits(loaded: Loaded, text: str) -> torch.Tensor:

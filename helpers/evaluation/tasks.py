@@ -1,9 +1,12 @@
-"""Tasks of EleutherAI's lm-evaluation-harness: which are known, where their data lie, how they are asked."""
+"""Find the tasks of EleutherAI's lm-evaluation-harness, with their data, before a model is loaded.
+
+A task is a YAML file: of the project (``TASKS``), of a folder that the caller gives, or of the harness' own. Tasks that
+say ``chat: true`` in their ``metadata`` are kept apart, because they are asked in the model's chat format.
+"""
 
 from __future__ import annotations
 
 import logging
-import random
 from contextlib import contextmanager
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
+from helpers.models.workarounds.lm_eval_model import same_random_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +28,7 @@ TASKS = ROOT / "notebooks/data/tasks"
 _FEWSHOT_SEED = 1234  # the harness' own
 
 
-class DataUnavailable(WorkbookError):
+class DataDownloadError(WorkbookError):
     """A task's data set is not on this machine and could not be downloaded from the hub."""
 
     exit_code = 1
@@ -42,9 +46,10 @@ class _PreparedTasks:
 def _prepared(names: Sequence[str], folder: Path = TASKS) -> Iterator[_PreparedTasks]:
     """The tasks or groups of these names with their data, which needs no model. Local data lie in a temporary cache.
 
-    Raises WorkbookError for an unknown task and DataUnavailable for missing data, both as ``evaluate``.
+    Raises WorkbookError for an unknown task and DataDownloadError for missing data, both as ``evaluate``.
     """
-    with _same_random(), TemporaryDirectory() as cache:
+    # The harness draws a random name for each task, even if it needs none.
+    with same_random_state(), TemporaryDirectory() as cache:
         manager = _manager(names, folder, cache)
         plain, chat = [], []
         for name in dict.fromkeys(names):
@@ -54,16 +59,6 @@ def _prepared(names: Sequence[str], folder: Path = TASKS) -> Iterator[_PreparedT
             else:
                 plain.append(loaded)
         yield _PreparedTasks(_merged(plain), _merged(chat))
-
-
-@contextmanager
-def _same_random() -> Iterator[None]:
-    """Restore Python's random state afterwards: the harness draws a name for each task, even if it needs none."""
-    before = random.getstate()
-    try:
-        yield
-    finally:
-        random.setstate(before)
 
 
 @contextmanager
@@ -130,7 +125,9 @@ def _find_files(manager: TaskManager, folders: Sequence[Path], cache: str) -> No
         config = load_yaml(entry.yaml_path)
         options = config.get("dataset_kwargs", {})
         if "data_files" in options:
-            files = {split: str(entry.yaml_path.parent / file) for split, file in options["data_files"].items()}
+            files = {}
+            for split, file in options["data_files"].items():
+                files[split] = str(entry.yaml_path.parent / file)
             config["dataset_kwargs"] = {**options, "data_files": files, "cache_dir": cache}
             # With a path, the manager would read the file again; without one it uses the configuration.
             entry.cfg, entry.yaml_path = config, None
@@ -143,26 +140,29 @@ def _loaded(manager: TaskManager, name: str) -> TaskDict:
 
     try:
         with _no_dataset_bars(datasets), _only_errors(logging.getLogger("lm_eval")):
-            found = manager.load([name])
+            loaded = manager.load([name])
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataUnavailable(
+        raise DataDownloadError(
             f"Could not download the data of {name}: {error}. If this machine has a network, unset HF_HUB_OFFLINE and "
             "HF_DATASETS_OFFLINE and run this again, or try later. If it has none, copy the Hugging Face cache "
             "(HF_HOME) of a machine where it has run, or give a folder of task files with local data "
             "(workbook leaderboard --tasks)."
         ) from error
-    for task in found["tasks"].values():
+    for task in loaded["tasks"].values():
         if isinstance(task, ConfigurableTask) and task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(_FEWSHOT_SEED)
-    return found
+    return loaded
 
 
-def _in_chat(found: TaskDict) -> bool:
+def _in_chat(tasks: TaskDict) -> bool:
     """Whether the tasks are to be asked in a chat format. Raises WorkbookError for a group in which only some are."""
-    asked = {bool((task.config.metadata or {}).get("chat")) for task in found["tasks"].values()}
+    asked = set()
+    for task in tasks["tasks"].values():
+        metadata = task.config.metadata or {}
+        asked.add(bool(metadata.get("chat")))
     if len(asked) > 1:
-        mixed = ", ".join(found["groups"])
+        mixed = ", ".join(tasks["groups"])
         raise WorkbookError(f"Some tasks of {mixed} are in chat format and others are not. Name the tasks one by one.")
     return asked == {True}
 

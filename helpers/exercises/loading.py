@@ -43,7 +43,9 @@ def _tiny_falcon(seed: int) -> FalconForCausalLM:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return FalconForCausalLM(config).eval()
+        model = FalconForCausalLM(config)
+    model.eval()
+    return model
 
 
 def _greedy(function: Callable[[FalconForCausalLM, Tensor, int], Tensor]) -> Hint:

@@ -1,4 +1,7 @@
-"""Figures of sizes: parameters, memory by precision and by device, the cache, training compute."""
+"""Draw sizes: parameters, memory by precision and by device, the cache, training compute.
+
+Sizes come in bytes; the axes show GiB, or MiB if all sizes of a figure are small.
+"""
 
 from __future__ import annotations
 
@@ -52,13 +55,14 @@ def parameter_breakdown(table: DataFrame | Mapping[str, Mapping[str, float]], su
 
     ``table`` is ``memory.parameter_table``'s, or any that maps "parameters" to a count for each part.
     """
-    counts = {part: int(count) for part, count in dict(table["parameters"]).items() if count}
+    counts = dict(table["parameters"])
     total = sum(counts.values())
     parts, shares, labels = [], [], []
     for part, count in sorted(counts.items(), key=lambda item: item[1], reverse=True):
-        parts.append(part)
-        shares.append(count / total * 100)
-        labels.append(f"{_count(count)} ({_share(count / total)})")
+        if count:
+            parts.append(part)
+            shares.append(count / total * 100)
+            labels.append(f"{_count(count)} ({_share(count / total)})")
     figure, (axis,) = _canvas(f"Where the {_count(total)} parameters sit", subject, 1.4 + 0.42 * len(parts))
     bars = axis.barh(parts, shares, color=BLUE)
     axis.bar_label(bars, labels, padding=4)
@@ -87,15 +91,19 @@ def _share(share: float) -> str:
 @_styled
 def memory_by_precision(estimates: Sequence[MemoryEstimate], machines: Mapping[str, float], subject: str) -> Figure:
     """Memory by precision, stacked by part, with a line for what each machine has (name -> bytes)."""
-    modes = " and ".join(dict.fromkeys(estimate.mode for estimate in estimates))
-    figure, (axis,) = _canvas(f"Memory by precision, {modes}", subject, 4.6)
-    unit, scale = _unit_for(max(estimate.total for estimate in estimates))
-    stacks = [_scaled(estimate.parts, scale) for estimate in estimates]
-    _stack(axis, [estimate.precision for estimate in estimates], stacks)
+    totals = [estimate.total for estimate in estimates]
+    unit, scale = _unit_for(max(totals))
+    modes, names, stacks = [], [], []
+    for estimate in estimates:
+        names.append(estimate.precision)
+        stacks.append(_scaled(estimate.parts, scale))
+        if estimate.mode not in modes:
+            modes.append(estimate.mode)
+    figure, (axis,) = _canvas(f"Memory by precision, {' and '.join(modes)}", subject, 4.6)
+    _stack(axis, names, stacks)
     for name, size in machines.items():
         _limit_line(axis, size / scale, f"{name}\n{_short(size / scale)} {unit}")
-    sizes = [estimate.total for estimate in estimates] + list(machines.values())
-    axis.set(ylabel=f"memory ({unit})", ylim=(0, 1.1 * max(sizes) / scale))
+    axis.set(ylabel=f"memory ({unit})", ylim=(0, 1.1 * max(*totals, *machines.values(), 0) / scale))
     _space_for_bars(axis, len(estimates))
     _legend_on_top(axis)
     return figure
@@ -112,16 +120,18 @@ def _scaled(parts: Mapping[str, float], scale: float) -> dict[str, float]:
 
 def _stack(axis: Axes, names: Sequence[str], stacks: Sequence[Mapping[str, float]], totals: bool = True) -> None:
     """One stacked bar per name; parts that are zero everywhere are left out; the total is on top if ``totals``."""
-    base = [0.0] * len(names)
+    import numpy as np
+
+    base = np.zeros(len(names))
     for part in stacks[0]:
-        heights = [stack[part] for stack in stacks]
-        if any(heights):
+        heights = np.array([stack[part] for stack in stacks])
+        if heights.any():
             colour = _PART_COLOURS.get(part, GREY)
             bars = axis.bar(names, heights, bottom=base, width=0.6, color=colour, label=part_name(part))
-            base = [below + height for below, height in zip(base, heights, strict=True)]
+            base = base + heights
     if totals:
         # The labels of the topmost bars stand at the height of the whole stack.
-        axis.bar_label(bars, [_short(total) for total in base], padding=3)
+        axis.bar_label(bars, list(map(_short, base)), padding=3)
 
 
 @_styled
@@ -151,7 +161,7 @@ def placement(placed: Placement, capacities: Mapping[int | str, float], subject:
 def _device_names(devices: Sequence[int | str], needed: Sequence[float]) -> list[str]:
     """Labels such as "GPU 0" with what it holds below; the bare number if there are too many devices for more."""
     if len(devices) > 8:
-        return [str(device) for device in devices]
+        return list(map(str, devices))
     names = []
     for device, size in zip(devices, needed, strict=True):
         name = f"GPU {device}" if isinstance(device, int) else device
@@ -161,9 +171,11 @@ def _device_names(devices: Sequence[int | str], needed: Sequence[float]) -> list
 
 def _remainder(axis: Axes, low: Sequence[float], high: Sequence[float], color: str, label: str) -> None:
     """Bars from ``low`` up to ``high`` where that is higher."""
-    heights = [max(top - bottom, 0) for bottom, top in zip(low, high, strict=True)]
+    import numpy as np
+
+    heights = np.maximum(np.subtract(high, low), 0)
     # Bars of no height would still appear in the legend.
-    if any(heights):
+    if heights.any():
         axis.bar(range(len(low)), heights, bottom=low, width=0.6, color=color, label=label)
 
 
@@ -183,23 +195,22 @@ def memory_per_device(panels: Mapping[str, Sequence[Mapping[str, str | float]]],
 
 
 def _device_panel(axis: Axes, title: str, rows: Sequence[Mapping[str, str | float]]) -> None:
-    unit, scale = _unit_for(max(_number(row, "limit") or 0.0 for row in rows))
-    limits, stacks = [], []
-    for row in rows:
-        limits.append((_number(row, "limit") or 0.0) / scale)
-        stacks.append({part: (_number(row, part) or 0.0) / scale for part in _PART_COLOURS if part in row})
-    # More names, and more totals, than these do not fit beside each other.
+    sizes = [_number(row, "limit") or 0.0 for row in rows]
+    unit, scale = _unit_for(max(sizes))
     few = len(rows) <= 8
-    names = [str(row["name"]) for row in rows]
-    if not few:
-        names = [name.split()[-1] for name in names]
+    names, stacks, tallest = [], [], max(sizes) / scale
+    for place, (row, size) in enumerate(zip(rows, sizes, strict=True)):
+        name = str(row["name"])
+        # More names, and more totals, than these do not fit beside each other.
+        names.append(name if few else name.rsplit(maxsplit=1)[-1])
+        parts = {part: _number(row, part) or 0.0 for part in _PART_COLOURS if part in row}
+        stacks.append(_scaled(parts, scale))
+        tallest = max(tallest, sum(parts.values()) / scale)
+        axis.hlines(size / scale, place - 0.4, place + 0.4, BLACK, "dashed")
     _stack(axis, names, stacks, totals=len(rows) <= 16)
-    places = range(len(rows))
-    axis.hlines(limits, [place - 0.4 for place in places], [place + 0.4 for place in places], BLACK, "dashed")
-    tallest = max([*limits, *(sum(stack.values()) for stack in stacks)])
     axis.set(ylabel=f"memory ({unit})", xlabel="" if few else "GPU", ylim=(0, 1.15 * tallest))
-    known = " and ".join(_short(limit) for limit in dict.fromkeys(limits))
-    axis.set_title(textwrap.fill(f"{title}; limit (dashed): {known} {unit}", 84), loc="left")
+    limits = " and ".join(_short(size / scale) for size in dict.fromkeys(sizes))
+    axis.set_title(textwrap.fill(f"{title}; limit (dashed): {limits} {unit}", 84), loc="left")
     _space_for_bars(axis, len(rows))
 
 

@@ -1,10 +1,11 @@
-"""Figures of notebook 02: what a precision costs in size, speed and quality, and how nf4 works."""
+"""Draw what a precision costs in size, speed and quality, and how nf4 works: the figures of notebook 02."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import textwrap
+from collections import Counter
 from typing import TYPE_CHECKING, TypedDict
 
 from helpers.figures.style import (
@@ -48,10 +49,10 @@ def precision_comparison(rows: DataFrame | Sequence[Mapping[str, Cell]], subject
     """Stored size, speed and perplexity by precision.
 
     Rows (mappings or a DataFrame) hold ``precision``, ``stored_bytes``, ``tokens_per_second`` and ``perplexity``; a
-    row that could not run holds None there and says why in ``lacks`` ("lacks 12 GiB"), which is shown in its place.
+    row that could not run holds None there and says why in ``missing`` ("12 GiB missing"), which is shown in its place.
     """
     table = _records(rows)
-    unit, scale = _unit_for(max((_number(row, "stored_bytes") or 0 for row in table), default=0))
+    unit, scale = _unit_for(max([_number(row, "stored_bytes") or 0 for row in table], default=0))
     panels = [
         (f"stored weights ({unit})", "stored_bytes", scale),
         ("speed (tokens/s)", "tokens_per_second", 1),
@@ -77,10 +78,11 @@ def _bars_with_gaps(axis: Axes, rows: Sequence[Mapping[str, Cell]], values: Sequ
         labels.append("" if value is None else _short(value))
     bars = axis.bar(names, heights, width=0.65, color=BLUE)
     axis.bar_label(bars, labels, padding=3, fontsize=10)
-    axis.set_ylim(0, 1.15 * max((value for value in values if value is not None), default=1.0))
+    # Without any value, the empty axis runs to 1.
+    axis.set_ylim(0, 1.15 * (max(heights, default=0) or 1.0))
     for place, (row, value) in enumerate(zip(rows, values, strict=True)):
         if value is None:
-            reason = textwrap.fill(str(row.get("lacks") or "not measured"), 24)
+            reason = textwrap.fill(str(row.get("missing") or "not measured"), 24)
             # Upright and measured in shares of the panel's height: the bars' scale does not matter to it.
             axis.annotate(
                 reason, (place, 0.03), xycoords=("data", "axes fraction"), rotation=90, ha="center", color="#666666"
@@ -93,9 +95,11 @@ def logit_differences(differences: Mapping[str, float], subject: str, against: s
     names, values = list(differences), list(differences.values())
     figure, (axis,) = _canvas(f"Mean distance of the logits from {against}'s", subject, 1.5 + 0.5 * len(names))
     bars = axis.barh(names, values, color=BLUE)
-    texts = ["exactly 0: nothing was changed" if value == 0 else f"{value:.3g}" for value in values]
-    for label, value in zip(axis.bar_label(bars, texts, padding=4), values, strict=True):
-        label.set_color(BLACK if value else RED)
+    for label, value in zip(axis.bar_label(bars, fmt="{:.3g}", padding=4), values, strict=True):
+        label.set_color(BLACK)
+        if value == 0:
+            label.set_text("exactly 0: nothing was changed")
+            label.set_color(RED)
     # An axis from 0 to 0 is an error, which happens if nothing at all was changed.
     axis.set(xlabel="mean absolute difference of the logits", xlim=(0, 1.2 * max(values) or 1))
     axis.invert_yaxis()
@@ -124,7 +128,8 @@ def nf4_code(code: Sequence[float], scaled: ArrayLike, subject: str, tail: float
         axis.annotate(f"{value:.2f}", (value, -0.03 - 0.07 * (index % 2)), ha="center", va="top", fontsize=8)
     axis.set(xlabel="weight, divided by the largest magnitude of its block", ylabel="density", xlim=(-1.25, 1.25))
     axis.set_ylim(-0.17, None)
-    axis.set_yticks([tick for tick in axis.get_yticks() if tick >= 0])
+    ticks = axis.get_yticks()
+    axis.set_yticks(ticks[ticks >= 0])
     axis.legend(loc="upper right")
     return figure
 
@@ -137,19 +142,21 @@ def layer_errors(errors: Mapping[str, Sequence[LayerError]], subject: str) -> Fi
     logarithmic scale and is left out.
     """
     figure, axes = _canvas("Relative error of each matrix, alone", subject, 6.2, 2, share_x=True, stacked=True)
-    # sorted is stable: within a kind the layers keep their order.
-    by_kind = {precision: sorted(rows, key=_kind) for precision, rows in errors.items()}
-    first = next(iter(by_kind.values()))
-    groups = {kind: len(list(rows)) for kind, rows in itertools.groupby(first, _kind)}
-    starts = [0, *itertools.accumulate(groups.values())]
     weights, outputs = {}, {}
-    for precision, rows in by_kind.items():
-        weights[precision] = [row.weight for row in rows]
-        outputs[precision] = [row.output for row in rows]
+    for precision, rows in errors.items():
+        # sorted is stable: within a kind the layers keep their order.
+        in_order = sorted(rows, key=_kind)
+        weights[precision] = [row.weight for row in in_order]
+        outputs[precision] = [row.output for row in in_order]
+    # Every precision has the same matrices, so the last one tells how many there are of each kind.
+    starts, centres, names = [0], [], []
+    for kind, count in Counter(map(_kind, in_order)).items():
+        centres.append(starts[-1] + (count - 1) / 2)
+        names.append(f"{kind}\n{count} layers")
+        starts.append(starts[-1] + count)
     _error_panel(axes[0], "weights", weights, starts)
     _error_panel(axes[1], "output, for a real text", outputs, starts)
-    centres = [(begin + end - 1) / 2 for begin, end in itertools.pairwise(starts)]
-    axes[1].set_xticks(centres, [f"{kind}\n{count} layers" for kind, count in groups.items()], fontsize=9)
+    axes[1].set_xticks(centres, names, fontsize=9)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(errors))
     return figure
 

@@ -1,4 +1,4 @@
-"""Figures of what models say and learn: next tokens, the time of each token, scores, losses."""
+"""Draw what models say and learn: next tokens, the time of each token, scores, losses."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ def token_times(arrivals: Sequence[float], subject: str) -> Figure:
     ``arrivals`` are the seconds from the start of the generation to the arrival of each token.
     """
     figure, (axis,) = _canvas("Time of each generated token", subject, 3.8)
-    times = [1000 * (now - before) for before, now in itertools.pairwise([0.0, *arrivals])]
+    times = []
+    for before, now in itertools.pairwise([0.0, *arrivals]):
+        times.append(1000 * (now - before))
     axis.bar([1], times[:1], color=ORANGE, label=f"first token, which reads the prompt: {_short(times[0])} ms")
     axis.bar(range(2, len(times) + 1), times[1:], color=BLUE)
     if len(times) > 1:

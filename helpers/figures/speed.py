@@ -1,4 +1,4 @@
-"""Figures of speed: by kind of cache, by precision, by engine."""
+"""Draw how fast models read and write: by kind of cache, by precision, by engine."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class _SpeedRow(Protocol):
     @property
     def limit(self) -> float: ...
     @property
-    def lacks(self) -> str: ...
+    def missing(self) -> str: ...
 
 
 class _EngineRow(Protocol):
@@ -75,12 +75,12 @@ class _EngineRow(Protocol):
 @_styled
 def cache_speed(rows: Sequence[_CacheRow], subject: str) -> Figure:
     """Decoding speed by context, a panel for each batch size, a line for each kind of cache (``bench.CacheRow``s)."""
-    sizes = list(dict.fromkeys(row.batch_size for row in rows))
+    sizes = _batch_sizes(rows)
     figure, axes = _canvas("Decoding speed as the context grows", subject, 4.2, len(sizes))
     for axis, size in zip(axes, sizes, strict=True):
         of_size = [row for row in rows if row.batch_size == size]
-        _cache_line(axis, [row for row in of_size if row.cache == "grouped"], "key-value heads alone", BLUE)
-        _cache_line(axis, [row for row in of_size if row.cache == "library"], "copied to all query heads", ORANGE)
+        _cache_line(axis, of_size, "grouped", "key-value heads alone", BLUE)
+        _cache_line(axis, of_size, "library", "copied to all query heads", ORANGE)
         axis.set_title(f"batch size {size}", loc="left", fontsize=10)
         axis.set(xlabel="context (tokens)")
         axis.set_ylim(bottom=0)
@@ -90,9 +90,17 @@ def cache_speed(rows: Sequence[_CacheRow], subject: str) -> Figure:
     return figure
 
 
-def _cache_line(axis: Axes, rows: Sequence[_CacheRow], name: str, colour: str) -> None:
+def _batch_sizes(rows: Sequence[_CacheRow] | Sequence[_SpeedRow] | Sequence[_EngineRow]) -> list[int]:
+    """The batch sizes in the order in which they occur."""
+    return list(dict.fromkeys(row.batch_size for row in rows))
+
+
+def _cache_line(axis: Axes, rows: Sequence[_CacheRow], kind: str, name: str, colour: str) -> None:
+    """The speed of one kind of cache, by context."""
     contexts, speeds, below, above = [], [], [], []
     for row in rows:
+        if row.cache != kind:
+            continue
         speed = row.tokens_per_second
         contexts.append(row.context_tokens)
         speeds.append(speed)
@@ -109,7 +117,7 @@ def speed_against_bytes(rows: Sequence[_SpeedRow], subject: str, *, interleaved:
     ``rows`` are ``bench.SpeedRow``s of one model; bars run from the slowest to the fastest run. The published claim,
     that 8 bits are much faster than 4, stands over the panels with what was measured.
     """
-    sizes = list(dict.fromkeys(row.batch_size for row in rows))
+    sizes = _batch_sizes(rows)
     order = "taken in turn" if interleaved else "one precision after the other"
     what = f"Speed against bytes: {rows[0].repeats} runs each, {order}"
     figure, axes = _canvas(what, subject, 4.6, len(sizes))
@@ -132,17 +140,16 @@ def speed_against_bytes(rows: Sequence[_SpeedRow], subject: str, *, interleaved:
 
 def _speed_points(axis: Axes, rows: Sequence[_SpeedRow], scale: int) -> float:
     """Draw the rows that have a speed, and the limit over them; returns the place of the largest, or 1."""
-    points = []
-    for row in rows:
+    places, limits = [], []
+    # The line leads from the smallest model to the largest, in whatever order they were measured.
+    for row in sorted(rows, key=lambda row: row.stored_bytes):
         if row.decode is not None:
             place = row.stored_bytes / scale
             _point(axis, place, row.decode, capsize=4)
             axis.annotate(row.precision, (place, row.decode.median), (7, 4), textcoords="offset points", fontsize=10)
-            points.append((place, row.limit))
-    # The line leads from the smallest model to the largest, in whatever order they were measured.
-    points.sort(key=lambda point: point[0])
-    places = [place for place, _ in points]
-    axis.plot(places, [limit for _, limit in points], "--", color=GREY, label=_BANDWIDTH_LIMIT)
+            places.append(place)
+            limits.append(row.limit)
+    axis.plot(places, limits, "--", color=GREY, label=_BANDWIDTH_LIMIT)
     return max(places, default=1)
 
 
@@ -155,13 +162,16 @@ def _point(
 
 
 def _speed_title(batch_size: int, rows: Sequence[_SpeedRow]) -> str:
-    speeds = {row.precision: row.decode.median for row in rows if row.decode is not None}
+    speeds, reasons = {}, []
+    for row in rows:
+        if row.decode is not None:
+            speeds[row.precision] = row.decode.median
+        if row.missing:
+            reasons.append(textwrap.fill(f"{row.precision}: {row.missing}", 26))
     ratio = "not measured"
     if "int8" in speeds and "nf4" in speeds:
         ratio = f"{speeds['int8'] / speeds['nf4']:.2f}"
-    lines = [f"batch size {batch_size}", f"int8 / nf4: {ratio}"]
-    lines += [textwrap.fill(f"{row.precision} {row.lacks}", 26) for row in rows if row.lacks]
-    return "\n".join(lines)
+    return "\n".join([f"batch size {batch_size}", f"int8 / nf4: {ratio}", *reasons])
 
 
 @_styled
@@ -172,7 +182,7 @@ def engine_speeds(rows: Sequence[_EngineRow], titles: Mapping[str, str], subject
     and a dash over each group is the limit that the memory's bandwidth sets. A row without a speed has no point.
     """
     models = list(dict.fromkeys(row.model for row in rows))
-    sizes = list(dict.fromkeys(row.batch_size for row in rows))
+    sizes = _batch_sizes(rows)
     shown = [row for row in rows if row.decode]
     measured = {row.engine for row in shown}
     engines = [name for name in titles if name in measured]

@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
 Live = TypeVar("Live")
 Static = TypeVar("Static")
-GOOD = "background:#d5f0e6;color:#00482f"
-BAD = "background:#fbe3df;color:#8c1d0a"
-ERROR = f"{BAD};padding:2px 6px"
-BLOCK = "font-family:sans-serif;font-size:14px;line-height:1.45;max-width:860px"
+_GOOD = "background:#d5f0e6;color:#00482f"
+_BAD = "background:#fbe3df;color:#8c1d0a"
+_ERROR = f"{_BAD};padding:2px 6px"
+_BLOCK = "font-family:sans-serif;font-size:14px;line-height:1.45;max-width:860px"
 _ASKED = "background:#cfe4f7;color:#1c1c1c"
 _REPLIED = "background:#eeeeee;color:#1c1c1c"
 # What every template may use by name.
 _STYLES = {
-    "GOOD": GOOD,
-    "BAD": BAD,
-    "ERROR": ERROR,
-    "BLOCK": BLOCK,
+    "GOOD": _GOOD,
+    "BAD": _BAD,
+    "ERROR": _ERROR,
+    "BLOCK": _BLOCK,
     "MONOSPACE": "font-family:monospace;font-size:13px;white-space:pre-wrap;overflow-wrap:anywhere",
     "ASKED": _ASKED,
     "REPLIED": _REPLIED,

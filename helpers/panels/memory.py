@@ -1,8 +1,10 @@
-"""The memory planner: sliders over the memory that a published model needs, and how it lies on GPUs."""
+"""The memory planner: sliders over the memory that a published model needs, and how it lies on GPUs.
+
+Every number is one of ``machine``'s: this module only shows what ``estimate``, ``place`` and ``shard`` return.
+"""
 
 from __future__ import annotations
 
-import html
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,13 +16,14 @@ from helpers.figures.memory import memory_by_precision, part_name, placement
 from helpers.figures.style import png
 from helpers.machine.memory import MemoryEstimate
 from helpers.machine.placement import Placement
-from helpers.panels.html import BAD, BLOCK, ERROR, GOOD, _counted, _Html, _show, _Views
+from helpers.panels.html import _counted, _Html, _render, _show, _Views
+from helpers.panels.widgets import _error_html, _Panel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from ipywidgets import ValueWidget
     from matplotlib.figure import Figure
+
+_PRECISIONS = ("fp32", "bf16", "int8", "nf4")
 
 
 @dataclass(frozen=True)
@@ -48,27 +51,27 @@ class _Plan:
     placed: Placement
 
 
-PLANNED_PRECISIONS = ("fp32", "bf16", "int8", "nf4")
-
-
 def memory_planner(setup: _Setup = _Setup()) -> _MemoryPlanner | _Views:
-    """Sliders over ``memory.estimate`` and ``memory.place``; unattended, the table and the figures of ``setup``."""
-    return _show(
-        lambda: _MemoryPlanner(setup), lambda: _Views([_plan_html(_plan(setup)), *_plan_figures(_plan(setup))])
-    )
+    """Sliders over ``machine.estimate`` and ``machine.place``; unattended, the table and the figures of ``setup``."""
+    return _show(lambda: _MemoryPlanner(setup), lambda: _plan_views(setup))
+
+
+def _plan_views(setup: _Setup) -> _Views:
+    planned = _plan(setup)
+    return _Views([_plan_html(planned), *_plan_figures(planned)])
 
 
 def _plan(setup: _Setup) -> _Plan:
     """The estimate and the placement for a setup. Raises WorkbookError if precision and mode do not go together.
 
-    Inference places whole layers (``memory.place``), training is spread evenly (``memory.shard``).
+    Inference places whole layers (``machine.place``), training is spread evenly (``machine.shard``).
     """
     from helpers.machine import anatomy, memory, sharding
     from helpers.machine import placement as machine_placement
 
+    estimate = _estimate(setup)
     config = anatomy.published_config(setup.model)
     workload = memory.Workload(setup.batch_size, setup.context_tokens)
-    estimate = memory.estimate(config, setup.precision, mode=setup.mode, workload=workload)
     gpus = [setup.gpu_gb * 1e9] * setup.gpu_count
     if setup.mode == "inference":
         placed = machine_placement.place(config, setup.precision, gpus, workload=workload)
@@ -77,24 +80,33 @@ def _plan(setup: _Setup) -> _Plan:
     return _Plan(setup, estimate, placed)
 
 
+def _estimate(setup: _Setup) -> MemoryEstimate:
+    from helpers.machine import anatomy, memory
+
+    config = anatomy.published_config(setup.model)
+    workload = memory.Workload(setup.batch_size, setup.context_tokens)
+    return memory.estimate(config, setup.precision, mode=setup.mode, workload=workload)
+
+
 def _plan_html(planned: _Plan) -> _Html:
     """What is planned, the parts in GiB, their sum, and whether that fits."""
-    parts = {part_name(name): size for name, size in planned.estimate.parts.items() if size}
-    rows = "".join(_row(name, size) for name, size in [*parts.items(), ("sum", planned.estimate.total)])
-    colours = GOOD if planned.placed.fits else BAD
-    verdict = f'<div style="{colours};padding:4px 10px;margin-top:6px">{html.escape(_verdict_text(planned))}</div>'
-    title = f"<b>{html.escape(_setup_text(planned.setup))}</b>"
-    return _Html(f'<div style="{BLOCK}">{title}<table>{rows}</table>{verdict}</div>')
+    rows = []
+    for name, size in planned.estimate.parts.items():
+        if size:
+            rows.append((part_name(name), _gib(size)))
+    rows.append(("sum", _gib(planned.estimate.total)))
+    title, verdict = _setup_text(planned.setup), _verdict_text(planned)
+    return _render("plan.j2", title=title, rows=rows, verdict=verdict, fits=planned.placed.fits)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.1f} GiB"
 
 
 def _setup_text(setup: _Setup) -> str:
     """What a setup plans for, in words."""
     sequences = _counted(setup.batch_size, "sequence", "sequences")
     return f"{setup.model}, {setup.mode} in {setup.precision}, {sequences} of {setup.context_tokens} tokens"
-
-
-def _row(name: str, size: int) -> str:
-    return f'<tr><th style="text-align:left">{name}</th><td style="text-align:right">{size / GIB:,.1f} GiB</td></tr>'
 
 
 def _verdict_text(planned: _Plan) -> str:
@@ -121,14 +133,16 @@ def _plan_figures(planned: _Plan) -> list[Figure]:
 
 
 def _estimates(setup: _Setup) -> list[MemoryEstimate]:
+    """The memory in every precision that goes with the mode."""
     estimates = []
-    for precision in PLANNED_PRECISIONS:
-        with suppress(WorkbookError):  # a precision that does not go with the mode
-            estimates.append(_plan(replace(setup, precision=precision)).estimate)
+    for precision in _PRECISIONS:
+        # Some precisions do not go with some modes: nf4 not with full training.
+        with suppress(WorkbookError):
+            estimates.append(_estimate(replace(setup, precision=precision)))
     return estimates
 
 
-class _MemoryPlanner:
+class _MemoryPlanner(_Panel):
     """Memory of a published model, part by part, as its controls say; ``controls`` has one for each field of Setup."""
 
     def __init__(self, setup: _Setup) -> None:
@@ -151,22 +165,17 @@ class _MemoryPlanner:
         return _Setup(**{name: control.value for name, control in self.controls.items()})
 
     def update(self) -> None:
-        """Shows the plan for the controls' setup, or why there is none."""
+        """Show the plan for the controls' setup, or why there is none."""
         try:
             planned = _plan(self.setup)
         except WorkbookError as error:
-            self.table.value = f'<div style="{ERROR}">{html.escape(str(error))}</div>'
+            self.table.value = _error_html(error)
             self.figures.layout.display = "none"
             return
         self.table.value = _plan_html(planned)
         for picture, figure in zip(self.pictures, _plan_figures(planned), strict=True):
             picture.value = png(figure)
         self.figures.layout.display = "flex"
-
-    def _repr_mimebundle_(
-        self, include: Iterable[str] | None = None, exclude: Iterable[str] | None = None
-    ) -> dict[str, object]:
-        return self.box._repr_mimebundle_(include=include, exclude=exclude)
 
 
 def _planner_controls(setup: _Setup) -> dict[str, ValueWidget]:
@@ -181,7 +190,7 @@ def _planner_controls(setup: _Setup) -> dict[str, ValueWidget]:
     slider = partial(w.IntSlider, min=1, max=64, continuous_update=False)
     controls: dict[str, ValueWidget] = {
         "model": w.Dropdown(options=published_models(), value=setup.model, description="Model"),
-        "precision": w.Dropdown(options=PLANNED_PRECISIONS, value=setup.precision, description="Precision"),
+        "precision": w.Dropdown(options=_PRECISIONS, value=setup.precision, description="Precision"),
         "mode": w.Dropdown(options=MODES, value=setup.mode, description="Work"),
         "batch_size": slider(setup.batch_size, description="Sequences"),
         "context_tokens": w.SelectionSlider(

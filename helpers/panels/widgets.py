@@ -1,4 +1,8 @@
-"""A figure that grows in its cell while a model trains."""
+"""What several panels are made of: a box that shows itself, a text box that asks a model, and a figure that grows.
+
+``_QuestionPanel`` is the base of the chat and of the comparison. It answers in a thread, because Stop and the sliders
+reach the kernel only while no cell runs. ``LiveCurve`` is replaced in its cell while a model trains.
+"""
 
 from __future__ import annotations
 
@@ -23,40 +27,22 @@ if TYPE_CHECKING:
     from helpers.training.recipe import Point
 
 
-class LiveCurve:
-    """A figure that grows with a training: ``on_point=curve.update``, and at the end ``curve.finish(history)``.
-
-    ``draw`` makes the figure of a history. It is shown in the cell that is the first to call, and replaced in place.
-    """
-
-    REDRAW_SECONDS = 1.0
-
-    def __init__(self, draw: Callable[[Sequence[Point]], Figure]) -> None:
-        from IPython.display import DisplayHandle
-
-        self._draw, self._display = draw, DisplayHandle()
-        self._drawn: float | None = None
-
-    def update(self, history: Sequence[Point]) -> None:
-        """Show a history, unless one was shown within the last second."""
-        # Drawing takes a tenth of a second or more: after each point it would slow the training down.
-        if self._drawn is None or perf_counter() - self._drawn >= self.REDRAW_SECONDS:
-            self.finish(history)
-
-    def finish(self, history: Sequence[Point]) -> None:
-        """Show a history in any case."""
-        figure = self._draw(history)
-        if self._drawn is None:
-            self._display.display(figure)
-        else:
-            self._display.update(figure)
-        self._drawn = perf_counter()
+CURSOR = " ▌"  # stands at the end of a reply that is being written
 
 
-CURSOR = " ▌"
+class _Panel:
+    """Something to click that shows its ``box`` in a notebook."""
+
+    box: Box
+
+    def _repr_mimebundle_(
+        self, include: Iterable[str] | None = None, exclude: Iterable[str] | None = None
+    ) -> dict[str, object]:
+        bundle: dict[str, object] = self.box._repr_mimebundle_(include=include, exclude=exclude)
+        return bundle
 
 
-class _QuestionPanel(ABC):
+class _QuestionPanel(_Panel, ABC):
     """A text box whose question is answered in a thread of its own: Send or Enter asks, Stop ends it after a token.
 
     Its controls are attributes (``panel.send.click()``), so code drives a panel as a person does. ``locked`` holds the
@@ -66,7 +52,6 @@ class _QuestionPanel(ABC):
     REDRAW_SECONDS = 0.1
     ENTER_SECONDS = 0.2
     MAX_REPLY_TOKENS = 1024
-    box: Box
 
     def __init__(self, sampling: Sampling, suggestions: Sequence[str]) -> None:
         import ipywidgets as w
@@ -103,34 +88,6 @@ class _QuestionPanel(ABC):
             slider.layout.width = "280px"
             slider.observe(lambda _: self._set_sampling(), "value")
 
-    def _chosen(self, sampling: Sampling) -> Sampling:
-        """The sampling with what the sliders show; the seed stays."""
-        return replace(
-            sampling,
-            temperature=self.temperature.value,
-            top_p=self.top_p.value,
-            max_new_tokens=self.max_new_tokens.value,
-        )
-
-    @abstractmethod
-    def _stream(self, text: str) -> bool:
-        """Show the answer to a question while it is written. False if it did not end by itself."""
-
-    @abstractmethod
-    def _set_sampling(self) -> None:
-        """Take what the sliders show."""
-
-    def _repr_mimebundle_(
-        self, include: Iterable[str] | None = None, exclude: Iterable[str] | None = None
-    ) -> dict[str, object]:
-        return self.box._repr_mimebundle_(include=include, exclude=exclude)
-
-    def _on_message(self, _: DOMWidget, content: dict[str, object], buffers: Sequence[bytes]) -> None:
-        # Enter reaches the kernel just before the text does, so wait a moment for the text.
-        if content.get("event") == "submit":
-            self._entered = Timer(self.ENTER_SECONDS, self.ask)
-            self._entered.start()
-
     def ask(self) -> None:
         """Send the text box's question, unless a reply is being written or the box is blank."""
         text = self.text.value.strip()
@@ -155,6 +112,29 @@ class _QuestionPanel(ABC):
             self._thread.join(seconds)
         if self.busy:
             raise TimeoutError(f"The reply is not finished after {seconds} s.")
+
+    def _chosen(self, sampling: Sampling) -> Sampling:
+        """The sampling with what the sliders show; the seed stays."""
+        return replace(
+            sampling,
+            temperature=self.temperature.value,
+            top_p=self.top_p.value,
+            max_new_tokens=self.max_new_tokens.value,
+        )
+
+    @abstractmethod
+    def _stream(self, text: str) -> bool:
+        """Show the answer to a question while it is written. False if it did not end by itself."""
+
+    @abstractmethod
+    def _set_sampling(self) -> None:
+        """Take what the sliders show."""
+
+    def _on_message(self, _widget: DOMWidget, content: dict[str, object], _buffers: Sequence[bytes]) -> None:
+        # Enter reaches the kernel just before the text does, so wait a moment for the text.
+        if content.get("event") == "submit":
+            self._entered = Timer(self.ENTER_SECONDS, self.ask)
+            self._entered.start()
 
     def _answer(self, text: str) -> None:
         """The thread of one reply. Whatever goes wrong is shown in the panel; a lost question returns to its box."""
@@ -199,3 +179,33 @@ def _wrapped(controls: Iterable[DOMWidget]) -> HBox:
     from ipywidgets import HBox
 
     return HBox(list(controls), layout={"flex_flow": "row wrap"})
+
+
+class LiveCurve:
+    """A figure that grows with a training: ``on_point=curve.update``, and at the end ``curve.finish(history)``.
+
+    ``draw`` makes the figure of a history. It is shown in the cell that is the first to call, and replaced in place.
+    """
+
+    REDRAW_SECONDS = 1.0
+
+    def __init__(self, draw: Callable[[Sequence[Point]], Figure]) -> None:
+        from IPython.display import DisplayHandle
+
+        self._draw, self._display = draw, DisplayHandle()
+        self._drawn: float | None = None
+
+    def update(self, history: Sequence[Point]) -> None:
+        """Show a history, unless one was shown within the last second."""
+        # Drawing takes a tenth of a second or more: after each point it would slow the training down.
+        if self._drawn is None or perf_counter() - self._drawn >= self.REDRAW_SECONDS:
+            self.finish(history)
+
+    def finish(self, history: Sequence[Point]) -> None:
+        """Show a history in any case."""
+        figure = self._draw(history)
+        if self._drawn is None:
+            self._display.display(figure)
+        else:
+            self._display.update(figure)
+        self._drawn = perf_counter()

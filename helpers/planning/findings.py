@@ -130,7 +130,7 @@ def _quantized_linear(precision: str, weight: torch.Tensor) -> nn.Module:
     """A layer of bitsandbytes that quantizes ``weight`` (outputs, inputs) once it is moved to a device."""
     import torch
 
-    # Before the import, during which bitsandbytes warns of what a machine without GPUs lacks.
+    # Before the import, during which bitsandbytes warns of what a machine without GPUs is missing.
     bitsandbytes_messages.quiet_bitsandbytes()
     import bitsandbytes as bnb
 

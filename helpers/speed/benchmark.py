@@ -133,7 +133,7 @@ class _SpeedRow:
     first_token: seconds from the call to the first new token of each sequence, for which the whole prompt is read;
     prefill: prompt tokens read per second in that time; decode: tokens per second after it. ``peak_bytes`` are the
     stored weights plus the most that one run allocates in addition. ``step_bytes`` is the least that one decoding step
-    reads: the weights once, and the cache of half-finished replies. ``lacks`` says why there is no figure.
+    reads: the weights once, and the cache of half-finished replies. ``missing`` says why there is no figure.
     """
 
     model: str
@@ -149,7 +149,7 @@ class _SpeedRow:
     prefill: _Spread | None = None
     decode: _Spread | None = None
     peak_bytes: int | None = None
-    lacks: str = ""
+    missing: str = ""
 
     @property
     def limit(self) -> float:
@@ -192,7 +192,7 @@ def _planned(loaded: Loaded, batch_size: int, settings: SpeedSettings, bandwidth
         stored_bytes=held,
         step_bytes=held - _idle_embeddings(loaded.model) + cached,
         bandwidth=bandwidth,
-        lacks=f"{gib(missing)} missing for this batch" if missing > 0 else "",
+        missing=f"{gib(missing)} missing for this batch" if missing > 0 else "",
     )
 
 
@@ -224,14 +224,14 @@ def _batch(
             done(1)
     for row, taken_times in zip(rows, times, strict=True):
         # a row that ran out of memory may have times of earlier repeats.
-        yield row if row.lacks else _timed(row, taken_times)
+        yield row if row.missing else _timed(row, taken_times)
 
 
 def _once(row: _SpeedRow, loaded: Loaded, *, untimed: bool) -> tuple[_SpeedRow, tuple[float, float] | None]:
     """One run: the row, with its peak after the untimed run, and (seconds to the first token, seconds after it)."""
     import torch
 
-    if row.lacks:
+    if row.missing:
         return row, None
     try:
         ids = _prompts(loaded, row.batch_size, row.prompt_tokens)
@@ -243,7 +243,7 @@ def _once(row: _SpeedRow, loaded: Loaded, *, untimed: bool) -> tuple[_SpeedRow, 
         return row, (arrivals[0], arrivals[-1] - arrivals[0])
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-        return replace(row, peak_bytes=None, lacks="ran out of memory"), None
+        return replace(row, peak_bytes=None, missing="ran out of memory"), None
 
 
 def _timed(row: _SpeedRow, times: Sequence[tuple[float, float]]) -> _SpeedRow:
@@ -308,7 +308,7 @@ def _prompt_rows(tokenizer: PreTrainedTokenizerBase, count: int, length: int) ->
 def _described(row: _SpeedRow) -> dict[str, str | int]:
     names: dict[str, str | int] = {"model": row.model, "precision": row.precision, "batch size": row.batch_size}
     if row.first_token is None or row.prefill is None or row.decode is None or row.peak_bytes is None:
-        return names | {"read, tokens/s": row.lacks}
+        return names | {"read, tokens/s": row.missing}
     return names | {
         "read, tokens/s": row.prefill.text(),
         "first token, ms": row.first_token.text(1000),

@@ -67,7 +67,7 @@ class _Subject:
             return f"{_SHAPE_NAME} (random weights: 8 layers, hidden 1,024, 64 query and 4 key-value heads)"
         return self.ref.label
 
-    def lacks(self, case: _Case) -> str:
+    def missing(self, case: _Case) -> str:
         """Why a case cannot run on this model; empty if it can."""
         limit = self.config.max_position_embeddings
         if case.context > limit:

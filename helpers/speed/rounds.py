@@ -40,7 +40,7 @@ class _Row:
     second. decode: (new tokens - 1) of each sequence, divided by the seconds of a run with all of them (median,
     largest, smallest) minus the median of the runs with one. limit: batch * bandwidth / step_bytes. same_tokens: new
     tokens before the first that differs from the first engine's, of all sequences. warm_up_seconds: the untimed runs
-    before, compiling included. peak_bytes: see ``helpers.engines.peak``. lacks: why there are no figures.
+    before, compiling included. peak_bytes: see ``helpers.engines.peak``. missing: why there are no figures.
     """
 
     model: str
@@ -63,7 +63,7 @@ class _Row:
     cache_bytes: int | None = None
     same_tokens: int | None = None
     note: str = ""
-    lacks: str = ""
+    missing: str = ""
 
 
 def _show_nothing(text: str, runs: int) -> None:
@@ -106,7 +106,7 @@ def _rows(
             for seat in seats:
                 stack.callback(seat.end)
             setup.done(f"{subject.ref.name}: loading", 0)
-            if any(not subject.lacks(case) for case in cases):
+            if any(not subject.missing(case) for case in cases):
                 _load(seats)
             for seat in seats:
                 versions.update(seat.versions)
@@ -140,7 +140,7 @@ def _load(seats: Sequence[_Seat]) -> None:
 def _round(seats: Sequence[_Seat], case: _Case, references: dict[_Case, Ids], *, interleaved: bool) -> list[_Row]:
     """One case: every engine warms up, then every engine runs once, and again."""
     subject, setup = seats[0].subject, seats[0].setup
-    prompts = [] if subject.lacks(case) else subject.prompts(case)
+    prompts = [] if subject.missing(case) else subject.prompts(case)
     measurements = []
     for seat in seats:
         planned = _planned(seat, case, interleaved)
@@ -172,7 +172,7 @@ def _planned(seat: _Seat, case: _Case, interleaved: bool) -> _Row:
         interleaved=interleaved,
         step_bytes=step_bytes,
         limit=case.batch_size * setup.bandwidth / step_bytes,
-        lacks=subject.lacks(case) or seat.lacks or late,
+        missing=subject.missing(case) or seat.missing or late,
     )
 
 
@@ -189,7 +189,7 @@ class _Measurement:
     def warm_up(self, prompts: Ids, references: dict[_Case, Ids]) -> None:
         """Run once, untimed. The tokens of the first engine to come this far are the reference for the others."""
         self._announce()
-        if self.row.lacks:
+        if self.row.missing:
             return
         request = {"do": "case", "prompts": prompts, "new_tokens": self.case.new_tokens}
         with self._giving_up():
@@ -206,7 +206,7 @@ class _Measurement:
     def run(self) -> None:
         """Time a run with one new token, and one with all."""
         self._announce()
-        if self.row.lacks:
+        if self.row.missing:
             return
         with self._giving_up():
             first = self.seat.ask({"do": "run", "new_tokens": 1}, self.case)["seconds"]
@@ -215,7 +215,7 @@ class _Measurement:
 
     def finished(self) -> _Row:
         """The row with its figures and the peak of memory."""
-        if self.row.lacks:
+        if self.row.missing:
             return self.row
         row = _timed(self.row, self.times)
         try:
@@ -235,7 +235,7 @@ class _Measurement:
         try:
             yield
         except EngineError as error:
-            self.row = replace(self.planned, lacks=str(error))
+            self.row = replace(self.planned, missing=str(error))
 
 
 def _timed(row: _Row, times: Times) -> _Row:
@@ -267,13 +267,13 @@ def _agreement(tokens: Ids, reference: Ids) -> int:
 
 @dataclass
 class _Seat:
-    """An engine's place in the round: its worker, started when it is needed, or why there is none (``lacks``)."""
+    """An engine's place in the round: its worker, started when it is needed, or why there is none (``missing``)."""
 
     kind: Kind
     subject: _Subject
     setup: _Setup
     job: Job
-    lacks: str = ""
+    missing: str = ""
     note: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     child: Child | None = None
@@ -282,7 +282,7 @@ class _Seat:
     @classmethod
     def of(cls, kind: Kind, subject: _Subject, cases: Sequence[_Case], setup: _Setup) -> _Seat:
         """A seat for an engine that is to run these cases."""
-        fitting = [case for case in cases if not subject.lacks(case)] or cases
+        fitting = [case for case in cases if not subject.missing(case)] or cases
         job = Job(
             ref=asdict(subject.ref),
             folder=str(subject.folder),
@@ -292,11 +292,11 @@ class _Seat:
             batch_size=max(case.batch_size for case in fitting),
             cache=str(setup.cache),
         )
-        return cls(kind, subject, setup, job, lacks=_missing(kind, setup))
+        return cls(kind, subject, setup, job, missing=_missing(kind, setup))
 
     def start(self) -> None:
         """Start the worker and let it load, without waiting."""
-        if self.child is None and not self.lacks:
+        if self.child is None and not self.missing:
             log = self.setup.logs / f"{self.subject.name}-{self.kind.name}.log"
             self.child = Child(_command(self.kind, self.setup), _environment(self.kind, self.setup), log)
             with self._giving_up():
@@ -304,7 +304,7 @@ class _Seat:
 
     def loaded(self) -> None:
         """Wait until the worker has loaded. A model that fails to load is not tried again."""
-        if self.child is None or self.lacks:
+        if self.child is None or self.missing:
             return
         with self._giving_up():
             answer = self.child.receive(_LOADING_TAKES * self.setup.limit_seconds)
@@ -315,8 +315,8 @@ class _Seat:
         if self.child is None:
             self.start()
             self.loaded()
-        if self.child is None or self.lacks:
-            raise EngineError(self.lacks)
+        if self.child is None or self.missing:
+            raise EngineError(self.missing)
         try:
             return self.child.ask(request, self.setup.limit_seconds)
         except WorkerEndedError as error:
@@ -337,7 +337,7 @@ class _Seat:
         try:
             yield
         except EngineError as error:
-            self.lacks = str(error)
+            self.missing = str(error)
             self.end()
 
 

@@ -304,8 +304,8 @@ def _reason_lines(rows: Sequence[_Row]) -> list[str]:
     """A line for each reason why an engine has no figures, with the sizes."""
     reasons: dict[tuple[str, str], list[_Row]] = {}
     for row in rows:
-        if row.lacks:
-            reasons.setdefault((row.engine, row.lacks), []).append(row)
+        if row.missing:
+            reasons.setdefault((row.engine, row.missing), []).append(row)
     engines = {row.engine for row in rows}
     lines: list[str] = []
     for (engine, reason), concerned in reasons.items():

@@ -80,7 +80,7 @@ def test_figures_follow_from_recorded_times():
     )  # 3 prompts of 14 tokens in half a second
     # 3 sequences of 5 tokens after the first: in 1.5 - 0.5, 1.3 - 0.5 and 2.4 - 0.5 seconds
     assert found.decode == _Spread(15, pytest.approx(15 / 1.9), pytest.approx(15 / 0.8))
-    assert found.lacks == found.note == ""
+    assert found.missing == found.note == ""
 
 
 def test_times_that_tell_nothing_of_decoding_give_no_figure_for_it():
@@ -125,7 +125,7 @@ def test_plain_and_default_give_the_same_tokens_over_caches_of_different_size(ti
     found = measured(tiny, ["plain", "default"], setup, [CASE, _Case(200, 1, NEW)])
     plain, default = found[20, 3, "plain"], found[20, 3, "default"]
     for each in (plain, default):
-        assert each.lacks == each.note.removeprefix("a cache of the key-value heads") == ""
+        assert each.missing == each.note.removeprefix("a cache of the key-value heads") == ""
         assert each.same_tokens == 3 * NEW
         assert each.limit == pytest.approx(3 * 1e9 / tiny.step_bytes(CASE, "fp32"))
         assert each.peak_bytes > 100 * 2**20  # Python with torch takes more than that
@@ -134,7 +134,7 @@ def test_plain_and_default_give_the_same_tokens_over_caches_of_different_size(ti
     assert plain.cache_bytes == 3 * (20 - 1) * 4 * KEY_AND_VALUE
     assert default.cache_bytes == plain.cache_bytes // 2
     for engine in ("plain", "default"):
-        assert found[200, 1, engine].lacks == "the model's context ends at 128 tokens"
+        assert found[200, 1, engine].missing == "the model's context ends at 128 tokens"
         assert found[200, 1, engine].first_token is None
 
 
@@ -173,7 +173,7 @@ def test_a_worker_killed_in_a_run_is_a_row_that_says_so_and_the_next_case_has_a_
 
     later = _Case(24, 1, NEW)
     found = measured(tiny, ["plain", "default"], replace(setup, done=kill_default), [CASE, later])
-    assert "SIGKILL" in found[20, 3, "default"].lacks
+    assert "SIGKILL" in found[20, 3, "default"].missing
     assert found[20, 3, "default"].first_token is None
     assert found[20, 3, "plain"].first_token
     assert found[24, 1, "default"].first_token
@@ -199,7 +199,7 @@ def test_a_worker_over_its_time_is_ended_and_larger_cases_are_not_tried(tiny, se
     sizes = [CASE, _Case(20, 1, NEW), _Case(24, 3, NEW)]
     found = measured(tiny, ["plain"], replace(setup, limit_seconds=1), sizes)
     assert time.monotonic() - start < 20
-    assert [each.lacks for each in found.values()] == ["ran over 1 s"] * 2 + ["a smaller case ran over its time"]
+    assert [each.missing for each in found.values()] == ["ran over 1 s"] * 2 + ["a smaller case ran over its time"]
 
 
 @pytest.mark.usefixtures("leaves_no_process")
@@ -207,7 +207,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_a_row_with_the_reason(tiny, setup
     seat = rounds._Seat.of(KINDS["plain"], replace(tiny, folder=Path("/nowhere")), [CASE], setup)
     with pytest.raises(EngineError, match="nowhere"):
         seat.ask({"do": "run", "new_tokens": 1}, CASE)
-    assert "nowhere" in seat.lacks
+    assert "nowhere" in seat.missing
     assert seat.child is None
 
 
@@ -337,8 +337,8 @@ def test_what_is_not_installed_is_named(tiny, setup, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     nothing = replace(setup, peers=tmp_path)
     found = measured(tiny, ["llama.cpp", "ctranslate2", "vllm"], nothing)
-    assert [each.lacks.split(":")[0] for each in found.values()] == ["not installed"] * 3
-    assert "--vllm-python" in found[20, 3, "vllm"].lacks
+    assert [each.missing.split(":")[0] for each in found.values()] == ["not installed"] * 3
+    assert "--vllm-python" in found[20, 3, "vllm"].missing
     assert rounds._missing(KINDS["plain"], replace(nothing, precision="nf4")) == "takes no nf4 weights"
     with pytest.raises(WorkbookError, match=r"no engine 'tgi'\. Choose one of: plain, default, fastest, llama\.cpp"):
         catalogue.chosen(["tgi"])
@@ -354,7 +354,7 @@ def test_a_peer_gives_the_same_tokens_in_fp32(tiny, setup, name):
     found = measured(tiny, ["plain", name], setup, [_Case(20, 1, NEW), CASE])
     for size in (1, 3):
         each = found[20, size, name]
-        assert each.lacks == ""
+        assert each.missing == ""
         assert each.same_tokens == size * NEW
     told = found[20, 3, "llama.cpp"].cache_bytes if name == "llama.cpp" else None
     # 256 tokens of each sequence, 2 heads, in float16; the log rounds to hundredths of a MiB
@@ -370,7 +370,7 @@ def test_vllm_gives_the_same_tokens_in_fp32(setup):
     ref = load_profile("laptop").falcon_chat
     subject = _Subject(ref, models.resolve(ref), models.config(ref), "mini")
     found = measured(subject, ["plain", "vllm"], replace(setup, vllm_python=Path(python)), [_Case(64, 2, 8)])
-    assert found[64, 2, "vllm"].lacks == ""
+    assert found[64, 2, "vllm"].missing == ""
     assert found[64, 2, "vllm"].same_tokens == 2 * 8
 
 
@@ -400,7 +400,7 @@ def test_the_command_writes_json_table_and_figure(tmp_path):
     ]  # fmt: skip
     for each in written["rows"]:
         assert each.keys() == {field.name for field in fields(rounds._Row)}
-        assert bool(each["lacks"]) == (each["first_token"] is None)
+        assert bool(each["missing"]) == (each["first_token"] is None)
     text = (out / "bench.md").read_text(encoding="utf-8")
     assert "falcon-mini-chat (stand-in for tiiuae/falcon-180B-chat)" in text
     assert "- vllm, context 24, batch 1: not installed" in text
@@ -465,7 +465,7 @@ def test_the_quick_run_leaves_out_what_starts_slowly():
 
 def test_rows_are_told_apart_in_the_table():
     full = replace(rounds._timed(row(), [(0.5, 1.5)]), warm_up_seconds=2.0, same_tokens=18, peak_bytes=2**30)
-    lacking = [row(engine="vllm", context=context, lacks="not installed") for context in (20, 40)]
+    lacking = [row(engine="vllm", context=context, missing="not installed") for context in (20, 40)]
     conditions = session._Conditions(
         device="CPU: x", cpus=2, ram_bytes=2**33, system="Linux", date="today", command="workbook", profile="laptop",
         precision="fp32", quick=False, repeats=1, versions={"torch": "2"}, threads=2,
@@ -485,7 +485,7 @@ def test_the_figure_shows_each_engine_with_its_spread_and_the_limit():
         rounds._timed(row(engine=engine, context=context, batch_size=size, limit=99), [(0.5, 1.5), (0.5, 1.75)])
         for engine in ("plain", "default") for context in (128, 1900) for size in (1, 4)
     ]  # fmt: skip
-    figure = figures.engine_speeds([*rows, row(engine="vllm", lacks="not installed")], session._titles(), "two cores")
+    figure = figures.engine_speeds([*rows, row(engine="vllm", missing="not installed")], session._titles(), "two cores")
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["batch 1", "batch 4", "batch 3"]
     first = figure.axes[0]
     assert [tick.get_text() for tick in first.get_xticklabels()] == ["context 128", "context 1,900"]

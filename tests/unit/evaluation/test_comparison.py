@@ -191,7 +191,6 @@ def test_replies_are_generations_own_one_at_a_time_or_in_batches(mini):
 
 
 def test_a_model_reference_is_loaded_for_its_turn_only(mini, monkeypatch):
-    pass
 
     opened, unloaded = [], []
     load, unload = loading.load, loading.unload

@@ -22,7 +22,7 @@ LABEL = "mini (stand-in for tiiuae/falcon-180B)"
 TEXTS, ITEMS = 40, 200
 BYTES, TOKENS = 300, 100  # of each text
 LN2 = math.log(2)
-MISSING = "lacks 3.0 GiB"
+MISSING = "needs 3.0 GiB more than 1 device of 8.0 GiB can hold"
 
 
 def result(precision: str, *, extra_bits: float = 0.0, wrong: int = 0, moved: float = 0.0) -> _PrecisionResult:
@@ -186,13 +186,13 @@ def test_the_changes_show_intervals_counts_and_verdicts():
 def test_rows_of_figures_by_hand():
     found = study(result("bf16"), result("nf4", extra_bits=0.01), missing=("fp32",), measured=speeds(bf16=9.0))
     assert found.figure_rows() == [
-        {"precision": "fp32", "lacks": MISSING},
+        {"precision": "fp32", "missing": MISSING},
         {
-            "precision": "bf16", "lacks": None, "stored_bytes": 2 * GIB, "tokens_per_second": 9.0,
+            "precision": "bf16", "missing": None, "stored_bytes": 2 * GIB, "tokens_per_second": 9.0,
             "perplexity": found.results["bf16"].text.perplexity,
         },
         {
-            "precision": "nf4", "lacks": None, "stored_bytes": GIB // 2, "tokens_per_second": None,
+            "precision": "nf4", "missing": None, "stored_bytes": GIB // 2, "tokens_per_second": None,
             "perplexity": found.results["nf4"].text.perplexity,
         },
     ]  # fmt: skip

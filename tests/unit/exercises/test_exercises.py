@@ -13,7 +13,7 @@ from helpers.exercises import checking
 from helpers.exercises.verdict import _Verdict
 
 SOURCES = sorted((ROOT / "notebooks" / "source").glob("*.py"))
-HEADER = "import torch\nfrom helpers import exercises, memory\n"
+HEADER = "import torch\nfrom helpers import exercises, machine\n"
 
 WRONG = {
     "00-1": "lambda layers, heads, size, b: layers * heads * size * b",

@@ -282,7 +282,7 @@ def test_an_error_is_shown_and_the_question_comes_back(panel):
     question = "word " * 600 + EVIL
     say(panel, question)
     panel.wait(30)
-    assert "shorten the question" in panel.status.value
+    assert "Shorten the question" in panel.status.value
     check_harmless(panel.status.value)
     assert panel.text.value == question.strip()
     assert not panel.busy
@@ -295,7 +295,7 @@ def test_the_prompt_inspector_shows_what_the_model_reads(panel, falcon):
     tokens = len(falcon.tokenizer.encode(prompt))
     assert check_harmless(panel.prompt.value).text == f"{prompt}{tokens} tokens"
     panel.text.value = "word " * 600
-    assert "shorten the question" in panel.prompt.value
+    assert "Shorten the question" in panel.prompt.value
 
 
 def test_the_conversation_escapes_the_question(panel):
@@ -600,7 +600,7 @@ def test_a_question_too_long_for_one_model_is_answered_by_the_other(falcon, mini
     say(panel, question)
     panel.wait(60)
     texts = shown(panel)
-    assert "shorten the question" in texts["short"]
+    assert "Shorten the question" in texts["short"]
     assert texts["long"].endswith(html._reply_summary(panel.replies["long"]))
     assert list(panel.replies) == ["long"]
     assert "the reason stands in its column" in panel.status.value

@@ -47,7 +47,7 @@ def test_every_figure_follows_from_times_and_sizes(tiny_loaded):
         assert row.limit == pytest.approx(row.batch_size * 1e9 / row.step_bytes)
         assert row.prefill.high == pytest.approx(row.batch_size * 6 / row.first_token.low)
         assert 0 < row.decode.low <= row.decode.median <= row.decode.high < math.inf
-        assert row.lacks == ""
+        assert row.missing == ""
 
 
 def test_embeddings_that_a_step_does_not_read_are_not_counted(tiny_loaded):
@@ -148,13 +148,13 @@ def test_standard_error_works_again_after_a_failure(capfd):
 
 
 def test_a_batch_that_cannot_fit_becomes_a_row_that_says_so(tiny_loaded):
-    fits, lacks = speed.measure(tiny_loaded, [1, 10**10], SMALL).rows
+    fits, without = speed.measure(tiny_loaded, [1, 10**10], SMALL).rows
     assert fits.decode
-    assert not lacks.decode
-    assert lacks.peak_bytes is None
-    assert "GiB missing for this batch" in lacks.lacks
-    table = Benchmark((fits, lacks), False).table()
-    assert table["read, tokens/s"].iloc[1] == lacks.lacks
+    assert not without.decode
+    assert without.peak_bytes is None
+    assert "GiB missing for this batch" in without.missing
+    table = Benchmark((fits, without), False).table()
+    assert table["read, tokens/s"].iloc[1] == without.missing
     assert table.index.names == ["model", "precision", "batch size"]
 
 
@@ -167,7 +167,7 @@ def test_running_out_of_memory_ends_one_row_only(tiny_loaded):
 
     failing.model.register_forward_pre_hook(fail, with_kwargs=True)
     found = speed.measure([failing, tiny_loaded], [1, 2], SMALL).rows
-    assert [row.lacks for row in found] == ["", "ran out of memory", "", ""]
+    assert [row.missing for row in found] == ["", "ran out of memory", "", ""]
     assert [bool(row.decode) for row in found] == [True, False, True, True]
 
 
