@@ -1,4 +1,4 @@
-"""Dataclasses that several modules share. Sizes are bytes and times are seconds unless a name says otherwise."""
+"""The error that every group raises, and the words for a name that is unknown and for a long list of names."""
 
 from __future__ import annotations
 
@@ -8,13 +8,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _Option = TypeVar("_Option", bound=str)
-
-
-def first_names(names: Iterable[str], count: int = 3) -> str:
-    """The first names in alphabetical order as text, such as "a, b, c and 4 more"."""
-    ordered = sorted(names)
-    text = ", ".join(ordered[:count])
-    return f"{text} and {len(ordered) - count} more" if len(ordered) > count else text
 
 
 class WorkbookError(Exception):
@@ -31,3 +24,12 @@ def choose(value: str, options: Iterable[_Option], what: str, error: type[Except
         if name == value:
             return name
     raise error(f"There is no {what} {value!r}. Choose one of: {', '.join(names)}.")
+
+
+def first_names(names: Iterable[str], count: int = 3) -> str:
+    """The first names in alphabetical order as text, such as "a, b, c and 4 more"."""
+    ordered = sorted(names)
+    text = ", ".join(ordered[:count])
+    if len(ordered) > count:
+        text += f" and {len(ordered) - count} more"
+    return text

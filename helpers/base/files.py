@@ -1,4 +1,7 @@
-"""Dataclasses that several modules share. Sizes are bytes and times are seconds unless a name says otherwise."""
+"""Read and write the project's own files: JSON with clear errors, and writes that are never half done.
+
+``ROOT`` is the folder of the checkout.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,14 @@ from helpers.base.errors import WorkbookError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class FileError(WorkbookError):
-    """A file that is missing or damaged."""
-
-
 def read_json(path: Path) -> object:
-    """Read a JSON file. Raises FileError, which names the file, if it is missing or damaged."""
+    """Read a JSON file. Raises WorkbookError, which names the file, if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise FileError(f"The file {path} is missing.") from error
+        raise WorkbookError(f"The file {path} is missing.") from error
     except ValueError as error:
-        raise FileError(f"{path} is not valid JSON ({error}). Delete the file or restore it.") from error
+        raise WorkbookError(f"{path} is not valid JSON ({error}). Delete the file or restore it.") from error
 
 
 def write_json(path: Path, data: object) -> None:
@@ -34,13 +33,14 @@ def write_json(path: Path, data: object) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically: a reader sees the old content or the new, never a part of it."""
     # In the same folder, because a rename is atomic only within one file system.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
         # mkstemp makes files that only their owner can read; a report is for others too.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        temporary.chmod(0o644)
+        temporary.replace(path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink()
         raise

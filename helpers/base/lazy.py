@@ -1,4 +1,7 @@
-"""The public face of a group: explicit names, each loaded on first use."""
+"""The public face of a group: explicit names, each loaded on first use.
+
+``from helpers import machine`` therefore costs nothing until ``machine.place`` is asked for.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ def face(
     ``homes`` maps each module of the package to the public names that it defines. Only the standard library is used,
     because the worker of an engine may run under another Python.
     """
-    home_of = {}
-    for module, names in homes.items():
-        for name in names:
+    home_of: dict[str, str] = {}
+    for module, public in homes.items():
+        for name in public:
             home_of[name] = module
 
     def load(name: str) -> object:

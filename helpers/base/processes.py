@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, Queue
@@ -175,7 +175,7 @@ class ChildProcess:
 
 
 @dataclass(frozen=True)
-class Completed:
+class _Completed:
     """How a command ended: its exit code, and what it wrote."""
 
     returncode: int
@@ -206,16 +206,16 @@ class Command:
     def __exit__(self, *_: object) -> None:
         self._child.end()
 
-    def result(self, seconds: float | None = None) -> Completed:
+    def result(self, seconds: float | None = None) -> _Completed:
         """Wait for its end. Raises TimeoutError if it takes longer than ``seconds``."""
         code = self._child.wait(seconds)
         self._child.end()
-        return Completed(code, _text(self._output), _text(self._errors))
+        return _Completed(code, _text(self._output), _text(self._errors))
 
 
 def run(
     command: Sequence[str], *, environment: Mapping[str, str] | None = None, seconds: float | None = None
-) -> Completed:
+) -> _Completed:
     """Run a command to its end with its output collected. Raises TimeoutError, as ``Command.result`` does."""
     with Command(command, environment) as running:
         return running.result(seconds)
@@ -262,34 +262,33 @@ class Parent:
         """
         threading.Thread(target=self._wait_for_end, args=(mark,), daemon=True).start()
 
+    def die_with_it(self) -> None:
+        """On Linux, have the kernel kill this process when its parent dies, even while it is paused."""
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
     def _wait_for_end(self, mark: str) -> None:
         # The descriptor itself, not the buffered file: a thread that holds the lock of a buffer when the interpreter
         # shuts down is a fatal error.
         while os.read(self._requests.fileno(), 2**16):
             pass
         if mark:
-            kill_marked(mark)
+            _kill_marked(mark)
         os._exit(1)
 
 
-def kill_marked(mark: str) -> int:
-    """Kill all processes but this one that carry the mark, and their descendants; return how many.
+@contextmanager
+def ending_descendants(mark: str) -> Iterator[None]:
+    """At the end of the block, kill all processes but this one that carry the mark, and their descendants.
 
-    Gives up after ten seconds.
+    On Linux this process also becomes the parent of its descendants whose own parent dies, so that they stay findable.
     """
-    return _kill(mark, _Family(set()))
-
-
-def adopt_orphans() -> None:
-    """On Linux, make this process the parent of its descendants whose own parent dies, so that they stay findable."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def die_with_parent() -> None:
-    """On Linux, have the kernel kill this process when its parent dies, even while it is paused."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    try:
+        yield
+    finally:
+        _kill_marked(mark)
 
 
 @dataclass
@@ -323,6 +322,14 @@ class _Family:
         return family
 
 
+def _kill_marked(mark: str) -> int:
+    """Kill all processes but this one that carry the mark, and their descendants; return how many.
+
+    Gives up after ten seconds.
+    """
+    return _kill(mark, _Family(set()))
+
+
 def _new_mark() -> str:
     return f"WORKBOOK_PROCESS_{uuid4().hex}"
 
@@ -334,11 +341,13 @@ def _start(
     errors: LineReader | Path | None,
     shares_output: bool,
 ) -> subprocess.Popen[bytes]:
+    stdout = None if shares_output else subprocess.PIPE
+
     def popen(stderr: int | IO[bytes] | None) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
-            stdout=None if shares_output else subprocess.PIPE,
+            stdout=stdout,
             stderr=stderr,
             env=environment,
             cwd=cwd,

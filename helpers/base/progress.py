@@ -1,4 +1,8 @@
-"""Progress bars, and a line that says what is going on."""
+"""Progress bars, and a line that says what is going on: in a terminal, in a notebook, and silent in a file.
+
+``bytes_bar`` and ``waiting`` are for the workbook's own work; ``bars`` and ``weights_bar`` replace the bars that
+transformers draws while it loads a model.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from helpers.base.units import GIB
+from helpers.base.units import human
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -17,13 +21,6 @@ if TYPE_CHECKING:
 
 _BYTES = "{desc}: {percentage:3.0f}%|{bar}| {done} [{elapsed}<{remaining}]"
 _LOADING = "Loading weights"  # transformers' name for its bar over the weights
-
-
-def human(size: float) -> str:
-    """Bytes as text: "1.50 GiB", below that "1.5 MiB"."""
-    if size >= GIB:
-        return f"{size / GIB:.2f} GiB"
-    return f"{size / 2**20:.1f} MiB"
 
 
 def bar_class() -> type[tqdm[Any]]:
@@ -102,7 +99,7 @@ def bars(draw: Callable[..., Iterable[Any]]) -> Iterator[None]:
     """Inside the block, transformers draws its progress bars with ``draw``."""
     from transformers.utils import logging
 
-    previous = logging.set_tqdm_hook(lambda factory, args, options: draw(*args, **options))
+    previous = logging.set_tqdm_hook(lambda _, args, options: draw(*args, **options))
     try:
         yield
     finally:
@@ -128,15 +125,16 @@ def _show(text: str, line: DisplayHandle | None = None) -> DisplayHandle:
     from IPython.display import DisplayHandle
 
     if line is None:
-        line = DisplayHandle()  # type: ignore[no-untyped-call]
-        line.display({"text/plain": text}, raw=True)  # type: ignore[no-untyped-call]
+        line = DisplayHandle()
+        line.display({"text/plain": text}, raw=True)
     else:
-        line.update({"text/plain": text}, raw=True)  # type: ignore[no-untyped-call]
+        line.update({"text/plain": text}, raw=True)
     return line
 
 
 def _in_notebook() -> bool:
     # Looked up, not imported: in a notebook it is there, elsewhere it would only cost time.
     ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    return type(shell).__name__ == "ZMQInteractiveShell"
+    if ipython is None:
+        return False
+    return type(ipython.get_ipython()).__name__ == "ZMQInteractiveShell"

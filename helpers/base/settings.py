@@ -6,7 +6,7 @@
 ``WORKBOOK_PROFILE``     the name of the run's profile
 ``WORKBOOK_EXPECTED``    the file with the values that this profile should give
 ``WORKBOOK_UNATTENDED``  1 in a run: nobody is there to click on a widget
-``WORKBOOK_REHEARSAL``   the folder of a rehearsal, see ``helpers.rehearsal``
+``WORKBOOK_REHEARSAL``   the folder of a rehearsal, see ``helpers.planning.rehearsal``
 ``WORKBOOK_REVISIONS``   the commits that a run keeps to: a JSON object from a repository's id to its commit
 ``WORKBOOK_CACHE``       the folder for unpacked models; ``.cache`` of the project by default
 =======================  ===========================================================================================
@@ -34,8 +34,7 @@ def unattended() -> bool:
 
 def run_folder() -> Path | None:
     """The folder of the run that this process belongs to; None outside of a run."""
-    folder = os.environ.get("WORKBOOK_RUN_DIR")
-    return Path(folder) if folder else None
+    return _folder("WORKBOOK_RUN_DIR")
 
 
 def work_folder(name: str) -> Path:
@@ -49,19 +48,6 @@ def notebook_name() -> str:
     return os.environ.get("WORKBOOK_NOTEBOOK") or Path(os.environ.get("JPY_SESSION_NAME", "notebook")).stem
 
 
-def _profile_name() -> str:
-    """The name of the profile: the run's, or what the open notebook calls ``profile``, or laptop."""
-    if name := os.environ.get("WORKBOOK_PROFILE"):
-        return name
-    # A process without IPython is no notebook, so there is no need to import it.
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if shell is None:
-        return DEFAULT_PROFILE
-    chosen = shell.user_ns.get("profile", DEFAULT_PROFILE)
-    # A reader may have put the loaded profile in the place of its name.
-    return chosen if isinstance(chosen, str) else str(getattr(chosen, "name", DEFAULT_PROFILE))
-
-
 def expected_file() -> Path:
     """The file with the values that this process's profile should give; it need not exist."""
     default = ROOT / "notebooks" / "expected" / f"{_profile_name()}.json"
@@ -70,8 +56,7 @@ def expected_file() -> Path:
 
 def rehearsal_folder() -> Path | None:
     """The folder of the rehearsal that this process belongs to; None outside of a rehearsal."""
-    folder = os.environ.get("WORKBOOK_REHEARSAL")
-    return Path(folder) if folder else None
+    return _folder("WORKBOOK_REHEARSAL")
 
 
 def kept_commits() -> dict[str, str]:
@@ -82,3 +67,24 @@ def kept_commits() -> dict[str, str]:
 def cache_folder() -> Path:
     """The folder for unpacked models: ``$WORKBOOK_CACHE``, or ``.cache`` of the project."""
     return Path(os.environ.get("WORKBOOK_CACHE") or ROOT / ".cache")
+
+
+def _folder(variable: str) -> Path | None:
+    name = os.environ.get(variable)
+    if not name:
+        return None
+    return Path(name)
+
+
+def _profile_name() -> str:
+    """The name of the profile: the run's, or what the open notebook calls ``profile``, or laptop."""
+    if name := os.environ.get("WORKBOOK_PROFILE"):
+        return name
+    # A process that has not imported IPython is not a notebook.
+    if "IPython" not in sys.modules or (shell := sys.modules["IPython"].get_ipython()) is None:
+        return DEFAULT_PROFILE
+    chosen = shell.user_ns.get("profile", DEFAULT_PROFILE)
+    if isinstance(chosen, str):
+        return chosen
+    # A reader may have put the loaded profile in the place of its name.
+    return str(getattr(chosen, "name", DEFAULT_PROFILE))

@@ -1,15 +1,21 @@
-"""Dataclasses that several modules share. Sizes are bytes and times are seconds unless a name says otherwise."""
+"""Confidence intervals and paired tests, a thin layer over scipy, and the value that a notebook records.
+
+Use ``proportion`` for right answers out of many, ``mean`` and ``ratio`` for measured values, ``mcnemar`` and
+``paired_difference`` for two models on the same questions. Every interval has 95% confidence unless another is given.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy as np
     from numpy.typing import NDArray
+
+_RESAMPLES = 9999  # scipy's default: the percentiles then move by about a hundredth of the interval's width
 
 
 @dataclass(frozen=True)
@@ -22,25 +28,25 @@ class Interval:
     confidence: float = 0.95
 
 
-class Scalar(Protocol):
+class _Scalar(Protocol):
     """A number of numpy or torch."""
 
     def item(self) -> object: ...
 
 
+Recordable: TypeAlias = bool | int | float | str | _Scalar
+
+
 @dataclass(frozen=True)
 class Measured:
-    """A value to record with what is known about it; ``results.record`` says what the fields mean."""
+    """A value to record with what is known about it; ``helpers.runs.record`` says what the fields mean."""
 
-    value: bool | int | float | str | Scalar
+    value: Recordable
     unit: str = ""
     claim: str | None = None
     tolerance: float | None = None
     agrees: bool | None = None
     model: str | None = None
-
-
-RESAMPLES = 9999  # scipy's default: the percentiles then move by about a hundredth of the interval's width
 
 
 def proportion(successes: int, trials: int, confidence: float = 0.95) -> Interval:
@@ -76,10 +82,10 @@ def discordant_pairs(first: Sequence[bool], second: Sequence[bool]) -> tuple[int
     Raises ValueError when the lengths differ.
     """
     only_first = only_second = 0
-    for one, other in zip(first, second, strict=True):
-        if one and not other:
+    for first_right, second_right in zip(first, second, strict=True):
+        if first_right and not second_right:
             only_first += 1
-        elif other and not one:
+        elif second_right and not first_right:
             only_second += 1
     return only_first, only_second
 
@@ -142,8 +148,10 @@ def paired_difference(
     Clopper and Pearson for the share of pairs that would differ, in both directions: no difference can exceed it.
     Raises ValueError when the lengths differ or fewer than two pairs are given.
     """
-    differences = [one - other for one, other in zip(first, second, strict=True)]
-    sizes = [1.0] * len(differences) if weights is None else list(weights)
+    differences = [value - other for value, other in zip(first, second, strict=True)]
+    sizes = [1.0] * len(differences)
+    if weights is not None:
+        sizes = list(weights)
     if len(differences) < 2 or len(sizes) != len(differences):
         raise ValueError("A paired difference needs at least two pairs, and a weight for each of them.")
     are_outcomes = set(first) <= {0, 1} and set(sizes) == {1}
@@ -170,7 +178,7 @@ def _bootstrapped(
         quotient,
         paired=True,
         vectorized=True,
-        n_resamples=RESAMPLES,
+        n_resamples=_RESAMPLES,
         batch=100,  # all resamples at once would take gigabytes for a benchmark of many thousand items
         confidence_level=confidence,
         method="percentile",

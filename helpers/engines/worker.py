@@ -19,7 +19,7 @@ from dataclasses import asdict
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from helpers.base.processes import Parent, die_with_parent
+from helpers.base.processes import Parent
 from helpers.engines.catalogue import KINDS, EngineError, Job
 from helpers.engines.peak import _read_peak, _reset_peak
 
@@ -101,8 +101,9 @@ def _reason(error: Exception) -> str:
 
 def _main() -> None:
     """Serve on the standard streams; what else is printed joins the standard error. Ends with its parent."""
-    die_with_parent()
-    _serve(_Worker(KINDS[sys.argv[1]].make()), Parent())
+    parent = Parent()
+    parent.die_with_it()
+    _serve(_Worker(KINDS[sys.argv[1]].make()), parent)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Bytes for weights, KV cache, activations, gradients and optimizer, and where the layers go; nothing is loaded.
+"""The shape of a model, from its configuration alone: layers, matrices, heads, and the number of parameters.
 
-Everything follows from a model's configuration, for the Falcon family (both decoder architectures) and the Llama
-family, as transformers, bitsandbytes and AdamW store it. Sizes are bytes.
+``published_config`` gives the configurations that are kept in this repository, so all of this works offline. The Falcon
+family (both decoder architectures) and the Llama family are known, as transformers builds them. ``anatomy`` brings a
+configuration of either into one form, ``Anatomy``, which is all that the formulas for memory read.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class _Linear:
     @property
     def biases(self) -> int:
         """Number of biases."""
-        return self.rows if self.bias else 0
+        if not self.bias:
+            return 0
+        return self.rows
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,10 @@ class _ModuleNames:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The shape of a model, as its configuration gives it: all that the formulas of this module need.
+    """The shape of a model, as its configuration gives it: all that the formulas for memory need.
 
     ``width`` is the MLP's inner size; ``linears`` are the matrices of one layer, ``norms`` the parameters of its norms.
-    ``cached_heads`` are the heads that transformers' own KV cache holds; ``loading.load`` caches ``kv_heads``.
+    ``cached_heads`` are the heads that transformers' own KV cache holds; ``helpers.models.load`` caches ``kv_heads``.
     """
 
     layers: int
@@ -121,7 +124,9 @@ class Anatomy:
     @property
     def head(self) -> int:
         """Parameters of the head; 0 if it shares the embeddings' matrix."""
-        return 0 if self.tied else self.embeddings
+        if self.tied:
+            return 0
+        return self.embeddings
 
 
 _FALCON_NAMES = _ModuleNames(
@@ -177,11 +182,13 @@ def _parts(shape: Anatomy, tied: bool | None) -> list[_Part]:
         per_layer = sum(linear.weights + linear.biases for linear in shape.linears if linear.part == name)
         parts.append(_Part(name, shape.layers * per_layer, per_layer))
     parts.append(_Part("norms", shape.layers * shape.norms + shape.final_norm, shape.norms))
-    head = _Part("head", shape.head)
-    if tied is not None:
-        # Published checkpoints store a tied head a second time, so both counts are of use.
-        head = _Part("head", 0 if tied else shape.embeddings)
-    return [*parts, head]
+    # Published checkpoints store a tied head a second time, so both counts are of use.
+    head = shape.head
+    if tied:
+        head = 0
+    elif tied is not None:
+        head = shape.embeddings
+    return [*parts, _Part("head", head)]
 
 
 def _falcon(config: PretrainedConfig, cache_heads: CacheHeads) -> Anatomy:
@@ -238,6 +245,13 @@ def _falcon_activations(
     else:
         attention = 6 * hidden
     tensors = _falcon_norms(config)
+    masks = scores = biases = 0
+    if library:
+        masks = 1
+    if not fused:
+        scores = heads
+    if config.alibi:
+        biases = heads
     if not (config.new_decoder_architecture or config.parallel_attn):
         # A sequential block adds attention's result to its input before the MLP: one tensor more stays alive.
         tensors += 1
@@ -246,9 +260,9 @@ def _falcon_activations(
         returned=2 * width,
         prefill=(3 + tensors) * hidden + 2 * width,
         wide_tensors=2,
-        scores=0 if fused else heads,
-        masks=1 if library else 0,
-        biases=heads if config.alibi else 0,
+        scores=scores,
+        masks=masks,
+        biases=biases,
     )
 
 

@@ -1,4 +1,7 @@
-"""What NVIDIA's driver says of its GPUs, also of those that this process may not use, and of who holds their memory."""
+"""What NVIDIA's driver reports: its version, all its GPUs, and which processes hold their memory.
+
+``nvidia-smi`` also lists the GPUs that this process may not use, and asking it opens no CUDA context.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError
+from helpers.base.units import gib
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from xml.etree.ElementTree import Element
 
 _SECONDS = 20  # a driver in trouble may never answer
+_LITTLE = 100 * 2**20  # processes that use fewer bytes of a GPU than this are not listed
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class _GpuProcess:
 
 
 @dataclass(frozen=True)
-class GpuState:
+class _GpuState:
     """One GPU as the driver lists it, whether or not this process may use it."""
 
     name: str
@@ -40,7 +46,21 @@ class Driver:
 
     version: str
     cuda: str
-    gpus: tuple[GpuState, ...] = ()
+    gpus: tuple[_GpuState, ...] = ()
+
+    def holders(self) -> Iterator[str]:
+        """Who holds memory of the GPUs: a phrase for each process, and for memory that no visible process holds."""
+        for index, gpu in enumerate(self.gpus):
+            for process in gpu.processes:
+                if process.used_bytes is None:
+                    yield f"{process.name} (process {process.pid}) holds an unknown part of GPU {index}"
+                elif process.used_bytes >= _LITTLE:
+                    yield f"{process.name} (process {process.pid}) holds {gib(process.used_bytes)} of GPU {index}"
+            # The processes of another container are not listed, but their memory is missing. The driver itself takes
+            # less than a tenth.
+            if not gpu.processes and gpu.free_bytes < 0.9 * gpu.total_bytes:
+                held = gib(gpu.total_bytes - gpu.free_bytes)
+                yield f"{held} of GPU {index} are held by nothing that can be seen from here"
 
 
 class DriverError(WorkbookError):
@@ -76,8 +96,8 @@ def _read_driver(text: str) -> Driver:
     return Driver(log.findtext("driver_version", "unknown"), log.findtext("cuda_version", "unknown"), gpus)
 
 
-def _gpu(element: Element) -> GpuState:
-    return GpuState(
+def _gpu(element: Element) -> _GpuState:
+    return _GpuState(
         element.findtext("product_name", "unknown"),
         _bytes(element.findtext("fb_memory_usage/total")) or 0,
         _bytes(element.findtext("fb_memory_usage/free")) or 0,

@@ -1,4 +1,9 @@
-"""Dataclasses that several modules share. Sizes are bytes and times are seconds unless a name says otherwise."""
+"""What this machine has: GPUs, memory, disks and CPUs that this process may use, and how fast memory and disk are.
+
+``detect`` answers without measuring. Containers and batch systems limit a process to a part of the machine, so control
+groups and CPU affinity count. ``memory_bandwidth`` and ``disk_read_speed`` measure, for a second or two. Sizes are
+bytes and times are seconds.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +27,12 @@ from helpers.base.files import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+# A program for another process: it prints what detect finds, as JSON.
+DETECT = "import dataclasses, json, helpers.machine.hardware as h; print(json.dumps(dataclasses.asdict(h.detect())))"
+_CGROUPS = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
+_CHUNK = 2**24  # bytes written or read at a time to measure a disk
 
 
 @dataclass(frozen=True)
@@ -49,13 +60,6 @@ class Machine:
     python: str
     rehearsed: bool = False
     cache_free_bytes: int | None = None  # on the disk of the Hugging Face cache, which may be another one
-
-
-CGROUPS = Path("/sys/fs/cgroup")
-MEMBERSHIP = Path("/proc/self/cgroup")
-CHUNK = 2**24  # bytes written or read at a time to measure a disk
-# A program for another process: it prints what detect finds, as JSON.
-DETECT = "import dataclasses, json, helpers.machine.hardware as h; print(json.dumps(dataclasses.asdict(h.detect())))"
 
 
 def detect(gpus: Sequence[int] | None = None) -> Machine:
@@ -110,14 +114,14 @@ def detect_apart() -> Machine:
     return _read_machine(done.output)
 
 
-def memory_bandwidth(bytes: int = 2**28, repeats: int = 7, device: str = "cpu") -> float:
+def memory_bandwidth(size: int = 2**28, repeats: int = 7, device: str = "cpu") -> float:
     """Measured memory bandwidth of a device in bytes per second: the median over large copies.
 
-    A copy of n bytes moves 2n: it reads n and writes n. ``bytes`` should be well above the CPU's caches.
+    A copy of n bytes moves 2n: it reads n and writes n. ``size``, in bytes, should be well above the CPU's caches.
     """
     import torch
 
-    source = torch.ones(bytes // 4, dtype=torch.float32, device=device)
+    source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source).copy_(source)  # touches every page before the clock starts
     seconds = []
     for _ in range(repeats):
@@ -142,18 +146,18 @@ class DiskSpeed:
     direct: bool
 
 
-def disk_read_speed(folder: Path, bytes: int = 2**28, seconds: float = 1.5) -> DiskSpeed:
+def disk_read_speed(folder: Path, size: int = 2**28, seconds: float = 1.5) -> DiskSpeed:
     """Measure sequential reading from the disk under a folder, past the page cache.
 
-    A file of ``bytes`` random bytes (fewer if writing takes longer than ``seconds``) is written in the folder and
+    A file of ``size`` random bytes (fewer if writing takes longer than ``seconds``) is written in the folder and
     flushed to the disk, then read for at most ``seconds`` and deleted. A cache in the disk itself, or in the host of a
     virtual machine, may still answer. Raises OSError if the folder takes no file, or the disk is full.
     """
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".disk-speed-") as file:
         start = time.perf_counter()
-        while file.tell() < bytes:
+        while file.tell() < size:
             # Random bytes: a disk that compresses would be too fast with zeros.
-            file.write(os.urandom(CHUNK))
+            file.write(os.urandom(_CHUNK))
             file.flush()
             os.fsync(file.fileno())
             if time.perf_counter() - start >= seconds:
@@ -162,7 +166,7 @@ def disk_read_speed(folder: Path, bytes: int = 2**28, seconds: float = 1.5) -> D
     return DiskSpeed(read / elapsed, read, str(folder), direct)
 
 
-def _memory_limit(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> tuple[float, float]:
+def _memory_limit(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> tuple[float, float]:
     """(limit, bytes left) that the control groups set (versions 1 and 2); inf if they set none.
 
     File cache that the kernel drops under pressure counts as left.
@@ -175,7 +179,7 @@ def _memory_limit(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> tup
     return limit, left
 
 
-def _cpu_limit(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float:
+def _cpu_limit(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> float:
     """CPUs that the control groups' quota allows (1.5 means one and a half); inf without a quota."""
     return min(map(_group_cpus, _groups("cpu", cgroups, membership)), default=math.inf)
 
@@ -183,7 +187,7 @@ def _cpu_limit(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float:
 def _read_uncached(file: Path, seconds: float) -> tuple[int, float, bool]:
     """(bytes read, seconds it took, whether with O_DIRECT) of a file that is on the disk."""
     descriptor, direct = _open_uncached(file)
-    buffer = mmap.mmap(-1, CHUNK)  # O_DIRECT needs memory that begins with a page
+    buffer = mmap.mmap(-1, _CHUNK)  # O_DIRECT needs memory that begins with a page
     read, elapsed, start = 0, 0.0, time.perf_counter()
     try:
         while elapsed < seconds:
@@ -224,7 +228,8 @@ def _groups(controller: str, cgroups: Path, membership: Path) -> Iterator[Path]:
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
-        root = cgroups / controllers if controllers else cgroups
+        # A line of version 2 names no controllers, and all of them share one tree.
+        root = cgroups / controllers
         folder = root / path.lstrip("/")
         # A container often sees its own group as the root: the named folder is then absent, and the root's limits hold.
         for group in (folder, *folder.parents):
@@ -253,16 +258,24 @@ def _group_memory(folder: Path) -> tuple[float, float]:
 def _group_cpus(folder: Path) -> float:
     if (folder / "cpu.max").is_file():
         allowed, interval = (folder / "cpu.max").read_text().split()
-        return math.inf if allowed == "max" else int(allowed) / int(interval)
+        if allowed == "max":
+            return math.inf
+        return int(allowed) / int(interval)
     # Version 1 writes -1 for "no quota".
     quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
-    return quota / period if 0 < quota < math.inf else math.inf
+    if quota <= 0 or math.isinf(quota):
+        return math.inf
+    return quota / period
 
 
 def _number(file: Path) -> float:
     """The number in a control file; inf if the file is absent or says "max"."""
-    text = file.read_text().strip() if file.is_file() else "max"
-    return math.inf if text == "max" else int(text)
+    if not file.is_file():
+        return math.inf
+    text = file.read_text().strip()
+    if text == "max":
+        return math.inf
+    return int(text)
 
 
 def _cpu_count() -> int:
@@ -285,8 +298,9 @@ def _cpu_name() -> str:
 def _gpus(wanted: Sequence[int] | None) -> tuple[Gpu, ...]:
     import torch
 
-    indices = range(torch.cuda.device_count()) if wanted is None else wanted
-    return tuple(map(_gpu, indices))
+    if wanted is None:
+        wanted = range(torch.cuda.device_count())
+    return tuple(map(_gpu, wanted))
 
 
 def _gpu(index: int) -> Gpu:

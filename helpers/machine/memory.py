@@ -1,4 +1,8 @@
-"""Dataclasses that several modules share. Sizes are bytes and times are seconds unless a name says otherwise."""
+"""How many bytes a model needs: weights, KV cache, activations, gradients and optimizer; nothing is loaded.
+
+``estimate`` gives all parts for one kind of work, as a sum over all devices; ``placement`` then says where they go.
+Everything follows from a model's configuration, as transformers, bitsandbytes and AdamW store it. Sizes are bytes.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,13 @@ if TYPE_CHECKING:
 
     from helpers.machine.anatomy import Anatomy, _Linear
 
+MODES = ("inference", "full", "lora", "qlora")
+CONTEXT = 2048  # tokens planned for unless a number is given: the context that Falcon was trained on
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by part (weights, kv_cache, activations, gradients, optimizer); see ``helpers.machine.memory.estimate``."""
+    """Bytes by part (weights, kv_cache, activations, gradients, optimizer); see ``estimate``."""
 
     precision: str
     mode: str
@@ -38,10 +45,6 @@ class MemoryEstimate:
     def total(self) -> int:
         """The sum of all parts."""
         return sum(self.parts.values())
-
-
-MODES = ("inference", "full", "lora", "qlora")
-CONTEXT = 2048  # tokens planned for unless a number is given: the context that Falcon was trained on
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,9 @@ def element_bytes(precision: str) -> int:
     Raises WorkbookError for an unknown precision.
     """
     choose(precision, PRECISIONS, "precision")
-    return 4 if precision == "fp32" else 2
+    if precision == "fp32":
+        return 4
+    return 2
 
 
 def weight_bytes(config: PretrainedConfig, precision: str, *, double_quant: bool = False) -> int:
@@ -115,10 +120,10 @@ def _linear_bytes(linear: _Linear, precision: str, double_quant: bool) -> int:
 def kv_bytes_per_token(config: PretrainedConfig, precision: str = "bf16", *, heads: CacheHeads = "kv") -> int:
     """Bytes of keys and values for one token of one sequence, all layers; in 16 bit unless the precision is fp32.
 
-    heads="kv": only the key-value heads, as ``loading.load`` caches them (``helpers.models.workarounds.grouped_cache``), and vLLM and
-    llama.cpp (163,840 bytes per token for Falcon-180B in bf16); heads="library": what transformers itself stores. For
-    Falcon's new decoder architecture these are all query heads, because the keys and values are copied to them before
-    they are cached (4,751,360).
+    heads="kv": only the key-value heads, as ``helpers.models.load``, vLLM and llama.cpp cache them (163,840 bytes per
+    token for Falcon-180B in bf16). heads="library": what transformers itself stores. For Falcon's new decoder
+    architecture these are all query heads, because the keys and values are copied to them before they are cached
+    (4,751,360).
     """
     shape = anatomy(config)
     count = {"kv": shape.kv_heads, "library": shape.cached_heads}[heads]
@@ -141,8 +146,9 @@ def estimate(
     arXiv:1910.02054, section 3.1; fp32 takes 16 as well). "lora" and "qlora": frozen weights, in nf4 or int8 for
     "qlora", and fp32 adapters of rank ``lora_rank`` on every linear layer, trained with AdamW (arXiv:2106.09685,
     arXiv:2305.14314). Under ZeRO-3 each of n devices holds an n-th of weights, gradients and optimizer.
-    ``workload.batch_size`` counts the sequences on all devices. Activations, and ``checkpointing``: see
-    ``activation_bytes``. Raises WorkbookError for an unknown precision or mode, or if the two do not go together.
+    ``workload.batch_size`` counts the sequences on all devices. With ``checkpointing`` a layer keeps only its input for
+    the backward pass and is computed again. Activations: see ``_activation_bytes``. Raises WorkbookError for an unknown
+    precision or mode, or if the two do not go together.
     """
     _check_mode(precision, mode)
     activations = _activation_bytes(config, precision, mode=mode, workload=workload, checkpointing=checkpointing)

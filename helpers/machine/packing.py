@@ -1,7 +1,7 @@
-"""Bytes for weights, KV cache, activations, gradients and optimizer, and where the layers go; nothing is loaded.
+"""Spread pieces of given sizes over devices of given limits, in order: plain arithmetic, without models.
 
-Everything follows from a model's configuration, for the Falcon family (both decoder architectures) and the Llama
-family, as transformers, bitsandbytes and AdamW store it. Sizes are bytes.
+``_fill`` fills one device after the other and is quick. ``_spread`` also balances the load, by bisection and then
+dynamic programming. ``placement`` uses both.
 """
 
 from __future__ import annotations

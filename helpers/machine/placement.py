@@ -1,4 +1,8 @@
-"""Dataclasses that several modules share. Sizes are bytes and times are seconds unless a name says otherwise."""
+"""Whether models fit on devices, and which device holds which layer: one answer for the whole project.
+
+``place`` is for one model, ``place_together`` for all that are in memory at the same time. Layers are never split and
+keep their order. Both return a ``Placement``; what is missing stands in its ``Shortfall``. Sizes are bytes.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,19 @@ from typing import TYPE_CHECKING
 from helpers.base.errors import WorkbookError
 from helpers.base.units import GIB, QUANTIZED, gib
 from helpers.machine.anatomy import anatomy
-from helpers.machine.memory import Workload, _activation_bytes, _layer_bytes, element_bytes
+from helpers.machine.memory import Workload, _activation_bytes
 from helpers.machine.packing import _fill, _spread
+from helpers.machine.pieces import _Piece, _pieces, _sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from transformers import PretrainedConfig  # noqa: TC004 (it takes seconds to import)
 
     from helpers.machine.hardware import Machine
+
+RESERVED = 0.05  # share of each device kept free for the CUDA context and fragments
+Device = int | str  # as in a device map: a GPU's number, "cpu" or "disk"
 
 
 @dataclass(frozen=True)
@@ -39,18 +47,14 @@ class Shortfall:
 class Placement:
     """Which device holds which module. ``per_device_bytes`` counts weights and each layer's share of the rest."""
 
-    device_map: dict[str, int | str]
-    per_device_bytes: dict[int | str, int]
+    device_map: dict[str, Device]
+    per_device_bytes: dict[Device, int]
     shortfall: Shortfall | None = None
 
     @property
     def fits(self) -> bool:
         """Whether nothing is missing."""
         return self.shortfall is None
-
-
-RESERVED = 0.05  # share of each device kept free for the CUDA context and fragments
-Device = int | str  # as in a device map: a GPU's number, "cpu" or "disk"
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,12 @@ class Devices:
         if not self.gpus:
             return f"{gib(self.cpu_bytes)} of memory"
         sizes = list(dict.fromkeys(f"{size / GIB:.1f}" for size in sorted(self.gpus)))
-        kinds = " and ".join(sizes) if len(sizes) < 3 else f"{sizes[0]} to {sizes[-1]}"
-        number = "1 device" if len(self.gpus) == 1 else f"{len(self.gpus)} devices"
+        kinds = " and ".join(sizes)
+        if len(sizes) > 2:
+            kinds = f"{sizes[0]} to {sizes[-1]}"
+        number = "1 device"
+        if len(self.gpus) > 1:
+            number = f"{len(self.gpus)} devices"
         text = f"{number} of {kinds} GiB"
         if self.cpu_bytes:
             text += f" and {gib(self.cpu_bytes)} of host memory"
@@ -249,38 +257,6 @@ def _least_gpus_alone(resident: Resident, gpu: float, workload: Workload) -> int
     return None
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Modules that may not be split; bytes."""
-
-    names: tuple[str, ...]
-    weights: int
-    cache: int = 0
-
-    @property
-    def size(self) -> int:
-        return self.weights + self.cache
-
-
-def _pieces(config: PretrainedConfig, precision: str, workload: Workload) -> list[_Piece]:
-    """What may not be split, in the order of the forward pass: embeddings, layers, final norm; the head with either."""
-    shape, size = anatomy(config), element_bytes(precision)
-    layer = _layer_bytes(shape, precision, workload.double_quant)
-    cache = workload.cache_bytes(config, precision) // shape.layers
-    start, end = [shape.names.embeddings, shape.names.rotary], [shape.names.final_norm]
-    with_head = start if shape.tied else end
-    with_head.append(shape.names.head)
-    pieces = [_Piece(tuple(start), shape.embeddings * size)]
-    for number in range(shape.layers):
-        pieces.append(_Piece((f"{shape.names.layers}.{number}",), layer, cache))
-    pieces.append(_Piece(tuple(end), (shape.final_norm + shape.head) * size))
-    return pieces
-
-
-def _sizes(pieces: Sequence[_Piece]) -> list[int]:
-    return [piece.size for piece in pieces]
-
-
 def _limits(gpus: Sequence[float], activations: float) -> list[float]:
     """The bytes of each GPU that weights and cache may take; never 0, by which shares could not be computed."""
     return [max(gpu * (1 - RESERVED) - activations, 1.0) for gpu in gpus]
@@ -326,7 +302,9 @@ def _on_gpus(pieces: Sequence[_Piece], limits: Sequence[float], devices: Devices
 
 
 def _shortfall(missing: float, devices: str) -> Shortfall | None:
-    return Shortfall(math.ceil(missing), devices) if missing > 0 else None
+    if missing <= 0:
+        return None
+    return Shortfall(math.ceil(missing), devices)
 
 
 def _device_map(pieces: Sequence[_Piece], placed_on: Sequence[Device]) -> dict[str, Device]:
@@ -349,21 +327,40 @@ def _offloaded(pieces: Sequence[_Piece], limits: Sequence[float], devices: Devic
         host -= activations
         placed_on = ["cpu"] * len(_leading(pieces, [host]))
     rest = pieces[len(placed_on) :]
-    for offloaded in accumulate(piece.weights for piece in rest):
-        # A CPU that runs the model has been filled with the leading pieces; only a GPU's has bytes left.
-        if main != "cpu" and offloaded <= host:
-            placed_on.append("cpu")
-        else:
-            placed_on.append(overflow)
+    if main == "cpu":
+        # Host memory has been filled with the leading pieces.
+        placed_on += [overflow] * len(rest)
+    else:
+        placed_on += _in_host_memory_or(overflow, rest, host)
 
     used: dict[Device, int] = dict.fromkeys([*range(len(limits)), "cpu", overflow], 0)
-    for piece, device in zip(pieces, placed_on, strict=True):
-        used[device] += piece.weights
-        used[device if isinstance(device, int) else main] += piece.cache
+    for device, held in _held(pieces, placed_on, main).items():
+        used[device] += held
     needed = used["cpu"]
     if main == "cpu" and devices.disk and rest:
         needed += max(piece.weights for piece in rest)  # read from disk, one at a time
     return Placement(_device_map(pieces, placed_on), used, _shortfall(needed - host, devices.text))
+
+
+def _in_host_memory_or(overflow: Device, pieces: Sequence[_Piece], host: float) -> Iterator[Device]:
+    """As many pieces as ``host`` bytes hold go to host memory, the others to ``overflow``."""
+    for offloaded in accumulate(piece.weights for piece in pieces):
+        if offloaded <= host:
+            yield "cpu"
+        else:
+            yield overflow
+
+
+def _held(pieces: Sequence[_Piece], placed_on: Sequence[Device], main: Device) -> dict[Device, int]:
+    """The bytes on each device in use; ``main`` keeps the cache of what is offloaded, because it runs it."""
+    held: dict[Device, int] = dict.fromkeys([*placed_on, main], 0)
+    for piece, device in zip(pieces, placed_on, strict=True):
+        held[device] += piece.weights
+        if isinstance(device, int):
+            held[device] += piece.cache
+        else:
+            held[main] += piece.cache
+    return held
 
 
 def _leading(pieces: Sequence[_Piece], limits: Sequence[float]) -> list[int]:

@@ -1,7 +1,7 @@
-"""Bytes for weights, KV cache, activations, gradients and optimizer, and where the layers go; nothing is loaded.
+"""Training on many devices: what each must hold, the machines that the article names, and 6·N·D.
 
-Everything follows from a model's configuration, for the Falcon family (both decoder architectures) and the Llama
-family, as transformers, bitsandbytes and AdamW store it. Sizes are bytes.
+``shard`` spreads training evenly, as ZeRO-3 does. ``hardware_claims`` compares the article's machines for Falcon-180B
+with computed bytes. ``training_flop`` and ``implied_utilisation`` relate parameters, tokens and GPU hours.
 """
 
 from __future__ import annotations

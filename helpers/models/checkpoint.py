@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from helpers.base.errors import WorkbookError, first_names
-from helpers.base.progress import bytes_bar, human
+from helpers.base.progress import bytes_bar
+from helpers.base.units import human
 from helpers.models.hub_cache import _blob_hashes
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _inspect(folder: Path) -> _Shards:
 
 
 def _checked(folder: Path, verify: bool | None) -> _Shards:
-    """``inspect`` a checkpoint, and hash its files if asked to (``verify`` None: if the index records hashes).
+    """Inspect a checkpoint, and hash its files if asked to (``verify`` None: if the index records hashes).
 
     Raises LoadError for missing or damaged files.
     """

@@ -34,7 +34,7 @@ def device_map_for(
 ) -> dict[str, int | str]:
     """Where the modules of a model go on a machine: whole layers over the free memory of its GPUs, or all on the CPU.
 
-    That is ``memory.place_together``'s answer for this workload. With ``offload``, what the GPUs do not hold lies in
+    That is ``placement.place_together``'s answer for this workload. With ``offload``, what the GPUs do not hold lies in
     free memory, and what that does not hold is read from disk each time it is used.
     Raises LoadError if it does not fit, with the shortfall and what would fit, and WorkbookError if int8 or nf4
     weights would have to be offloaded.

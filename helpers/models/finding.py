@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from helpers.base import settings
 from helpers.base.files import ROOT
-from helpers.base.progress import bars, human, waiting
+from helpers.base.progress import bars, waiting
+from helpers.base.units import human
 from helpers.machine.anatomy import published_config, published_models
 from helpers.models.checkpoint import LoadError, _checked, file_hash
 from helpers.models.hub import _describe_commit, _download, _download_config, _full_disk

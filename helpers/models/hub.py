@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.base import settings
-from helpers.base.progress import bar_class, human
+from helpers.base.progress import bar_class
+from helpers.base.units import human
 from helpers.machine import hardware
 from helpers.models.checkpoint import LoadError, _damaged_files, _inspect
 from helpers.models.hub_cache import VERIFIED, _blob_hashes, repository

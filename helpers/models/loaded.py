@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.base.progress import human
+from helpers.base.units import human
 from helpers.machine.memory import kv_bytes_per_token
 from helpers.models.devices import _device_of
 from helpers.models.formats import ChatFormat

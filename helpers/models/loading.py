@@ -187,7 +187,7 @@ def _verified_model(
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
-            # transformers would raise for the first shape; ``problems`` names all of them.
+            # transformers would raise for the first shape; ``_problems`` names all of them.
             ignore_mismatched_sizes=True,
         )
     found = _problems(model, info, files.shapes, precision, device_map)

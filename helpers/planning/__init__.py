@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = face(
         "findings": ["Finding", "PRODUCT_ERRORS"],
         "output": ["save_figure", "suggestion_table", "tables", "to_json"],
         "plan": ["COUNTS", "QUESTIONS", "SIZES"],
-        "planner": ["FALCON_180B"],
+        "request": ["FALCON_180B"],
         "suggestions": ["suggest"],
     },
 )

@@ -27,14 +27,13 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig
 
-    from helpers.machine.driver import Driver, GpuState
+    from helpers.machine.driver import Driver
     from helpers.machine.hardware import Machine
     from helpers.models.references import ModelRef, Profile
     from helpers.planning.findings import Status
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 HUB_SECONDS = 5.0
-LITTLE = 100 * 2**20  # processes that use fewer bytes of a GPU than this are not listed
 NEW_TOKEN = "Make a token at https://huggingface.co/settings/tokens; give it to hf auth login, or set HF_TOKEN."
 UNUSABLE = "Run nvidia-smi to see which process uses the GPU, or exclude it with CUDA_VISIBLE_DEVICES."
 UNREADABLE = "Check the permissions of the Hugging Face cache, or set HF_HOME to another folder."
@@ -74,7 +73,7 @@ def _guarded(name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]
         return [_broken(name, error, "Run make setup again; if that does not help, report it.")]
 
 
-def _or_else(name: str, look: Callable[[], T], other: Callable[[], T], advice: str) -> tuple[T, list[Finding]]:
+def _or_else(name: str, look: Callable[[], _T], other: Callable[[], _T], advice: str) -> tuple[_T, list[Finding]]:
     """What ``look`` returns; if it fails, what ``other`` returns, and the finding that says so."""
     try:
         return look(), []
@@ -96,9 +95,13 @@ def _check_driver(
     torch sees ``usable`` GPUs; ``build`` is its version, ``cuda`` the CUDA it was built for. A driver runs what was
     built for any release of its CUDA's major version (NVIDIA, CUDA Compatibility, "Minor Version Compatibility").
     """
-    wanted: Status = "fail" if profile.requires.gpus else "skipped"
+    wanted: Status = "skipped"
+    if profile.requires.gpus:
+        wanted = "fail"
     if isinstance(driver, DriverError):
-        advice = "Install NVIDIA's driver; start a container with --gpus all." if wanted == "fail" else ""
+        advice = ""
+        if wanted == "fail":
+            advice = "Install NVIDIA's driver. Start a container with --gpus all."
         yield Finding("driver", wanted, str(driver), advice)
         return
     found = f"{driver.version}, runs CUDA {driver.cuda}; torch {build}"
@@ -136,8 +139,9 @@ def _check_free_memory(profile: Profile, machine: Machine, driver: Driver | Driv
     if profile.requires.gpus and not machine.gpus:
         yield Finding("free memory", "skipped", "no GPU to look at")
         return
-    gpus = () if isinstance(driver, DriverError) or not machine.gpus else driver.gpus
-    others = [text for index, gpu in enumerate(gpus) for text in _holders(index, gpu)]
+    others: list[str] = []
+    if machine.gpus and not isinstance(driver, DriverError):
+        others = list(driver.holders())
     found = "; ".join([_free(machine), *others])
     missing: list[str] = []
     for group in profile.resident:
@@ -147,7 +151,8 @@ def _check_free_memory(profile: Profile, machine: Machine, driver: Driver | Driv
         # Models that are in several groups are named once.
         yield Finding("free memory", "fail", "; ".join([found, *dict.fromkeys(missing)]), advice)
     elif others:
-        yield Finding("free memory", "warn", found, "The models fit all the same; ending these leaves more room.")
+        advice = "The models fit all the same. To free more memory, end these programs."
+        yield Finding("free memory", "warn", found, advice)
     else:
         yield Finding("free memory", "ok", f"{found}: the models fit in {profile.precision}")
 
@@ -171,24 +176,13 @@ def _config(ref: ModelRef) -> PretrainedConfig | None:
         return None
 
 
-def _holders(index: int, gpu: GpuState) -> Iterator[str]:
-    """Who holds memory of a GPU, a phrase each."""
-    for process in gpu.processes:
-        if process.used_bytes is None:
-            yield f"{process.name} (process {process.pid}) holds an unknown part of GPU {index}"
-        elif process.used_bytes >= LITTLE:
-            yield f"{process.name} (process {process.pid}) holds {gib(process.used_bytes)} of GPU {index}"
-    # A process of another container is not seen, only what it holds. The tenth is for the driver's own memory.
-    if not gpu.processes and gpu.free_bytes < 0.9 * gpu.total_bytes:
-        yield f"{gib(gpu.total_bytes - gpu.free_bytes)} of GPU {index} are held by nothing that can be seen from here"
-
-
 def _free(machine: Machine) -> str:
     sizes = [gpu.free_bytes for gpu in machine.gpus]
     if not sizes:
         return f"{gib(machine.ram_available_bytes)} free"
-    gpus = "GPUs" if len(sizes) > 1 else "GPU"
-    return f"at least {gib(min(sizes))} free on each of {len(sizes)} {gpus}"
+    if len(sizes) == 1:
+        return f"{gib(sizes[0])} free on the GPU"
+    return f"at least {gib(min(sizes))} free on each of {len(sizes)} GPUs"
 
 
 def _gpus(machine: Machine) -> str:
@@ -199,8 +193,11 @@ def _gpus(machine: Machine) -> str:
 
 
 def _major(version: str) -> int:
+    """The first number of a version; 0 if the driver did not tell it."""
     number = version.partition(".")[0]
-    return int(number) if number.isdigit() else 0
+    if not number.isdigit():
+        return 0
+    return int(number)
 
 
 def _torch_build() -> tuple[str, str | None]:
@@ -220,8 +217,10 @@ def _left_to_download(profile: Profile, cache: Path | None = None) -> int:
 
 def _whole(profile: Profile) -> int:
     """Bytes to download for the profile's models if none of them is here."""
-    # By repository: two roles may share one.
-    sizes = {ref.id: ref.download_bytes or 0 for ref in _distinct(profile) if ref.source == "hub"}
+    sizes: dict[str, int] = {}
+    for ref in _distinct(profile):
+        if ref.source == "hub":
+            sizes[ref.id] = ref.download_bytes or 0  # by repository: two roles may share one
     return sum(sizes.values())
 
 
@@ -235,7 +234,9 @@ def _check_disk(profile: Profile, machine: Machine, left: int) -> Iterator[Findi
         found = f"{gib(left)} to download, {gib(free)} free at {cache}"
         yield Finding("disk", "fail", found, "Free some space, or set HF_HOME to a folder on a larger disk.")
     elif shortfall:
-        larger = f"move {ROOT}" if profile.offline else "set HF_HOME to a folder"
+        larger = "set HF_HOME to a folder"
+        if profile.offline:
+            larger = f"move {ROOT}"
         yield Finding("disk", "fail", shortfall, f"Free some space, or {larger} on a larger disk.")
     elif profile.offline:
         yield Finding("disk", "ok", f"{gib(machine.disk_free_bytes)} free, nothing to download")
@@ -246,18 +247,21 @@ def _check_disk(profile: Profile, machine: Machine, left: int) -> Iterator[Findi
 def _check_models(profile: Profile, left: int) -> Iterator[Finding]:
     """Check whether the models that come with the workbook are here, and how much of the others is."""
     refs = _distinct(profile)
-    missing = [reason for reason in map(_missing, refs) if reason]
+    missing = list(filter(None, map(_missing, refs)))
     if missing:
         yield Finding("models", "fail", " ".join(missing), "Run make setup, or git restore env/models.")
         return
+    names = ", ".join(ref.name for ref in refs)
     incomplete = [ref.name for ref in refs if ref.source == "hub" and not hub.is_here(ref)]
     # What is left is computed from sizes alone, so one file too many may hide that another is missing.
     if incomplete and not left:
         found = f"{', '.join(incomplete)}: not all files are here, though their sizes add up"
         yield Finding("models", "warn", found, f"Fetch them: workbook fetch --profile {profile.name}")
         return
-    state = f"{gib(left)} to download" if left else "here"
-    yield Finding("models", "ok", f"{', '.join(ref.name for ref in refs)}: {state}")
+    state = "here"
+    if left:
+        state = f"{gib(left)} to download"
+    yield Finding("models", "ok", f"{names}: {state}")
 
 
 def _missing(ref: ModelRef) -> str:
@@ -343,9 +347,14 @@ def _licences(repositories: Sequence[str], left: int) -> Iterator[Finding]:
 
 
 def _not_reached(name: str, error: Exception, left: int) -> Finding:
-    advice = "Check the network and HTTPS_PROXY, or set HF_ENDPOINT to a mirror." if left else ""
+    advice = ""
+    if left:
+        advice = "Check the network and HTTPS_PROXY, or set HF_ENDPOINT to a mirror."
     return Finding(name, _unreachable(left), f"the hub cannot be reached ({type(error).__name__})", advice)
 
 
 def _unreachable(left: int) -> Status:
-    return "fail" if left else "skipped"
+    """A hub out of reach matters only if something is left to download."""
+    if left:
+        return "fail"
+    return "skipped"

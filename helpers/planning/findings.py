@@ -1,4 +1,8 @@
-"""What a check of this machine found."""
+"""What a check of this machine found, and the checks of the installed software.
+
+``doctor`` calls all checks. Those of the software are here: the versions of the packages against the lock, and a small
+product with quantized weights on each device.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from helpers.models.workarounds import bitsandbytes_messages
 from helpers.models.workarounds.falcon_linear import needs_repair
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -22,6 +26,11 @@ if TYPE_CHECKING:
     from helpers.models.references import Profile
 
 Status = Literal["ok", "warn", "fail", "skipped"]
+_LOCKS = ROOT / "env" / "requirements"
+# How far a product with quantized weights may be from the fp32 product, relative, in 2-norms, for normal weights and
+# inputs of width 256. Measured on a CPU: nf4 0.091, int8 0.0075. Nearer than the lower bound: nothing was quantized.
+PRODUCT_ERRORS = {"nf4": (0.06, 0.12), "int8": (0.004, 0.015)}
+_DIFFERENCES = 5  # packages that are named; a wrong environment differs in a hundred
 
 
 @dataclass(frozen=True)
@@ -34,16 +43,12 @@ class Finding:
     advice: str = ""
 
 
-_LOCKS = ROOT / "env" / "requirements"
-# How far a product with quantized weights may be from the fp32 product, relative, in 2-norms, for normal weights and
-# inputs of width 256. Measured on a CPU: nf4 0.091, int8 0.0075. Nearer than the lower bound: nothing was quantized.
-PRODUCT_ERRORS = {"nf4": (0.06, 0.12), "int8": (0.004, 0.015)}
-_DIFFERENCES = 5  # packages that are named; a wrong environment differs in a hundred
-
-
 def _check_versions(lock: Path | None = None) -> Iterator[Finding]:
     """Check the installed packages against the lock of this build: cpu.txt or gpu.txt."""
-    lock = lock or _LOCKS / ("cpu.txt" if _cpu_build() else "gpu.txt")
+    if lock is None:
+        lock = _LOCKS / "gpu.txt"
+        if _cpu_build():
+            lock = _LOCKS / "cpu.txt"
     pins = _locked_versions(lock.read_text(encoding="utf-8"))
     missing, others = [], []
     for name, pin in pins.items():
@@ -80,20 +85,20 @@ def _locked_versions(text: str) -> dict[str, str]:
 
 
 def _check_quantization(profile: Profile, devices: Sequence[str]) -> Iterator[Finding]:
-    """Check bitsandbytes by a small product on each device, and whether Falcon needs ``helpers.models.loading``'s repair."""
+    """Check bitsandbytes by a small product on each device, and whether transformers quantizes Falcon by itself."""
     precisions = [name for name in profile.precisions if name in QUANTIZED]
     if not precisions:
         yield Finding("bitsandbytes", "skipped", "this profile quantizes nothing")
         return
-    wrong, worst = [], []
+    wrong: list[str] = []
+    largest: list[str] = []
     for precision in precisions:
         errors = {device: _product_error(precision, device) for device in devices}
-        described = {device: f"{precision} on {device} {error:.2g}" for device, error in errors.items()}
-        low, high = PRODUCT_ERRORS[precision]
-        wrong += [described[device] for device, error in errors.items() if not low < error < high]
-        worst.append(described[max(errors, key=lambda device: errors[device])])
+        wrong += _wrong_products(precision, errors)
+        worst = max(errors, key=lambda device: errors[device])
+        largest.append(_described(precision, worst, errors[worst]))
     # On a machine with many GPUs the largest error of each precision stands for all.
-    found = f"relative error of a quantized product: {', '.join(wrong or worst)}"
+    found = f"relative error of a quantized product: {', '.join(wrong or largest)}"
     if wrong:
         advice = "Run make setup again; on a GPU, check whether bitsandbytes supports it."
         yield Finding("bitsandbytes", "fail", found, advice)
@@ -102,11 +107,23 @@ def _check_quantization(profile: Profile, devices: Sequence[str]) -> Iterator[Fi
     yield _repair()
 
 
+def _wrong_products(precision: str, errors: Mapping[str, float]) -> Iterator[str]:
+    """The devices whose error (relative, by device) is not that of the precision, in words."""
+    low, high = PRODUCT_ERRORS[precision]
+    for device, error in errors.items():
+        if not low < error < high:
+            yield _described(precision, device, error)
+
+
+def _described(precision: str, device: str, error: float) -> str:
+    return f"{precision} on {device} {error:.2g}"
+
+
 def _repair() -> Finding:
     version = f"transformers {importlib.metadata.version('transformers')}"
     if not needs_repair():
         return Finding("Falcon repair", "ok", f"{version} needs none")
-    found = f"{version} does not quantize Falcon's layers by itself: load with helpers.models.loading.load, which repairs it"
+    found = f"{version} does not quantize Falcon's layers by itself: load with models.load, which repairs it"
     return Finding("Falcon repair", "ok", found)
 
 
@@ -123,14 +140,14 @@ def _product_error(precision: str, device: str = "cpu", width: int = 256) -> flo
     with torch.inference_mode():
         product = layer(inputs.to(device, torch.bfloat16)).float().cpu()
     exact = inputs @ weight.T
-    return ((product - exact).norm() / exact.norm()).item()
+    return float(((product - exact).norm() / exact.norm()).item())
 
 
 def _quantized_linear(precision: str, weight: torch.Tensor) -> nn.Module:
     """A layer of bitsandbytes that quantizes ``weight`` (outputs, inputs) once it is moved to a device."""
     import torch
 
-    # Before the import, during which bitsandbytes warns of what a machine without GPUs is missing.
+    # Before the import, during which bitsandbytes warns of what is missing on a machine without GPUs.
     bitsandbytes_messages.quiet_bitsandbytes()
     import bitsandbytes as bnb
 

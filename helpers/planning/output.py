@@ -1,8 +1,4 @@
-"""What a machine needs to run the models of a profile, or any published one: nothing is loaded, nothing downloaded.
-
-A ``Plan`` holds memory by precision, every device part by part, the limit of the decoding speed, the download, the disk
-and the time to load; ``tables`` shows it, ``draw`` draws its devices, ``to_json`` keeps it. Sizes are bytes.
-"""
+"""Show a plan: tables for a terminal, JSON for programs, a figure of the devices; and the table of suggestions."""
 
 from __future__ import annotations
 
@@ -12,10 +8,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, TypeVar
 
 from helpers.base.errors import WorkbookError
-from helpers.base.units import GIB, gib
+from helpers.base.units import GIB, duration, gib
 from helpers.machine import memory, placement
 from helpers.planning.plan import CARDS, COUNTS, DECIMAL, GIGABIT, PARTS, QUESTIONS, SIZES, _Need, _Plan, _SpeedLimit
-from helpers.planning.planner import FALCON_180B
+from helpers.planning.request import FALCON_180B
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -54,13 +50,17 @@ def _draw(plan: _Plan) -> Figure:
     panels: dict[str, list[dict[str, int | str]]] = {}
     for group in plan.groups:
         panels[group.label] = [asdict(device) for device in group.devices]
-    notes = [f"{name} stands in for {real}" for name, real in plan.stand_ins.items()]
-    subject = "; ".join(filter(None, [plan.machine, ", ".join(notes)]))
+    notes: list[str] = []
+    for name, real in plan.stand_ins.items():
+        notes.append(f"{name} stands in for {real}")
+    subject = plan.machine
+    if notes:
+        subject += f"; {', '.join(notes)}"
     return memory_per_device(panels, subject, fits=plan.fits)
 
 
 def save_figure(plan: _Plan, file: Path) -> None:
-    """Write ``draw``'s figure as a PNG file. Raises WorkbookError for another kind of file, or if writing fails."""
+    """Draw the devices of a plan into a PNG file. Raises WorkbookError for another suffix, or if writing fails."""
     from helpers.figures.style import png
 
     if file.suffix.lower() != ".png":
@@ -94,17 +94,19 @@ def suggestion_table(suggestions: Sequence[_Suggestion], work: Workload, model: 
     numbers = ["GB in all", "tokens that fit", "library's cache"]
     table = _table(["precision", "GPUs"], numbers, ["such as"])
     for suggestion in suggestions:
-        double = ", double quant" if suggestion.double_quant else ""
+        precision = suggestion.precision
+        if suggestion.double_quant:
+            precision += ", double quant"
         cards = [card.name for card in CARDS if card.gigabytes == suggestion.gigabytes]
         table.add_row(
-            f"{suggestion.precision}{double}",
+            precision,
             f"{suggestion.gpus} x {suggestion.gigabytes} GB",
             f"{suggestion.total_gigabytes:,}",
             f"{suggestion.context_tokens:,}",
             f"{suggestion.library_context_tokens:,}",
             " or ".join(cards),
         )
-    sequences = f"{work.batch_size} sequences" if work.batch_size > 1 else "one sequence"
+    sequences = _counted(work.batch_size, "sequence")
     return _section(
         f"What runs {model or FALCON_180B}, the least GPU memory first",
         table,
@@ -121,8 +123,7 @@ def _heading(plan: _Plan) -> RenderableType:
     from rich.text import Text
 
     work = plan.work
-    conversations = f"{work.batch_size} conversations" if work.batch_size > 1 else "one conversation"
-    planned = f"{conversations} of {' or '.join(map(str, plan.contexts))} tokens"
+    planned = f"{_counted(work.batch_size, 'conversation')} of {' or '.join(map(str, plan.contexts))} tokens"
     if work.cache_heads == "library":
         planned += "; cache: as transformers itself keeps it"
     if work.double_quant:
@@ -163,7 +164,9 @@ def _by_model(rows: Sequence[Row]) -> Iterator[tuple[str, Row | None]]:
     """Rows with what stands in their first column: "A or B" takes two lines, the names of one model no more."""
     for model, same in itertools.groupby(rows, key=lambda row: row.model):
         first, *others = model.split(" or ")
-        names = [first, *(f"or {name}" for name in others)]
+        names = [first]
+        for other in others:
+            names.append(f"or {other}")
         for name, row in itertools.zip_longest(names, same):
             yield name or "", row
 
@@ -225,7 +228,9 @@ def _speed_table(plan: _Plan) -> RenderableType:
     title = "Decoding: the most tokens/s that the memory's bandwidth allows"
     table = _table(["model", "card"], ["GB/s", "GiB read", "tokens/s"], ["bandwidth from"])
     if not plan.speeds:
-        why = "the bandwidth of a card of this size is not known here" if plan.fits else "the models do not fit"
+        why = "the models do not fit"
+        if plan.fits:
+            why = "the bandwidth of a card of this size is not known here"
         return Text.assemble((title, "bold"), f"\nNo estimate: {why}.")
     for name, limit in _by_model(plan.speeds):
         if limit is None:
@@ -233,7 +238,9 @@ def _speed_table(plan: _Plan) -> RenderableType:
             continue
         bandwidth = f"{limit.bandwidth / DECIMAL:,.0f}"
         table.add_row(name, limit.card, bandwidth, _gib(limit.bytes_read), _rate(limit.tokens_per_second), limit.source)
-    sequences = f"{plan.work.batch_size} tokens, one of each sequence," if plan.work.batch_size > 1 else "one token"
+    sequences = "one token"
+    if plan.work.batch_size > 1:
+        sequences = f"{plan.work.batch_size} tokens, one of each sequence,"
     notes = [f"A limit, not a forecast: for {sequences} all weights and the full cache are read once."]
     if plan.on_gpus:
         notes += [
@@ -248,13 +255,15 @@ def _speed_table(plan: _Plan) -> RenderableType:
 def _storage_table(plan: _Plan) -> RenderableType:
     table = _table(["repository", "where"], ["GiB", "download", "load, s"])
     for repository in plan.repositories:
-        seconds = "not measured" if repository.load_seconds is None else _rate(repository.load_seconds)
+        seconds = "not measured"
+        if repository.load_seconds is not None:
+            seconds = _rate(repository.load_seconds)
         sizes = (_gib(repository.stored_bytes), _gib(repository.download_bytes))
         table.add_row(repository.model, repository.place, *sizes, seconds)
     here, total, notes = plan.here, plan.download_bytes, []
     if total:
         table.add_row("sum of the distinct repositories", "", "", _gib(total), "")
-        notes.append(f"Download: {_duration(total / GIGABIT)} at 1 Gbit/s.")
+        notes.append(f"Download: {duration(total / GIGABIT)} at 1 Gbit/s.")
     notes += [
         f"Disk: {gib(plan.disk_needed)} needed, {gib(here.disk_free)} free in {here.disk_folder}; "
         f"{gib(plan.downloaded_bytes)} of the models are here already.",
@@ -267,7 +276,9 @@ def _disk_words(here: _Here) -> str:
     disk = here.disk
     if not disk:
         return f"not measured in {here.disk_folder}: {here.disk_problem}"
-    how = "past the page cache" if disk.direct else "the page cache emptied of it"
+    how = "the page cache emptied of it"
+    if disk.direct:
+        how = "past the page cache"
     speed, size = disk.bytes_per_second / GIB, disk.read_bytes / 2**20
     return f"{speed:.2f} GiB/s as measured just now on {size:.0f} MiB written to and read from {disk.folder}, {how}"
 
@@ -275,7 +286,9 @@ def _disk_words(here: _Here) -> str:
 def _time_table(plan: _Plan) -> RenderableType:
     table = _table(["notebook"], ["expected", "budget", "budget of a cell"])
     for name, budget in plan.budgets.items():
-        expected = f"{budget['expected']:,.0f}" if budget["expected"] else "not measured"
+        expected = "not measured"
+        if budget["expected"]:
+            expected = f"{budget['expected']:,.0f}"
         table.add_row(name, expected, f"{budget['budget']:,.0f}", f"{budget['cell']:,.0f}")
     return _section("Time of the notebooks (seconds)", table)
 
@@ -318,23 +331,34 @@ def _section(title: str, table: Table, *notes: str) -> RenderableType:
     from rich.console import Group as Together
     from rich.text import Text
 
-    return Together(Text(title, style="bold"), table, *(Text(note, style="italic") for note in notes))
+    parts: list[RenderableType] = [Text(title, style="bold"), table]
+    for note in notes:
+        parts.append(Text(note, style="italic"))
+    return Together(*parts)
 
 
 def _gib(size: float) -> str:
     """GiB as a bare number: two decimals, four for small sizes."""
     if not size:
         return "0"
-    decimals = 2 if abs(size) > GIB / 10 else 4
+    decimals = 4
+    if abs(size) > GIB / 10:
+        decimals = 2
     return f"{size / GIB:,.{decimals}f}"
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
-
-
 def _rate(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    """A positive number with three digits or more that count."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def _counted(number: int, noun: str) -> str:
+    """A number of things, such as "one sequence" or "3 sequences"."""
+    if number == 1:
+        return f"one {noun}"
+    return f"{number} {noun}s"
 
 
 def _series(numbers: Sequence[int]) -> str:

@@ -1,7 +1,7 @@
-"""What a machine needs to run the models of a profile, or any published one: nothing is loaded, nothing downloaded.
+"""What a plan holds, as data: memory by precision, every device part by part, speed limits, download, disk.
 
-A ``Plan`` holds memory by precision, every device part by part, the limit of the decoding speed, the download, the disk
-and the time to load; ``tables`` shows it, ``draw`` draws its devices, ``to_json`` keeps it. Sizes are bytes.
+``planner.make`` computes a plan, ``output`` shows it. The table ``CARDS`` lists the GPUs whose published memory
+bandwidth is known here. Sizes are bytes; GB (1e9 bytes) is the size of a card as sold.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def _sold_as(gpus: Sequence[float]) -> str:
         count = len(list(same))
         number = str(count)
         if not kinds:  # the noun stands once
-            number += " GPU" if count == 1 else " GPUs"
+            number += " GPU"
+            if count > 1:
+                number += "s"
         kinds.append(f"{number} of {size / DECIMAL:g} GB")
     return " and ".join(kinds)
 
@@ -167,7 +169,7 @@ class _Repository:
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that is planned; see the module.
+    """All that is planned for a profile, or for a model on GPUs.
 
     ``on_gpus``: False if all is in host memory. ``contexts``: the tokens of one sequence, each number that a model
     is planned for. ``questions``: the groups with ``QUESTIONS`` in place of ``work``; empty for a plan of no profile.

@@ -1,25 +1,22 @@
-"""What a machine needs to run the models of a profile, or any published one: nothing is loaded, nothing downloaded.
+"""Compute a plan: what a machine needs to run a profile's models, or a published one. Nothing is loaded or downloaded.
 
-A ``Plan`` holds memory by precision, every device part by part, the limit of the decoding speed, the download, the disk
-and the time to load; ``tables`` shows it, ``draw`` draws its devices, ``to_json`` keeps it. Sizes are bytes.
+``make`` answers ``workbook plan``. It measures the disk of this machine, and the memory if the plan uses no GPU; all
+else follows from configurations and profiles. Sizes are bytes.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from helpers.base.errors import WorkbookError, choose
+from helpers.base.errors import WorkbookError
 from helpers.base.units import PRECISIONS, gib
 from helpers.machine import anatomy, hardware, memory, sharding
-from helpers.machine import placement as machine_placement
 from helpers.machine.memory import Workload
 from helpers.machine.placement import RESERVED, Devices, Resident, least_gpus, parts_by_device, place_together
 from helpers.models import finding, profiles
-from helpers.models.finding import published_shape
 from helpers.models.references import ModelRef
 from helpers.planning.plan import (
     AS_MANY_AS_FIT,
@@ -36,46 +33,13 @@ from helpers.planning.plan import (
     _sold_as,
     _SpeedLimit,
 )
+from helpers.planning.request import FALCON_180B, _check_request, _parse_gpus, _published_ref
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig  # noqa: TC004 (it takes seconds to import)
 
-    from helpers.machine.placement import Placement
+    from helpers.machine.placement import Device, Placement
     from helpers.models.references import Profile
-
-FALCON_180B = "tiiuae/falcon-180B"
-MOST_GPUS = 1024
-
-
-def _parse_gpus(text: str) -> tuple[float, ...]:
-    """The bytes of each GPU: "8x80" is eight of 80 GB (80e9 bytes), "4x80,2x40" two kinds. Raises WorkbookError."""
-    sizes: list[float] = []
-    for part in text.split(","):
-        kind = re.fullmatch(r"\s*(\d{1,4})x(\d{1,4}(?:\.\d+)?)\s*(?:gb)?\s*", part, re.IGNORECASE)
-        if not kind or not int(kind[1]) or not float(kind[2]):
-            raise WorkbookError(
-                f"--gpus {text!r} is not valid. Write number x GB of each, such as 8x80, or 4x80,2x40 for two kinds."
-            )
-        sizes += [float(kind[2]) * DECIMAL] * int(kind[1])
-    if len(sizes) > MOST_GPUS:
-        raise WorkbookError(f"--gpus {text!r} names {len(sizes)} GPUs. Give at most {MOST_GPUS}.")
-    return tuple(sizes)
-
-
-def _published_ref(model_id: str) -> ModelRef:
-    """A model by its id, if its configuration is known here: published ones and their chat or base sisters.
-
-    Its id stays the one asked for; its size is that of its sister. Raises WorkbookError that lists the known ones.
-    """
-    for name in profiles.available():
-        for ref in profiles.load_profile(name).models.values():
-            if ref.id == model_id and ref.source == "hub":
-                return replace(ref, stand_in_for=None)
-    shape = published_shape(model_id) or choose(model_id, anatomy.published_models(), "published configuration of")
-    family: Literal["falcon", "llama"] = "falcon" if "falcon" in shape else "llama"
-    # The hub's files are in 16 bit, and hold the head even if it is tied to the embeddings.
-    size = 2 * anatomy.count_parameters(anatomy.published_config(shape), tied=False)
-    return ModelRef(model_id, family, "plain", download_bytes=size)
 
 
 def _measure(cpu: bool = False) -> _Here:
@@ -83,19 +47,13 @@ def _measure(cpu: bool = False) -> _Here:
     cache = hardware.download_folder()
     folder = next(path for path in (cache, *cache.parents) if path.is_dir())
     free = hardware.disk_free(cache)  # before the measurement writes its file
-    bandwidth = hardware.memory_bandwidth(2**27) if cpu else None
+    bandwidth = None
+    if cpu:
+        bandwidth = hardware.memory_bandwidth(2**27)
     try:
         return _Here(str(folder), free, hardware.disk_read_speed(folder, 2**27), memory_bandwidth=bandwidth)
     except OSError as error:
         return _Here(str(folder), free, None, error.strerror or str(error), bandwidth)
-
-
-def _check_request(work: Workload, precision: str | None) -> None:
-    """Raise WorkbookError for less than one sequence or token, and for an unknown precision."""
-    if work.batch_size < 1 or (work.context_tokens is not None and work.context_tokens < 1):
-        raise WorkbookError("There is nothing to plan for. Give at least one sequence and one token of context.")
-    if precision is not None:
-        memory.element_bytes(precision)  # raises for an unknown one
 
 
 @dataclass(frozen=True)
@@ -171,11 +129,14 @@ def _plan_profile(
     """
     _check_request(work, precision)
     need = profile.requires
+    devices = Devices((), need.ram_bytes)
+    if need.gpus:
+        devices = Devices((need.gpu_bytes,) * need.gpus)
     request = _Request(
         f"profile {profile.name}: {profile.description}",
         profile.models,
         profile.resident,
-        Devices((need.gpu_bytes,) * need.gpus, 0 if need.gpus else need.ram_bytes),
+        devices,
         precision or profile.precision,
         profile.precisions,
         work,
@@ -215,31 +176,46 @@ def _plan(request: _Request, here: _Here) -> _Plan:
     for residents in request.alone():
         (name,), (config,) = residents.names, residents.configs
         contexts.add(request.work.tokens_for(config))
-        needs += [_need(name, config, precision, request) for precision in request.precisions]
+        for precision in request.precisions:
+            needs.append(_need(name, config, precision, request))
         speeds += _speeds(residents, request, here)
     groups = [_group(residents, request) for residents in request.together()]
-    # Roles that share a model share its download.
-    repositories = {ref.id: ref for ref in request.models.values()}
-    article: tuple[dict[Hashable, Any], ...] = ()
-    if any(name.startswith(FALCON_180B) for name in repositories):
-        article = tuple(sharding.hardware_claims().to_dict("records"))
+    repositories = _repositories(request.models)
+    stand_ins: dict[str, str] = {}
+    for ref in request.models.values():
+        if ref.stand_in_for:
+            stand_ins[ref.name] = ref.stand_in_for
     return _Plan(
         title=request.title,
         machine=request.machine,
         on_gpus=bool(request.devices.gpus),
         work=request.work,
         contexts=tuple(sorted(contexts)),
-        stand_ins={ref.name: ref.stand_in_for for ref in request.models.values() if ref.stand_in_for},
+        stand_ins=stand_ins,
         needs=tuple(needs),
         groups=tuple(groups),
         speeds=tuple(speeds),
-        repositories=tuple(_repository(ref, here) for ref in repositories.values()),
+        repositories=tuple(_repository(ref, here) for ref in repositories),
         downloaded_bytes=0,
-        disk_needed=sum(ref.download_bytes or 0 for ref in repositories.values()),
+        disk_needed=sum(ref.download_bytes or 0 for ref in repositories),
         here=here,
         remedies=tuple(_remedies(groups, request)),
-        article=article,
+        article=_article(repositories),
     )
+
+
+def _repositories(models: Mapping[str, ModelRef]) -> list[ModelRef]:
+    """The models to download; roles that share a model share its download."""
+    by_id = {ref.id: ref for ref in models.values()}
+    return list(by_id.values())
+
+
+def _article(refs: Sequence[ModelRef]) -> tuple[dict[Hashable, Any], ...]:
+    """The article's machines, a row each; empty if Falcon-180B is not planned for."""
+    for ref in refs:
+        if ref.id.startswith(FALCON_180B):
+            return tuple(sharding.hardware_claims().to_dict("records"))
+    return ()
 
 
 def _residents(models: Mapping[str, ModelRef], groups: Sequence[Sequence[str]]) -> list[_Residents]:
@@ -276,15 +252,15 @@ def _need(name: str, config: PretrainedConfig, precision: str, request: _Request
 def _group(residents: _Residents, request: _Request) -> _Group:
     models = residents.in_precision(request.precision)
     placements = place_together(models, request.devices, request.work)
-    totals: dict[machine_placement.Device, dict[str, int]] = {}
+    totals: dict[Device, dict[str, int]] = {}
     for model, placement in zip(models, placements, strict=True):
         for device, parts in _parts(model, placement, request).items():
             total = totals.setdefault(device, dict.fromkeys(parts, 0))
             for part, held in parts.items():
                 total[part] += held
-    sizes: dict[machine_placement.Device, float] = dict(enumerate(request.devices.gpus)) or {
-        "cpu": request.devices.cpu_bytes
-    }
+    sizes: dict[Device, float] = dict(enumerate(request.devices.gpus))
+    if not sizes:
+        sizes = {"cpu": request.devices.cpu_bytes}
     devices: list[_Device] = []
     for device, size in sizes.items():
         parts, reserved = totals[device], round(size * RESERVED)
@@ -294,7 +270,7 @@ def _group(residents: _Residents, request: _Request) -> _Group:
     return _Group(residents.names, request.precision, tuple(devices), tuple(shortfalls))
 
 
-def _parts(model: Resident, placement: Placement, request: _Request) -> dict[machine_placement.Device, dict[str, int]]:
+def _parts(model: Resident, placement: Placement, request: _Request) -> dict[Device, dict[str, int]]:
     return parts_by_device(model.config, model.precision, placement, workload=request.work)
 
 
@@ -304,7 +280,7 @@ def _speeds(residents: _Residents, request: _Request, here: _Here) -> Iterator[_
     (placement,) = place_together([model], request.devices, request.work)
     if not placement.fits:
         return
-    read: dict[machine_placement.Device, int] = {}
+    read: dict[Device, int] = {}
     for device, parts in _parts(model, placement, request).items():
         read[device] = parts["weights"] + parts["kv_cache"]
     shape = anatomy.anatomy(model.config)
@@ -314,16 +290,16 @@ def _speeds(residents: _Residents, request: _Request, here: _Here) -> Iterator[_
         read[holder] -= shape.embeddings * memory.element_bytes(model.precision)
     total = sum(read.values())
     for cards, bandwidth in _bandwidths(request.devices, here):
-        seconds = sum(size / bandwidth[device] for device, size in read.items())
+        seconds = 0.0
+        for device, size in read.items():
+            seconds += size / bandwidth[device]
         label = " + ".join(card.name for card in cards)
         source = "; ".join(dict.fromkeys(card.source for card in cards))
         tokens_per_second = request.work.batch_size / seconds
         yield _SpeedLimit(model.name, model.precision, label, total / seconds, total, tokens_per_second, source)
 
 
-def _bandwidths(
-    devices: Devices, here: _Here
-) -> Iterator[tuple[Sequence[_Card], dict[machine_placement.Device, float]]]:
+def _bandwidths(devices: Devices, here: _Here) -> Iterator[tuple[Sequence[_Card], dict[Device, float]]]:
     """The cards that the devices may be, a kind for each size, with the bandwidth of each device."""
     if not devices.gpus:
         if here.memory_bandwidth:
@@ -336,14 +312,19 @@ def _bandwidths(
     # Nobody said which card has that size, so every combination of known ones is shown.
     for cards in itertools.product(*choices):
         card_of = dict(zip(sizes, cards, strict=True))
-        yield cards, {device: card_of[size].bandwidth for device, size in enumerate(devices.gpus)}
+        bandwidths: dict[Device, float] = {}
+        for device, size in enumerate(devices.gpus):
+            bandwidths[device] = card_of[size].bandwidth
+        yield cards, bandwidths
 
 
 def _repository(ref: ModelRef, here: _Here) -> _Repository:
     stored = ref.download_bytes or 0
     if ref.source != "hub":  # its files are here: no need to trust a number in a profile
         stored = sum(file.stat().st_size for file in finding.resolve(ref).glob("*.safetensors"))
-    seconds = stored / here.disk.bytes_per_second if here.disk else None
+    seconds = None
+    if here.disk:
+        seconds = stored / here.disk.bytes_per_second
     return _Repository(ref.id, profiles.LIVES[ref.source], stored, ref.download_bytes or 0, seconds)
 
 
@@ -370,8 +351,12 @@ def _remedies(groups: Sequence[_Group], request: _Request) -> Iterator[str]:
 
 
 def _name(ref: ModelRef) -> str:
-    return f"{ref.name} (stand-in)" if ref.stand_in_for else ref.name
+    if ref.stand_in_for:
+        return f"{ref.name} (stand-in)"
+    return ref.name
 
 
-def _device_name(device: machine_placement.Device) -> str:
-    return f"GPU {device}" if isinstance(device, int) else "memory"
+def _device_name(device: Device) -> str:
+    if isinstance(device, int):
+        return f"GPU {device}"
+    return "memory"

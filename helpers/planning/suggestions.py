@@ -1,8 +1,4 @@
-"""What a machine needs to run the models of a profile, or any published one: nothing is loaded, nothing downloaded.
-
-A ``Plan`` holds memory by precision, every device part by part, the limit of the decoding speed, the download, the disk
-and the time to load; ``tables`` shows it, ``draw`` draws its devices, ``to_json`` keeps it. Sizes are bytes.
-"""
+"""List every precision and set of equal GPUs that runs a model: ``workbook plan --suggest``."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from helpers.base.errors import WorkbookError
 from helpers.machine import placement
 from helpers.models import finding
 from helpers.planning.plan import AS_MANY_AS_FIT, COUNTS, DECIMAL, SIZES
-from helpers.planning.planner import FALCON_180B, _check_request, _published_ref
+from helpers.planning.request import FALCON_180B, _check_request, _published_ref
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -59,7 +55,9 @@ def suggest(ref: ModelRef, work: Workload = AS_MANY_AS_FIT, precision: str | Non
     """
     _check_request(work, precision)
     config = finding.config(ref)
-    precisions = (precision,) if precision else ("fp32", "bf16", "int8", "nf4")
+    precisions = ["fp32", "bf16", "int8", "nf4"]  # fp16 needs what bf16 needs
+    if precision is not None:
+        precisions = [precision]
     suggestions: list[_Suggestion] = []
     for name, count, size in itertools.product(precisions, COUNTS, SIZES):
         for double_quant in (False, True):
@@ -72,7 +70,7 @@ def suggest(ref: ModelRef, work: Workload = AS_MANY_AS_FIT, precision: str | Non
                 tokens = suggestion.library_context_tokens
             if tokens >= work.tokens_for(config):
                 suggestions.append(suggestion)
-    return sorted(suggestions, key=lambda suggestion: (suggestion.total_gigabytes, suggestion.gpus))
+    return sorted(suggestions, key=lambda listed: (listed.total_gigabytes, listed.gpus))
 
 
 def _suggestion(config: PretrainedConfig, precision: str, count: int, size: int, work: Workload) -> _Suggestion:

@@ -23,7 +23,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Literal, Required, TypedDict, cast
 
 from helpers.base.files import write_text
-from helpers.base.processes import Parent, adopt_orphans, kill_marked
+from helpers.base.processes import Parent, ending_descendants
 from helpers.runs.notebook import _make_portable
 from helpers.runs.redaction import _redact
 
@@ -225,14 +225,14 @@ def _main() -> None:
     parent = Parent()
     message = parent.receive()
     job = _Job(**{**message, "secrets": tuple(message["secrets"])})
-    adopt_orphans()
-    parent.end_with_it(job.mark)
-    try:
-        reason = _execute(job, parent.send)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        sys.excepthook(type(error), error, error.__traceback__)
-    kill_marked(job.mark)  # what the kernel left behind, while it is still this process's
+    # What the kernel leaves behind is killed while it is still this process's.
+    with ending_descendants(job.mark):
+        parent.end_with_it(job.mark)
+        try:
+            reason = _execute(job, parent.send)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            sys.excepthook(type(error), error, error.__traceback__)
     parent.send({"event": "end", "reason": reason})
 
 

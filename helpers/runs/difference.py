@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError
-from helpers.base.units import gib
+from helpers.base.units import duration, gib
 from helpers.runs import store
 from helpers.runs.claims import _ledger
 from helpers.runs.difference_values import _Line, _lines, _Run
 from helpers.runs.execution import NOTEBOOKS
-from helpers.runs.pages import ROLES, _duration, _machine
+from helpers.runs.pages import ROLES, _machine
 from helpers.runs.schema import _UnknownHardware
 from helpers.runs.store import _read_results, _read_status
 
@@ -183,7 +183,7 @@ def _states(run: _Run) -> dict[str, str]:
 
 
 def _times(run: _Run) -> dict[str, str]:
-    return {name: _duration(entry.seconds) for name, entry in run.status.notebooks.items()}
+    return {name: duration(entry.seconds) for name, entry in run.status.notebooks.items()}
 
 
 def _claim_verdicts(run: _Run) -> dict[str, str]:

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from helpers.base.processes import Completed
     from helpers.models.references import ModelRef, Profile
     from helpers.runs.notebook import _Plan
 
@@ -113,7 +112,7 @@ def _build_manifest(
             git=_git_state(ROOT),
             python=platform.python_version(),
             packages=_packages(),
-            hardware=_detected(detection.result()),
+            hardware=_detected(detection),
         )
 
 
@@ -178,8 +177,9 @@ def _packages() -> dict[str, str]:
     return dict(sorted(versions.items()))
 
 
-def _detected(detection: Completed) -> _Hardware | _UnknownHardware:
+def _detected(detection: Command) -> _Hardware | _UnknownHardware:
     """What the process found; a run goes on without it."""
-    if detection.returncode != 0:
-        return _UnknownHardware(error=detection.errors.strip()[-500:])
-    return _Hardware.model_validate_json(detection.output)
+    done = detection.result()
+    if done.returncode != 0:
+        return _UnknownHardware(error=done.errors.strip()[-500:])
+    return _Hardware.model_validate_json(done.output)

@@ -110,22 +110,6 @@ def _link_to_pages(markdown: str, pages: Container[str]) -> str:
     return _NOTEBOOK_LINK.sub(address, markdown)
 
 
-def _duration(seconds: float | None) -> str:
-    """Format seconds for people: ``0.4 s``, ``12 s``, ``3 min 5 s``, ``2 h 10 min``."""
-    if seconds is None:
-        return "–"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 120:
-        return f"{whole} s"
-    if whole < 7200:
-        large, small, units = whole // 60, whole % 60, ("min", "s")
-    else:
-        large, small, units = whole // 3600, whole % 3600 // 60, ("h", "min")
-    return f"{large} {units[0]} {small} {units[1]}" if small else f"{large} {units[0]}"
-
-
 def _machine(hardware: _Hardware | _UnknownHardware) -> str:
     """Describe the machine of a run in half a sentence."""
     if isinstance(hardware, _UnknownHardware):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-    from helpers.base.stats import Scalar
+    from helpers.base.stats import Recordable
     from helpers.runs.schema import Value, Verdict, _ExpectedValue
 
 _COLOURS: dict[Verdict, str] = {AS_EXPECTED: "#00805a", DIFFERS: "#c0392b", UNMEASURED: "#777777"}
@@ -91,7 +91,7 @@ class _Records(tuple[_Record, ...]):
 
 def record(  # noqa: PLR0913 (every notebook uses these names)
     name: str,
-    value: Value | Scalar,
+    value: Recordable,
     unit: str = "",
     claim: str | None = None,
     *,
@@ -115,7 +115,7 @@ def record(  # noqa: PLR0913 (every notebook uses these names)
 
 
 def record_all(
-    values: Mapping[str, Value | Scalar | Measured],
+    values: Mapping[str, Recordable | Measured],
     *,
     unit: str = "",
     claim: str | None = None,
@@ -186,7 +186,7 @@ def _forget(run_dir: Path, notebook: str) -> None:
             (run_dir / figure).unlink(missing_ok=True)
 
 
-def _completed(value: Value | Scalar | Measured, common: Measured) -> Measured:
+def _completed(value: Recordable | Measured, common: Measured) -> Measured:
     """The value with what all values of the call have in common, if it does not bring its own."""
     if not isinstance(value, Measured):
         # A text or a yes has no tolerance, so a common one is not meant for it.
@@ -230,7 +230,7 @@ def _judged(name: str, measured: Measured, expected: _ExpectedValue | None) -> _
     return entry.model_copy(update=comparison)
 
 
-def _plain(name: str, value: Value | Scalar) -> Value:
+def _plain(name: str, value: Recordable) -> Value:
     item: object = value
     # A text is a text, though numpy's texts have an item too; an array of several has none to give.
     if hasattr(value, "item"):

@@ -9,11 +9,11 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from helpers.base.files import write_text
-from helpers.base.units import GIB, gib
+from helpers.base.units import GIB, duration, gib
 from helpers.runs import store
 from helpers.runs.claims import _judged_claims, _stand_ins
 from helpers.runs.expected import _with_tolerance, _with_unit
-from helpers.runs.pages import ROLES, _duration, _gpus, _machine, _render_page, _write_pages
+from helpers.runs.pages import ROLES, _gpus, _machine, _render_page, _write_pages
 from helpers.runs.schema import AS_EXPECTED, DIFFERS, UNMEASURED, _NotebookStatus, _RecordedValue, _UnknownHardware
 from helpers.runs.store import _read_results, _read_status
 
@@ -97,15 +97,15 @@ class _NotebookRow:
 
     @property
     def time(self) -> str:
-        return _duration(self.entry.seconds) if self.entry.started else "–"
+        return duration(self.entry.seconds) if self.entry.started else "–"
 
     @property
     def expected(self) -> str:
-        return _duration(self.entry.expected_seconds)
+        return duration(self.entry.expected_seconds)
 
     @property
     def budget(self) -> str:
-        return _duration(self.entry.budget_seconds)
+        return duration(self.entry.budget_seconds)
 
     @property
     def share(self) -> int:
@@ -215,7 +215,7 @@ def _tiles(status: _Status, claims: Sequence[_JudgedClaim], verdicts: Mapping[st
         ("values that differ", str(differing), "values", "failed" if differing else ""),
         ("values unmeasured", str(verdicts.get(UNMEASURED, 0)), "values", ""),
         ("claims with a verdict", f"{judged} of {len(claims)}", "claims", ""),
-        ("total time", _duration(sum(entry.seconds for entry in entries)), "notebooks", ""),
+        ("total time", duration(sum(entry.seconds for entry in entries)), "notebooks", ""),
         ("peak memory", gib(peak) if peak else "–", "notebooks", ""),
     )
     return [{"label": label, "value": value, "to": to, "mark": mark} for label, value, to, mark in rows]

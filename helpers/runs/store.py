@@ -14,7 +14,7 @@ from filelock import FileLock
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from helpers.base.errors import WorkbookError
-from helpers.base.files import FileError, read_json, write_json
+from helpers.base.files import read_json, write_json
 from helpers.runs.schema import _Claim, _ExpectedValue, _Manifest, _Results, _Status
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _required(path: Path) -> Path:
 def _read(path: Path, kind: type[_File]) -> _File:
     try:
         content = read_json(path)
-    except FileError as error:
+    except WorkbookError as error:
         raise ResultError(str(error)) from error
     return _validated(path, content, kind)
 

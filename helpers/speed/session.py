@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from helpers.base.errors import choose
 from helpers.base.files import ROOT, write_json, write_text
-from helpers.base.progress import bar_class, human
-from helpers.base.units import PRECISIONS
+from helpers.base.progress import bar_class
+from helpers.base.units import PRECISIONS, human
 from helpers.engines.catalogue import KINDS, OWN, Kind, chosen
 from helpers.figures.speed import engine_speeds
 from helpers.figures.style import png

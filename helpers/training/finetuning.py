@@ -220,7 +220,7 @@ def _watch(history: list[Point], on_point: Callable[[Sequence[Point]], None]) ->
             args: TrainingArguments,
             state: TrainerState,
             control: TrainerControl,
-            **_: object,  # noqa: ARG002
+            **_: object,
         ) -> None:
             # what an interrupted training logged before its checkpoint
             history.extend(_point(row) for row in state.log_history if _is_point(row))
@@ -284,10 +284,10 @@ def _check_base(model: PreTrainedModel) -> None:
     if may_repack(model):
         raise FinetuneError(
             "This CPU repacks nf4 weights at the first inference. After that, training would lose its gradients "
-            "without an error. Load the model with loading.load(..., unpacked=True)."
+            "without an error. Load the model with models.load(..., unpacked=True)."
         )
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise FinetuneError("This model has adapters already. Load it again with loading.load(..., unpacked=True).")
+        raise FinetuneError("This model has adapters already. Load it again with models.load(..., unpacked=True).")
 
 
 @dataclass(frozen=True)

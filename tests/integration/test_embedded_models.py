@@ -1,5 +1,6 @@
 """The laptop profile's real models: whole, provably quantized, offline, and equal to what was published."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -111,10 +112,16 @@ def test_every_weight_of_falcon_mini_is_the_checkpoints():
         assert max(shares) <= 1
 
 
+@pytest.fixture(scope="module")
+def smollm2():
+    """SmolLM2 in bf16: shared, not to be changed."""
+    return load(MODELS["llama_chat"], "bf16")
+
+
 @pytest.mark.slow
-def test_smollm2_equals_its_published_file():
+def test_smollm2_equals_its_published_file(smollm2):
     """The copy in the cache holds the GGUF file's weights, and gives the logits that transformers reads from it."""
-    cached = load(MODELS["llama_chat"], "bf16")
+    cached = smollm2
     file = packaged_file(MODELS["llama_chat"])
     direct = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
     weights = direct.state_dict()
@@ -132,22 +139,22 @@ def dequantized(layer) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "most"), [("int8", 0.3), ("nf4", 0.1)])
-def test_smollm2_quantizes_whole_and_computes_with_the_quantized_weights(precision, most):
+def test_smollm2_quantizes_whole_and_computes_with_the_quantized_weights(precision, most, smollm2):
     """Beside a dense model with the dequantized weights; int8 also rounds what goes into each layer."""
-    loaded, dense = load(MODELS["llama_chat"], precision), load(MODELS["llama_chat"])
-    report, original = loaded.report, logits(dense.model, ids_of(dense))
+    loaded, dense, ids = load(MODELS["llama_chat"], precision), copy.deepcopy(smollm2.model), ids_of(smollm2)
+    report, original = loaded.report, logits(dense, ids)
     assert (report.parameters, report.stored_bytes) == (SMOL_LINEAR + SMOL_REST, SMOL_BYTES[precision])
     assert (report.linear_layers, report.quantized_layers, report.repaired) == (210, 210, False)
-    for name in quantizable_layers(dense.model):
-        dense.model.get_submodule(name).weight.data = dequantized(loaded.model.get_submodule(name))
-    expected, found = (logits(model.model, ids_of(dense)) for model in (dense, loaded))
+    for name in quantizable_layers(dense):
+        dense.get_submodule(name).weight.data = dequantized(loaded.model.get_submodule(name))
+    expected, found = (logits(model, ids) for model in (dense, loaded.model))
     assert ((found - expected).norm() / expected.norm()).item() < most
     assert not torch.equal(found, original)
 
 
 @pytest.mark.slow
-def test_smollm2_answers_and_stops_at_its_end_token():
-    loaded = load(MODELS["llama_chat"])
+def test_smollm2_answers_and_stops_at_its_end_token(smollm2):
+    loaded = smollm2
     assert (loaded.report.parameters, loaded.report.stored_bytes) == (SMOL_LINEAR + SMOL_REST, SMOL_BYTES["bf16"])
     text = loaded.format.render([{"role": "user", "content": "What is the capital of France?"}])
     ids = loaded.tokenizer(text, return_tensors="pt")
@@ -156,17 +163,17 @@ def test_smollm2_answers_and_stops_at_its_end_token():
     assert loaded.tokenizer.decode(reply[-1]) == "<|im_end|>" == loaded.tokenizer.eos_token
 
 
-def test_smollm2_renders_chatml_as_its_own_template():
-    loaded = load(MODELS["llama_chat"])
+def test_smollm2_renders_chatml_as_its_own_template(smollm2):
+    loaded = smollm2
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     own = loaded.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
     assert loaded.format.render(talk) == own
     assert len(loaded.tokenizer("<|im_start|>user")["input_ids"]) == 2
 
 
+@pytest.mark.usefixtures("smollm2")  # loaded once already
 def test_smollm2_loads_in_under_a_second_once_it_is_prepared():
     """Seconds of processor time, on one thread: a busy machine changes nothing."""
-    load(MODELS["llama_chat"])
     started = time.process_time()
     load(MODELS["llama_chat"])
     assert time.process_time() - started < 1

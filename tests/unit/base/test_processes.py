@@ -119,23 +119,30 @@ def test_orphans_of_the_session_are_killed_though_never_seen(sleeper):
 
 def test_a_marked_process_kills_the_others_and_lives(sleeper):
     code = (
-        "import subprocess\nfrom helpers import processes\n"
+        "import subprocess\nfrom helpers.base import processes\n"
         "parent = processes.Parent()\nmark = parent.receive()['mark']\n"
-        f"subprocess.Popen(['setsid', 'sleep', '{sleeper}'])\nsubprocess.Popen(['sleep', '{sleeper}'], env={{}})\n"
-        "print('noise')\nparent.send({'killed': processes.kill_marked(mark), 'again': processes.kill_marked(mark)})"
+        "with processes.ending_descendants(mark):\n"
+        f"    subprocess.Popen(['setsid', 'sleep', '{sleeper}'])\n"
+        f"    subprocess.Popen(['sleep', '{sleeper}'], env={{}})\n"
+        "    print('noise')\n    parent.send({})\n    parent.receive()\n"
+        "parent.send({})\nparent.receive()"
     )
     lines = []
     with ChildProcess([sys.executable, "-c", code], errors=lines.append) as child:
         child.send({"mark": child.mark})
-        assert child.receive(30) == {"killed": 2, "again": 0}
+        child.receive(30)
+        wait_for(lambda: len([process for process in processes_with(sleeper) if process.name() == "sleep"]) == 2)
+        child.send({})
+        child.receive(30)
+        assert processes_with(sleeper) == [psutil.Process(child.pid)]  # its command line holds the seconds, too
+        child.send({})
         assert child.wait(30) == 0
-    assert processes_with(sleeper) == []
     assert lines == [b"noise\n"]
 
 
 def test_a_child_ends_with_its_parent_and_what_carries_the_mark_too(sleeper):
     code = (
-        "import subprocess, time\nfrom helpers import processes\nparent = processes.Parent()\n"
+        "import subprocess, time\nfrom helpers.base import processes\nparent = processes.Parent()\n"
         "parent.end_with_it(parent.receive()['mark'])\n"
         f"subprocess.Popen(['sleep', '{sleeper}'], start_new_session=True)\n"
         "parent.send({})\ntime.sleep(60)"

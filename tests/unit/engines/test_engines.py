@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from helpers import figures, machine, models
 from helpers.base import WorkbookError
 from helpers.base.files import ROOT
-from helpers.base.processes import Completed
+from helpers.base.processes import _Completed
 from helpers.cli import app
 from helpers.engines import EngineError, catalogue, convert
 from helpers.engines.catalogue import KINDS, Job
@@ -375,7 +375,7 @@ def test_vllm_gives_the_same_tokens_in_fp32(setup):
 
 
 def test_a_converter_that_fails_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert.processes, "run", lambda *_: Completed(1, "", "a\nValueError: no"))
+    monkeypatch.setattr(convert.processes, "run", lambda *_: _Completed(1, "", "a\nValueError: no"))
     (tmp_path / "model").mkdir()
     job = Job({}, str(tmp_path / "model"), "bf16", 1, 1, 1, str(tmp_path / "cache"))
     with pytest.raises(EngineError, match="does not take this checkpoint: ValueError: no"):

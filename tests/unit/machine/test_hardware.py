@@ -1,4 +1,4 @@
-"""helpers.machine.hardware against psutil, the kernel's own interfaces, numpy's copy speed and made-up control groups."""
+"""helpers.machine.hardware against psutil, the kernel's own interfaces, numpy's speed and made-up control groups."""
 
 import math
 import os
@@ -36,9 +36,9 @@ def membership(tmp_path, text):
 
 def test_detect_agrees_with_the_system():
     machine = hardware.detect()
-    limit, room = hardware._memory_limit()
+    limit, left = hardware._memory_limit()
     assert machine.ram_bytes == min(psutil.virtual_memory().total, limit)
-    assert 0 < machine.ram_available_bytes <= min(machine.ram_bytes, room * 1.1)
+    assert 0 < machine.ram_available_bytes <= min(machine.ram_bytes, left * 1.1)
     assert machine.cpu_count == max(1, int(min(len(os.sched_getaffinity(0)), hardware._cpu_limit())))
     assert abs(machine.disk_free_bytes - shutil.disk_usage(ROOT).free) < 2**30
     assert machine.cache_free_bytes == pytest.approx(shutil.disk_usage(Path.home()).free, abs=2**30)
@@ -48,8 +48,8 @@ def test_detect_agrees_with_the_system():
 
 
 def test_affinity_lowers_the_cpu_count():
-    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from helpers import hardware; "
-    code += "print(hardware.detect(gpus=()).cpu_count)"
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from helpers import machine; "
+    code += "print(machine.detect(gpus=()).cpu_count)"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "1"
 
 
@@ -78,12 +78,12 @@ def test_version_2_limits_of_the_group_and_its_parents(tmp_path):
     assert hardware._cpu_limit(tmp_path, belongs) == 1.5
 
 
-def test_file_cache_counts_as_room(tmp_path):
+def test_file_cache_counts_as_free(tmp_path):
     files(tmp_path, memory__max=8000, memory__current=5000, memory__stat="anon 2000\ninactive_file 3000")
     assert hardware._memory_limit(tmp_path, membership(tmp_path, "0::/\n")) == (8000, 6000)
 
 
-def test_the_smallest_limit_and_the_least_room_may_be_two_groups(tmp_path):
+def test_the_smallest_limit_and_the_least_left_may_be_those_of_two_groups(tmp_path):
     files(tmp_path / "a", memory__max=9000, memory__current=8500)
     files(tmp_path / "a" / "b", memory__max=4000, memory__current=1000)
     assert hardware._memory_limit(tmp_path, membership(tmp_path, "0::/a/b\n")) == (4000, 500)
@@ -126,13 +126,13 @@ def test_bandwidth_is_near_numpys():
         np.copyto(target, source)
         seconds.append(time.perf_counter() - start)
     copied = 2 * source.nbytes / statistics.median(seconds)
-    assert copied / 4 < hardware.memory_bandwidth(bytes=2**26, repeats=5) < copied * 4
+    assert copied / 4 < hardware.memory_bandwidth(2**26, repeats=5) < copied * 4
 
 
-@pytest.mark.parametrize("room", ["hardware", "profiles", "memory"])
-def test_importing_a_room_imports_nothing_heavy(room):
-    heavy = "{'torch', 'transformers', 'pandas', 'pydantic', 'yaml', 'psutil', 'huggingface_hub'}"
-    code = f"import sys, helpers.{room}; print(sorted({heavy} & set(sys.modules)))"
+def test_importing_the_group_imports_nothing_heavy():
+    heavy = "{'torch', 'transformers', 'pandas', 'pydantic', 'yaml', 'huggingface_hub'}"
+    modules = "driver, hardware, memory, anatomy, packing, pieces, placement, sharding"
+    code = f"import sys; from helpers.machine import {modules}; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
 
 
@@ -178,7 +178,7 @@ def test_disk_speed_is_of_the_disk_and_not_of_the_page_cache(tmp_path, monkeypat
         monkeypatch.delattr(os, "O_DIRECT")
     before = fetched_from_disk()
     start = time.perf_counter()
-    speed = hardware.disk_read_speed(tmp_path, bytes=2**26)
+    speed = hardware.disk_read_speed(tmp_path, size=2**26)
     took = time.perf_counter() - start
     assert fetched_from_disk() - before >= speed.read_bytes
     assert speed.direct == takes_direct
@@ -194,6 +194,6 @@ def test_a_disk_that_takes_no_file_is_an_error(tmp_path):
 
 def test_disk_speed_keeps_its_time(tmp_path):
     start = time.perf_counter()
-    speed = hardware.disk_read_speed(tmp_path, bytes=2**40, seconds=0.2)
+    speed = hardware.disk_read_speed(tmp_path, size=2**40, seconds=0.2)
     assert 0 < speed.read_bytes < 2**33
     assert time.perf_counter() - start < 20

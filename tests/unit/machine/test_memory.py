@@ -1,4 +1,4 @@
-"""helpers.machine.memory against transformers on the meta device, tensors that are really held, accelerate, and brute force."""
+"""helpers.machine against transformers on the meta device, tensors that are really held, accelerate, and brute force."""
 
 import itertools
 import json
@@ -454,8 +454,6 @@ def test_peak_of_a_real_model_with_a_long_context_and_batch_4():
 
     Counted: all that torch allocates after the load, so cache, activations and logits, and not the weights.
     """
-    pass
-
     model = loading.load(profiles.load_profile("laptop").llama_chat, "bf16").model
     ids = torch.randint(10, 40_000, (4, 1020), generator=torch.Generator().manual_seed(0))
     how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}

@@ -16,9 +16,11 @@ import warnings
 from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlparse
 
 import huggingface_hub
+import huggingface_hub.file_download
 import pytest
 import torch
 from accelerate.utils.modeling import check_device_map
@@ -507,6 +509,8 @@ def hub(copied, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    # The library waits a second before each of its five new tries.
+    monkeypatch.setattr(huggingface_hub.file_download, "time", SimpleNamespace(sleep=lambda _: None))
     yield handler
     server.shutdown()
     server.server_close()

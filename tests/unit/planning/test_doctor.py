@@ -205,7 +205,7 @@ def test_too_little_free_memory_fails_and_says_by_how_much():
 
 @pytest.mark.parametrize("free", [52e9, 58e9, 62e9, 70e9, 76e9])
 def test_models_that_share_the_gpus_must_fit_together_as_in_the_plan_and_the_rehearsal(free):
-    """In bf16 both chat models hold 510e9 bytes: eight GPUs with 62e9 free have room for either, not for both."""
+    """In bf16 both chat models hold 510e9 bytes: eight GPUs with 62e9 free hold either, not both."""
     here = machine(free=free)
     finding = only(doctor._check_free_memory(BOX, here, DriverError("not asked")))
     smaller = replace(BOX, requires=replace(BOX.requires, gpu_bytes=int(free)))
@@ -457,7 +457,7 @@ def test_the_packages_here_are_those_of_the_lock():
     assert (finding.status, finding.advice) == ("ok", ""), finding.found
 
 
-def test_packages_that_differ_or_lack_are_named(tmp_path):
+def test_packages_that_differ_or_are_missing_are_named(tmp_path):
     lock = tmp_path / "cpu.txt"
     lock.write_text("# head\n--extra-index-url x\npip==0.1  # via y\nno-such-thing==2 ; sys_platform == 'win32'\n")
     finding = only(_check_versions(lock))
@@ -540,7 +540,7 @@ def test_a_check_that_fails_itself_is_a_finding(monkeypatch):
 
 
 def test_an_unknown_profile_is_a_usage_error():
-    result = CliRunner().invoke(app.app, ["doctor", "--profile", "9x9gb"])
+    result = CliRunner().invoke(app, ["doctor", "--profile", "9x9gb"])
     assert result.exit_code == 2
     assert "9x9gb" in result.stderr
 
@@ -550,7 +550,7 @@ def test_findings_are_shown_whole_at_any_width(monkeypatch, columns):
     long = Finding("login", "warn", "no token", f"Models need one. {doctor.NEW_TOKEN}")
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(doctor, "examine", lambda _: [Finding("memory", "fail", "needs 59.6 GiB", "x"), long])
-    result = CliRunner().invoke(app.app, ["doctor", "--profile", "8x80gb"])
+    result = CliRunner().invoke(app, ["doctor", "--profile", "8x80gb"])
     assert result.exit_code == 1
     assert max(map(len, result.stdout.splitlines())) <= columns
     assert long.advice in " ".join(result.stdout.split())

@@ -1,4 +1,4 @@
-"""helpers.planning.plan against sizes computed by hand, published figures, ``memory.place`` and what it really takes."""
+"""Plans against sizes computed by hand, published figures, ``machine.place`` and what planning really takes."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from helpers.base import GIB, WorkbookError
 from helpers.base.files import ROOT
 from helpers.cli import app
 from helpers.machine import memory
-from helpers.planning import output, planner
+from helpers.planning import output, planner, request
 from helpers.planning.plan import _Here
 
 HERE = _Here("/cache", 10**12, machine.DiskSpeed(2e9, 2**28, "/cache", True))
@@ -42,8 +42,8 @@ def work_of(context_tokens=None, **changes):
 
 
 def plan_180b(gpus, precision="bf16", **work):
-    ref = planner._published_ref(planning.FALCON_180B)
-    return planner._plan_model(ref, planner._parse_gpus(gpus), HERE, work_of(**work), precision)
+    ref = request._published_ref(planning.FALCON_180B)
+    return planner._plan_model(ref, request._parse_gpus(gpus), HERE, work_of(**work), precision)
 
 
 def shown(parts, width):
@@ -66,18 +66,18 @@ def shown(parts, width):
     ],
 )
 def test_gpus_as_people_write_them(text, sizes):
-    assert list(planner._parse_gpus(text)) == sizes
+    assert list(request._parse_gpus(text)) == sizes
 
 
 @pytest.mark.parametrize("text", ["", "8", "8*80", "0x80", "8x0", "8x80;2x40", "x80", "8x", "-1x80", "8x80,"])
 def test_gpus_that_make_no_sense_are_refused_with_an_example(text):
     with pytest.raises(WorkbookError, match="such as 8x80, or 4x80,2x40"):
-        planner._parse_gpus(text)
+        request._parse_gpus(text)
 
 
 def test_thousands_of_gpus_are_refused():
     with pytest.raises(WorkbookError, match=r"9999 GPUs. Give at most 1024"):
-        planner._parse_gpus("9999x80")
+        request._parse_gpus("9999x80")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_thousands_of_gpus_are_refused():
     ],
 )
 def test_every_published_model_and_its_sisters_can_be_planned(model_id, parameters):
-    ref = planner._published_ref(model_id)
+    ref = request._published_ref(model_id)
     assert ref.download_bytes == 2 * parameters
     assert ref.stand_in_for is None
     assert ref.id == model_id
@@ -103,12 +103,12 @@ def test_every_published_model_and_its_sisters_can_be_planned(model_id, paramete
 
 def test_an_unknown_model_lists_the_known_ones():
     with pytest.raises(WorkbookError, match=r"'tiiuae/falcon-11B'. Choose one of: .*tiiuae/falcon-40b"):
-        planner._published_ref("tiiuae/falcon-11B")
+        request._published_ref("tiiuae/falcon-11B")
 
 
 @pytest.mark.parametrize("work", [{"batch_size": 0}, {"context_tokens": 0}, {"context_tokens": -5}])
 def test_work_on_nothing_is_refused(work):
-    ref, profile = planner._published_ref(planning.FALCON_180B), models.load_profile("8x80gb")
+    ref, profile = request._published_ref(planning.FALCON_180B), models.load_profile("8x80gb")
     for refused in (
         lambda: planner._plan_model(ref, [80e9], HERE, work_of(**work)),
         lambda: planner._plan_profile(profile, HERE, work_of(**work)),
@@ -157,7 +157,7 @@ def test_models_of_one_shape_that_take_turns_share_a_table(plans):
     assert groups == [("falcon-180B or falcon-180B-chat",), ("Llama-2-70b-chat-hf",)]
 
 
-def test_a_second_model_without_room_is_not_planned_as_fitting():
+def test_a_second_model_that_does_not_fit_is_not_planned_as_fitting():
     profile = models.load_profile("8x80gb")
     crowded = replace(profile, resident=(("falcon", "falcon_chat", "llama_chat"),))
     plan = planner._plan_profile(crowded, HERE)
@@ -223,7 +223,7 @@ def test_what_the_notebooks_do_beyond_the_plan_is_said(plans):
 def test_suggestions_refuse_what_they_would_not_look_at(option, says, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    result = CliRunner().invoke(app.app, ["plan", "--suggest", *option])
+    result = CliRunner().invoke(app, ["plan", "--suggest", *option])
     assert result.exit_code == 2
     assert says in result.output
     assert not list(tmp_path.iterdir())
@@ -251,16 +251,16 @@ def test_needs_are_what_place_says(plans, name):
 def test_four_cards_do_not_hold_bf16_by_how_much_and_what_would():
     plan = plan_180b("4x80")
     config = machine.published_config(planning.FALCON_180B)
-    room = 4 * (0.95 * 80e9 - memory._activation_bytes(config, "bf16"))
-    lacking = (357_114_177_536 + 2048 * 163_840 - room) / GIB
-    assert lacking == pytest.approx(52.7, abs=0.1)
+    free = 4 * (0.95 * 80e9 - memory._activation_bytes(config, "bf16"))
+    missing = (357_114_177_536 + 2048 * 163_840 - free) / GIB
+    assert missing == pytest.approx(52.7, abs=0.1)
     assert not plan.fits
     (remedy,) = plan.remedies
-    assert f"needs {lacking:.1f} GiB more than 4 devices of 74.5 GiB can hold" in remedy
+    assert f"needs {missing:.1f} GiB more than 4 devices of 74.5 GiB can hold" in remedy
     assert remedy.endswith("What would fit: int8 or nf4 on 4 GPUs of 80 GB; bf16 on 5 GPUs of 80 GB.")
     assert plan_180b("5x80").fits
     assert sum(device.limit - device.held for device in plan.groups[0].devices) == pytest.approx(
-        -lacking * GIB, rel=1e-3
+        -missing * GIB, rel=1e-3
     )
 
 
@@ -303,7 +303,7 @@ def test_the_speed_limit_by_hand():
 
 
 def test_an_untied_models_embeddings_are_looked_up_and_not_read():
-    ref = planner._published_ref("meta-llama/Llama-2-7b-chat-hf")
+    ref = request._published_ref("meta-llama/Llama-2-7b-chat-hf")
     (only,) = planner._plan_model(ref, [141e9], HERE).speeds
     assert only.card == "H200"
     assert only.bytes_read == 2 * (6_738_415_616 - 32000 * 4096) + 2048 * 2 * 32 * 32 * 128 * 2
@@ -326,7 +326,7 @@ def test_layers_run_at_their_own_cards_bandwidth():
     assert by_name["A100 80GB + A100 40GB"].tokens_per_second == pytest.approx(1 / seconds)
 
 
-def test_no_speed_without_a_known_card_or_without_room():
+def test_no_speed_without_a_known_card_or_if_it_does_not_fit():
     assert plan_180b("9x64").fits
     assert plan_180b("9x64").speeds == ()
     assert plan_180b("4x80").speeds == ()
@@ -380,7 +380,7 @@ def test_a_disk_that_cannot_be_measured_is_said_to_be_so(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "/proc/hub")
     here = planner._measure()
     assert here.disk is None
-    plan = planner._plan_model(planner._published_ref("tiiuae/falcon-7b"), [80e9], here)
+    plan = planner._plan_model(request._published_ref("tiiuae/falcon-7b"), [80e9], here)
     assert plan.repositories[0].load_seconds is None
     text = shown(planning.tables(plan), 100)
     assert f"not measured in /proc: {here.disk_problem}" in text
@@ -391,7 +391,7 @@ def test_a_disk_that_cannot_be_measured_is_said_to_be_so(monkeypatch):
 
 @pytest.fixture(scope="module")
 def suggestions():
-    return planning.suggest(planner._published_ref(planning.FALCON_180B))
+    return planning.suggest(request._published_ref(planning.FALCON_180B))
 
 
 def test_suggestions_are_all_that_fits_and_the_least_memory_comes_first(suggestions):
@@ -419,7 +419,7 @@ def test_suggested_tokens_fit_and_one_more_does_not(suggestions):
 
 
 def test_suggestions_for_one_precision_and_a_long_context(suggestions):
-    ref = planner._published_ref(planning.FALCON_180B)
+    ref = request._published_ref(planning.FALCON_180B)
     half = planning.suggest(ref, precision="fp16")
     same = [each for each in suggestions if each.precision == "bf16"]
     assert [replace(each, precision="bf16") for each in half] == same
@@ -463,7 +463,7 @@ def test_the_articles_machines_stand_beside_what_is_needed():
     text = shown(planning.tables(plan_180b("8x80")), 100)
     row = next(line.split() for line in text.splitlines() if line.startswith("bf16 inference"))
     assert row == ["bf16", "inference", "8x", "A100", "80GB", "640", "358", "5", "11"]
-    other = planner._plan_model(planner._published_ref("tiiuae/falcon-40b"), [80e9] * 2, HERE)
+    other = planner._plan_model(request._published_ref("tiiuae/falcon-40b"), [80e9] * 2, HERE)
     assert "article" not in shown(planning.tables(other), 100)
 
 
@@ -525,7 +525,7 @@ print(json.dumps([done.returncode, used.ru_utime + used.ru_stime, used.ru_maxrss
     "arguments", [["--profile", "8x80gb"], ["--profile", "laptop"], ["--suggest"]], ids=["8x80gb", "laptop", "suggest"]
 )
 def test_a_plan_takes_less_than_ten_seconds_and_one_and_a_half_gib_without_gpu_or_network(arguments, tmp_path):
-    """Seconds of the processor: on a machine that does other work as well, more time passes."""
+    """Seconds of the CPU: on a machine that does other work as well, more time passes."""
     figure = [] if "--suggest" in arguments else ["--figure", str(tmp_path / "plan.png")]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"}
     answer = subprocess.check_output([sys.executable, "-c", TAKES, *arguments, *figure], env=environment, text=True)

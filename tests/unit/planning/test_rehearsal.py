@@ -163,7 +163,7 @@ def test_a_run_of_it_says_what_stood_in_for_what(tmp_path):
 
     cells = [
         "profile = 'laptop'",
-        "from helpers import hardware, results\nresults.record('gpus', len(hardware.detect().gpus))",
+        "from helpers import machine, runs\nruns.record('gpus', len(machine.detect().gpus))",
     ]
     document = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     document.cells[0].metadata.tags = ["parameters"]

@@ -12,9 +12,10 @@ import pytest
 from nbformat import v4
 
 from helpers.base.files import ROOT
+from helpers.base.units import duration
 from helpers.runs import RunFolderError, write_report
 from helpers.runs.claims import _claim_verdict, _ledger, _read_claims
-from helpers.runs.pages import _duration, _link_to_pages
+from helpers.runs.pages import _link_to_pages
 from helpers.runs.schema import _RecordedValue
 
 PNG = base64.b64decode(
@@ -469,4 +470,4 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
     ],
 )
 def test_durations(seconds, text):
-    assert _duration(seconds) == text
+    assert duration(seconds) == text

@@ -7,7 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from helpers import runs
-from helpers.base.files import FileError, read_json
+from helpers.base import WorkbookError
+from helpers.base.files import read_json
 from helpers.cli import app
 from helpers.runs import REDACTED, ResultError, RunFolderError, expected_from_runs, judge, store
 from helpers.runs.schema import _Claim, _ExpectedValue, _Manifest, _NotebookStatus, _RecordedValue, _Status
@@ -280,5 +281,5 @@ def test_a_model_refuses_what_its_file_would(earlier_run):
 
 
 def test_a_missing_json_file_is_named(tmp_path):
-    with pytest.raises(FileError, match=r"x\.json is missing"):
+    with pytest.raises(WorkbookError, match=r"x\.json is missing"):
         read_json(tmp_path / "x.json")

@@ -344,12 +344,12 @@ def test_torchrun_trains_in_as_many_processes_as_asked(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
         "import os, pathlib, sys\n"
-        "from helpers import finetuning, loading, profiles\n"
-        "loaded = loading.load(profiles.load_profile('laptop').falcon_chat, 'bf16')\n"
+        "from helpers import models, training\n"
+        "loaded = models.load(models.load_profile('laptop').falcon_chat, 'bf16')\n"
         "data = [[{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello.'}]] * 8\n"
-        "recipe = finetuning.Recipe(steps=1, batch_size=2)\n"
+        "recipe = training.Recipe(steps=1, batch_size=2)\n"
         "out = pathlib.Path(sys.argv[1])\n"
-        "done = finetuning.finetune(loaded, data, recipe, out)\n"
+        "done = training.finetune(loaded, data, recipe, out)\n"
         "(out / f'rank{os.environ[\"RANK\"]}').write_text(str(done.processes))\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), str(tmp_path / "o")]

@@ -32,8 +32,8 @@ def repaired_load(folder, precision):
 
 def test_transformers_still_needs_the_repair():
     assert needs_repair(), (
-        "transformers quantizes Falcon's layers by itself again. Delete helpers/models/workarounds/falcon_linear.py and "
-        "this file, LoadReport.repaired, and notebook 02's section on the silent failure."
+        "transformers quantizes Falcon's layers by itself again. Delete helpers/models/workarounds/falcon_linear.py "
+        "and this file, LoadReport.repaired, and notebook 02's section on the silent failure."
     )
 
 
