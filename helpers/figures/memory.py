@@ -195,22 +195,26 @@ def memory_per_device(panels: Mapping[str, Sequence[Mapping[str, str | float]]],
 
 
 def _device_panel(axis: Axes, title: str, rows: Sequence[Mapping[str, str | float]]) -> None:
+    import numpy as np
+
     sizes = [_number(row, "limit") or 0.0 for row in rows]
     unit, scale = _unit_for(max(sizes))
     few = len(rows) <= 8
-    names, stacks, tallest = [], [], max(sizes) / scale
-    for place, (row, size) in enumerate(zip(rows, sizes, strict=True)):
+    names, stacks, limits, tallest = [], [], [], max(sizes) / scale
+    for row, size in zip(rows, sizes, strict=True):
         name = str(row["name"])
         # More names, and more totals, than these do not fit beside each other.
         names.append(name if few else name.rsplit(maxsplit=1)[-1])
         parts = {part: _number(row, part) or 0.0 for part in _PART_COLOURS if part in row}
         stacks.append(_scaled(parts, scale))
         tallest = max(tallest, sum(parts.values()) / scale)
-        axis.hlines(size / scale, place - 0.4, place + 0.4, BLACK, "dashed")
+        limits.append(size / scale)
     _stack(axis, names, stacks, totals=len(rows) <= 16)
+    places = np.arange(len(rows))
+    axis.hlines(limits, places - 0.4, places + 0.4, BLACK, "dashed")
     axis.set(ylabel=f"memory ({unit})", xlabel="" if few else "GPU", ylim=(0, 1.15 * tallest))
-    limits = " and ".join(_short(size / scale) for size in dict.fromkeys(sizes))
-    axis.set_title(textwrap.fill(f"{title}; limit (dashed): {limits} {unit}", 84), loc="left")
+    known = " and ".join(map(_short, dict.fromkeys(limits)))
+    axis.set_title(textwrap.fill(f"{title}; limit (dashed): {known} {unit}", 84), loc="left")
     _space_for_bars(axis, len(rows))
 
 

@@ -140,15 +140,18 @@ def speed_against_bytes(rows: Sequence[_SpeedRow], subject: str, *, interleaved:
 
 def _speed_points(axis: Axes, rows: Sequence[_SpeedRow], scale: int) -> float:
     """Draw the rows that have a speed, and the limit over them; returns the place of the largest, or 1."""
-    places, limits = [], []
-    # The line leads from the smallest model to the largest, in whatever order they were measured.
-    for row in sorted(rows, key=lambda row: row.stored_bytes):
+    ends = []
+    for row in rows:
         if row.decode is not None:
             place = row.stored_bytes / scale
             _point(axis, place, row.decode, capsize=4)
             axis.annotate(row.precision, (place, row.decode.median), (7, 4), textcoords="offset points", fontsize=10)
-            places.append(place)
-            limits.append(row.limit)
+            ends.append((place, row.limit))
+    places, limits = [], []
+    # The line leads from the smallest model to the largest, in whatever order they were measured.
+    for place, limit in sorted(ends):
+        places.append(place)
+        limits.append(limit)
     axis.plot(places, limits, "--", color=GREY, label=_BANDWIDTH_LIMIT)
     return max(places, default=1)
 

@@ -11,7 +11,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 
 from helpers.base.errors import WorkbookError
 from helpers.base.progress import waiting
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     import torch
-    from transformers import Cache, GenerationConfig, PreTrainedModel, StaticCache
+    from transformers import Cache, GenerationConfig, PreTrainedModel, StaticCache  # noqa: TC004
     from transformers.generation.utils import GenerateOutput
 
     from helpers.models.references import Profile
@@ -71,14 +71,16 @@ class Size:
     tokens: int
 
 
-class _Options(NamedTuple):
+@dataclass(frozen=True)
+class _Options:
     """Arguments of ``generate`` that a strategy needs besides its ``GenerationConfig``."""
 
     cache: StaticCache | None = None
     draft: PreTrainedModel | None = None
 
 
-class _Decoder(NamedTuple):
+@dataclass(frozen=True)
+class _Decoder:
     """A model's double for ``generate``, and the sizes (rows, tokens) that were compiled for it."""
 
     source: PreTrainedModel

@@ -217,9 +217,9 @@ def _watch(history: list[Point], on_point: Callable[[Sequence[Point]], None]) ->
     class Watch(TrainerCallback):
         def on_train_begin(
             self,
-            args: TrainingArguments,
+            args: TrainingArguments,  # noqa: ARG002
             state: TrainerState,
-            control: TrainerControl,
+            control: TrainerControl,  # noqa: ARG002
             **_: object,
         ) -> None:
             # what an interrupted training logged before its checkpoint

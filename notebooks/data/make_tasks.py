@@ -123,9 +123,9 @@ def usable(sentence: str) -> bool:
 
 
 def story_items(stories: Sequence[str]) -> Iterable[dict]:
-    """The last usable sentence of each story, then of each one from its middle, both paired with a sentence of another story.
+    """Pair the last usable sentence of each story, then one from its middle, with a sentence of another story.
 
-    A place is usable where quotation marks close before it, so that neither option is a stranger by its form.
+    A position is usable if all quotation marks before it are closed, so that neither option stands out by its form.
     """
     parts = [sentences(story) for story in stories]
     places = [

@@ -47,7 +47,7 @@ def test_every_notebook_has_its_parts(path):
     for heading in ("**You will learn**", "## What you saw", "## Exercises", "| profile | time | memory |"):
         assert heading in text
     first_table = source_cells(path, "code")[1]["source"]
-    assert "profiles.table(settings)" in first_table
+    assert "models.table(settings)" in first_table
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

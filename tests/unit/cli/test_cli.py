@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 from typer.testing import CliRunner
@@ -233,15 +234,40 @@ def test_the_help_tells_users_commands_from_maintainers():
         assert listed == names.split()
 
 
-@pytest.mark.parametrize("arguments", [["run"], ["plan"], ["doctor"], ["lab"]])
-def test_outside_a_checkout_every_command_says_in_a_sentence_that_it_needs_one(tmp_path, arguments):
-    """As from a wheel: the module alone, without env/ and notebooks/."""
-    shutil.copytree(ROOT / "helpers", tmp_path / "helpers", ignore=shutil.ignore_patterns("__pycache__"))
-    code = f"from helpers.cli import app; app({arguments!r})"
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """What the wheel holds, unpacked: the package alone, without env/ and notebooks/."""
+    folder = tmp_path_factory.mktemp("wheel")
+    # From a copy, because setuptools leaves its work in the folder.
+    shutil.copytree(ROOT / "helpers", folder / "source" / "helpers", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source" / name)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", str(folder)]
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(folder / "source")]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "installed")
+    return folder / "installed"
+
+
+def workbook_of(folder, *arguments):
+    code = f"from helpers.cli import app; app({list(arguments)!r})"
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "doctor", "lab"])
+def test_outside_a_checkout_every_command_says_in_a_line_that_it_needs_one(installed, command):
+    done = workbook_of(installed, command)
     assert done.returncode == 2
     assert done.stderr.startswith("Error: This command needs the workbook's checkout")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_wheel_holds_the_templates_and_tells_its_version(installed):
+    templates = {path.relative_to(ROOT) for path in (ROOT / "helpers").rglob("*.j2")}
+    assert templates == {path.relative_to(installed) for path in installed.rglob("*.j2")}
+    assert workbook_of(installed, "--version").stdout == f"workbook {__version__}\n"

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import psutil
@@ -20,9 +20,9 @@ from helpers.base import WorkbookError
 from helpers.base.files import ROOT
 from helpers.base.processes import _Completed
 from helpers.cli import app
-from helpers.engines import EngineError, catalogue, convert
+from helpers.engines import EngineError, catalogue, convert, worker
 from helpers.engines.catalogue import KINDS, Job
-from helpers.engines.child import Child, Ended, Late
+from helpers.engines.child import Child, WorkerEndedError, WorkerLateError
 from helpers.models import load_profile
 from helpers.speed import cases, rounds, session
 from helpers.speed.benchmark import _Spread
@@ -138,30 +138,80 @@ def test_plain_and_default_give_the_same_tokens_over_caches_of_different_size(ti
         assert found[200, 1, engine].first_token is None
 
 
-@pytest.mark.usefixtures("leaves_no_process")
-def test_a_worker_gives_the_tokens_that_the_library_gives(tiny, tiny_loaded, setup):
+class Requests:
+    """A parent at hand: it has these requests, and keeps the answers."""
+
+    def __init__(self, *requests):
+        self.requests, self.answers = requests, []
+
+    def __iter__(self):
+        return iter(self.requests)
+
+    def send(self, answer):
+        self.answers.append(answer)
+
+
+@pytest.mark.parametrize("engine", ["plain", "default"])
+def test_a_worker_gives_the_tokens_that_the_library_gives_and_continues_after_an_error(
+    tiny, tiny_loaded, setup, engine
+):
     import torch
 
     prompts = tiny.prompts(CASE)
     ids = torch.tensor(prompts)
     expected = tiny_loaded.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=-1,
                                           max_new_tokens=NEW, pad_token_id=0)[:, 14:]  # fmt: skip
-    seat = rounds._Seat.of(KINDS["default"], tiny, [CASE], setup)
-    try:
-        told = seat.ask({"do": "case", "prompts": prompts, "new_tokens": NEW}, CASE)
-        assert told["tokens"] == expected.tolist()
-        assert seat.ask({"do": "run", "new_tokens": 1}, CASE)["seconds"] > 0
-        with pytest.raises(EngineError, match="KeyError: 'nonsense'"):
-            seat.ask({"do": "nonsense"}, CASE)
-        assert seat.ask({"do": "run", "new_tokens": NEW}, CASE)["seconds"] > 0  # it goes on after an error
-        assert seat.versions.keys() == {"torch", "transformers"}
-    finally:
-        seat.end()
+    job = asdict(rounds._Seat.of(KINDS[engine], tiny, [CASE], setup).job)
+    parent = Requests(
+        {"do": "load", "job": job},
+        {"do": "case", "prompts": prompts, "new_tokens": NEW},
+        {"do": "run", "new_tokens": 1},
+        {"do": "nonsense"},
+        {"do": "load", "job": {**job, "folder": "/nowhere", "ref": {**job["ref"], "id": "/nowhere"}}},
+        {"do": "run", "new_tokens": NEW},
+    )
+    worker._serve(worker._Worker(KINDS[engine].make()), parent)
+    loaded, told, first, nonsense, nowhere, whole = parent.answers
+    assert loaded["versions"].keys() == {"torch", "transformers"}
+    assert told["tokens"] == expected.tolist()
+    assert first["seconds"] > 0
+    assert nonsense["error"] == "KeyError: 'nonsense'"
+    assert "nowhere" in nowhere["error"]
+    assert whole["seconds"] > 0  # it goes on after an error
 
 
-@pytest.mark.slow
+FAKE = """
+import json, sys, time
+for line in sys.stdin:
+    request = json.loads(line)
+    prompts, new = request.get("prompts", []), request.get("new_tokens", 0)
+    answers = {
+        "load": {"note": "", "versions": {}},
+        "case": {"warm_up": 0.1, "tokens": [[1] * new for _ in prompts], "cache_bytes": None},
+        "run": {"seconds": new / 10},
+        "peak": {"bytes": 5, "definition": "x"},
+    }
+    {extra}
+    print(json.dumps(answers[request["do"]]), flush=True)
+"""
+
+
+@pytest.fixture
+def fake_worker(tmp_path, monkeypatch):
+    """Starts a program that answers at once instead of a worker; its loop may do something extra."""
+
+    def use(extra=""):
+        program = tmp_path / "fake"
+        program.write_text(f"#!{sys.executable}\n{FAKE.replace('{extra}', extra)}")
+        program.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(program))
+
+    return use
+
+
 @pytest.mark.usefixtures("leaves_no_process")
-def test_a_worker_killed_in_a_run_is_a_row_that_says_so_and_the_next_case_has_a_new_one(tiny, setup):
+def test_a_worker_killed_in_a_run_is_a_row_that_says_so_and_the_next_case_has_a_new_one(tiny, setup, fake_worker):
+    fake_worker()
     calls = []
 
     def kill_default(text, runs):
@@ -180,21 +230,9 @@ def test_a_worker_killed_in_a_run_is_a_row_that_says_so_and_the_next_case_has_a_
     assert found[24, 1, "default"].same_tokens == NEW
 
 
-SLOW = """
-import json, sys, time
-for line in sys.stdin:
-    request = json.loads(line)
-    if request["do"] == "case": time.sleep(60)
-    print(json.dumps({"note": "", "versions": {}}), flush=True)
-"""
-
-
 @pytest.mark.usefixtures("leaves_no_process")
-def test_a_worker_over_its_time_is_ended_and_larger_cases_are_not_tried(tiny, setup, tmp_path, monkeypatch):
-    slow = tmp_path / "slow"
-    slow.write_text(f"#!{sys.executable}\n{SLOW}")
-    slow.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(slow))  # what a worker of the workbook's own is started with
+def test_a_worker_over_its_time_is_ended_and_larger_cases_are_not_tried(tiny, setup, fake_worker):
+    fake_worker('if request["do"] == "case": time.sleep(60)')
     start = time.monotonic()
     sizes = [CASE, _Case(20, 1, NEW), _Case(24, 3, NEW)]
     found = measured(tiny, ["plain"], replace(setup, limit_seconds=1), sizes)
@@ -203,7 +241,8 @@ def test_a_worker_over_its_time_is_ended_and_larger_cases_are_not_tried(tiny, se
 
 
 @pytest.mark.usefixtures("leaves_no_process")
-def test_a_checkpoint_that_cannot_be_loaded_is_a_row_with_the_reason(tiny, setup):
+def test_a_checkpoint_that_cannot_be_loaded_is_a_row_with_the_reason(tiny, setup, fake_worker):
+    fake_worker('answers["load"] = {"error": "OSError: nothing at " + request.get("job", {}).get("folder", "")}')
     seat = rounds._Seat.of(KINDS["plain"], replace(tiny, folder=Path("/nowhere")), [CASE], setup)
     with pytest.raises(EngineError, match="nowhere"):
         seat.ask({"do": "run", "new_tokens": 1}, CASE)
@@ -263,10 +302,10 @@ def test_a_worker_sleeps_between_answers_and_ends_with_its_family(tmp_path):
 @pytest.mark.usefixtures("leaves_no_process")
 def test_how_a_worker_ended_is_told(tmp_path):
     child = Child([sys.executable, "-c", "raise SystemExit('out of luck')"], os.environ, tmp_path / "log")
-    with pytest.raises(Ended, match="exit code 1: out of luck"):
+    with pytest.raises(WorkerEndedError, match="exit code 1: out of luck"):
         child.ask({"do": "x"}, 30)
     late = Child([sys.executable, "-c", "import time; time.sleep(60)"], os.environ, tmp_path / "log")
-    with pytest.raises(Late, match="ran over 0 s"):
+    with pytest.raises(WorkerLateError, match="ran over 0 s"):
         late.ask({"do": "x"}, 0.2)
     assert late.process.returncode == -signal.SIGKILL
 
@@ -277,10 +316,10 @@ from helpers.engines import catalogue, worker
 class Noisy:
     def load(self, job):
         print("python's noise"); os.write(1, b"a library's noise\\n")
-        return catalogue.Started(job.precision, {})
+        return catalogue._Started(job.precision, {})
 catalogue.Kind.make = lambda kind: Noisy()
 sys.argv = ["worker", "plain"]
-worker.main()
+worker._main()
 """
 
 
@@ -312,12 +351,35 @@ time.sleep(60)
     assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
 
 
+# The worker of vLLM runs under another Python, which has vLLM's packages: the standard library and psutil are sure.
+BARE = """
+import importlib, pkgutil, sys
+sys.path.insert(0, sys.argv[1])
+import helpers.engines
+for module in pkgutil.iter_modules(helpers.engines.__path__):
+    importlib.import_module("helpers.engines." + module.name)
+helpers.engines.EngineError
+print(sorted(kind.make().__class__.__name__ for kind in helpers.engines.catalogue.KINDS.values()))
+"""
+
+
+def test_worker_and_engines_are_imported_where_only_the_standard_library_and_psutil_are(tmp_path):
+    (tmp_path / "helpers").symlink_to(ROOT / "helpers")
+    (tmp_path / "psutil").symlink_to(Path(psutil.__file__).parent)
+    python = Path(sys.executable).resolve()  # past the virtual environment
+    done = subprocess.run(
+        [python, "-I", "-S", "-c", BARE, tmp_path], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(["_CTranslate2", "_Default", "_Fastest", "_LlamaCpp", "_Plain", "_Vllm"])
+
+
 PEAK = """
-from helpers.engines import peak
-held = bytearray(64 * 2**20); base = peak.read()[0]
-more = bytearray(128 * 2**20); high = peak.read()[0]
-del more; peak.reset()
-print(base, high, *peak.read())
+from helpers.engines.peak import _read_peak, _reset_peak
+held = bytearray(64 * 2**20); base = _read_peak()[0]
+more = bytearray(128 * 2**20); high = _read_peak()[0]
+del more; _reset_peak()
+print(base, high, *_read_peak())
 """
 
 
@@ -389,7 +451,7 @@ def test_the_command_writes_json_table_and_figure(tmp_path):
     out = tmp_path / "results"
     command = ["bench", "--models", "falcon_chat", "--engines", "plain,vllm", "--context", "24,600", "--batch", "1"]
     options = ["--new-tokens", "4", "--repeats", "1", "--vllm-python", str(tmp_path / "none"), "--out", str(out)]
-    done = CliRunner().invoke(app.app, [*command, *options])
+    done = CliRunner().invoke(app, [*command, *options])
     assert done.exit_code == 0, done.output
     written = json.loads((out / "bench.json").read_text(encoding="utf-8"))
     assert {"device", "cpus", "date", "command", "versions", "precision", "repeats", "interrupted"} <= written.keys()
@@ -421,7 +483,7 @@ def test_the_command_writes_json_table_and_figure(tmp_path):
 )
 def test_what_makes_no_sense_is_refused(options, message, tmp_path):
     out = tmp_path / "out"
-    done = CliRunner().invoke(app.app, ["bench", "--out", str(out), *options])
+    done = CliRunner().invoke(app, ["bench", "--out", str(out), *options])
     assert done.exit_code == 2
     assert message in done.output
     assert not out.exists()

@@ -70,18 +70,19 @@ def test_long_texts_are_scored_in_windows_of_the_context(tiny_loaded):
     ids = [0, *tiny_loaded.tokenizer(text, verbose=False)["input_ids"]]
     assert len(ids) > 2 * 128
     expected = 0.0
-    with torch.no_grad():
-        for begin in range(0, len(ids), 64):
-            first = 1 if begin == 0 else begin + 64
-            for position in range(first, min(begin + 128, len(ids))):
-                logits = tiny_loaded.model(torch.tensor([ids[begin:position]])).logits[0, -1].double()
-                expected -= float(logits.log_softmax(-1)[ids[position]])
+    for begin in range(0, len(ids), 64):
+        first = 1 if begin == 0 else begin + 64
+        window = torch.tensor(ids[begin : begin + 128])
+        with torch.no_grad():
+            logs = tiny_loaded.model(window[None]).logits[0].double().log_softmax(-1)
+        for position in range(first, min(begin + 128, len(ids))):
+            expected -= float(logs[position - 1 - begin, ids[position]])
     assert perplexity(tiny_loaded, [text]).nll[0] == pytest.approx(expected, rel=1e-5)
 
 
 @given(length=st.integers(2, 300), context=st.integers(2, 64))
 def test_windows_score_every_position_once_with_enough_before_it(length, context):
-    found = _windows(length, context)
+    found = _windows(length, context, context // 2)
     assert [p for _, scored, end in found for p in range(scored, end)] == list(range(1, length))
     for begin, scored, end in found:
         assert 0 <= begin < scored < end <= length
@@ -106,15 +107,15 @@ def documented_loop(model, ids: list[int], window: int, stride: int) -> float:
 
 
 @pytest.mark.parametrize(("window", "stride"), [(64, 32), (64, 16), (64, 63), (40, 1), (128, 100), (None, None)])
-@pytest.mark.parametrize("batch_size", [1, 4, 7])
-def test_windows_in_padded_batches_equal_the_documented_loop(tiny_loaded, window, stride, batch_size):
+def test_windows_in_padded_batches_equal_the_documented_loop(tiny_loaded, window, stride):
     texts = [*TEXTS, "The falcon flew over the hill and the river. " * 18]
-    measured = perplexity(tiny_loaded, texts, window=window, stride=stride, batch_size=batch_size)
     rows = [[0, *tiny_loaded.tokenizer(text, verbose=False)["input_ids"]] for text in texts]
     expected = [documented_loop(tiny_loaded.model, ids, window or 128, stride or 64) for ids in rows]
     assert len(rows[-1]) > 128
-    assert measured.nll == pytest.approx(expected, rel=1e-5)
-    assert measured.text_tokens == tuple(len(ids) - 1 for ids in rows)
+    for batch_size in (1, 4, 7):
+        measured = perplexity(tiny_loaded, texts, window=window, stride=stride, batch_size=batch_size)
+        assert measured.nll == pytest.approx(expected, rel=1e-5)
+        assert measured.text_tokens == tuple(len(ids) - 1 for ids in rows)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def falcon_mini():
 
 
 def test_falcon_mini_equals_the_loss_of_transformers_on_short_and_long_texts(falcon_mini):
-    texts = [json.loads(line)["text"] for line in PERPLEXITY_TEXTS.read_text(encoding="utf-8").splitlines()[:6]]
+    texts = [json.loads(line)["text"] for line in PERPLEXITY_TEXTS.read_text(encoding="utf-8").splitlines()[:4]]
     long = " ".join(texts)
     short_ids, long_ids = ([0, *falcon_mini.tokenizer(text, verbose=False)["input_ids"]] for text in (texts[0], long))
     assert len(short_ids) < 512 < len(long_ids)
@@ -412,13 +413,13 @@ def items_of(name: str, count: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", ["story_endings", "short_facts"])
-def test_the_harness_equals_a_direct_forward_on_twenty_items(falcon_mini, name):
-    pairs = [(item["text"], f" {option}") for item in items_of(name, 20) for option in item["options"]]
-    expected = np.array(direct(falcon_mini.model, falcon_mini.tokenizer, pairs, 8)).reshape(20, 2)
+def test_the_harness_equals_a_direct_forward_on_ten_items(falcon_mini, name):
+    pairs = [(item["text"], f" {option}") for item in items_of(name, 10) for option in item["options"]]
+    expected = np.array(direct(falcon_mini.model, falcon_mini.tokenizer, pairs, 8)).reshape(10, 2)
     for batch_size in (1, 7):
-        found = evaluate(falcon_mini, [name], 20, batch_size=batch_size)
+        found = evaluate(falcon_mini, [name], 10, batch_size=batch_size)
         assert np.array(found.log_likelihoods[name]) == pytest.approx(expected, abs=1e-3)
-    keys = np.array([item["answer"] for item in items_of(name, 20)])
+    keys = np.array([item["answer"] for item in items_of(name, 10)])
     row = next(row for row in found.rows if row.metric == "acc")
     assert row.value == pytest.approx((expected.argmax(1) == keys).mean())
     assert found.items[name].values["acc"] == tuple((expected.argmax(1) == keys).astype(float))
@@ -451,7 +452,7 @@ def test_a_task_is_asked_in_the_chat_format_where_its_file_says_so(tiny_loaded):
         assert found[name][0] == pytest.approx([by_hand(tiny_loaded, *pair) for pair in pairs], abs=1e-3)
 
 
-@pytest.mark.parametrize(("name", "limit"), [("story_endings", 100), ("short_facts", None)])
+@pytest.mark.parametrize(("name", "limit"), [("story_endings", 40), ("short_facts", None)])
 def test_falcon_mini_is_above_chance_on_the_tasks(falcon_mini, name, limit):
     scores = evaluate(falcon_mini, [name], limit).items[name].values["acc"]
     assert proportion(int(sum(scores)), len(scores)).low > 0.5
@@ -477,9 +478,7 @@ def test_items_longer_than_the_context_lose_their_beginning_and_are_counted(tiny
     )
 
 
-@pytest.mark.parametrize(
-    "tasks", [[], "animal_choice", pytest.param(["animal_choice", "no_such_task"], marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("tasks", [[], "animal_choice"])
 def test_an_unknown_task_is_refused_and_the_known_are_listed(tiny_loaded, tasks):
     with pytest.raises(WorkbookError, match="of these: animal_choice"):
         evaluate(tiny_loaded, tasks)

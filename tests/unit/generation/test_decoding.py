@@ -3,15 +3,16 @@
 import copy
 import shutil
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 
 from helpers import generation, models
 from helpers.base import WorkbookError
-from helpers.generation import PLAIN, Chat, Decoding, Sampling, decoding, generating
+from helpers.generation import PLAIN, Chat, Decoding, Sampling, decoding
 from helpers.machine import Workload, estimate
-from helpers.models import Loaded, load_profile
+from helpers.models import Loaded, ModelRef, load_profile
 from helpers.speed.benchmark import _peak_memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,15 +32,30 @@ def mini_chat() -> Loaded:
     return models.load(load_profile("laptop").falcon_chat, "fp32")
 
 
-def plain_transformers(loaded: Loaded, prompt: str, tokens: int) -> list[int]:
-    """Greedy tokens by the library alone: its own Falcon, nothing of this workbook's decoding."""
+@cache
+def library_model(ref: ModelRef, layers: int):
+    """The library's own Falcon, with as many of the checkpoint's first layers."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(models.resolve(loaded.ref), dtype=torch.float32).eval()
-    ids = loaded.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    folder = models.resolve(ref)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, num_hidden_layers=layers).eval()
+
+
+@cache
+def library_tokens(ref: ModelRef, layers: int, prompt: tuple[int, ...]) -> list[int]:
+    """Its greedy tokens after a prompt, 40 at most."""
+    ids = torch.tensor([prompt])
     with torch.inference_mode():
-        found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+        found = library_model(ref, layers).generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False
+        )
     return found[0, ids.shape[1] :].tolist()
+
+
+def plain_transformers(loaded: Loaded, prompt: str) -> list[int]:
+    """Greedy tokens by the library alone: its own Falcon, nothing of this workbook's decoding."""
+    ids = loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return library_tokens(loaded.ref, loaded.model.config.num_hidden_layers, tuple(ids))
 
 
 def shallow(loaded: Loaded, layers: int) -> Loaded:
@@ -56,18 +72,18 @@ def test_every_way_gives_transformers_greedy_tokens(mini, mini_chat, prompt, pat
     way = Decoding(path, shallow(mini_chat, 2) if path == "speculative" else None)
     for loaded in (mini, mini_chat):
         reply = generation.generate(loaded, prompt, GREEDY, decoding=way)
-        assert list(reply.token_ids) == plain_transformers(loaded, prompt, 40)[: reply.tokens]
-        streamed = "".join(generation.stream(loaded, prompt, GREEDY, decoding=way))
-        assert streamed == reply.text
+        assert list(reply.token_ids) == plain_transformers(loaded, prompt)[: reply.tokens]
+    streamed = "".join(generation.stream(mini_chat, prompt, GREEDY, decoding=way))
+    assert streamed == reply.text  # mini_chat's, the last of the two
 
 
 @needs_compiler
 @pytest.mark.slow
-def test_the_compiled_way_gives_transformers_greedy_tokens():
-    loaded = models.load(load_profile("laptop").falcon_chat, "fp32")
+def test_the_compiled_way_gives_transformers_greedy_tokens(mini_chat):
+    loaded = shallow(mini_chat, 2)  # of eight layers: each takes its time to compile
     for prompt in PROMPTS:
         reply = generation.generate(loaded, prompt, GREEDY, decoding=Decoding("compiled"))
-        assert list(reply.token_ids) == plain_transformers(loaded, prompt, 40)[: reply.tokens]
+        assert list(reply.token_ids) == plain_transformers(loaded, prompt)[: reply.tokens]
     assert loaded.decoder.sizes == {(1, 256)}  # compiled once for all of them
 
 
@@ -110,7 +126,7 @@ def by_hand(loaded: Loaded, draft: Loaded, prompt: str, tokens: list[int], candi
             ids = torch.tensor([before + tokens[:done] + guess])
             with torch.inference_mode():
                 guess.append(int(draft.model(ids).logits[0, -1].argmax()))
-            if guess[-1] in generating._end_token_ids(loaded):
+            if guess[-1] == loaded.tokenizer.eos_token_id:
                 break
         taken = next((n for n, token in enumerate(guess) if token != tokens[done + n]), len(guess))
         done, passes, proposed = done + taken + 1, passes + 1, proposed + len(guess)

@@ -44,7 +44,7 @@ CHECKS = {
     "sbatch": (("shellcheck",), SBATCH, '--resume "$run"', "--resume $run"),
     "workflow": (("actionlint",), WORKFLOW, "github.run_id", "github.run_idea"),
     "labels": (("actionlint",), WORKFLOW, "gpu8]", "gpu9]"),
-    "schema": (SCHEMA, WORKFLOW, "concurrency:", "concurency:"),
+    "schema": (SCHEMA, WORKFLOW, "concurrency:", "concurrent:"),
 }
 
 
@@ -67,7 +67,7 @@ def test_a_tool_finds_nothing_in_the_file_and_something_in_a_spoiled_copy(tmp_pa
 def test_the_other_workflows_and_scripts_pass_too():
     for command, paths in {
         ("actionlint",): sorted(ROOT.glob(".github/workflows/*.yml")),
-        ("shellcheck",): [ROOT / "env/setup.sh", ROOT / ".ci/run"],
+        ("shellcheck",): [ROOT / "env/setup.sh", ROOT / "env/lint/lint.sh", ROOT / ".ci/run"],
     }.items():
         code, output = tool(*command, *paths)
         assert code == 0, output
@@ -86,7 +86,7 @@ def commands(text):
 
 def accepts(arguments):
     """Parses a command line and runs nothing; raises where it has no such command, option or argument."""
-    group = typer.main.get_command(app.app)
+    group = typer.main.get_command(app)
     name, command, rest = group.resolve_command(group.make_context("workbook", [*arguments]), arguments)
     command.make_context(name, rest)
 
@@ -103,7 +103,7 @@ def test_every_command_in_the_file_exists(path):
     ("arguments", "words"),
     [
         (["run", "--profle", "laptop"], "No such option: --profle"),
-        (["chek", "runs/x"], "No such command 'chek'"),
+        (["judge", "runs/x"], "No such command 'judge'"),
         (["check"], "Missing parameter: run"),
     ],
 )
@@ -234,7 +234,7 @@ def test_the_job_stops_at_the_first_failure_and_fails(submit, fails, calls):
 def test_outside_of_slurm_the_script_says_how_to_submit_it():
     done = subprocess.run(["bash", SBATCH], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "submit this file with sbatch" in done.stderr
+    assert "Submit this file with sbatch" in done.stderr
 
 
 # --- workflow ---------------------------------------------------------------------------------------------------------

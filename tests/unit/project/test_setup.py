@@ -241,10 +241,10 @@ def test_the_base_python_is_found_from_inside_a_venv(setup):
     assert Path(done.stdout.strip()).is_file()
 
 
-@pytest.mark.parametrize("target", ["run", "test", "lab", "render", "lock"])
+@pytest.mark.parametrize("target", ["run", "test", "lint", "lab", "render", "lock"])
 def test_every_target_sets_up_first(target):
     done = subprocess.run(["make", "-n", "-C", str(ROOT), target], capture_output=True, text=True, check=True)
     recipe = [line for line in done.stdout.splitlines() if not line.startswith("make")]
     assert "env/setup.sh" in recipe[0]
     assert len(recipe) == 2
-    assert recipe[1].startswith(".venv/bin/")
+    assert recipe[1].startswith((".venv/bin/", "sh env/lint/"))

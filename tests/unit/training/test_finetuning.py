@@ -22,9 +22,19 @@ from helpers import models
 from helpers.base.files import ROOT
 from helpers.generation import Sampling, generate
 from helpers.models import format_for, load_profile
-from helpers.models.workarounds import trl_training
 from helpers.models.workarounds.nf4_repacking import _keep_unpacked
-from helpers.training import FinetuneError, Recipe, conversations, examples, finetune, finetuning
+from helpers.training import (
+    FinetuneError,
+    Recipe,
+    examples,
+    finetune,
+    finetuning,
+    merge,
+    read_conversations,
+    relative_error,
+    reload,
+    token_counts,
+)  # fmt: skip
 from helpers.training.recipe import TARGETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,7 +104,7 @@ def test_every_token_has_the_role_of_the_message_it_stands_in(tiny_loaded):
 
 def test_the_counts_by_role_add_up(tiny_loaded):
     found = examples(tiny_loaded, [TWO_TURNS])
-    counts = conversations.token_counts(found)
+    counts = token_counts(found)
     assert counts["tokens"].sum() == sum(len(example.input_ids) for example in found)
     assert counts.loc["end"].tolist() == [2, 2]
     assert counts.loc["reply", "trained"] == counts.loc["reply", "tokens"] > 0
@@ -135,7 +145,7 @@ def test_a_line_that_is_no_conversation_is_named(tmp_path):
     path = tmp_path / "samples.jsonl"
     path.write_text(json.dumps({"messages": DATA[0]}) + '\n{"text": "hi"}\n')
     with pytest.raises(FinetuneError, match=r"samples\.jsonl, line 2"):
-        conversations.read_conversations(path)
+        read_conversations(path)
 
 
 @pytest.mark.parametrize("given", [DATA[0], ["Hi"], [{"prompt": "Hi", "completion": "Hello."}], ["Hi", "Hello."]])
@@ -217,7 +227,7 @@ def test_the_output_layer_is_given_the_trained_positions_alone_and_the_adapter_i
     once = finetune(nf4, DATA, replace(SHORT, steps=2), tmp_path / "alone")
     trained = sum(sum(example.trained) for example in examples(once.loaded, DATA))
     assert sum(rows) == trained  # two steps of four: each of the eight examples once
-    monkeypatch.setattr(trl_training, "trained_positions_alone", lambda device: nullcontext())
+    monkeypatch.setattr(finetuning, "trained_positions_alone", lambda device: nullcontext())
     rows.clear()
     other = finetune(whole, DATA, replace(SHORT, steps=2), tmp_path / "all")
     assert sum(rows) > 3 * trained
@@ -252,7 +262,7 @@ def test_the_trap_is_real():
     right = first_gradient(unpacked=True, inference=False)
     assert torch.equal(first_gradient(unpacked=True, inference=True), right)
     spoiled = first_gradient(unpacked=False, inference=True)
-    assert finetuning.relative_error(spoiled, right) > 0.3
+    assert relative_error(spoiled, right) > 0.3
 
 
 def test_the_same_seed_gives_the_same_adapter(tuned, nf4, tmp_path):
@@ -273,22 +283,17 @@ def interrupted(nf4, folder, step: int) -> None:
         finetune(nf4, DATA, SHORT, folder, held_out=DATA[:2], on_point=interrupt)
 
 
-def test_an_interrupted_training_goes_on_where_it_stopped(tuned, nf4, tmp_path):
+def test_an_interrupted_training_goes_on_where_it_stopped_and_passes_over_a_checkpoint_that_was_cut_off(
+    tuned, nf4, tmp_path
+):
     interrupted(nf4, tmp_path, step=3)
+    assert (tmp_path / "checkpoints" / "checkpoint-2").is_dir()
+    (tmp_path / "checkpoints" / "checkpoint-3").mkdir()
     seen = []
     done = finetune(nf4, DATA, SHORT, tmp_path, held_out=DATA[:2], on_point=lambda history: seen.append(history[-1]))
     assert sorted({point.step for point in seen}) == [3, 4]
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in (tuned.adapter_dir, tmp_path))
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
-    assert done.history == tuned.history
-
-
-def test_a_checkpoint_that_was_cut_off_is_passed_over(tuned, nf4, tmp_path):
-    interrupted(nf4, tmp_path, step=3)
-    whole = tmp_path / "checkpoints" / "checkpoint-2"
-    assert whole.is_dir()
-    (tmp_path / "checkpoints" / "checkpoint-3").mkdir()
-    done = finetune(nf4, DATA, SHORT, tmp_path, held_out=DATA[:2])
     assert done.history == tuned.history
 
 
@@ -309,7 +314,7 @@ def test_a_folder_with_another_fine_tune_is_refused(part, recipe, data, options,
 def test_a_double_quantized_base_is_reloaded_as_one(tmp_path):
     loaded = models.load(REF, "nf4", unpacked=True, options=DOUBLE)
     done = finetune(loaded, DATA, dataclasses.replace(SHORT, steps=1), tmp_path)
-    assert (logits(finetuning.reload(tmp_path).model) - logits(done.loaded.model)).abs().max() <= 1e-5
+    assert (logits(reload(tmp_path).model) - logits(done.loaded.model)).abs().max() <= 1e-5
 
 
 def test_bf16_training_leaves_no_autocast_behind(nf4, tmp_path, monkeypatch):
@@ -317,7 +322,7 @@ def test_bf16_training_leaves_no_autocast_behind(nf4, tmp_path, monkeypatch):
     config = finetuning._config
     monkeypatch.setattr(finetuning, "_config", lambda *a, **k: dataclasses.replace(config(*a, **k), bf16=True))
     done = finetune(nf4, DATA, SHORT, tmp_path)
-    assert (logits(finetuning.reload(tmp_path).model) - logits(done.loaded.model)).abs().max() <= 1e-5
+    assert (logits(reload(tmp_path).model) - logits(done.loaded.model)).abs().max() <= 1e-5
 
 
 @repacks
@@ -363,25 +368,25 @@ def test_torchrun_trains_in_as_many_processes_as_asked(tmp_path):
 
 
 def test_the_reloaded_adapter_gives_the_logits_of_the_one_in_memory(tuned):
-    again = finetuning.reload(tuned.adapter_dir)
+    again = reload(tuned.adapter_dir)
     assert again.report.precision == "nf4"
     assert (logits(again.model) - logits(tuned.loaded.model)).abs().max() <= 1e-5
 
 
 def test_the_merged_model_is_within_two_percent_of_the_trained_one(nf4, tmp_path):
-    strong = dataclasses.replace(SHORT, steps=20, learning_rate=5e-3)
+    strong = dataclasses.replace(SHORT, steps=10, learning_rate=1e-2)
     done = finetune(nf4, DATA, strong, tmp_path / "adapter")
     trained, plain = logits(done.loaded.model), logits(models.load(REF, "nf4", unpacked=True).model)
-    assert finetuning.relative_error(plain, trained) > 0.1, "the adapter must matter for this test to mean something"
-    merged = models.load(finetuning.merge(tmp_path / "adapter", tmp_path / "merged"), "bf16")
-    assert finetuning.relative_error(logits(merged.model), trained) <= 0.02
+    assert relative_error(plain, trained) > 0.1, "the adapter must matter for this test to mean something"
+    merged = models.load(merge(tmp_path / "adapter", tmp_path / "merged"), "bf16")
+    assert relative_error(logits(merged.model), trained) <= 0.02
     assert not any("lora" in name for name, _ in merged.model.named_parameters())
 
 
 def test_relative_error_by_hand():
-    assert finetuning.relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
+    assert relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
 
 
 def test_a_folder_without_an_adapter_is_named(tmp_path):
     with pytest.raises(FinetuneError, match=r"fine_tune\.json is missing"):
-        finetuning.reload(tmp_path)
+        reload(tmp_path)

@@ -358,6 +358,7 @@ def test_the_command_names_what_is_missing(tmp_path):
 
 def test_an_interrupted_training_gives_the_weights_of_an_uninterrupted_one(data, small, tmp_path, monkeypatch):
     whole, parted = tmp_path / "whole", tmp_path / "parted"
+    small["pretrain"]["phases"] = small["pretrain"]["phases"][:2]  # one that is interrupted, and one after it
     training.train(data, tmp_path / "work1", small, ["tokenizer", "base"], whole)
     fit = Trainer.train
 

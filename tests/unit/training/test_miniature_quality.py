@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from helpers.base.files import ROOT
-from helpers.evaluation import likelihood
 from helpers.evaluation.likelihood import _MultipleChoice
-from helpers.generation import Reply, generating
+from helpers.generation import Reply
 from helpers.models import Loaded, load, load_profile
 from helpers.training.miniature import quality
 from helpers.training.miniature.texts import END, _read_nouns, _read_texts
@@ -101,8 +100,8 @@ def test_two_choices_ask_each_pair_in_both_orders_and_a_taste_gains_nothing(base
         scores = [tuple(float(text.split()[1] in animals) for text in question.options) for question in questions]
         return _MultipleChoice(tuple(scores), tuple(question.answer for question in questions))
 
-    monkeypatch.setattr(generating, "generate_batch", answers)
-    monkeypatch.setattr(likelihood, "multiple_choice", likes_animals)
+    monkeypatch.setattr(quality, "generate_batch", answers)
+    monkeypatch.setattr(quality, "multiple_choice", likes_animals)
     found = quality._two_choices(base, 20)
     assert len(set(found.questions)) == 20
     nouns = [question.removeprefix("Which is an animal, ").rstrip("?").split(" or ") for question in found.questions]
@@ -121,7 +120,7 @@ def test_the_thread_is_followed_where_the_gain_of_the_true_text_is_the_larger(ba
         asked.append(questions)
         return _MultipleChoice(tables[len(asked) - 1], (0, 0, 0))
 
-    monkeypatch.setattr(likelihood, "multiple_choice", choose)
+    monkeypatch.setattr(quality, "multiple_choice", choose)
     stories = [" ".join(f"{name}{n}" for n in range(90)) for name in "abc"]
     assert quality._follows_the_thread(base, [*stories, "too short"]).estimate == pytest.approx(1 / 3)
     after, alone = asked
@@ -133,7 +132,7 @@ def test_the_thread_is_followed_where_the_gain_of_the_true_text_is_the_larger(ba
 
 
 def test_fluency_is_the_ratio_of_medians_and_the_mean_over_rounds(base, monkeypatch):
-    pairs = [pair for story in STORIES[:8] if (pair := quality._opening(base.tokenizer, story))]
+    pairs = [pair for story in STORIES[:4] if (pair := quality._opening(base.tokenizer, story))]
     true, seen = {END + opening: text for opening, text in pairs}, []
 
     def answers(loaded, prompts, sampling, seeds):
@@ -142,10 +141,10 @@ def test_fluency_is_the_ratio_of_medians_and_the_mean_over_rounds(base, monkeypa
         seen.extend(seeds)
         return [reply(true[p] if now else " he ran and" * 9) for p, now in zip(prompts, first, strict=True)]
 
-    monkeypatch.setattr(generating, "generate_batch", answers)
-    found = quality._fluency(base, base, STORIES[:8])
+    monkeypatch.setattr(quality, "generate_batch", answers)
+    found = quality._fluency(base, base, STORIES[:4])
     assert seen == list(range(2 * len(pairs)))
-    one = quality._fluency(base, base, STORIES[:8], rounds=1)
+    one = quality._fluency(base, base, STORIES[:4], rounds=1)
     assert (one.perplexity_ratio, one.trigram_ratio, one.pooled_trigram_ratio) == (pytest.approx(1),) * 3
     texts = [math.exp(nll(base, o, t) / tokens(base, o, t)) for o, t in pairs]
     poor = [math.exp(nll(base, o, " he ran and" * 9) / tokens(base, o, " he ran and" * 9)) for o, _ in pairs]
