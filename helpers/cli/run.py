@@ -53,8 +53,9 @@ def _run(
     """Run the notebooks and write a report. Exit code 0: all passed, 1: some failed, 2: usage."""
     from helpers.runs import execution
     from helpers.runs.report import write_report
+    from helpers.runs.request import Request
 
-    request = execution.Request(
+    request = Request(
         profile,
         only=_split(only),
         parameters=parameter or (),

@@ -188,20 +188,13 @@ def _harness_class(loaded: Loaded, chat: bool, truncate: bool) -> type[HFLM]:
 
         def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             start = loaded.format.reply_start if chat else ""
-            asked = []
-            for request in requests:
-                before, reply = request.args
-                asked.append(replace(request, arguments=(before, start + reply)))
-            results: list[tuple[float, bool]] = super().loglikelihood(asked, disable_tqdm)
+            results: list[tuple[float, bool]] = super().loglikelihood(_begun(requests, start), disable_tqdm)
             return results
 
         def _loglikelihood_tokens(
             self, requests: list[_Request], disable_tqdm: bool = False, override_bs: int | None = None
         ) -> list[tuple[float, bool]]:
-            too_long = _longer_than(self.max_length, requests)
-            if too_long and not truncate:
-                _check_length(max(too_long), self.max_length)
-            self.truncated += len(too_long)
+            self.truncated += _count_too_long(self.max_length, requests, truncate)
             results: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
             return results
 
@@ -212,15 +205,26 @@ def _harness_class(loaded: Loaded, chat: bool, truncate: bool) -> type[HFLM]:
     return Model
 
 
-def _longer_than(context: int, requests: Sequence[_Request]) -> list[int]:
-    """The numbers of tokens that requests take, of those that take more than the context holds."""
+def _begun(requests: Sequence[Instance], start: str) -> list[Instance]:
+    """The requests with ``start`` before each reply, as the chat format begins its replies."""
+    asked = []
+    for request in requests:
+        before, reply = request.args
+        asked.append(replace(request, arguments=(before, start + reply)))
+    return asked
+
+
+def _count_too_long(context: int, requests: Sequence[_Request], truncate: bool) -> int:
+    """How many requests take more tokens than the context holds. Raises WorkbookError for one, unless ``truncate``."""
     too_long = []
     for _, before, reply in requests:
         # The last token of a reply is only predicted, never read.
         size = len(before) + len(reply) - 1
         if size > context:
             too_long.append(size)
-    return too_long
+    if too_long and not truncate:
+        _check_length(max(too_long), context)
+    return len(too_long)
 
 
 def _evaluation(results: Mapping[str, Any], tasks: TaskDict, truncated: int, version: str) -> _Evaluation:

@@ -187,24 +187,31 @@ def engine_speeds(rows: Sequence[_EngineRow], titles: Mapping[str, str], subject
     models = list(dict.fromkeys(row.model for row in rows))
     sizes = _batch_sizes(rows)
     shown = [row for row in rows if row.decode]
-    measured = {row.engine for row in shown}
-    engines = [name for name in titles if name in measured]
     figure = _new_figure(10, 1.4 + 2.9 * len(models), f"Writing speed of engines on the same weights\n{subject}")
     for part, model in zip(figure.subfigures(len(models), 1, squeeze=False).ravel(), models, strict=True):
         part.suptitle(textwrap.fill(model, 100), x=0.01, ha="left", fontsize=11, fontweight="normal")
         axes = part.subplots(1, len(sizes), squeeze=False, sharey=True).ravel()
         for axis, size in zip(axes, sizes, strict=True):
-            of_panel = [row for row in shown if row.model == model and row.batch_size == size]
-            _engine_panel(axis, of_panel, engines, titles)
+            of_panel = [row for row in shown if (row.model, row.batch_size) == (model, size)]
+            _engine_panel(axis, of_panel, _measured_engines(shown, titles), titles)
             axis.set_title(f"batch {size}", loc="left", fontsize=10)
         axes[0].set_ylabel("tokens/s, whole batch")
+    _common_legend(figure)
+    return figure
+
+
+def _measured_engines(rows: Sequence[_EngineRow], titles: Mapping[str, str]) -> list[str]:
+    measured = {row.engine for row in rows}
+    return [name for name in titles if name in measured]
+
+
+def _common_legend(figure: Figure) -> None:
+    """One legend of all panels: an engine may be missing from some of them."""
     entries: dict[str, Artist] = {}
     for axis in figure.axes:
-        # An engine may be missing from some panels: the legend is that of all of them.
         marks, labels = axis.get_legend_handles_labels()
         entries.update(zip(labels, marks, strict=True))
     figure.legend(list(entries.values()), list(entries), loc="outside lower left", ncols=2)
-    return figure
 
 
 def _engine_panel(axis: Axes, rows: Sequence[_EngineRow], engines: Sequence[str], titles: Mapping[str, str]) -> None:

@@ -147,15 +147,24 @@ def _warnings(first: _Run, second: _Run) -> Iterator[str]:
         )
     if first.rehearsed and second.rehearsed:
         yield "both runs are rehearsals, with models of random weights: their values say nothing of the real models"
-    for letter, run in (("A", first), ("B", second)):
-        if run.status.state != "finished":
-            yield f"{letter} did not finish: it is {run.status.state}"
-    for letter, own, other in (("A", first, second), ("B", second, first)):
-        if alone := [name for name in own.status.notebooks if name not in other.status.notebooks]:
-            yield f"only {letter} is made of {', '.join(alone)}: left out of the comparison"
+    yield from _unfinished("A", first)
+    yield from _unfinished("B", second)
+    yield from _alone("A", first, second)
+    yield from _alone("B", second, first)
     git_a, git_b = first.manifest.git, second.manifest.git
     if git_a.commit == git_b.commit and (git_a.dirty or git_b.dirty):
         yield "the commit is the same, with uncommitted changes: the code may still differ"
+
+
+def _unfinished(letter: str, run: _Run) -> Iterator[str]:
+    if run.status.state != "finished":
+        yield f"{letter} did not finish: it is {run.status.state}"
+
+
+def _alone(letter: str, own: _Run, other: _Run) -> Iterator[str]:
+    names = [name for name in own.status.notebooks if name not in other.status.notebooks]
+    if names:
+        yield f"only {letter} is made of {', '.join(names)}: left out of the comparison"
 
 
 def _facts(run: _Run) -> dict[str, str]:

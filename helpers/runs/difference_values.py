@@ -125,9 +125,13 @@ def _verdict(entries: _Entries, noise: float | None) -> str:
     if _matches(second, first, 0):
         return SAME
     if entries.timing and _is_number(first) and _is_number(second):
-        low, high = sorted((first, second))
-        return NOISE if 0 < high <= _MACHINE_FACTOR * low else SLOW
+        return _timing_verdict(first, second)
     return WITHIN if _matches(second, first, noise or 0) else BEYOND
+
+
+def _timing_verdict(first: float, second: float) -> str:
+    low, high = sorted((first, second))
+    return NOISE if 0 < high <= _MACHINE_FACTOR * low else SLOW
 
 
 def _noise(entries: _Entries) -> float | None:
@@ -135,26 +139,33 @@ def _noise(entries: _Entries) -> float | None:
     numbers = [entry.value for entry in entries.recorded if _is_number(entry.value)]
     if len(numbers) < len(entries.recorded):
         return None
-    own: list[float | None] = []
-    for entry in entries.recorded:
-        own += [entry.tolerance, entry.floor]
-    # What the runs themselves recorded goes before what their profiles expect today.
-    for tolerances in (own, [entry.tolerance for entry in entries.expected]):
-        if given := [tolerance for tolerance in tolerances if tolerance is not None]:
-            return max(given)
+    tolerance = _given_tolerance(entries)
+    if tolerance is not None:
+        return tolerance
     if all(isinstance(number, int) for number in numbers):
         return 0
     return FLOAT_FLOOR * max(map(abs, numbers))
+
+
+def _given_tolerance(entries: _Entries) -> float | None:
+    """The largest tolerance that the runs recorded; if none, the largest that their profiles expect today."""
+    own: list[float | None] = []
+    for entry in entries.recorded:
+        own += [entry.tolerance, entry.floor]
+    for tolerances in (own, [entry.tolerance for entry in entries.expected]):
+        given = [tolerance for tolerance in tolerances if tolerance is not None]
+        if given:
+            return max(given)
+    return None
 
 
 def _notes(first: _RecordedValue | None, second: _RecordedValue | None) -> Iterator[str]:
     """What else changed: unit, model, judgement of a claim."""
     if first is None or second is None:
         return
-    if first.unit != second.unit:
-        yield f"unit: {first.unit or 'none'} → {second.unit or 'none'}"
-    if first.model != second.model:
-        yield f"model: {first.model or 'none'} → {second.model or 'none'}"
+    for what, earlier, later in (("unit", first.unit, second.unit), ("model", first.model, second.model)):
+        if earlier != later:
+            yield f"{what}: {earlier or 'none'} → {later or 'none'}"
     if first.agrees != second.agrees:
         yield f"agrees with {second.claim or first.claim}: {_judgement(first)} → {_judgement(second)}"
 

@@ -138,7 +138,11 @@ def _summary(entries: Sequence[_RecordedValue], source: str) -> _ExpectedValue |
         if len({entry.value for entry in entries}) > 1:
             return None
         return _ExpectedValue(value=entries[0].value, tolerance=0, source=source)
-    floor = max(entry.floor or 0 for entry in entries)
+    return _numeric_summary(numbers, max(entry.floor or 0 for entry in entries), source)
+
+
+def _numeric_summary(numbers: Sequence[int | float], floor: float, source: str) -> _ExpectedValue:
+    """The median with twice the range as its tolerance, which is not under ``floor``."""
     spread = max(floor, 2 * (max(numbers) - min(numbers)))
     median = statistics.median(numbers)
     if not all(isinstance(number, int) for number in numbers):

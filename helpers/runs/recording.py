@@ -209,7 +209,7 @@ def _judged(name: str, measured: Measured, expected: _ExpectedValue | None) -> _
     if not name.strip():
         raise ResultError("A recorded value needs a name.")
     value, tolerance = _plain(name, measured.value), measured.tolerance
-    if tolerance is not None and not (_is_number(value) and 0 <= tolerance < math.inf):
+    if not _fits(tolerance, value):
         raise ResultError(f"{name!r} cannot have the tolerance {tolerance}. Give a number a finite one from 0 up.")
     if measured.agrees is not None and measured.claim is None:
         raise ResultError(f"{name!r}: `agrees` needs a `claim`. Name the claim that the value is judged by.")
@@ -228,6 +228,10 @@ def _judged(name: str, measured: Measured, expected: _ExpectedValue | None) -> _
         "verdict": AS_EXPECTED if same else DIFFERS,
     }
     return entry.model_copy(update=comparison)
+
+
+def _fits(tolerance: float | None, value: Value) -> bool:
+    return tolerance is None or (_is_number(value) and 0 <= tolerance < math.inf)
 
 
 def _plain(name: str, value: Recordable) -> Value:

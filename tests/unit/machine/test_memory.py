@@ -1,4 +1,4 @@
-"""helpers.machine against transformers on the meta device, tensors that are really held, accelerate, and brute force."""
+"""helpers.machine against transformers on the meta device, tensors really held, accelerate, and brute force."""
 
 import itertools
 import json
