@@ -30,8 +30,8 @@ from uuid import uuid4
 
 import psutil
 
-KILL_SECONDS = 10
-READER_SECONDS = 2
+_KILL_SECONDS = 10
+_READER_SECONDS = 2
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
 LineReader = Callable[[bytes], None]
@@ -151,7 +151,7 @@ class ChildProcess:
         self._ended = True
         self.close_input()
         for stream, reader in self._readers:
-            reader.join(timeout=READER_SECONDS)
+            reader.join(timeout=_READER_SECONDS)
             if not reader.is_alive():  # else a process out of reach holds the other end, and closing would wait for it
                 stream.close()
         return killed
@@ -362,7 +362,7 @@ def _start(
 
 def _kill(mark: str, family: _Family) -> int:
     killed: set[int] = set()
-    deadline = time.monotonic() + KILL_SECONDS
+    deadline = time.monotonic() + _KILL_SECONDS
     # Again and again: while some are killed, others may start new ones.
     while (processes := _remaining(mark, family)) and time.monotonic() < deadline:
         for process in processes:

@@ -7,13 +7,13 @@ times are seconds.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers.base import settings
 from helpers.base.units import human
 from helpers.machine.memory import kv_bytes_per_token
 from helpers.models.devices import _device_of
@@ -173,8 +173,8 @@ class Load:
 
 def _note_load(ref: ModelRef, precision: str, checkpoint: Path) -> None:
     """Append the load of a checkpoint to the notes of the active run, if there is one."""
-    run, notebook = os.environ.get("WORKBOOK_RUN_DIR"), os.environ.get("WORKBOOK_NOTEBOOK")
-    if not run or not notebook:
+    run = settings.run_folder()
+    if run is None:
         return
     # Profiles name models by a hub's id or a folder of this repository; only ``save`` and ``merge`` make whole paths.
     made_here = Path(ref.id).is_absolute()
@@ -182,7 +182,7 @@ def _note_load(ref: ModelRef, precision: str, checkpoint: Path) -> None:
     if ref.source == "hub" and not ref.rehearsed:
         commit = checkpoint.name  # the hub's cache names a snapshot's folder so
     load = Load(ref.name if made_here else ref.id, ref.label, precision, commit, made_here)
-    file = _file(Path(run), notebook)
+    file = _file(run, settings.notebook_name())
     file.parent.mkdir(exist_ok=True)
     # One write of one line: the processes of a training append to the same file.
     with file.open("a", encoding="utf-8") as notes:

@@ -138,7 +138,7 @@ def _machine_of(profile: Profile) -> Machine:
 def _plan(profile: Profile, machine: Machine) -> list[_Planned]:
     """Plan every model at full size on the meta device, together with those in memory at the same time.
 
-    Uses ``memory.place_together``, as ``workbook plan`` does. Raises RehearsalError if a model does not fit, or if the
+    Uses ``machine.place_together``, as ``workbook plan`` does. Raises RehearsalError if a model does not fit, or if the
     placement leaves out a weight.
     """
     devices, plans = Devices.free(machine), []
@@ -160,7 +160,7 @@ def _shrink(real: PretrainedConfig, tokens: int, end: int, shards: int) -> Pretr
     """Return a configuration with the same flags, narrow and shallow, with at least one tensor for each shard.
 
     ``tokens`` is the size of the vocabulary, ``end`` the token that begins and ends a text. Raises WorkbookError for a
-    family that ``memory`` does not know.
+    family that ``anatomy`` does not know.
     """
     anatomy.anatomy(real)  # raises for an unknown family, whose widths the lines below would not shrink
     hidden = HEADS * HEAD_SIZE

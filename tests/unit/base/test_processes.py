@@ -160,6 +160,7 @@ def test_a_child_ends_with_its_parent_and_what_carries_the_mark_too(sleeper):
 def test_who_holds_the_pipe_does_not_hold_the_parent(sleeper, monkeypatch):
     """The child ends, and an unreachable process of it keeps the write ends of its output open."""
     monkeypatch.setattr(processes, "_kill", lambda *_: 0)
+    monkeypatch.setattr(processes, "_READER_SECONDS", 0.2)
     with ChildProcess(["sh", "-c", f"setsid sleep {sleeper} & exit 3"], errors=lambda _: None) as child:
         wait_for(lambda: processes_with(sleeper))
         assert child.wait(30) == 3

@@ -23,7 +23,7 @@ from helpers.base.files import ROOT
 from helpers.cli import app
 from helpers.machine import Driver, DriverError, Gpu, Machine, ask_driver, hardware, memory
 from helpers.machine.driver import _GpuProcess, _read_driver
-from helpers.models import hub_cache
+from helpers.models import profiles
 from helpers.models.workarounds.falcon_linear import needs_repair
 from helpers.planning import Finding, doctor, plan, planner, rehearsal
 from helpers.planning import findings as findings_module
@@ -309,7 +309,7 @@ def test_a_gpu_that_gives_no_context_and_a_cache_that_cannot_be_read_are_finding
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(hardware, "_gpu", busy)
-    monkeypatch.setattr(hub_cache, "downloaded_bytes", unreadable)
+    monkeypatch.setattr(profiles, "downloaded_bytes", unreadable)
     monkeypatch.setattr(doctor, "_check_hub", lambda *_: [])
     monkeypatch.setattr(doctor, "_check_quantization", lambda *_: [])
     findings = doctor.examine(BOX)
