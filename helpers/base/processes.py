@@ -5,9 +5,8 @@ start further ones. Every child is therefore started with a *mark*, an environme
 inherit and are found by. A process that was given another environment carries no mark. It is found as a descendant,
 by its session, or because it was seen as a descendant before its parent died.
 
-The parent uses ``ChildProcess``, or ``run`` for a command that only prints. The child uses ``Parent``. They exchange
-JSON objects, one a line. This module needs the standard library and psutil alone: the worker of an engine imports it
-under another Python.
+The parent uses ``ChildProcess``, or ``run`` for a command that only prints. The child uses ``parent.Parent``. They
+exchange JSON objects, one a line.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ import psutil
 
 _KILL_SECONDS = 10
 _READER_SECONDS = 2
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 LineReader = Callable[[bytes], None]
 Message = dict[str, Any]  # a JSON object that came from the other end
 
@@ -219,62 +217,6 @@ def run(
     """Run a command to its end with its output collected. Raises TimeoutError, as ``Command.result`` does."""
     with Command(command, environment) as running:
         return running.result(seconds)
-
-
-class Parent:
-    """The process that started this one as a ``ChildProcess``, as seen from here.
-
-    ``answers``: this process sends messages on its standard output. What else is printed, by a library say, then goes
-    to the standard error.
-    """
-
-    def __init__(self, *, answers: bool = True) -> None:
-        self._requests = os.fdopen(os.dup(0), "rb")
-        self._answers: IO[str] | None = None
-        if answers:
-            self._answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-            os.dup2(2, 1)
-
-    def __iter__(self) -> Iterator[Message]:
-        """Yield the parent's messages until it closes the pipe or dies."""
-        with suppress(EOFError):
-            while True:
-                yield self.receive()
-
-    def receive(self) -> Message:
-        """Wait for the parent's next message. Raises EOFError if it closed the pipe or died."""
-        line = self._requests.readline()
-        if not line:
-            raise EOFError("The parent has closed the pipe.")
-        message: Message = json.loads(line)
-        return message
-
-    def send(self, message: Mapping[str, object]) -> None:
-        """Send a message to the parent."""
-        assert self._answers
-        self._answers.write(json.dumps(message) + "\n")
-        self._answers.flush()
-
-    def end_with_it(self, mark: str = "") -> None:
-        """From now on, end this process when its input ends, after what carries the ``mark`` if one is given.
-
-        For a parent that has sent all its messages and keeps the pipe open while it lives.
-        """
-        threading.Thread(target=self._wait_for_end, args=(mark,), daemon=True).start()
-
-    def die_with_it(self) -> None:
-        """On Linux, have the kernel kill this process when its parent dies, even while it is paused."""
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-    def _wait_for_end(self, mark: str) -> None:
-        # The descriptor itself, not the buffered file: a thread that holds the lock of a buffer when the interpreter
-        # shuts down is a fatal error.
-        while os.read(self._requests.fileno(), 2**16):
-            pass
-        if mark:
-            _kill_marked(mark)
-        os._exit(1)
 
 
 @contextmanager

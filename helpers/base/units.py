@@ -13,7 +13,6 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 QUANTIZED = ("int8", "nf4")
 # torch's name of the type that a model of each precision computes in.
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "bfloat16", "nf4": "bfloat16"}
-Mode = Literal["inference", "full", "lora", "qlora"]
 
 
 def gib(size: float) -> str:

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from helpers.base.processes import Parent
+from helpers.base.parent import Parent
 from helpers.engines.catalogue import KINDS, EngineError, Job
 from helpers.engines.peak import _read_peak, _reset_peak
 

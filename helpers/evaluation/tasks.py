@@ -38,7 +38,7 @@ class DataDownloadError(WorkbookError):
 
 @dataclass(frozen=True)
 class _PreparedTasks:
-    """Tasks with their data (see ``prepared``): those asked as plain text, and those asked in the chat format."""
+    """Tasks with their data (see ``_prepared``): those asked as plain text, and those asked in the chat format."""
 
     plain: TaskDict
     chat: TaskDict

@@ -53,7 +53,7 @@ _FREE = "#E4E4E4"
 def parameter_breakdown(table: DataFrame | Mapping[str, Mapping[str, float]], subject: str) -> Figure:
     """Where the parameters sit: one bar per part, largest first, with its count and its share of the whole.
 
-    ``table`` is ``memory.parameter_table``'s, or any that maps "parameters" to a count for each part.
+    ``table`` is ``machine.parameter_table``'s, or any that maps "parameters" to a count for each part.
     """
     counts = dict(table["parameters"])
     total = sum(counts.values())

@@ -74,7 +74,7 @@ class _EngineRow(Protocol):
 
 @_styled
 def cache_speed(rows: Sequence[_CacheRow], subject: str) -> Figure:
-    """Decoding speed by context, a panel for each batch size, a line for each kind of cache (``bench.CacheRow``s)."""
+    """Decoding speed by context, a panel for each batch size, a line for each kind of cache (see ``speed.caches``)."""
     sizes = _batch_sizes(rows)
     figure, axes = _canvas("Decoding speed as the context grows", subject, 4.2, len(sizes))
     for axis, size in zip(axes, sizes, strict=True):
@@ -114,8 +114,8 @@ def _cache_line(axis: Axes, rows: Sequence[_CacheRow], kind: str, name: str, col
 def speed_against_bytes(rows: Sequence[_SpeedRow], subject: str, *, interleaved: bool) -> Figure:
     """Decoding speed by stored bytes, a panel for each batch size, with the limit that the memory's bandwidth sets.
 
-    ``rows`` are ``bench.SpeedRow``s of one model; bars run from the slowest to the fastest run. The published claim,
-    that 8 bits are much faster than 4, stands over the panels with what was measured.
+    ``rows`` are those of ``speed.measure`` for one model; bars run from the slowest to the fastest run. The published
+    claim, that 8 bits are much faster than 4, stands over the panels with what was measured.
     """
     sizes = _batch_sizes(rows)
     order = "taken in turn" if interleaved else "one precision after the other"
@@ -181,7 +181,7 @@ def _speed_title(batch_size: int, rows: Sequence[_SpeedRow]) -> str:
 def engine_speeds(rows: Sequence[_EngineRow], titles: Mapping[str, str], subject: str) -> Figure:
     """Decoding speed of engines side by side: a line of panels for each model, a panel for each batch size.
 
-    ``rows`` are ``engines.measure.Row``s; points are medians with the least and largest run, on a logarithmic axis,
+    ``rows`` are those of ``speed.rounds``; points are medians with the least and largest run, on a logarithmic axis,
     and a dash over each group is the limit that the memory's bandwidth sets. A row without a speed has no point.
     """
     models = list(dict.fromkeys(row.model for row in rows))

@@ -39,7 +39,7 @@ MATCHED_TOKENS = 2  # prompt lookup looks for an earlier occurrence of this many
 
 @dataclass(frozen=True)
 class Decoding:
-    """A decoding strategy; where it does not apply, ``applicable`` replaces it by "plain".
+    """A decoding strategy; where it does not apply, ``_applicable`` replaces it by "plain".
 
     "plain": one token for each pass of the model, over a cache that grows.
     "compiled": the same over a cache of fixed size; ``torch.compile`` compiles the pass once for each size.

@@ -78,10 +78,9 @@ def prepare(profile: Profile, *, roles: Collection[str] | None = None, verify: b
     """
     from rich.console import Console
 
-    wanted = [ref for role, ref in profile.models.items() if roles is None or role in roles]
     console = Console()
     commits = {}
-    for ref in dict.fromkeys(wanted):  # one model may play several roles
+    for ref in _wanted(profile, roles):
         started = time.perf_counter()
         console.print(f"{ref.label}: getting it ready ...", highlight=False, soft_wrap=True)
         folder = resolve(ref)
@@ -94,6 +93,15 @@ def prepare(profile: Profile, *, roles: Collection[str] | None = None, verify: b
             commits[ref.id] = folder.name
         console.print(line, highlight=False, soft_wrap=True)
     return commits
+
+
+def _wanted(profile: Profile, roles: Collection[str] | None) -> list[ModelRef]:
+    """The models of some roles, or of all three, each once: one model may play several roles."""
+    wanted = [ref for role, ref in profile.models.items() if roles is None or role in roles]
+    # The draft is fetched only for a notebook that declares it.
+    if roles is not None and "falcon_draft" in roles and profile.falcon_draft is not None:
+        wanted.append(profile.falcon_draft)
+    return list(dict.fromkeys(wanted))
 
 
 def packaged_file(ref: ModelRef) -> Path:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from helpers.base import settings
 from helpers.base.errors import WorkbookError, choose
 from helpers.base.files import ROOT
+from helpers.base.settings import DEFAULT_PROFILE
 from helpers.base.units import gib
 from helpers.machine import hardware
 from helpers.models.hub_cache import _downloaded_bytes
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from helpers.models.references import ModelRef
 
 FOLDER = ROOT / "env" / "profiles"
-SMALLEST = "laptop"
 LIVES = {"embedded": "in this repository", "package": "in the installed package", "hub": "on the Hugging Face Hub"}
 
 
@@ -33,7 +33,7 @@ class ProfileError(WorkbookError):
     """A profile that does not exist, or whose file is not valid."""
 
 
-def load_profile(name: str = SMALLEST) -> Profile:
+def load_profile(name: str = DEFAULT_PROFILE) -> Profile:
     """The profile with this name. "auto": the largest that this machine can run, or ``laptop`` if it can run none.
 
     In a rehearsal, its models from a hub are marked as rehearsed.

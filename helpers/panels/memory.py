@@ -143,7 +143,7 @@ def _estimates(setup: _Setup) -> list[MemoryEstimate]:
 
 
 class _MemoryPlanner(_Panel):
-    """Memory of a published model, part by part, as its controls say; ``controls`` has one for each field of Setup."""
+    """Memory of a published model, part by part, as its controls say; ``controls`` has one for each of its settings."""
 
     def __init__(self, setup: _Setup) -> None:
         import ipywidgets as w
@@ -179,7 +179,7 @@ class _MemoryPlanner(_Panel):
 
 
 def _planner_controls(setup: _Setup) -> dict[str, ValueWidget]:
-    """One control for each field of Setup."""
+    """One control for each field of ``_Setup``."""
     import ipywidgets as w
 
     from helpers.machine.anatomy import published_models

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from helpers.base.errors import WorkbookError
+from helpers.base.settings import DEFAULT_PROFILE
 from helpers.base.units import PRECISIONS, gib
 from helpers.machine import anatomy, hardware, memory, sharding
 from helpers.machine.memory import Workload
@@ -116,7 +117,7 @@ def make(
     if model or gpus:
         ref, sizes = _published_ref(model or FALCON_180B), _parse_gpus(gpus or "8x80")
         return _plan_model(ref, sizes, _measure(), work, precision or "bf16")
-    chosen = profiles.load_profile(profile or profiles.SMALLEST)
+    chosen = profiles.load_profile(profile or DEFAULT_PROFILE)
     return _plan_profile(chosen, _measure(cpu=not chosen.requires.gpus), work, precision)
 
 

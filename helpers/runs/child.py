@@ -23,7 +23,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Literal, Required, TypedDict, cast
 
 from helpers.base.files import write_text
-from helpers.base.processes import Parent, ending_descendants
+from helpers.base.parent import Parent
+from helpers.base.processes import ending_descendants
 from helpers.runs.notebook import _make_portable
 from helpers.runs.redaction import _redact
 

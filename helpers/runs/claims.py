@@ -103,7 +103,7 @@ def _read_claims() -> dict[str, _Claim]:
 
 
 def _verdict(values: Sequence[_ClaimValue], manifest: _Manifest) -> _Verdict:
-    """``claim_verdict``, in which a model counts as real only if the profile names it and it stands in for nothing.
+    """``_claim_verdict``, in which a model counts as real only if the profile names it and it stands in for nothing.
 
     What a model of random weights gave says nothing of a claim.
     """

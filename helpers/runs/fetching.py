@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
-from helpers.base.processes import ChildProcess, Parent
+from helpers.base.parent import Parent
+from helpers.base.processes import ChildProcess
 from helpers.models.checkpoint import LoadError
 from helpers.models.references import Profile
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.base.errors import WorkbookError, choose
+from helpers.base.settings import DEFAULT_PROFILE
 from helpers.base.units import PRECISIONS
 from helpers.models.loaded import read_loads
-from helpers.models.profiles import SMALLEST, available, load_profile
+from helpers.models.profiles import available, load_profile
 from helpers.models.references import Budget, ModelRef
 from helpers.runs.schema import _LoadedModel
 
@@ -314,7 +315,7 @@ def _loaded_models(run: Path, notebooks: Iterable[str], profile: Profile) -> lis
 def _role_of(load: Load, profile: Profile) -> str | None:
     if load.made_here:
         return None
-    for prefix, source in (("", profile), (f"{SMALLEST}/", load_profile(SMALLEST))):
+    for prefix, source in (("", profile), (f"{DEFAULT_PROFILE}/", load_profile(DEFAULT_PROFILE))):
         for role, ref in _roles(source).items():
             if ref is not None and ref.id == load.model:
                 return prefix + role

@@ -2,14 +2,14 @@
 
 ``store`` reads and writes them. A run folder, ``runs/<UTC time>-<profile>/``, holds::
 
-    manifest.json   Manifest: what ran, where, with which versions, models, seeds and parameters (by the runner)
-    status.json     Status: the state of each notebook, kept up to date while it runs (by the runner)
-    results.json    Results: what the notebooks recorded (by ``recording``)
+    manifest.json   _Manifest: what ran, where, with which versions, models, seeds and parameters (by the runner)
+    status.json     _Status: the state of each notebook, kept up to date while it runs (by the runner)
+    results.json    _Results: what the notebooks recorded (by ``recording``)
     notebooks/      the executed notebooks            figures/   <notebook>_<name>.png
     logs/           what a notebook's process wrote   report.html, html/<notebook>.html
 
-Beside the notebooks lie ``expected/<profile>.json`` (ExpectedValue by "<notebook>/<name>") and ``data/claims.yaml``
-(Claim by its number). Each file has a ``version`` at its top.
+Beside the notebooks lie ``expected/<profile>.json`` (_ExpectedValue by "<notebook>/<name>") and ``data/claims.yaml``
+(_Claim by its number). Each file has a ``version`` at its top.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ class _GitState(_Part):
 
 
 class _PlannedModel(_Mirror):
-    """A model planned at its true size in a rehearsal, see ``planning.rehearsal.Planned``."""
+    """A model planned at its true size in a rehearsal, see ``planning.rehearsal._Planned``."""
 
     model: str
     precision: str
@@ -230,7 +230,7 @@ class _PlannedModel(_Mirror):
 
 
 class _SubstitutionFacts(_Mirror):
-    """One thing that was not as on the real machine, see ``planning.rehearsal.Substitution``."""
+    """One thing that was not as on the real machine, see ``planning.rehearsal._Substitution``."""
 
     what: str
     real: str

@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = face(
     __name__,
     {
         "conversations": ["examples", "read_conversations", "token_counts"],
-        "finetuning": ["finetune", "merge", "relative_error", "reload"],
+        "finetuning": ["finetune", "merge", "reload"],
         "recipe": ["FinetuneError", "Finetuned", "Point", "Recipe", "TARGETS"],
     },
 )

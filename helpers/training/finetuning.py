@@ -25,7 +25,6 @@ from helpers.training.recipe import TARGETS, Finetuned, FinetuneError, Point
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from trl import SFTConfig, SFTTrainer
@@ -118,12 +117,6 @@ def merge(adapter_dir: Path, out_dir: Path) -> ModelRef:
     del model, merged
     loading.unload(loaded)
     return replace(loaded.ref, id=str(Path(out_dir).resolve()), source="embedded", revision=None, file=None)
-
-
-def relative_error(logits: torch.Tensor, reference: torch.Tensor) -> float:
-    """Norm of the difference divided by the norm of the reference. The shapes must be equal."""
-    difference = logits.float() - reference.float()
-    return float(difference.norm() / reference.float().norm())
 
 
 @contextmanager

@@ -74,6 +74,9 @@ del model
 gc.collect()
 torch.cuda.empty_cache()
 loaded = models.load(settings.falcon, settings.precision)
+tokenizer = (
+    loaded.tokenizer
+)  # that of this model, even if the lines above had to load a smaller one
 models.report_table(loaded)
 
 # %% tags=["record"]

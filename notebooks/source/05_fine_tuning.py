@@ -302,7 +302,7 @@ if merge:
         merged = models.load(training.merge(work, Path(folder) / "merged"), "bf16")
         with torch.inference_mode():
             logits = merged.model(ids.to(merged.model.device)).logits.float().cpu()
-    error = training.relative_error(logits, in_memory)
+    error = models.relative_error(logits, in_memory)
     print(f"relative error of the logits: {error:.4f}")
 shutil.rmtree(work)
 

@@ -5,8 +5,8 @@ them, which makes a cache of 232 heads for Falcon-180B instead of 8. And FalconM
 the position ids, so packed texts see each other.
 Versions: transformers 5.23.0. A test fails once the library does this itself: then this module goes.
 
-Here the heads are stored as they are (``GroupedFalconAttention``), and the mask is made as in the library's Llama
-(``GroupedFalconModel``): with the position ids, and only if the kernel needs one. Weights, names and results stay the
+Here the heads are stored as they are (``_GroupedFalconAttention``), and the mask is made as in the library's Llama
+(``_GroupedFalconModel``): with the position ids, and only if the kernel needs one. Weights, names and results stay the
 same. This module imports torch and transformers, so import it inside the functions that use it.
 """
 

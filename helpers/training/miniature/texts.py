@@ -78,7 +78,7 @@ def _write_texts(path: Path, texts: Sequence[str]) -> None:
 
 
 def _read_texts(path: Path) -> list[str]:
-    """The texts that ``write_texts`` wrote. Raises WorkbookError if the file is missing."""
+    """The texts that ``_write_texts`` wrote. Raises WorkbookError if the file is missing."""
     return [json.loads(line)["text"] for line in _read_text(path).splitlines()]
 
 

@@ -119,8 +119,8 @@ def test_orphans_of_the_session_are_killed_though_never_seen(sleeper):
 
 def test_a_marked_process_kills_the_others_and_lives(sleeper):
     code = (
-        "import subprocess\nfrom helpers.base import processes\n"
-        "parent = processes.Parent()\nmark = parent.receive()['mark']\n"
+        "import subprocess\nfrom helpers.base import processes\nfrom helpers.base.parent import Parent\n"
+        "parent = Parent()\nmark = parent.receive()['mark']\n"
         "with processes.ending_descendants(mark):\n"
         f"    subprocess.Popen(['setsid', 'sleep', '{sleeper}'])\n"
         f"    subprocess.Popen(['sleep', '{sleeper}'], env={{}})\n"
@@ -142,7 +142,7 @@ def test_a_marked_process_kills_the_others_and_lives(sleeper):
 
 def test_a_child_ends_with_its_parent_and_what_carries_the_mark_too(sleeper):
     code = (
-        "import subprocess, time\nfrom helpers.base import processes\nparent = processes.Parent()\n"
+        "import subprocess, time\nfrom helpers.base.parent import Parent\nparent = Parent()\n"
         "parent.end_with_it(parent.receive()['mark'])\n"
         f"subprocess.Popen(['sleep', '{sleeper}'], start_new_session=True)\n"
         "parent.send({})\ntime.sleep(60)"

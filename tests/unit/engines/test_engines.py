@@ -201,8 +201,10 @@ def fake_worker(tmp_path, monkeypatch):
     """Starts a program that answers at once instead of a worker; its loop may do something extra."""
 
     def use(extra=""):
+        (tmp_path / "fake.py").write_text(FAKE.replace("{extra}", extra), encoding="utf-8")
         program = tmp_path / "fake"
-        program.write_text(f"#!{sys.executable}\n{FAKE.replace('{extra}', extra)}")
+        # through a shell: the path of a program in a first line may not hold a space
+        program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path}/fake.py" "$@"\n', encoding="utf-8")
         program.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(program))
 
@@ -351,27 +353,26 @@ time.sleep(60)
     assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
 
 
-# The worker of vLLM runs under another Python, which has vLLM's packages: the standard library and psutil are sure.
+# The worker of vLLM runs under another Python, of which nothing but the standard library is certain.
 BARE = """
-import importlib, pkgutil, sys
+import importlib, sys
 sys.path.insert(0, sys.argv[1])
+for name in ("worker", "catalogue", "peak", "vllm"):
+    importlib.import_module("helpers.engines." + name)
 import helpers.engines
-for module in pkgutil.iter_modules(helpers.engines.__path__):
-    importlib.import_module("helpers.engines." + module.name)
 helpers.engines.EngineError
-print(sorted(kind.make().__class__.__name__ for kind in helpers.engines.catalogue.KINDS.values()))
+print(helpers.engines.catalogue.KINDS["vllm"].make().__class__.__name__)
 """
 
 
-def test_worker_and_engines_are_imported_where_only_the_standard_library_and_psutil_are(tmp_path):
+def test_the_worker_is_imported_where_only_the_standard_library_is(tmp_path):
     (tmp_path / "helpers").symlink_to(ROOT / "helpers")
-    (tmp_path / "psutil").symlink_to(Path(psutil.__file__).parent)
     python = Path(sys.executable).resolve()  # past the virtual environment
     done = subprocess.run(
         [python, "-I", "-S", "-c", BARE, tmp_path], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(["_CTranslate2", "_Default", "_Fastest", "_LlamaCpp", "_Plain", "_Vllm"])
+    assert done.stdout.strip() == "_Vllm"
 
 
 PEAK = """

@@ -63,7 +63,7 @@ def test_stub_is_refused_and_solution_accepted(path):
         assert right.right, right
 
 
-@pytest.mark.parametrize("name", checking._names())
+@pytest.mark.parametrize("name", checking._CHECKS)
 def test_a_wrong_answer_is_refused_with_a_hint(name):
     verdict = exercises.check(name, eval(WRONG[name], {"torch": __import__("torch")}))
     assert not verdict.right
@@ -73,7 +73,7 @@ def test_a_wrong_answer_is_refused_with_a_hint(name):
 
 def test_every_check_belongs_to_a_notebook():
     used = {n for p in SOURCES for code in cells(p, "exercise") for n in re.findall(r'check\("([^"]+)"', code)}
-    assert used == set(checking._names())
+    assert used == set(checking._CHECKS)
 
 
 def test_an_answer_that_raises_is_not_right_and_an_unknown_exercise_is_named():

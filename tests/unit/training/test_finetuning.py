@@ -31,7 +31,6 @@ from helpers.training import (
     finetuning,
     merge,
     read_conversations,
-    relative_error,
     reload,
     token_counts,
 )  # fmt: skip
@@ -262,7 +261,7 @@ def test_the_trap_is_real():
     right = first_gradient(unpacked=True, inference=False)
     assert torch.equal(first_gradient(unpacked=True, inference=True), right)
     spoiled = first_gradient(unpacked=False, inference=True)
-    assert relative_error(spoiled, right) > 0.3
+    assert models.relative_error(spoiled, right) > 0.3
 
 
 def test_the_same_seed_gives_the_same_adapter(tuned, nf4, tmp_path):
@@ -377,14 +376,10 @@ def test_the_merged_model_is_within_two_percent_of_the_trained_one(nf4, tmp_path
     strong = dataclasses.replace(SHORT, steps=10, learning_rate=1e-2)
     done = finetune(nf4, DATA, strong, tmp_path / "adapter")
     trained, plain = logits(done.loaded.model), logits(models.load(REF, "nf4", unpacked=True).model)
-    assert relative_error(plain, trained) > 0.1, "the adapter must matter for this test to mean something"
+    assert models.relative_error(plain, trained) > 0.1, "the adapter must matter for this test to mean something"
     merged = models.load(merge(tmp_path / "adapter", tmp_path / "merged"), "bf16")
-    assert relative_error(logits(merged.model), trained) <= 0.02
+    assert models.relative_error(logits(merged.model), trained) <= 0.02
     assert not any("lora" in name for name, _ in merged.model.named_parameters())
-
-
-def test_relative_error_by_hand():
-    assert relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
 
 
 def test_a_folder_without_an_adapter_is_named(tmp_path):
