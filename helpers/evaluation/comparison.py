@@ -235,7 +235,7 @@ class Comparison:
                 "model": self.labels[side],
                 "first token (s)": median(reply.first_token_seconds for reply in replies),
                 "tokens/s": median(speeds or [float("nan")]),
-                "words a reply": median(len(reply.text.split()) for reply in replies),
+                "words per reply": median(len(reply.text.split()) for reply in replies),
                 "weights (MiB)": self.stored_bytes[side] / 2**20,
             }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("side")

@@ -19,7 +19,7 @@ PARTS = ("weights", "kv_cache", "activations", "reserved")
 SIZES = (24, 40, 48, 80, 141)  # GB of a card, as sold
 COUNTS = (1, 2, 4, 8, 16)
 DECIMAL = 1e9
-GIGABIT = 1e9 / 8  # bytes a second over a line of 1 Gbit/s
+GIGABIT = 1e9 / 8  # bytes per second over a line of 1 Gbit/s
 AS_MANY_AS_FIT = Workload(context_tokens=None)  # one sequence of 2048 tokens, or of the model's own limit
 # What notebook 04 asks at once; no question with its reply has more tokens, since a token is a byte of text or more.
 QUESTIONS = Workload(batch_size=56, context_tokens=144)
@@ -27,7 +27,7 @@ QUESTIONS = Workload(batch_size=56, context_tokens=144)
 
 @dataclass(frozen=True)
 class _Card:
-    """A GPU with its memory in GB, as sold, and its published memory bandwidth in bytes a second."""
+    """A GPU with its memory in GB, as sold, and its published memory bandwidth in bytes per second."""
 
     name: str
     gigabytes: int
@@ -63,7 +63,7 @@ def _sold_as(gpus: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class _Here:
-    """What was measured on this machine: ``disk_free`` in bytes, ``memory_bandwidth`` in bytes a second.
+    """What was measured on this machine: ``disk_free`` in bytes, ``memory_bandwidth`` in bytes per second.
 
     ``disk`` is None, and ``disk_problem`` says why, if it could not be measured; the bandwidth is None unless a plan
     without GPUs asked for it.
@@ -145,7 +145,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class _SpeedLimit:
-    """The most tokens a second, of all sequences together, that the bandwidth of the memory (bytes a second) allows."""
+    """The most tokens per second, of all sequences together, that the memory's bandwidth (bytes per second) allows."""
 
     model: str
     precision: str

@@ -181,7 +181,7 @@ def _facts(run: _Run) -> dict[str, str]:
     if isinstance(hardware, _UnknownHardware):
         return facts
     return facts | {
-        "Processor": f"{hardware.cpu_name}, {hardware.cpu_count} cores",
+        "CPU": f"{hardware.cpu_name}, {hardware.cpu_count} cores",
         "Memory": gib(hardware.ram_bytes),
         "System": hardware.system,
     }

@@ -114,7 +114,7 @@ def _machine(hardware: _Hardware | _UnknownHardware) -> str:
     """Describe the machine of a run in half a sentence."""
     if isinstance(hardware, _UnknownHardware):
         return "an unknown machine"
-    return _gpus(hardware) or f"{hardware.cpu_count} processor cores without a GPU"
+    return _gpus(hardware) or f"{hardware.cpu_count} CPU cores without a GPU"
 
 
 def _gpus(hardware: _Hardware) -> str:

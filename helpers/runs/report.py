@@ -282,7 +282,7 @@ def _facts(manifest: _Manifest) -> dict[str, str]:
     if isinstance(hardware, _UnknownHardware):
         return facts | {"Machine": f"unknown ({hardware.error})"}
     return facts | {
-        "Processor": f"{hardware.cpu_name}, {hardware.cpu_count} cores",
+        "CPU": f"{hardware.cpu_name}, {hardware.cpu_count} cores",
         "Memory": gib(hardware.ram_bytes),
         "GPUs": _gpus(hardware) or "none",
         "System": hardware.system,

@@ -164,7 +164,7 @@ def test_speeds_are_medians():
     row = shown.loc["falcon"]
     assert row["first token (s)"] == 0.3
     assert row["tokens/s"] == pytest.approx((2 / 1.0 + 2 / 0.4) / 2)
-    assert row["words a reply"] == 1
+    assert row["words per reply"] == 1
     assert row["weights (MiB)"] == 3
 
 

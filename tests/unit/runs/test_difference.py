@@ -229,7 +229,7 @@ def test_what_explains_a_difference(runs):
         "Packages": {"torch": ("2.13.0", "2.14.0"), "zipp": ("3.0", "–"), "aaa": ("–", "1")},
     }
     facts = {pair.what: pair.second for pair in found.facts if pair.differs}
-    assert facts == {"Commit": "f" * 12, "Processor": "Another, 2 cores"}
+    assert facts == {"Commit": "f" * 12, "CPU": "Another, 2 cores"}
 
 
 def test_another_model_is_named_by_its_role_and_not_by_its_files(runs):
