@@ -1,4 +1,4 @@
-"""Precisions, kinds of work, and the text of sizes and durations. Sizes are bytes and times are seconds.
+"""Precisions, and the text of sizes and durations. Sizes are bytes and times are seconds.
 
 Text shows GiB (2^30 bytes). GB (1e9 bytes) appears only where a published figure is quoted.
 """

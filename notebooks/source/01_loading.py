@@ -74,9 +74,7 @@ del model
 gc.collect()
 torch.cuda.empty_cache()
 loaded = models.load(settings.falcon, settings.precision)
-tokenizer = (
-    loaded.tokenizer
-)  # that of this model, even if the lines above had to load a smaller one
+tokenizer = loaded.tokenizer  # the lines above may have loaded a stand-in
 models.report_table(loaded)
 
 # %% tags=["record"]

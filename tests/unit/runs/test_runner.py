@@ -41,6 +41,7 @@ from helpers.runs.notebook import (
 from helpers.runs.redaction import _find_secrets, _redact, _sweep
 from helpers.runs.rendering import _clean, _source_notebook
 from helpers.runs.schema import _NotebookStatus, _Status
+from tests.unit.base.test_processes import processes_with, wait_for
 from tests.unit.models.test_loading_at_scale import Hub
 
 TOKEN = "hf_sentinel123"
@@ -100,24 +101,6 @@ def outputs(run_dir, name):
     """Everything the code cells of an executed notebook show, as one text."""
     notebook = json.loads((run_dir / "notebooks" / f"{name}.ipynb").read_text())
     return json.dumps([cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code"])
-
-
-def processes_with(text):
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.status() != psutil.STATUS_ZOMBIE and any(text in part for part in process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
