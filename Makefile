@@ -1,5 +1,6 @@
 # PYTHON=/path/to/python3.11 chooses the Python, LOCK=gpu the CUDA build of torch; .venv keeps both choices.
-.PHONY: setup run test lint lab render lock
+# FAULTS_SEED=1 chooses other random moments.
+.PHONY: setup run test faults lint lab render lock
 
 setup:
 	@PYTHON="$(PYTHON)" sh env/setup.sh $(LOCK)
@@ -7,6 +8,8 @@ run: setup
 	.venv/bin/workbook run --profile laptop
 test: setup
 	.venv/bin/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=85
+faults: setup
+	.venv/bin/python -m pytest tests/faults -n 2 -m "whole or not whole"
 lint: setup
 	sh env/lint/lint.sh
 lab: setup
