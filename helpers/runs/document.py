@@ -24,6 +24,7 @@ _Document = Mapping[str, Any]  # a notebook's JSON
 _Cell = Mapping[str, Any]
 _FORMAT = 4
 _MOST_IMAGE_BYTES = 5 * 2**20
+_ERROR_MARK = "papermill-error-cell-tag"
 _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 # The image of a markdown cell, as markdown or as HTML: what stands before its address, and the address.
 _IMAGE = re.compile(r"""(!\[[^\]\n]*\]\(\s*|<img\b[^>]*?\bsrc\s*=\s*["'])([^)\s"'>]+)""", re.I)
@@ -40,7 +41,7 @@ class UsageError(WorkbookError):
     """A request that cannot be run as it stands: an unknown notebook, parameter, type or profile."""
 
 
-def _read_notebook(path: Path, remedy: str = "Generate it again with 'workbook render'.") -> dict[str, Any]:
+def _read_notebook(path: Path, remedy: str = "Restore it, or delete it and run 'workbook render'.") -> dict[str, Any]:
     """Return a notebook's JSON. Raises UsageError, with the remedy, for a file that is no whole notebook."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -173,6 +174,8 @@ def _image(path: Path) -> dict[str, str] | None:
 def _make_portable(notebook: NotebookNode) -> None:
     """Remove papermill's records and live widgets, which would need a kernel or a CDN to show."""
     _drop_records(notebook.metadata)
+    # papermill marks a cell that shows an error with cells of its own, even if the cell was tagged to raise it.
+    notebook.cells = [cell for cell in notebook.cells if _ERROR_MARK not in _tags(cell)]
     for cell in notebook.cells:
         _drop_records(cell.metadata)
         # papermill adds an empty list of tags to every cell that has none.

@@ -73,10 +73,12 @@ def judge(run_dir: Path, expected: Mapping[str, _ExpectedValue]) -> _Judgement:
 
 
 def _profile_of(run: Path) -> str:
-    """The profile of a run. Raises ResultError for a rehearsal: nobody knows what its models should give."""
+    """The profile of a run. Raises ResultError for a run of which nobody knows what it should give."""
     manifest = store.read_manifest(run)
     if manifest.rehearsal is not None:
         raise ResultError(f"{run} is a rehearsal, whose values say nothing about the models. Give a real run.")
+    if manifest.of_own_notebooks:
+        raise ResultError(f"{run} is a run of your own notebooks, for which there are no expected values.")
     return manifest.profile
 
 

@@ -73,14 +73,14 @@ def _presentable_output(output: NotebookNode, page: _Page) -> NotebookNode:
         output.traceback = [_cut("\n".join(lines), page.name)]
         shown = len(output.traceback[0])
     else:
-        output.data = _best(output.data, page)
-        output.metadata = _sizes(output.metadata)
+        output.data, output.metadata = _best(output.data, page), _sizes(output.metadata)
         shown = sum(map(len, output.data.values()))
     if not page.full(shown):
         return output
     from nbformat.v4 import new_output
 
-    return new_output("display_data", {"text/html": page.left_out("An output", shown)})
+    note: NotebookNode = new_output("display_data", {"text/html": page.left_out("An output", shown)})
+    return note
 
 
 def _best(data: Mapping[str, object], page: _Page) -> NotebookNode:

@@ -146,7 +146,8 @@ def _content(run_dir: Path) -> dict[str, object]:
     """What the page shows. Writes the notebooks' pages that are missing or old, to link to them."""
     status, manifest, recorded = _read_status(run_dir), store.read_manifest(run_dir), _read_results(run_dir)
     notebooks = _notebook_rows(status, recorded, _write_pages(run_dir, status.notebooks))
-    claims = _judged_claims(status, manifest, recorded)
+    # A reader's own notebooks are not asked about the article.
+    claims = [] if manifest.of_own_notebooks else _judged_claims(status, manifest, recorded)
     return {
         "name": run_dir.resolve().name,
         "manifest": manifest,
@@ -218,7 +219,8 @@ def _tiles(status: _Status, claims: Sequence[_JudgedClaim], verdicts: Mapping[st
         ("total time", duration(sum(entry.seconds for entry in entries)), "notebooks", ""),
         ("peak memory", gib(peak) if peak else "–", "notebooks", ""),
     )
-    return [{"label": label, "value": value, "to": to, "mark": mark} for label, value, to, mark in rows]
+    tiles = [{"label": label, "value": value, "to": to, "mark": mark} for label, value, to, mark in rows]
+    return [tile for tile in tiles if claims or tile["to"] != "claims"]
 
 
 def _rehearsal(manifest: _Manifest) -> dict[str, object] | None:

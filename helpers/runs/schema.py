@@ -274,3 +274,8 @@ class _Manifest(_Part):
     rehearsal: _RehearsalFacts | None = Field(default=None, exclude_if=lambda facts: facts is None)
     resumed: list[str] = Field(default_factory=list, exclude_if=lambda starts: not starts)
     commits: dict[str, str] = Field(default_factory=dict, exclude_if=lambda commits: not commits)
+
+    @property
+    def of_own_notebooks(self) -> bool:
+        """True if the run is of a reader's own notebooks."""
+        return any(notebook.own for notebook in self.notebooks.values())
