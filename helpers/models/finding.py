@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 
 from helpers.base import settings
 from helpers.base.files import ROOT
+from helpers.base.hashes import file_hash
 from helpers.base.progress import bars, waiting
 from helpers.base.units import human
 from helpers.machine.anatomy import published_config, published_models
-from helpers.models.checkpoint import LoadError, _checked, file_hash
+from helpers.models.checkpoint import LoadError, _checked
 from helpers.models.hub import _describe_commit, _download, _download_config, _full_disk
 from helpers.models.workarounds.gguf import _no_conversion_bar, _restore_pre_tokenizer
 
