@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from helpers.base.errors import WorkbookError, choose
 from helpers.base.files import ROOT
+from helpers.base.hashes import changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,18 +29,25 @@ def published_config(repo_id: str) -> PretrainedConfig:
     """The configuration published with a model, from this repository: works offline.
 
     The fields are as published, but for ``auto_map``, which points at code on the hub that is never run.
-    Raises WorkbookError, which lists the known models, for another name.
+    Raises WorkbookError, which lists the known models, for another name, and if a file is not as it was recorded.
     """
     from transformers import AutoConfig
 
     choose(repo_id, published_models(), "published configuration of")
+    if found := changes(CONFIGS, CONFIGS.name):
+        raise WorkbookError(
+            f"The published configurations in {CONFIGS} are not those of this project: {'; '.join(found)}. Restore "
+            f"them with: git -C {ROOT} restore env/models. If the change is yours, record it with: workbook "
+            f"record-hashes {CONFIGS}"
+        )
     fields = json.loads((CONFIGS / f"{repo_id.replace('/', '--')}.json").read_text(encoding="utf-8"))
     return AutoConfig.for_model(**fields)
 
 
 def published_models() -> tuple[str, ...]:
     """The models whose published configuration is in this repository."""
-    return tuple(sorted(path.stem.replace("--", "/") for path in CONFIGS.glob("*.json")))
+    # Each name has its owner, such as tiiuae--falcon-7b; hashes.json has none.
+    return tuple(sorted(path.stem.replace("--", "/") for path in CONFIGS.glob("*--*.json")))
 
 
 @dataclass(frozen=True)

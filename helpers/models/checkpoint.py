@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from helpers.base.errors import WorkbookError, first_names
+from helpers.base.hashes import file_hash
 from helpers.base.progress import bytes_bar
 from helpers.base.units import human
 from helpers.models.hub_cache import _blob_hashes
@@ -143,12 +143,6 @@ def _read_tensor(folder: Path, name: str) -> torch.Tensor:
     with safe_open(folder / file, framework="pt") as tensors:
         tensor: torch.Tensor = tensors.get_tensor(name)
     return tensor
-
-
-def file_hash(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _git_hash(file: Path) -> str:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
+from helpers.base.hashes import share_hashes
 from helpers.models.checkpoint import LoadError
 from helpers.models.loaded import forget_loads, read_loads
 from helpers.runs import store
@@ -160,6 +161,7 @@ class _Session:
         if self.resumed:
             manifest = _merge_manifests(store.read_manifest(self.folder), manifest)
         self.manifest = manifest
+        share_hashes(self.folder)  # the notebooks load the models that the manifest has just hashed
         self._save_manifest()
         self._save_status()
 
