@@ -21,7 +21,7 @@ class ModelRef:
 
     id: str
     family: Literal["falcon", "llama"]
-    format: Literal["falcon-chat", "llama-2", "chatml", "plain"]
+    format: Literal["falcon-chat", "falcon-instruct", "llama-2", "chatml", "plain"]
     source: Literal["embedded", "package", "hub"] = "hub"
     revision: str | None = None
     file: str | None = None
