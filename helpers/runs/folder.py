@@ -132,7 +132,8 @@ def _merge_manifests(earlier: _Manifest, later: _Manifest) -> _Manifest:
 
 
 def _notebook(plan: _Plan) -> _NotebookFacts:
-    return _NotebookFacts(sha256=file_hash(plan.path), parameters=plan.effective)
+    own = str(plan.path) if plan.own else None
+    return _NotebookFacts(sha256=file_hash(plan.path), parameters=plan.effective, own=own)
 
 
 def _model(ref: ModelRef) -> _ModelFacts:

@@ -2,6 +2,8 @@
 # jupyter:
 #   workbook:
 #     models: {}
+#     parameters:
+#       seed: {least: 0, most: 4294967295}
 # ---
 
 # %% [markdown]
@@ -28,7 +30,7 @@
 
 # %% tags=["parameters"]
 profile = "laptop"
-seed = 0  # nothing here is random, but one -p seed=... serves all notebooks
+seed = 0  # nothing here is random, but all notebooks take a seed
 
 # %% [markdown]
 # These are the models of this profile. On a laptop, *stand-ins* take the place of the real ones: tiny models with the same
@@ -39,6 +41,7 @@ seed = 0  # nothing here is random, but one -p seed=... serves all notebooks
 from helpers import exercises, figures, machine, models, panels, runs
 from helpers.runs import Measured
 
+notebook_name = "00_start_here"  # recorded and expected values are found by this name
 models.tidy_output()
 settings = models.load_profile(profile)
 models.table(settings)
