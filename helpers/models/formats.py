@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict
 
 from helpers.base.errors import WorkbookError, choose
-from helpers.base.text import is_blank
+from helpers.base.text import is_blank, well_formed
 from helpers.models.tokens import Token, conversation_tokens
 
 if TYPE_CHECKING:
@@ -157,13 +158,19 @@ def spoken(messages: Sequence[Message]) -> list[Message]:
 
 
 def _check_message(message: Message, position: int) -> None:
+    # reprlib shortens: a value may be as long and as deep as its file.
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-        raise MessageError(f"Message {position} is not a mapping with 'role' and 'content': {message!r}.")
+        raise MessageError(f"Message {position} is not a mapping with 'role' and 'content': {reprlib.repr(message)}.")
     if message["role"] not in ROLES:
-        raise MessageError(f"Message {position} has the role {message['role']!r}; the roles are {', '.join(ROLES)}.")
+        role = reprlib.repr(message["role"])
+        raise MessageError(f"Message {position} has the role {role}; the roles are {', '.join(ROLES)}.")
     if not isinstance(message["content"], str):
         kind = type(message["content"]).__name__
         raise MessageError(f"The content of message {position} must be a string, but is {kind}.")
+    if not well_formed(message["content"]):
+        raise MessageError(
+            f"The content of message {position} holds half of a surrogate pair, which is no character. Remove it."
+        )
 
 
 @dataclass(frozen=True)
