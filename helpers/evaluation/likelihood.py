@@ -173,7 +173,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, begin: str | None, m
         return [tokenizer.get_vocab()[begin], *ids], covered
     if len(ids) < 2:
         raise WorkbookError(
-            f"The tokenizer has no token to begin a text with, and {text[:40]!r} is one token. Add words."
+            f"The tokenizer has no token to begin a text with, so the text {text[:40]!r} is too short. Add words."
         )
     return ids, covered[tokens[0].end :]
 
