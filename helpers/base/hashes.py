@@ -68,7 +68,11 @@ def changes(folder: Path, of: str = "") -> list[str]:
     for name, digest in recorded.items():
         if found := _difference(folder / name, digest):
             phrases.append(f"{name} {found}")
-    for file in _read_files(folder):
+    try:
+        files = _read_files(folder)
+    except OSError as error:
+        return [f"the folder cannot be read ({error.strerror})"]
+    for file in files:
         if file.name not in recorded:
             phrases.append(f"{file.name} does not belong there")
     return phrases
@@ -90,7 +94,7 @@ def _recorded(folder: Path, of: str) -> dict[str, str] | str:
     if not recorded or any(Path(name).name != name for name in recorded):
         return f"{HASHES} is damaged"
     if of and owner != of:
-        return f"{HASHES} is of {owner or 'something else'}, not of {of}"
+        return f"{HASHES} is of {owner}, not of {of}"
     return recorded
 
 

@@ -60,6 +60,7 @@ _ROLE_LOOKS = {
 }
 _ROLE_TAGS = {
     "falcon-chat": r"^(?:System|User|Falcon):",
+    "falcon-instruct": r"^(?:User|Assistant):",
     "llama-2": r"</?s>|\[/?INST\]|<</?SYS>>",
     "chatml": r"<\|im_start\|>(?:system|user|assistant)|<\|im_end\|>",
 }

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Literal, Required, TypedDict, cast
 from helpers.base.files import write_text
 from helpers.base.parent import Parent
 from helpers.base.processes import ending_descendants
-from helpers.runs.notebook import _make_portable
+from helpers.runs.document import _make_portable, _make_runnable
 from helpers.runs.redaction import _redact
 
 if TYPE_CHECKING:
@@ -97,8 +97,7 @@ class _Watcher:
     def on_notebook_start(self, notebook: NotebookNode) -> None:
         """The kernel is up."""
         self.notebook = notebook
-        # An empty cell is never executed, and so never counted.
-        self.cells = len([cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()])
+        self.cells = len([cell for cell in notebook.cells if _is_executed(cell)])
         self.emit({"event": "ready", "cells": self.cells})
 
     def on_cell_execute(self, cell: NotebookNode, **_: object) -> None:
@@ -161,6 +160,13 @@ class _Watcher:
         return f"error in cell {self.cell}: {reply.get('ename', 'unknown')}: {text}"
 
 
+def _is_executed(cell: NotebookNode) -> bool:
+    """False for a cell that nbclient passes over: a text, an empty cell, one tagged to be skipped."""
+    if cell.cell_type != "code" or not cell.source.strip():
+        return False
+    return "skip-execution" not in cell.metadata.get("tags", [])
+
+
 def _kernel_manager() -> type[AsyncKernelManager]:
     """A manager whose "python3" is always this interpreter, whatever kernels the user has installed."""
     from jupyter_client.kernelspec import KernelSpecManager
@@ -178,13 +184,16 @@ def _kernel_manager() -> type[AsyncKernelManager]:
 def _execute(job: _Job, emit: Callable[[_Event], None]) -> str | None:
     """Run the notebook; None, or why it failed. Raises OSError when the executed notebook cannot be written."""
     from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
 
     watcher = _Watcher(job, emit)
     try:
         _execute_cells(watcher)
     except DeadKernelError:
         watcher.kernel_died()
-    except _Stopped:
+    except (_Stopped, PapermillExecutionError):
+        # papermill takes each error that a cell shows for a failure, even one that the cell was tagged to raise. The
+        # watcher has judged every cell.
         pass
     watcher.save()
     if watcher.reason is None and watcher.cell < watcher.cells:
@@ -198,7 +207,7 @@ def _execute_cells(watcher: _Watcher) -> None:
 
     job = watcher.job
     papermill.execute_notebook(
-        nbformat.read(job.notebook, as_version=4),
+        _make_runnable(nbformat.read(job.notebook, as_version=4), Path(job.notebook).parent),
         None,  # no output file: see above
         job.parameters,
         kernel_name="python3",

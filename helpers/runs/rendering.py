@@ -17,9 +17,9 @@ from rich.console import Console
 
 from helpers.base.files import ROOT, write_text
 from helpers.base.settings import DEFAULT_PROFILE
+from helpers.runs.document import _make_portable
 from helpers.runs.execution import NOTEBOOKS, run
 from helpers.runs.folder import _executed_notebook
-from helpers.runs.notebook import _make_portable
 from helpers.runs.request import Request
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, cast
 from helpers.base.errors import WorkbookError
 from helpers.base.jsonl import scan_records
 from helpers.base.text import is_blank
-from helpers.models.formats import FORMATS, Message, MessageError, encode, format_for
+from helpers.models.formats import FORMATS, Message, MessageError, format_for
 from helpers.models.loaded import context_tokens
+from helpers.models.tokens import continuation_ids
 from helpers.training.recipe import FinetuneError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from helpers.base.jsonl import BadRow
     from helpers.models.loaded import Loaded
+    from helpers.models.tokens import Token
 
 TRAINED_ROLES = ("reply", "end")
 Conversation = Sequence[Message]
@@ -245,13 +247,14 @@ def _example(loaded: Loaded, messages: Conversation) -> Example:
     end = loaded.tokenizer.eos_token
     # some formats end a reply with the end token themselves: it must come once, as a token of its own
     reply = whole[len(prompt) :].rstrip().removesuffix(end)
-    before = _prompt_roles(loaded, prompt, messages[:-1])
-    reply_ids = loaded.tokenizer(reply, add_special_tokens=False)["input_ids"]
-    ids = (*encode(loaded.tokenizer, prompt), *reply_ids, loaded.tokenizer.eos_token_id)
-    return Example(ids, (*before, *["reply"] * len(reply_ids), "end"))
+    before = loaded.format.tokens(loaded.tokenizer, prompt)
+    reply_ids = continuation_ids(loaded.tokenizer, reply)
+    ids = (*[token.id for token in before], *reply_ids, loaded.tokenizer.eos_token_id)
+    roles = _prompt_roles(prompt, before, messages[:-1])
+    return Example(ids, (*roles, *["reply"] * len(reply_ids), "end"))
 
 
-def _prompt_roles(loaded: Loaded, prompt: str, messages: Conversation) -> list[str]:
+def _prompt_roles(prompt: str, tokens: Sequence[Token], messages: Conversation) -> list[str]:
     """The role of each token of the prompt: that of the message whose content it overlaps, or "format"."""
     spans: list[tuple[int, int, str]] = []
     position = 0
@@ -260,10 +263,7 @@ def _prompt_roles(loaded: Loaded, prompt: str, messages: Conversation) -> list[s
         if start >= 0:
             position = start + len(message["content"])
             spans.append((start, position, message["role"]))
-    offsets = loaded.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    # a begin token, which some tokenizers add, has no characters in the prompt
-    begin = len(encode(loaded.tokenizer, prompt)) - len(offsets)
-    return ["format"] * begin + [_role_at(start, end, spans) for start, end in offsets]
+    return [_role_at(token.start, token.end, spans) for token in tokens]
 
 
 def _role_at(start: int, end: int, spans: Sequence[tuple[int, int, str]]) -> str:

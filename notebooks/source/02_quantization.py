@@ -5,6 +5,17 @@
 #       falcon: [precisions]
 #       llama_chat: [precisions]
 #       laptop/falcon: [bf16, int8, nf4]
+#     parameters:
+#       seed: {least: 0, most: 4294967295}
+#       texts_falcon: {least: 2, most: 100000}
+#       texts_llama: {least: 2, most: 100000}
+#       items_falcon: {least: 2, most: 100000}
+#       items_llama: {least: 2, most: 100000}
+#       prompt_tokens: {least: 1, most: 100000}
+#       new_tokens: {least: 2, most: 100000}
+#       prompt_tokens_llama: {least: 1, most: 100000}
+#       new_tokens_llama: {least: 2, most: 100000}
+#       repeats: {least: 1, most: 1000}
 # ---
 
 # %% [markdown]
@@ -46,6 +57,7 @@ from tempfile import TemporaryDirectory
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from helpers import evaluation, exercises, figures, machine, models, runs, speed
 
+notebook_name = "02_quantization"  # recorded and expected values are found by this name
 models.tidy_output()
 settings = models.load_profile(profile)
 models.table(settings)
