@@ -167,7 +167,7 @@ class _Session:
         except (OSError, LoadError) as error:
             told = str(error).rstrip(".")
             resume = f"workbook run --resume {self.folder}"
-            raise RunError(f"The run stopped: {told}. Then resume it with: {resume}") from error
+            raise RunError(f"The run stopped: {told}. Then resume with: {resume}") from error
         return self._result(interrupted)
 
     def _attempt(self, console: Console, raw: Mapping[str, str], command: Sequence[str]) -> bool:
