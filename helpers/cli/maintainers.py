@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from helpers.base.files import ROOT
-from helpers.cli.workbook import MAINTAINERS, _command, _print_result, _shortened
+from helpers.base.terminal import Terminal
+from helpers.base.text import shell_word
+from helpers.cli.workbook import MAINTAINERS, _command, _print_result, _say, _shortened
 
 MODELS = ROOT / "env" / "models"
 WORK = ROOT / "runs" / "train-mini"
@@ -38,7 +39,7 @@ def _expect(runs: Annotated[list[Path], typer.Argument(help="Folders of finished
     cited = {key: entry for key, entry in earlier.items() if entry.cited}
     path.parent.mkdir(exist_ok=True)
     store.write_expected(path, measured | cited)
-    typer.echo(f"{path}: {len(measured)} values from {len(runs)} runs, {len(cited)} from citations")
+    _say(f"{path}: {len(measured)} values from {len(runs)} runs, {len(cited)} from citations")
 
 
 @_command("train-mini", MAINTAINERS)
@@ -56,7 +57,7 @@ def _train_mini(
 
     settings = training.read_recipe(recipe or training.RECIPE)
     training.train(data, work, settings, stage or training.STAGES, out)
-    typer.echo(f"Trained: {_shortened(out)}. To evaluate it: workbook evaluate-mini --models {_shortened(out)}")
+    _say(f"Trained: {_shortened(out)}. To evaluate it: workbook evaluate-mini --models {shell_word(_shortened(out))}")
 
 
 @_command("evaluate-mini", MAINTAINERS)
@@ -74,7 +75,7 @@ def _evaluate_mini(
         # How many samples there were is no measurement; quality.json and the model card tell it.
         if "samples" not in name:
             table.add_row(name, _figure(value))
-    Console().print(table)
+    Terminal().print(table)
 
 
 def _figure(value: float | list[float]) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from helpers.base.files import ROOT
-from helpers.cli.workbook import _command, _print_result, _ProfileOption, _RunFolder, _split
+from helpers.base.terminal import Terminal
+from helpers.cli.workbook import _command, _print_result, _ProfileOption, _RunFolder, _say, _split
 
 
 @_command("fetch")
@@ -73,7 +73,7 @@ def _report(run: _RunFolder) -> None:
     """Write the report of a run again."""
     from helpers.runs.report import write_report
 
-    typer.echo(write_report(run))
+    _say(write_report(run))
 
 
 @_command("check")
@@ -84,8 +84,8 @@ def _check(run: _RunFolder) -> None:
     path = execution.NOTEBOOKS / "expected" / f"{store.read_manifest(run).profile}.json"
     judged = expected.judge(run, store.read_expected(path, required=True))
     for line in (*judged.differing, *judged.missing):
-        typer.echo(line)
-    typer.echo(f"{path.name}: {judged}")
+        _say(line)
+    _say(f"{path.name}: {judged}")
     raise typer.Exit(0 if judged.passed else 1)
 
 
@@ -103,10 +103,10 @@ def _diff(
     from helpers.runs import difference, difference_views
 
     compared = difference.compare_runs(run_a, run_b, strict_times=strict_times)
-    console = Console(highlight=False)
+    console = Terminal()
     for part in difference_views.tables(compared):
         console.print(part)
-    typer.echo(f"Page: {difference_views.write_page(compared, html)}")
+    _say(f"Page: {difference_views.write_page(compared, html)}")
     raise typer.Exit(1 if compared.differing else 0)
 
 

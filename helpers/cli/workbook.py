@@ -19,6 +19,7 @@ import typer
 from helpers import __version__
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
+from helpers.base.text import one_line, printable, shell_word
 
 if TYPE_CHECKING:
     from helpers.runs.execution import RunResult
@@ -65,7 +66,7 @@ def _reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
             _check_checkout()
             return command(*args, **kwargs)
         except WorkbookError as error:
-            typer.echo(f"Error: {error}", err=True)
+            _say(f"Error: {error}", error=True)
             raise typer.Exit(getattr(error, "exit_code", 2)) from error
 
     return wrapped
@@ -79,6 +80,18 @@ def _check_checkout() -> None:
             f"This command needs the workbook's checkout, but there is no env/profiles in {ROOT}. Clone the "
             "repository, run make setup in it, and use its .venv/bin/workbook."
         )
+
+
+def _say(text: object, *, error: bool = False) -> None:
+    """Print a text. All that commands print goes through here, or through ``base.terminal``: it may hold anything."""
+    typer.echo(printable(_hidden(text)), err=error)
+
+
+def _hidden(text: object) -> str:
+    """The text without secrets: an error's message may hold an address with a password."""
+    from helpers.runs.redaction import _for_screen
+
+    return _for_screen(str(text))
 
 
 def _split(texts: Iterable[str] | None) -> list[str]:
@@ -97,11 +110,11 @@ def _shortened(path: Path) -> str:
 def _print_result(result: RunResult, report_path: Path) -> None:
     """Print what became of each notebook, how to resume those that did not pass, and where the report is."""
     for name in result.passed:
-        typer.echo(f"passed  {name}")
+        _say(f"passed  {one_line(name)}")
     for name, reason in result.failed.items():
-        typer.echo(f"FAILED  {name}: {reason}")
+        _say(f"FAILED  {one_line(name)}: {one_line(reason)}")
     if not result.ok:
         # Only an activated environment has the command on its path.
         command = "workbook" if shutil.which("workbook") else ".venv/bin/workbook"
-        typer.echo(f"Resume the notebooks that did not pass: {command} run --resume {_shortened(result.folder)}")
-    typer.echo(f"Report: {report_path}")
+        _say(f"Resume the notebooks that did not pass: {command} run --resume {shell_word(_shortened(result.folder))}")
+    _say(f"Report: {one_line(str(report_path))}")

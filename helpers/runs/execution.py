@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
+from helpers.base.terminal import Terminal
+from helpers.base.text import shell_word, shortened
+from helpers.base.units import PRECISIONS
 from helpers.models.checkpoint import LoadError
 from helpers.models.loaded import forget_loads, read_loads
 from helpers.runs import store
@@ -30,16 +31,20 @@ from helpers.runs.folder import (
     _merge_manifests,
     _utc_now,
 )
-from helpers.runs.notebook import _loaded_models, _parse_parameters, _plan_run, _roles_to_fetch, _undeclared
+from helpers.runs.notebook import UsageError, _loaded_models, _parse_parameters, _plan_run, _roles_to_fetch, _undeclared
 from helpers.runs.recording import _forget
-from helpers.runs.redaction import _find_secrets, _redact, _sweep
+from helpers.runs.redaction import _redact
 from helpers.runs.request import Request, _check_machine, _chosen_profile, _resumed, _target
 from helpers.runs.schema import _NotebookStatus, _RehearsalFacts, _Status
+from helpers.runs.secrecy import _find_secrets
 from helpers.runs.store import _read_status, _write_manifest, _write_status
 from helpers.runs.supervision import _environment, _supervise
+from helpers.runs.sweeping import _sweep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    from rich.console import Console
 
     from helpers.models.references import Profile
     from helpers.planning.rehearsal import Rehearsal
@@ -47,8 +52,10 @@ if TYPE_CHECKING:
     from helpers.runs.notebook import _Plan
     from helpers.runs.schema import _Manifest
     from helpers.runs.supervision import _Progress
+    from helpers.runs.sweeping import Seen
 
 NOTEBOOKS = ROOT / "notebooks"
+_LONGEST_REASON, _LONGEST_LINE = 2000, 200  # characters
 
 
 class RunError(WorkbookError):
@@ -83,7 +90,7 @@ def run(request: Request, *, command: Sequence[str] = (), console: Console | Non
     Raises UsageError before anything runs, RunFolderError if the folder cannot be used, RunError on a full disk or
     if a model cannot be downloaded, RehearsalError if a model would not fit on the profile's machine.
     """
-    console = console or Console()
+    console = console or Terminal()
     raw = _parse_parameters(request.parameters)
     earlier: dict[str, str] = {}
     if request.resume is not None:
@@ -97,7 +104,7 @@ def run(request: Request, *, command: Sequence[str] = (), console: Console | Non
     raw, target = earlier | raw, _target(request, profile)
     with _held(target):
         rehearsal = _prepared(profile, target / "rehearsal", console) if request.rehearse else None
-        session = _Session(target, profile, plans, _find_secrets({**os.environ, **raw}), rehearsal)
+        session = _Session(target, profile, plans, _secrets(raw, profile, plans, target), rehearsal)
         return session.run(console, raw, command)
 
 
@@ -114,6 +121,7 @@ class _Session:
     ) -> None:
         self.folder, self.profile, self.plans, self.secrets = folder, profile, plans, secrets
         self.rehearsal = rehearsal
+        self.swept: Seen = {}
         self.resumed = (folder / "status.json").exists()
         self.status = self._first_status()
         self.manifest: _Manifest | None = None  # until _describe, which takes seconds to hash the models
@@ -130,11 +138,11 @@ class _Session:
             with suppress(OSError):
                 self._finish(interrupted=True)
             raise RunError(
-                f"The run stopped: {error}. Fix this, then resume with: workbook run --resume {self.folder}"
+                f"The run stopped: {error}. Fix this, then resume with: workbook run --resume {shell_word(self.folder)}"
             ) from error
         except LoadError as error:
             self._finish(interrupted=True)
-            raise RunError(f"{error} Then resume with: workbook run --resume {self.folder}") from error
+            raise RunError(f"{error} Then resume with: workbook run --resume {shell_word(self.folder)}") from error
         return self._result(interrupted)
 
     def _first_status(self) -> _Status:
@@ -203,7 +211,7 @@ class _Session:
             entry.status, entry.reason = "failed", f"interrupted at cell {entry.cell}"
             raise
         finally:
-            _sweep(self.folder, self.secrets)
+            _sweep(self.folder, self.secrets, self.swept)
             self._save_status()
 
     def _follow(self, entry: _NotebookStatus, show: Show, progress: _Progress) -> None:
@@ -216,8 +224,9 @@ class _Session:
 
     def _take(self, entry: _NotebookStatus, progress: _Progress) -> None:
         # Blanked here too, because the terminal shows these texts before any file does.
-        entry.reason = progress.reason and _redact(progress.reason, self.secrets)
-        entry.line = _redact(progress.line, self.secrets)
+        # And cut only then, because the rest of a token that was cut through is not known as one.
+        entry.reason = progress.reason and shortened(_redact(progress.reason, self.secrets), _LONGEST_REASON)
+        entry.line = shortened(_redact(progress.line, self.secrets), _LONGEST_LINE)
         entry.cell, entry.cells = progress.cell, progress.cells
         entry.seconds = round(progress.seconds, 2)
         entry.peak_bytes = progress.peak_bytes
@@ -257,7 +266,7 @@ class _Session:
                 self._note_commits(self.manifest)
         self._save_status()
         self._save_manifest()
-        _sweep(self.folder, self.secrets)
+        _sweep(self.folder, self.secrets, self.swept)
 
     def _note_commits(self, manifest: _Manifest) -> None:
         for role, model in manifest.models.items():
@@ -314,6 +323,17 @@ def _interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _secrets(raw: Mapping[str, str], profile: Profile, plans: Sequence[_Plan], folder: Path) -> tuple[str, ...]:
+    """What must stand in no file of the run. Raises UsageError if the folder's own name holds a secret."""
+    public = [profile.name, *PRECISIONS, *(model.id for model in profile.models.values())]
+    for plan in plans:
+        public += [plan.name, *plan.effective]
+    secrets = _find_secrets({**os.environ, **raw}, public)
+    if _redact(folder.name, secrets) != folder.name:
+        raise UsageError("The name of the run folder holds a token or a password. Name another folder with --folder.")
+    return secrets
 
 
 def _prepared(profile: Profile, folder: Path, console: Console) -> Rehearsal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -275,7 +276,7 @@ def _facts(manifest: _Manifest) -> dict[str, str]:
         "Profile": f"{manifest.profile}: {manifest.description}",
         "Started": _moment(manifest.started),
         "Finished": _moment(manifest.finished),
-        "Command": " ".join(manifest.command) or "–",
+        "Command": shlex.join(manifest.command) or "–",
         "Commit": f"{git.commit[:12]}{changed}" if git.commit else "not a git checkout",
         "Python": manifest.python,
     }

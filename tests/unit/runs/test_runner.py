@@ -38,7 +38,9 @@ from helpers.runs.notebook import (
     _select,
     _undeclared,
 )
-from helpers.runs.redaction import _find_secrets, _redact, _sweep
+from helpers.runs.redaction import _redact
+from helpers.runs.secrecy import _find_secrets
+from helpers.runs.sweeping import _sweep
 from helpers.runs.rendering import _clean, _source_notebook
 from helpers.runs.schema import _NotebookStatus, _Status
 from tests.unit.base.test_processes import processes_with, wait_for
