@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nbformat import NotebookNode  # noqa: TC004 (it takes seconds to import)
+    from nbformat import NotebookNode
 
 _Message = dict[str, Any]
 _VIEW = "application/vnd.jupyter.widget-view+json"

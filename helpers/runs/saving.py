@@ -7,7 +7,6 @@ redacted and written as JSON again, so a notebook with megabytes of output costs
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,9 @@ from helpers.runs.notebook import _make_portable
 from helpers.runs.redaction import _redact
 
 if TYPE_CHECKING:
-    from nbformat import NotebookNode  # noqa: TC004 (it takes seconds to import)
+    from collections.abc import Iterable, Mapping
+
+    from nbformat import NotebookNode
 
 
 @dataclass
