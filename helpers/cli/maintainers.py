@@ -78,5 +78,23 @@ def _evaluate_mini(
     Terminal().print(table)
 
 
+@_command("record-hashes", MAINTAINERS)
+def _record_hashes(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Folders of models. Default: all in env/models.", exists=True, file_okay=False),
+    ] = None,
+) -> None:
+    """Record the files of embedded models as they are now; every load compares them with the record."""
+    from helpers.base.hashes import HASHES, changes, write_hashes
+
+    for folder in folders or sorted(path for path in MODELS.iterdir() if path.is_dir()):
+        name = folder.resolve().name
+        found = changes(folder, name)
+        if found:
+            write_hashes(folder, name)
+        _say(f"{_shortened(folder / HASHES)}: {'; '.join(found) or 'unchanged'}")
+
+
 def _figure(value: float | list[float]) -> str:
     return f"{value[0]} ({value[1]}-{value[2]})" if isinstance(value, list) else str(value)

@@ -11,7 +11,7 @@ import typer
 
 from helpers.base.files import ROOT
 from helpers.base.terminal import Terminal
-from helpers.cli.workbook import _command, _print_result, _ProfileOption, _RunFolder, _say, _split
+from helpers.cli.workbook import _command, _print_result, _ProfileOption, _RunFolder, _say
 
 
 @_command("fetch")
@@ -41,6 +41,10 @@ def _run(
     folder: Annotated[
         Path | None, typer.Option(help="Folder of the new run. Default: runs/<UTC time>-<profile>.")
     ] = None,
+    notebook: Annotated[
+        list[Path] | None,
+        typer.Option(help="Run this notebook of your own, anywhere on disk, in place of the workbook's (repeatable)."),
+    ] = None,
     parameter: Annotated[
         list[str] | None,
         typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="Set a parameter of the notebooks (repeatable)."),
@@ -57,15 +61,21 @@ def _run(
 
     request = Request(
         profile,
-        only=_split(only),
+        only=_prefixes(only),
         parameters=parameter or (),
         resume=resume,
         folder=folder,
+        own=notebook or (),
         rehearse=rehearse,
     )
     result = execution.run(request, command=["workbook", *sys.argv[1:]])
     _print_result(result, write_report(result.folder))
     raise typer.Exit(0 if result.ok else 1)
+
+
+def _prefixes(texts: list[str] | None) -> list[str]:
+    """The texts of --only, which may be repeated or hold commas. A blank one stays: left out, it would mean all."""
+    return [part.strip() for text in texts or () for part in text.split(",")]
 
 
 @_command("report")

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError
+from helpers.base.text import is_blank
 from helpers.generation.decoding import PLAIN
-from helpers.generation.generating import _prompt_text, generate, stream
+from helpers.generation.generating import _fitting, generate, stream
 from helpers.generation.sampling import Sampling
-from helpers.models.formats import MessageError, encode
+from helpers.models.formats import MessageError, spoken
 from helpers.models.loaded import context_tokens
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ CHAT_SAMPLING = Sampling(max_new_tokens=200)
 class Chat:
     """A conversation with one model.
 
-    The history keeps every turn. If it outgrows the context, the model is shown only the newest whole turns (see
-    ``prompt``). Turn n (from 0) is drawn with ``sampling.seed + n``: a question asked twice may get two replies, and
+    ``transcript`` keeps every turn, ``messages`` those that the model is shown: a turn whose reply is blank, such as one
+    of only a stop string, is in no format's training data. If they outgrow the context, the model is shown only the
+    newest whole turns (see ``prompt``). Turn n (from 0) is drawn with ``sampling.seed + n``: a question asked twice may get two replies, and
     the same questions give the same transcript. ``decoding``: see ``generation.generate``. ``last_reply`` is the newest
     finished reply with its timings.
     """
@@ -49,7 +51,12 @@ class Chat:
 
     @property
     def messages(self) -> list[Message]:
-        """A copy of the whole conversation; a system message comes first."""
+        """A copy of the conversation without turns whose reply is blank; a system message comes first."""
+        return spoken(self.transcript)
+
+    @property
+    def transcript(self) -> list[Message]:
+        """A copy of the whole conversation, blank replies included; a system message comes first."""
         return copy.deepcopy(self._with_system(self._turns))
 
     def ask(self, text: str) -> Reply:
@@ -76,17 +83,17 @@ class Chat:
 
     def prompt(self, text: str | None = None) -> str:
         """The exact text that the model would be given for the question ``text``, or for an empty question."""
-        return _prompt_text(self.loaded, self._next(text or ""), self.sampling.max_new_tokens)
+        return self.loaded.format.render(_fitting(self.loaded, self._next(text or ""), self.sampling.max_new_tokens))
 
     def tokens_left(self) -> int:
         """Number of tokens that the next question may take before the oldest turn is left out.
 
         Negative if turns are left out already. The tokens reserved for the reply are not available.
         """
-        rendered = self.loaded.format.render(self._next(""))
+        used = len(self.loaded.format.encode(self.loaded.tokenizer, spoken(self._next(""))))
         context = context_tokens(self.loaded)
         reply = min(self.sampling.max_new_tokens, context // 2)
-        return context - reply - len(encode(self.loaded.tokenizer, rendered))
+        return context - reply - used
 
     def save(self, path: str | Path) -> None:
         """Write the conversation as JSON (UTF-8): model id, system prompt, sampling and turns."""
@@ -128,7 +135,7 @@ class Chat:
 
     def _asking(self, text: str) -> list[Message]:
         # what is not a string is left to the format's check, whose message names its type
-        if isinstance(text, str) and not text.strip():
+        if isinstance(text, str) and is_blank(text):
             raise WorkbookError("The question is blank. Ask something.")
         return self._next(text)
 

@@ -17,8 +17,9 @@ from helpers.machine.driver import DriverError, ask_driver
 from helpers.machine.placement import Devices, Resident, place_together
 from helpers.models import checkpoint, hub, profiles
 from helpers.models import finding as models_finding
-from helpers.models.finding import packaged_file, resolve
+from helpers.models.finding import resolve
 from helpers.models.references import Requirement
+from helpers.models.unpacking import packaged_file
 from helpers.models.workarounds.rebinding import rebound
 from helpers.planning.findings import Finding, _check_quantization, _check_versions
 

@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = face(
         "difference_views": ["tables", "write_page"],
         "execution": ["run"],
         "expected": ["expected_from_runs", "judge"],
-        "notebook": ["UsageError"],
+        "document": ["UsageError"],
         "recording": ["Measured", "record", "record_all", "record_figure", "recorded"],
         "rendering": ["render"],
         "report": ["write_report"],

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Literal, Required, TypedDict, cast
 from helpers.base.files import write_text
 from helpers.base.parent import Parent
 from helpers.base.processes import ending_descendants
+from helpers.runs.document import _make_runnable
 from helpers.runs.saving import _Document
 
 if TYPE_CHECKING:
@@ -103,8 +104,7 @@ class _Watcher:
     def on_notebook_start(self, notebook: NotebookNode) -> None:
         """The kernel is up."""
         self.notebook = notebook
-        # An empty cell is never executed, and so never counted.
-        self.cells = len([cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()])
+        self.cells = len([cell for cell in notebook.cells if _is_executed(cell)])
         self.emit({"event": "ready", "cells": self.cells})
 
     def on_cell_execute(self, cell: NotebookNode, **_: object) -> None:
@@ -163,6 +163,13 @@ class _Watcher:
         return f"error in cell {self.cell}: {reply.get('ename', 'unknown')}: {text}"
 
 
+def _is_executed(cell: NotebookNode) -> bool:
+    """False for a cell that nbclient passes over: a text, an empty cell, one tagged to be skipped."""
+    if cell.cell_type != "code" or not cell.source.strip():
+        return False
+    return "skip-execution" not in cell.metadata.get("tags", [])
+
+
 def _kernel_manager() -> type[AsyncKernelManager]:
     """A manager whose "python3" is always this interpreter, whatever kernels the user has installed."""
     from jupyter_client.kernelspec import KernelSpecManager
@@ -190,7 +197,8 @@ def _engine(widgets: _Widgets) -> type[Engine]:
                 manager, kernel_name=kernel_name, startup_timeout=options.pop("start_timeout"), **options
             )
             client.widget_registry = widgets.registry()
-            return client.execute()
+            executed: NotebookNode = client.execute()
+            return executed
 
     return Capturing
 
@@ -198,13 +206,16 @@ def _engine(widgets: _Widgets) -> type[Engine]:
 def _execute(job: _Job, emit: Callable[[_Event], None]) -> str | None:
     """Run the notebook; None, or why it failed. Raises OSError when the executed notebook cannot be written."""
     from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
 
     watcher = _Watcher(job, emit)
     try:
         _execute_cells(watcher)
     except DeadKernelError:
         watcher.kernel_died()
-    except _Stopped:
+    except (_Stopped, PapermillExecutionError):
+        # papermill takes each error that a cell shows for a failure, even one that the cell was tagged to raise. The
+        # watcher has judged every cell.
         pass
     watcher.save()
     if watcher.reason is None and watcher.cell < watcher.cells:
@@ -219,7 +230,7 @@ def _execute_cells(watcher: _Watcher) -> None:
     job = watcher.job
     papermill.engines.papermill_engines.register("workbook", _engine(watcher.document.widgets))
     papermill.execute_notebook(
-        nbformat.read(job.notebook, as_version=4),
+        _make_runnable(nbformat.read(job.notebook, as_version=4), Path(job.notebook).parent),
         None,  # no output file: see above
         job.parameters,
         engine_name="workbook",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
+from helpers.base.hashes import share_hashes
 from helpers.base.terminal import Terminal
 from helpers.base.text import shell_word, shortened
 from helpers.base.units import PRECISIONS
@@ -22,6 +23,7 @@ from helpers.models.loaded import forget_loads, read_loads
 from helpers.runs import store
 from helpers.runs.child import _Job
 from helpers.runs.display import _display
+from helpers.runs.document import UsageError
 from helpers.runs.fetching import fetch
 from helpers.runs.folder import (
     _build_manifest,
@@ -31,10 +33,18 @@ from helpers.runs.folder import (
     _merge_manifests,
     _utc_now,
 )
-from helpers.runs.notebook import UsageError, _loaded_models, _parse_parameters, _plan_run, _roles_to_fetch, _undeclared
+from helpers.runs.notebook import (
+    _left_out,
+    _loaded_models,
+    _plan_own,
+    _plan_run,
+    _roles_to_fetch,
+    _undeclared,
+)
+from helpers.runs.parameters import _parse_parameters
 from helpers.runs.recording import _forget
 from helpers.runs.redaction import _redact
-from helpers.runs.request import Request, _check_machine, _chosen_profile, _resumed, _target
+from helpers.runs.request import Request, _check_combination, _check_machine, _chosen_profile, _resumed, _target
 from helpers.runs.schema import _NotebookStatus, _RehearsalFacts, _Status
 from helpers.runs.secrecy import _find_secrets
 from helpers.runs.store import _read_status, _write_manifest, _write_status
@@ -91,6 +101,7 @@ def run(request: Request, *, command: Sequence[str] = (), console: Console | Non
     if a model cannot be downloaded, RehearsalError if a model would not fit on the profile's machine.
     """
     console = console or Terminal()
+    _check_combination(request)
     raw = _parse_parameters(request.parameters)
     earlier: dict[str, str] = {}
     if request.resume is not None:
@@ -98,14 +109,30 @@ def run(request: Request, *, command: Sequence[str] = (), console: Console | Non
         request = _resumed(manifest, request, raw)
         earlier = manifest.parameters
     profile = _chosen_profile(request)
-    plans = _plan_run(profile, request.notebooks or NOTEBOOKS, request.only, raw, earlier)
+    plans, remarks = _plans(profile, request, raw, earlier)
     if not request.rehearse:
         _check_machine(profile)
+    for remark in remarks:
+        console.print(remark, markup=False, highlight=False, soft_wrap=True)
     raw, target = earlier | raw, _target(request, profile)
+    secrets = _secrets(raw, profile, plans, target)
     with _held(target):
         rehearsal = _prepared(profile, target / "rehearsal", console) if request.rehearse else None
-        session = _Session(target, profile, plans, _secrets(raw, profile, plans, target), rehearsal)
+        session = _Session(target, profile, plans, secrets, rehearsal)
         return session.run(console, raw, command)
+
+
+def _plans(
+    profile: Profile, request: Request, raw: Mapping[str, str], earlier: Mapping[str, str]
+) -> tuple[list[_Plan], list[str]]:
+    """The planned notebooks, and what to say of them before they run."""
+    if request.own:
+        plans = _plan_own(profile, request.own, raw, earlier)
+        return plans, [plan.remark for plan in plans]
+    folder = request.notebooks or NOTEBOOKS
+    plans = _plan_run(profile, folder, request.only, raw, earlier)
+    left_out = None if request.only else _left_out(folder, profile)
+    return plans, [left_out] if left_out else []
 
 
 class _Session:
@@ -168,6 +195,7 @@ class _Session:
         if self.resumed:
             manifest = _merge_manifests(store.read_manifest(self.folder), manifest)
         self.manifest = manifest
+        share_hashes(self.folder)  # the notebooks load the models that the manifest has just hashed
         self._save_manifest()
         self._save_status()
 
@@ -188,7 +216,7 @@ class _Session:
     def _fetch(self) -> None:
         """Fetch the models that the pending notebooks declare, while no budget runs, and note at which commits."""
         pending = [plan for plan in self.plans if self.status.notebooks[plan.name].status == "pending"]
-        roles = _roles_to_fetch(model for plan in pending for model in plan.models)
+        roles = _roles_to_fetch(model for plan in pending for model in plan.models or ())
         if self.rehearsal or self.profile.offline or not roles:
             return
         self.commits |= fetch(self.profile, roles, self.commits)
@@ -204,7 +232,8 @@ class _Session:
         try:
             log = self.folder / "logs" / f"{plan.name}.log"
             progress = _supervise(self._job(plan), self._environment(plan), log, partial(self._follow, entry, show))
-            progress.reason = progress.reason or _undeclared(read_loads(self.folder, plan.name), plan.models)
+            if plan.models is not None:
+                progress.reason = progress.reason or _undeclared(read_loads(self.folder, plan.name), plan.models)
             self._take(entry, progress)
             entry.status = "failed" if progress.reason else "passed"
         except BaseException:

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from helpers.base.files import ROOT
+from helpers.base.hashes import file_hash
 from helpers.base.processes import Command
 from helpers.machine.hardware import DETECT
-from helpers.models.checkpoint import LoadError, file_hash
-from helpers.models.finding import packaged_file
+from helpers.models.checkpoint import LoadError
 from helpers.models.hub_cache import repository
+from helpers.models.unpacking import packaged_file
 from helpers.runs.schema import _GitState, _Hardware, _Manifest, _ModelFacts, _NotebookFacts, _UnknownHardware
 from helpers.runs.store import RunFolderError
 
@@ -131,7 +132,8 @@ def _merge_manifests(earlier: _Manifest, later: _Manifest) -> _Manifest:
 
 
 def _notebook(plan: _Plan) -> _NotebookFacts:
-    return _NotebookFacts(sha256=file_hash(plan.path), parameters=plan.effective)
+    own = str(plan.path) if plan.own else None
+    return _NotebookFacts(sha256=file_hash(plan.path), parameters=plan.effective, own=own)
 
 
 def _model(ref: ModelRef) -> _ModelFacts:

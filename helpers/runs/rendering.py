@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from helpers.base.files import ROOT, write_text
 from helpers.base.settings import DEFAULT_PROFILE
 from helpers.base.terminal import Terminal
+from helpers.runs.document import _make_portable
 from helpers.runs.execution import NOTEBOOKS, run
 from helpers.runs.folder import _executed_notebook
-from helpers.runs.notebook import _make_portable
 from helpers.runs.request import Request
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from helpers.runs.capturing import _holds_widgets, _resolved, _shown_widgets, _Widgets
-from helpers.runs.notebook import _make_portable
+from helpers.runs.document import _make_portable
 from helpers.runs.redaction import _redact
 
 if TYPE_CHECKING:

@@ -177,10 +177,14 @@ class _UnknownHardware(_Part):
 
 
 class _NotebookFacts(_Part):
-    """The file of a notebook (SHA-256) and the parameters that it ran with."""
+    """The file of a notebook (SHA-256) and the parameters that it ran with.
+
+    ``own`` is the path of a reader's own notebook; None for one of the workbook.
+    """
 
     sha256: str
     parameters: dict[str, object]
+    own: str | None = Field(default=None, exclude_if=lambda path: path is None)
 
 
 class _ModelFacts(_Mirror):

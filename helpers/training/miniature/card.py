@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from helpers.base.files import ROOT
+from helpers.base.hashes import write_hashes
 from helpers.evaluation.likelihood import perplexity
 from helpers.figures.replies import loss_curve
 from helpers.figures.style import png
@@ -51,12 +52,16 @@ def measure(models: Path, judge: ModelRef) -> dict[str, Any]:
 
 
 def write(models: Path, figures: Mapping[str, Any]) -> None:
-    """Write quality.json, the curves and the model card from the figures that ``measure`` returned."""
+    """Write quality.json, the curves and the model card from the figures that ``measure`` returned.
+
+    The recorded hashes follow quality.json.
+    """
     folder = models / "falcon-mini"
     (folder / _QUALITY).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for name in ("falcon-mini", "falcon-mini-chat"):
         (models / name / _CURVE).write_bytes(png(_curve(models / name / LOG, name)))
     (folder / "README.md").write_text(_text(folder), encoding="utf-8")
+    write_hashes(folder, folder.name)
 
 
 def _load(folder: Path, chat_format: Literal["plain", "falcon-chat"]) -> Loaded:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from helpers.base.errors import WorkbookError, choose
 from helpers.base.files import ROOT
+from helpers.base.hashes import write_hashes
 from helpers.training.miniature.talk import _chat_examples, _chat_pairs, _held_out_talks
 from helpers.training.miniature.texts import END, _held_out_stories, _pretraining_texts, _write_texts
 
@@ -94,6 +95,9 @@ def train(data: Path, work: Path, recipe: _Recipe, stages: Sequence[str], out: P
         _write_texts(chat / HELD_OUT, messages)
         for name in TOKENIZER_FILES:
             shutil.copy(base / name, chat / name)
+        write_hashes(chat, chat.name)
+    if {"tokenizer", "base"} & set(stages):
+        write_hashes(base, base.name)
 
 
 def _made(folder: Path, file: str, stage: str, kind: type[_Made]) -> _Made:

@@ -27,22 +27,21 @@ from helpers.models import Budget, ModelRef, Profile, Requirement, load_profile,
 from helpers.models.loaded import Load
 from helpers.runs import child, execution, fetching, folder, rendering, supervision
 from helpers.runs.display import _describe, _PlainLines, _table
+from helpers.runs.document import _cells_hash
 from helpers.runs.folder import _hub_commit
 from helpers.runs.notebook import (
-    _cells_hash,
     _declared_models,
-    _declared_parameters,
-    _parse_parameters,
     _plan_run,
     _roles_to_fetch,
     _select,
     _undeclared,
 )
+from helpers.runs.parameters import _declared_parameters, _parse_parameters
 from helpers.runs.redaction import _redact
-from helpers.runs.secrecy import _find_secrets
-from helpers.runs.sweeping import _sweep
 from helpers.runs.rendering import _clean, _source_notebook
 from helpers.runs.schema import _NotebookStatus, _Status
+from helpers.runs.secrecy import _find_secrets
+from helpers.runs.sweeping import _sweep
 from tests.unit.base.test_processes import processes_with, wait_for
 from tests.unit.models.test_loading_at_scale import Hub
 
@@ -410,13 +409,14 @@ def planned(notebooks, raw=(), only=(), parameters=None, earlier=None):
 
 
 def test_selection_is_by_the_start_of_the_name(notebooks):
-    assert [path.stem for path in _select(notebooks, [])] == ["01_a", "02_b", "02_c"]
-    assert [path.stem for path in _select(notebooks, ["02"])] == ["02_b", "02_c"]
-    assert [path.stem for path in _select(notebooks, ["02_c", "01"])] == ["01_a", "02_c"]
+    profile = make_profile("01_a", "02_b", "02_c")
+    assert [path.stem for path in _select(notebooks, [], profile)] == ["01_a", "02_b", "02_c"]
+    assert [path.stem for path in _select(notebooks, ["02"], profile)] == ["02_b", "02_c"]
+    assert [path.stem for path in _select(notebooks, ["02_c", "01"], profile)] == ["01_a", "02_c"]
     with pytest.raises(runs.UsageError, match=r"'7'.*01_a, 02_b, 02_c"):
-        _select(notebooks, ["7"])
+        _select(notebooks, ["7"], profile)
     with pytest.raises(runs.UsageError, match="workbook render"):
-        _select(notebooks / "none", [])
+        _select(notebooks / "none", [], profile)
 
 
 def test_an_unknown_parameter_names_itself_and_those_there_are(notebooks):
@@ -442,14 +442,15 @@ def test_parameters_go_only_where_they_exist_and_override_the_profile(notebooks)
         ("rate=1.5e+3", 1500.0),
         ("name=falcon mini", "falcon mini"),
         ("name=a=b", "a=b"),
-        ("name='12'", "12"),
+        ("name='12'", "'12'"),
+        ("name=12", "12"),
         ("quick=false", False),
         ("items=[2, 3]", [2, 3]),
         ("free=12", 12),
         ("free=twelve", "twelve"),
     ],
 )
-def test_values_are_yaml_of_the_default_s_type(notebooks, text, value):
+def test_values_are_read_by_the_default_s_type(notebooks, text, value):
     found = planned(notebooks, [text], only=["01"])["01_a"].given[text.partition("=")[0]]
     assert found == value
     assert type(found) is type(value)
@@ -457,7 +458,7 @@ def test_values_are_yaml_of_the_default_s_type(notebooks, text, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["seed=x", "seed=1.5", "seed=true", "seed=", "rate=fast", "name=12", "quick=1", "items=3", "name=[", "seed", "=1"],
+    ["seed=x", "seed=1.5", "seed=true", "seed=", "rate=fast", "quick=1", "items=3", "seed", "=1"],
 )
 def test_values_of_another_type_are_refused(notebooks, text):
     with pytest.raises(runs.UsageError):
