@@ -24,6 +24,7 @@ from helpers.machine.hardware import DETECT
 from helpers.models.checkpoint import LoadError
 from helpers.models.hub_cache import repository
 from helpers.models.unpacking import packaged_file
+from helpers.runs.paths import _check_links
 from helpers.runs.schema import _GitState, _Hardware, _Manifest, _ModelFacts, _NotebookFacts, _UnknownHardware
 from helpers.runs.store import RunFolderError
 
@@ -59,6 +60,7 @@ def _held(folder: Path) -> Iterator[None]:
 
     Raises RunFolderError if it cannot be written, if another live run holds it, or if the disk is nearly full.
     """
+    _check_links(folder)
     try:
         for part in ("notebooks", "figures", "logs"):
             (folder / part).mkdir(parents=True, exist_ok=True)
