@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
-from helpers.cli.workbook import _command, _print_result, _ProfileOption, _RunFolder
+from helpers.base.terminal import Terminal
+from helpers.cli.workbook import _command, _print_result, _ProfileOption, _RunFolder, _say
 
 
 @_command("fetch")
@@ -88,7 +88,7 @@ def _report(run: _RunFolder) -> None:
     """Write the report of a run again."""
     from helpers.runs.report import write_report
 
-    typer.echo(write_report(run))
+    _say(write_report(run))
 
 
 @_command("check")
@@ -101,8 +101,8 @@ def _check(run: _RunFolder) -> None:
     usual = request.usual_parameters(profile, execution.NOTEBOOKS)
     judged = expected.judge(run, store.read_expected(path, required=True), usual)
     for line in (*judged.notes, *judged.differing, *judged.missing):
-        typer.echo(line)
-    typer.echo(f"{path.name}: {judged}")
+        _say(line)
+    _say(f"{path.name}: {judged}")
     raise typer.Exit(0 if judged.passed else 1)
 
 
@@ -126,12 +126,12 @@ def _diff(
         page = difference_views.write_page(compared, html)
     except WorkbookError as error:
         problem = error
-    console = Console(highlight=False)
+    console = Terminal()
     for part in difference_views.tables(compared):
         console.print(part)
     if problem is not None:
         raise problem
-    typer.echo(f"Page: {page}")
+    _say(f"Page: {page}")
     raise typer.Exit(1 if compared.differing else 0)
 
 

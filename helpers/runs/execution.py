@@ -10,16 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
 from helpers.base.hashes import share_hashes
+from helpers.base.terminal import Terminal
+from helpers.base.text import shell_word, shortened
+from helpers.base.units import PRECISIONS
 from helpers.models.checkpoint import LoadError
 from helpers.models.loaded import forget_loads, read_loads
 from helpers.runs import store
 from helpers.runs.child import _Job
 from helpers.runs.display import _display
+from helpers.runs.document import UsageError
 from helpers.runs.fetching import fetch
 from helpers.runs.folder import (
     _executed_notebook,
@@ -45,15 +47,19 @@ from helpers.runs.notebook import (
 from helpers.runs.origins import _code_hash, _last_origin, _place
 from helpers.runs.parameters import _parse_parameters
 from helpers.runs.recording import _forget
-from helpers.runs.redaction import _find_secrets, _redact, _sweep
+from helpers.runs.redaction import _redact
 from helpers.runs.request import Request, _check_combination, _check_machine, _chosen_profile, _resumed, _target
 from helpers.runs.resuming import _first_status, _merge_manifests, _of_another_origin, _pending
 from helpers.runs.schema import _NotebookStatus, _RehearsalFacts
+from helpers.runs.secrecy import _find_secrets
 from helpers.runs.store import _read_results, _write_manifest, _write_status
 from helpers.runs.supervision import _environment, _supervise
+from helpers.runs.sweeping import _sweep
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from rich.console import Console
 
     from helpers.models.references import Profile
     from helpers.planning.rehearsal import Rehearsal
@@ -61,8 +67,10 @@ if TYPE_CHECKING:
     from helpers.runs.notebook import _Plan
     from helpers.runs.schema import _Manifest
     from helpers.runs.supervision import _Progress
+    from helpers.runs.sweeping import Seen
 
 NOTEBOOKS = ROOT / "notebooks"
+_LONGEST_REASON, _LONGEST_LINE = 2000, 200  # characters
 
 
 class RunError(WorkbookError):
@@ -110,12 +118,12 @@ def run(request: Request, *, command: Sequence[str] = (), console: Console | Non
     result = None
     try:
         with interruptible() as stop:
-            shown = console or Console()
+            shown = console or Terminal()
             raw, asked, profile, plans = _planned(request, shown)
             target = _target(asked, profile)
             with _held(target):
                 rehearsal = _prepared(profile, target / "rehearsal", shown) if asked.rehearse else None
-                secrets = _find_secrets({**os.environ, **raw})
+                secrets = _secrets(raw, profile, plans, target)
                 session = _Session(target, profile, plans, secrets, rehearsal)
                 session.redo = asked.redo
                 result = session.run(shown, raw, command, stop)
@@ -175,6 +183,7 @@ class _Session:
     ) -> None:
         self.folder, self.profile, self.plans, self.secrets = folder, profile, plans, secrets
         self.rehearsal = rehearsal
+        self.swept: Seen = {}
         self.redo = False
         self.manifest: _Manifest | None = None  # until _describe
         self.earlier = store.read_manifest(folder) if (folder / "manifest.json").exists() else None
@@ -191,7 +200,7 @@ class _Session:
             interrupted = self._attempt(console, raw, command)
         except (OSError, LoadError) as error:
             told = str(error).rstrip(".")
-            resume = f"workbook run --resume {self.folder}"
+            resume = f"workbook run --resume {shell_word(self.folder)}"
             raise RunError(f"The run stopped: {told}. Then resume with: {resume}") from error
         return self._result(interrupted)
 
@@ -276,7 +285,7 @@ class _Session:
             entry.status, entry.reason = "failed", _interrupted(entry)
             raise
         finally:
-            _sweep(self.folder, self.secrets)
+            _sweep(self.folder, self.secrets, self.swept)
             self._save_status()
 
     def _judge(self, plan: _Plan, entry: _NotebookStatus, progress: _Progress) -> None:
@@ -313,8 +322,9 @@ class _Session:
 
     def _take(self, entry: _NotebookStatus, progress: _Progress) -> None:
         # Blanked here too, because the terminal shows these texts before any file does.
-        entry.reason = progress.reason and _redact(progress.reason, self.secrets)
-        entry.line = _redact(progress.line, self.secrets)
+        # And cut only then, because the rest of a token that was cut through is not known as one.
+        entry.reason = progress.reason and shortened(_redact(progress.reason, self.secrets), _LONGEST_REASON)
+        entry.line = shortened(_redact(progress.line, self.secrets), _LONGEST_LINE)
         entry.cell, entry.cells = progress.cell, progress.cells
         entry.seconds = round(progress.seconds, 2)
         entry.peak_bytes = progress.peak_bytes
@@ -354,7 +364,7 @@ class _Session:
             if not self.rehearsal:
                 self._note_commits(self.manifest)
         self._save_manifest()
-        _sweep(self.folder, self.secrets)
+        _sweep(self.folder, self.secrets, self.swept)
 
     def _note_commits(self, manifest: _Manifest) -> None:
         for role, model in manifest.models.items():
@@ -383,6 +393,17 @@ class _Session:
             else:
                 failed[plan.name] = entry.reason or "not run"
         return RunResult(self.folder, tuple(passed), failed, interrupted, self.kept)
+
+
+def _secrets(raw: Mapping[str, str], profile: Profile, plans: Sequence[_Plan], folder: Path) -> tuple[str, ...]:
+    """What must stand in no file of the run. Raises UsageError if the folder's own name holds a secret."""
+    public = [profile.name, *PRECISIONS, *(model.id for model in profile.models.values())]
+    for plan in plans:
+        public += [plan.name, *plan.effective]
+    secrets = _find_secrets({**os.environ, **raw}, public)
+    if _redact(folder.name, secrets) != folder.name:
+        raise UsageError("The name of the run folder holds a token or a password. Name another folder with --folder.")
+    return secrets
 
 
 def _prepared(profile: Profile, folder: Path, console: Console) -> Rehearsal:

@@ -28,6 +28,7 @@ from helpers.models.checkpoint import LoadError
 from helpers.models.hub_cache import repository
 from helpers.models.unpacking import packaged_file
 from helpers.runs.holding import _LOCK
+from helpers.runs.paths import _check_links
 from helpers.runs.schema import (
     _GitState,
     _Hardware,
@@ -71,6 +72,7 @@ def _held(folder: Path) -> Iterator[None]:
 
     Raises RunFolderError if it cannot be written, if another live run holds it, or if the disk is nearly full.
     """
+    _check_links(folder)
     try:
         for part in ("notebooks", "figures", "logs"):
             (folder / part).mkdir(parents=True, exist_ok=True)

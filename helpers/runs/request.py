@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError, choose
 from helpers.base.settings import DEFAULT_PROFILE
+from helpers.base.text import shell_word
 from helpers.models.references import Profile
 from helpers.runs.document import UsageError
 from helpers.runs.folder import _new_folder
 from helpers.runs.notebook import _plan_run
-from helpers.runs.schema import REDACTED
+from helpers.runs.secrecy import REDACTED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -119,7 +120,8 @@ def _check_machine(profile: Profile) -> None:
     if missing := profiles.missing(profile, hardware.detect_apart(), profiles.downloaded_bytes(profile)):
         needs = "; ".join(missing)
         raise UsageError(
-            f"Profile {profile.name} cannot run here: {needs}. Run workbook plan --profile {profile.name} to see why."
+            f"Profile {profile.name} cannot run here: {needs}. "
+            f"Run workbook plan --profile {shell_word(profile.name)} to see why."
         )
 
 

@@ -20,8 +20,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
-# What the runner writes in the place of a secret. A number may hold a secret's digits by chance, and is replaced too.
-REDACTED = "[redacted]"
+from helpers.runs.secrecy import REDACTED
+
 Value = bool | int | float | str
 Verdict = Literal["as expected", "differs", "unmeasured"]
 AS_EXPECTED: Verdict = "as expected"
@@ -51,7 +51,7 @@ def _distance(value: object) -> int | float | None:
 
 
 def _zero_if_redacted(value: object) -> object:
-    # One blanked number must not make a whole run unreadable.
+    # Earlier workbooks blanked numbers too, and one must not make a whole run unreadable.
     return 0 if value == REDACTED else value
 
 

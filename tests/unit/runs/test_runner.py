@@ -37,9 +37,11 @@ from helpers.runs.notebook import (
     _undeclared,
 )
 from helpers.runs.parameters import _declared_parameters, _parse_parameters
-from helpers.runs.redaction import _find_secrets, _redact, _sweep
+from helpers.runs.redaction import _redact
 from helpers.runs.rendering import _clean, _source_notebook
 from helpers.runs.schema import _NotebookStatus, _Status
+from helpers.runs.secrecy import _find_secrets
+from helpers.runs.sweeping import _sweep
 from tests.unit.base.test_processes import processes_with, wait_for
 from tests.unit.models.test_loading_at_scale import Hub
 
