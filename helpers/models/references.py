@@ -16,15 +16,16 @@ class ModelRef:
     """One model of a profile: where it is, how to talk to it, and what it stands in for.
 
     source: "embedded" (a folder of this repository), "package" (a GGUF file inside an installed Python
-    package, see ``file``) or "hub" (a Hugging Face repository at ``revision``).
+    package, see ``file`` and ``file_sha256``) or "hub" (a Hugging Face repository at ``revision``).
     """
 
     id: str
     family: Literal["falcon", "llama"]
-    format: Literal["falcon-chat", "llama-2", "chatml", "plain"]
+    format: Literal["falcon-chat", "falcon-instruct", "llama-2", "chatml", "plain"]
     source: Literal["embedded", "package", "hub"] = "hub"
     revision: str | None = None
     file: str | None = None
+    file_sha256: str | None = None
     stand_in_for: str | None = None
     licence: str = ""
     download_bytes: int | None = None

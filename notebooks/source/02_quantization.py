@@ -77,7 +77,7 @@ weights = {p: machine.weight_bytes(published, p) for p in ("fp32", "bf16", "int8
 weights["nf4, scales quantized too"] = machine.weight_bytes(published, "nf4", double_quant=True)
 rows = [(p, f"{n / 2**30:.1f}", f"{n / weights['bf16']:.0%}") for p, n in weights.items()]
 display(pd.DataFrame(rows, columns=["precision", "weights, GiB", "of bf16"]).set_index("precision"))
-texts = pd.read_json("data/perplexity_texts.jsonl", lines=True)["text"].tolist()
+texts = evaluation.read_texts(Path("data/perplexity_texts.jsonl"))
 mini = models.load_profile("laptop").falcon
 full = models.load(mini, "bf16")
 ids = full.tokenizer(texts[0], return_tensors="pt")["input_ids"].to(full.model.device)

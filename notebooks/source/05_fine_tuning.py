@@ -134,9 +134,7 @@ before = evaluation.compare(items, {"before": loaded}, short, batch_size=questio
 before.scores().round(3)
 
 # %%
-import pandas as pd
-
-texts = pd.read_json("data/perplexity_texts.jsonl", lines=True)["text"].tolist()
+texts = evaluation.read_texts(Path("data/perplexity_texts.jsonl"))
 bits_before = evaluation.perplexity(loaded, texts).bits_per_byte
 print(f"{bits_before:.3f} bits per byte on {len(texts)} stories")
 
