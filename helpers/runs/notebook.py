@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError, choose
 from helpers.base.settings import DEFAULT_PROFILE
+from helpers.base.text import shell_word
 from helpers.base.units import PRECISIONS
 from helpers.models.loaded import read_loads
 from helpers.models.profiles import available, load_profile
@@ -147,7 +148,7 @@ def _check_prefix(prefix: str, names: Sequence[str], found: Mapping[str, Path], 
         if name.startswith(prefix) and path.is_file():
             raise UsageError(
                 f"Profile {profile.name} sets no time budget for {name}. Add one to the profile's file, or run the "
-                f"notebook as your own: workbook run --notebook {path}"
+                f"notebook as your own: workbook run --notebook {shell_word(path)}"
             )
     choose(prefix, names, "notebook whose name starts with", UsageError)
 
