@@ -24,7 +24,6 @@ _Document = Mapping[str, Any]  # a notebook's JSON
 _Cell = Mapping[str, Any]
 _FORMAT = 4
 _MOST_IMAGE_BYTES = 5 * 2**20
-_ERROR_MARK = "papermill-error-cell-tag"
 _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 # The image of a markdown cell, as markdown or as HTML: what stands before its address, and the address.
 _IMAGE = re.compile(r"""(!\[[^\]\n]*\]\(\s*|<img\b[^>]*?\bsrc\s*=\s*["'])([^)\s"'>]+)""", re.I)
@@ -174,8 +173,6 @@ def _image(path: Path) -> dict[str, str] | None:
 def _make_portable(notebook: NotebookNode) -> None:
     """Remove papermill's records and live widgets, which would need a kernel or a CDN to show."""
     _drop_records(notebook.metadata)
-    # papermill marks a cell that shows an error with cells of its own, even if the cell was tagged to raise it.
-    notebook.cells = [cell for cell in notebook.cells if _ERROR_MARK not in _tags(cell)]
     for cell in notebook.cells:
         _drop_records(cell.metadata)
         # papermill adds an empty list of tags to every cell that has none.

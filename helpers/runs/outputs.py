@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
     from nbformat import NotebookNode
 
-_MOST_LETTERS = 100_000  # of one text
-_MOST_OUTPUT = 4_000_000  # letters of one picture, sound or piece of HTML, as the notebook's file holds it
+_MOST_LETTERS = 50_000  # of one text
+_MOST_HTML = 1_000_000
+_MOST_DATA = 4_000_000  # of one picture, as the notebook's file holds it
 _MOST_PAGE = 10_000_000
 _PICTURES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 _BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+")
@@ -65,22 +66,38 @@ def _presentable(notebook: NotebookNode, name: str) -> NotebookNode:
 
 
 def _presentable_output(output: NotebookNode, page: _Page) -> NotebookNode:
+    size = _size(output)
+    if page.full(size):
+        from nbformat.v4 import new_output
+
+        note: NotebookNode = new_output("display_data", {"text/html": page.left_out("An output", size)})
+        return note
     if output.output_type == "stream":
         output.text = _cut(output.text, page.name)
-        shown = len(output.text)
     elif output.output_type == "error":
         lines = output.traceback or [f"{output.ename}: {output.evalue}"]
         output.traceback = [_cut("\n".join(lines), page.name)]
-        shown = len(output.traceback[0])
     else:
         output.data, output.metadata = _best(output.data, page), _sizes(output.metadata)
-        shown = sum(map(len, output.data.values()))
-    if not page.full(shown):
-        return output
-    from nbformat.v4 import new_output
+    return output
 
-    note: NotebookNode = new_output("display_data", {"text/html": page.left_out("An output", shown)})
-    return note
+
+def _size(output: NotebookNode) -> int:
+    """About how many letters of an output its page will hold. Known beforehand: cleaning HTML takes a second per MB."""
+    if output.output_type == "stream":
+        return min(len(output.text), _MOST_LETTERS)
+    if output.output_type == "error":
+        return min(sum(map(len, output.traceback)), _MOST_LETTERS)
+    sizes = [0]
+    for kind, value in output.data.items():
+        # What is beyond its own limit is left out, or cut.
+        if isinstance(value, str) and len(value) <= _most(kind):
+            sizes.append(len(value))
+    return max(sizes)
+
+
+def _most(kind: str) -> int:
+    return _MOST_HTML if kind.startswith("text/") else _MOST_DATA
 
 
 def _best(data: Mapping[str, object], page: _Page) -> NotebookNode:
@@ -88,7 +105,7 @@ def _best(data: Mapping[str, object], page: _Page) -> NotebookNode:
     from nbformat import from_dict
 
     texts = {kind: value for kind, value in data.items() if isinstance(value, str)}
-    long = {kind: len(value) for kind, value in texts.items() if len(value) > _MOST_OUTPUT and kind != "text/plain"}
+    long = {kind: len(value) for kind, value in texts.items() if len(value) > _most(kind) and kind != "text/plain"}
     form = _rich({kind: value for kind, value in texts.items() if kind not in long})
     if form is None:
         plain = _cut(texts.get("text/plain", ""), page.name)

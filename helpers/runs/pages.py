@@ -6,6 +6,7 @@ The report and the comparison of two runs are made with the same templates, in t
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,7 +92,9 @@ def _unchanged(text: str) -> str:
 def _page(exporter: HTMLExporter, path: Path, run: str, pages: Container[str]) -> str:
     import nbformat
 
-    notebook = _linked(nbformat.read(path, as_version=4), pages)
+    with warnings.catch_warnings():  # such as of two cells of one id, which no page shows
+        warnings.simplefilter("ignore")
+        notebook = _linked(nbformat.read(path, as_version=4), pages)
     resources = {"metadata": {"name": path.stem}, "run": run}
     page: str
     page, _ = exporter.from_notebook_node(_presentable(notebook, path.stem), resources=resources)
