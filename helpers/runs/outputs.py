@@ -24,6 +24,7 @@ _MOST_DATA = 4_000_000  # of one picture, as the notebook's file holds it
 _MOST_PAGE = 10_000_000
 _PICTURES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 _BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+")
+_DATA = re.compile(r";base64,[A-Za-z0-9+/=\s]+")
 _SCRIPT = re.compile(r"<script\b", re.I)
 # Of HTML, what a reader sees though it is no text.
 _VISIBLE = re.compile(r"<(img|audio|video|input|hr|progress|meter|math|td)\b", re.I)
@@ -91,13 +92,18 @@ def _size(output: NotebookNode) -> int:
     sizes = [0]
     for kind, value in output.data.items():
         # What is beyond its own limit is left out, or cut.
-        if isinstance(value, str) and len(value) <= _most(kind):
-            sizes.append(len(value))
+        if isinstance(value, str) and not _too_large(kind, value):
+            sizes.append(min(len(value), _MOST_LETTERS) if kind == "text/plain" else len(value))
     return max(sizes)
 
 
-def _most(kind: str) -> int:
-    return _MOST_HTML if kind.startswith("text/") else _MOST_DATA
+def _too_large(kind: str, value: str) -> bool:
+    if kind == "text/plain":  # it is cut
+        return False
+    if len(value) <= _MOST_HTML or not kind.startswith("text/"):
+        return len(value) > _MOST_DATA
+    # A sound or a picture in HTML is no work to clean.
+    return len(value) > _MOST_DATA or len(_DATA.sub("", value)) > _MOST_HTML
 
 
 def _best(data: Mapping[str, object], page: _Page) -> NotebookNode:
@@ -105,13 +111,14 @@ def _best(data: Mapping[str, object], page: _Page) -> NotebookNode:
     from nbformat import from_dict
 
     texts = {kind: value for kind, value in data.items() if isinstance(value, str)}
-    long = {kind: len(value) for kind, value in texts.items() if len(value) > _most(kind) and kind != "text/plain"}
+    long = {kind: len(value) for kind, value in texts.items() if _too_large(kind, value)}
     form = _rich({kind: value for kind, value in texts.items() if kind not in long})
     if form is None:
         plain = _cut(texts.get("text/plain", ""), page.name)
         form = {"text/plain": plain}
         if long:
-            form = {"text/html": page.left_out(f"An output ({', '.join(long)})", max(long.values()))}
+            note = page.left_out(f"An output ({', '.join(long)})", max(long.values()))
+            form = {"text/html": f"<pre>{html.escape(plain)}</pre>{note}"}
         elif _SCRIPT.search(texts.get("text/html", "")) or any(map(_NEEDS_SCRIPTS.match, data)):
             form = {"text/html": _plain_for_script(plain, data)}
         elif "text/html" in texts:

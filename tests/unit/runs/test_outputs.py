@@ -71,9 +71,15 @@ def test_long_texts_and_large_outputs_are_cut_with_a_note():
     assert third.text.endswith("AZ")
     assert "4,950,001 characters are left out" in third.text
     assert "An output (image/png) of 5,000,000 characters is left out" in fourth.data["text/html"]
+    assert "<pre>table</pre>" in fifth.data["text/html"]
     assert "An output (text/html) of 2,000,007 characters" in fifth.data["text/html"]
     assert sum(len(str(output)) for output in (first, third, fourth, *rest)) < 11_000_000
     assert "left out" in rest[-1].data["text/html"]
+
+
+def test_a_sound_of_some_seconds_is_kept():
+    sound = f'<audio controls><source src="data:audio/wav;base64,{"A" * 2_000_000}" type="audio/wav"></audio>'
+    assert shown({"text/html": sound}).data["text/html"].count("A") == 2_000_000
 
 
 def test_raw_and_markdown_cells_become_html():
