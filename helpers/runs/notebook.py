@@ -112,9 +112,10 @@ def _different(paths: Sequence[Path]) -> list[Path]:
         if not path.stem.isprintable():
             raise UsageError(f"The name {path.name!r} holds characters that cannot be shown. Rename the notebook.")
         # Of another case is the same name on some systems, and it names files of the run.
-        other = seen.setdefault(path.stem.casefold(), path)
-        if other is not path:
-            raise UsageError(f"{path} and {other} have the same name. Rename one, or run them apart.")
+        name = path.stem.casefold()
+        if name in seen:
+            raise UsageError(f"{path} and {seen[name]} have the same name. Rename one, or run them apart.")
+        seen[name] = path
     return list(seen.values())
 
 
