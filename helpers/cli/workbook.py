@@ -19,6 +19,7 @@ import typer
 from helpers import __version__
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
+from helpers.base.installed import damage
 
 if TYPE_CHECKING:
     from helpers.runs.execution import RunResult
@@ -67,6 +68,15 @@ def _reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
         except WorkbookError as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(getattr(error, "exit_code", 2)) from error
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except Exception as error:
+            # What nobody expected may come from a package that somebody has removed by halves.
+            why = damage()
+            if not why:
+                raise
+            typer.echo(f"Error: {type(error).__name__}: {error}. {why}", err=True)
+            raise typer.Exit(1) from error
 
     return wrapped
 

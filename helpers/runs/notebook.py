@@ -12,6 +12,7 @@ import ast
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,7 +209,7 @@ def _declared_parameters(notebook: _Document, title: str) -> dict[str, Any]:
             f"{title} needs exactly one cell tagged 'parameters', and has {len(cells)}. Correct its source."
         )
     defaults = {}
-    for statement in ast.parse(_source(cells[0])).body:
+    for statement in _statements(_source(cells[0]), title):
         name, value = _assignment(statement)
         if name is None or value is None:
             continue
@@ -217,6 +218,20 @@ def _declared_parameters(notebook: _Document, title: str) -> dict[str, Any]:
         except ValueError as error:
             raise UsageError(f"{title}: the parameter {name} must be a plain value, not a computed one.") from error
     return defaults
+
+
+def _statements(source: str, title: str) -> list[ast.stmt]:
+    """The statements of a cell, in which IPython's own commands, such as %load_ext, may stand."""
+    with suppress(SyntaxError):
+        return ast.parse(source).body
+    from IPython.core.inputtransformer2 import TransformerManager
+
+    try:
+        return ast.parse(TransformerManager().transform_cell(source)).body
+    except SyntaxError as error:
+        raise UsageError(
+            f"{title}: line {error.lineno} of the cell tagged 'parameters' is not Python ({error.msg}). Correct it."
+        ) from error
 
 
 def _assignment(statement: ast.stmt) -> tuple[str | None, ast.expr | None]:
@@ -337,8 +352,9 @@ def _hash_of(value: object) -> str:
 
 
 def _tags(cell: _Cell) -> list[str]:
-    tags: list[str] = cell.get("metadata", {}).get("tags", [])
-    return tags
+    # Some tools write null where there are none.
+    tags = cell.get("metadata", {}).get("tags")
+    return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
 
 
 def _source(cell: _Cell) -> str:

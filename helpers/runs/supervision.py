@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 import psutil
 
 from helpers.base.clock import Clock
+from helpers.base.installed import damage
 from helpers.base.isolation import isolated
 from helpers.base.processes import ChildProcess
 from helpers.runs.redaction import _redact
@@ -120,7 +121,8 @@ def _supervised(child: ChildProcess, job: _Job, show: Callable[[_Progress], None
         with suppress(TimeoutError):
             child.wait(EXIT_SECONDS)
     elif progress.reason is None:
-        progress.reason = f"its process ended unexpectedly (exit code {child.wait()}) at cell {progress.cell}"
+        how = f"its process ended unexpectedly (exit code {child.wait()}) at cell {progress.cell}"
+        progress.reason = f"{how}. {damage()}".removesuffix(". ")
     return progress
 
 
