@@ -69,6 +69,9 @@ def _reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
         except WorkbookError as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(getattr(error, "exit_code", 2)) from error
+        except KeyboardInterrupt as error:
+            typer.echo("Interrupted.", err=True)
+            raise typer.Exit(130) from error
         except BrokenPipeError:  # who read the output is gone, and typer ends without a word
             raise
         except OSError as error:
