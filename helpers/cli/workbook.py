@@ -102,7 +102,10 @@ def _split(texts: Iterable[str] | None) -> list[str]:
 
 def _shortened(path: Path) -> str:
     """The path as a person in this folder would type it."""
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    try:
+        return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    except FileNotFoundError:  # somebody deleted the folder that the shell is in
+        return str(path)
 
 
 def _echo(text: str) -> None:
