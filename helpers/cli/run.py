@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
-from helpers.cli.workbook import _command, _print_result, _ProfileOption, _RunFolder, _split
+from helpers.base.terminal import Terminal
+from helpers.cli.workbook import _command, _print_result, _ProfileOption, _RunFolder, _say
 
 
 @_command("fetch")
@@ -46,6 +46,10 @@ def _run(
     folder: Annotated[
         Path | None, typer.Option(help="Folder of the new run. Default: runs/<UTC time>-<profile>.")
     ] = None,
+    notebook: Annotated[
+        list[Path] | None,
+        typer.Option(help="Run this notebook of your own, anywhere on disk, in place of the workbook's (repeatable)."),
+    ] = None,
     parameter: Annotated[
         list[str] | None,
         typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="Set a parameter of the notebooks (repeatable)."),
@@ -65,10 +69,11 @@ def _run(
 
         request = Request(
             profile,
-            only=_split(only),
+            only=_prefixes(only),
             parameters=parameter or (),
             resume=resume,
             folder=folder,
+            own=notebook or (),
             rehearse=rehearse,
             redo=redo,
         )
@@ -77,12 +82,17 @@ def _run(
     raise typer.Exit(0 if result.ok else 1)
 
 
+def _prefixes(texts: list[str] | None) -> list[str]:
+    """The texts of --only, which may be repeated or hold commas. A blank one stays: left out, it would mean all."""
+    return [part.strip() for text in texts or () for part in text.split(",")]
+
+
 @_command("report")
 def _report(run: _RunFolder) -> None:
     """Write the report of a run again."""
     from helpers.runs.report import write_report
 
-    typer.echo(write_report(run))
+    _say(write_report(run))
 
 
 @_command("check")
@@ -95,8 +105,8 @@ def _check(run: _RunFolder) -> None:
     usual = request.usual_parameters(profile, execution.NOTEBOOKS)
     judged = expected.judge(run, store.read_expected(path, required=True), usual)
     for line in (*judged.notes, *judged.differing, *judged.missing):
-        typer.echo(line)
-    typer.echo(f"{path.name}: {judged}")
+        _say(line)
+    _say(f"{path.name}: {judged}")
     raise typer.Exit(0 if judged.passed else 1)
 
 
@@ -120,12 +130,12 @@ def _diff(
         page = difference_views.write_page(compared, html)
     except WorkbookError as error:
         problem = error
-    console = Console(highlight=False)
+    console = Terminal()
     for part in difference_views.tables(compared):
         console.print(part)
     if problem is not None:
         raise problem
-    typer.echo(f"Page: {page}")
+    _say(f"Page: {page}")
     raise typer.Exit(1 if compared.differing else 0)
 
 

@@ -21,6 +21,8 @@ import typer
 from helpers import __version__
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
+from helpers.base.installed import damage
+from helpers.base.text import one_line, printable, shell_word
 
 if TYPE_CHECKING:
     from helpers.runs.execution import RunResult
@@ -67,16 +69,23 @@ def _reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
             _check_checkout()
             return command(*args, **kwargs)
         except WorkbookError as error:
-            typer.echo(f"Error: {error}", err=True)
+            _say(f"Error: {error}", error=True)
             raise typer.Exit(getattr(error, "exit_code", 2)) from error
         except KeyboardInterrupt as error:
-            typer.echo("Interrupted.", err=True)
+            _say("Interrupted.", error=True)
             raise typer.Exit(130) from error
-        except BrokenPipeError:  # who read the output is gone, and typer ends without a word
-            raise
+        except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+            raise  # BrokenPipeError: who read the output is gone, and typer ends without a word
         except OSError as error:
             where = f" {error.filename}" if error.filename else ""
-            typer.echo(f"Error: Cannot read or write{where} ({error.strerror or error}).", err=True)
+            _say(f"Error: Cannot read or write{where} ({error.strerror or error}).", error=True)
+            raise typer.Exit(1) from error
+        except Exception as error:
+            # What nobody expected may come from a package that somebody has removed by halves.
+            why = damage()
+            if not why:
+                raise
+            _say(f"Error: {type(error).__name__}: {error}. {why}", error=True)
             raise typer.Exit(1) from error
 
     return wrapped
@@ -90,6 +99,18 @@ def _check_checkout() -> None:
             f"This command needs the workbook's checkout, but there is no env/profiles in {ROOT}. Clone the "
             "repository, run make setup in it, and use its .venv/bin/workbook."
         )
+
+
+def _say(text: object, *, error: bool = False) -> None:
+    """Print a text. All that commands print goes through here, or through ``base.terminal``: it may hold anything."""
+    typer.echo(printable(_hidden(text)), err=error)
+
+
+def _hidden(text: object) -> str:
+    """The text without secrets: an error's message may hold an address with a password."""
+    from helpers.runs.redaction import _for_screen
+
+    return _for_screen(str(text))
 
 
 def _split(texts: Iterable[str] | None) -> list[str]:
@@ -111,13 +132,13 @@ def _shortened(path: Path) -> str:
 def _echo(text: str) -> None:
     """Print a line. Nobody may read it any more, or the disk of a log may be full: then the work goes on unseen."""
     try:
-        typer.echo(text)
+        _say(text)
     except OSError as error:
         with suppress(OSError, ValueError):
             # What waits to be written would make Python's own exit code an error.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if not isinstance(error, BrokenPipeError):
-                typer.echo(f"The standard output cannot be written ({error.strerror}).", err=True)
+                _say(f"The standard output cannot be written ({error.strerror}).", error=True)
 
 
 def _print_result(result: RunResult) -> None:
@@ -125,12 +146,12 @@ def _print_result(result: RunResult) -> None:
     from helpers.runs.interrupts import interruptible
 
     for name in result.passed:
-        _echo(f"passed  {name}{' (kept from an earlier start)' if name in result.kept else ''}")
+        _echo(f"passed  {one_line(name)}{' (kept from an earlier start)' if name in result.kept else ''}")
     for name, reason in result.failed.items():
-        _echo(f"FAILED  {name}: {reason}")
+        _echo(f"FAILED  {one_line(name)}: {one_line(reason)}")
     # Only an activated environment has the command on its path.
     command = "workbook" if shutil.which("workbook") else ".venv/bin/workbook"
-    resume = f"{command} run --resume {_shortened(result.folder)}"
+    resume = f"{command} run --resume {shell_word(_shortened(result.folder))}"
     if result.interrupted:
         _echo("The run was interrupted.")
     if not result.ok:
@@ -144,7 +165,7 @@ def _print_result(result: RunResult) -> None:
         with interruptible():
             _echo(f"Report: {_reported(result.folder, command)}")
     except KeyboardInterrupt:
-        _echo(f"Report: interrupted. To write it: {command} report {_shortened(result.folder)}")
+        _echo(f"Report: interrupted. To write it: {command} report {shell_word(_shortened(result.folder))}")
 
 
 def _reported(folder: Path, command: str) -> str:
@@ -155,4 +176,4 @@ def _reported(folder: Path, command: str) -> str:
         return str(write_report(folder))
     except Exception as error:
         told = str(error) if isinstance(error, WorkbookError) else f"{type(error).__name__}: {error}."
-        return f"not written. {told} To try again: {command} report {_shortened(folder)}"
+        return f"not written. {told} To try again: {command} report {shell_word(_shortened(folder))}"

@@ -32,5 +32,6 @@ __getattr__, __dir__, __all__ = face(
             "shortfall",
         ],
         "sharding": ["hardware_claims", "implied_utilisation", "shard", "training_flop"],
+        "step": ["Training"],
     },
 )

@@ -6,7 +6,7 @@ Sizes are bytes and times are seconds. ``profiles`` reads these from env/profile
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from helpers.base.units import Precision
 
@@ -16,15 +16,16 @@ class ModelRef:
     """One model of a profile: where it is, how to talk to it, and what it stands in for.
 
     source: "embedded" (a folder of this repository), "package" (a GGUF file inside an installed Python
-    package, see ``file``) or "hub" (a Hugging Face repository at ``revision``).
+    package, see ``file`` and ``file_sha256``) or "hub" (a Hugging Face repository at ``revision``).
     """
 
     id: str
     family: Literal["falcon", "llama"]
-    format: Literal["falcon-chat", "llama-2", "chatml", "plain"]
+    format: Literal["falcon-chat", "falcon-instruct", "llama-2", "chatml", "plain"]
     source: Literal["embedded", "package", "hub"] = "hub"
     revision: str | None = None
     file: str | None = None
+    file_sha256: str | None = None
     stand_in_for: str | None = None
     licence: str = ""
     download_bytes: int | None = None
@@ -52,11 +53,24 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class Budget:
-    """The time one notebook may take; ``cell_seconds`` limits each single cell."""
+    """The time one notebook may take; ``cell_seconds`` limits each single cell.
+
+    Raises ValueError for a time that is not above 0, or longer than a month, which the libraries below cannot wait.
+    """
+
+    MOST_SECONDS: ClassVar[int] = 31 * 24 * 3600
 
     seconds: float
     cell_seconds: float
     expected_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("seconds", "cell_seconds", "expected_seconds"):
+            time = getattr(self, name)
+            if time is None and name == "expected_seconds":
+                continue
+            if isinstance(time, bool) or not 0 < time <= self.MOST_SECONDS:
+                raise ValueError(f"{name} must be above 0 and at most {self.MOST_SECONDS}, but is {time!r}.")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from helpers.base.text import one_line
 from helpers.runs.schema import _Status
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ class _PlainLines:
             changed = self.last.get(name, "pending") != entry.status
             if changed or self._is_due(entry):
                 self.printed = monotonic()
-                self.console.print(f"{name}: {_describe(entry)}", highlight=False, markup=False, soft_wrap=True)
+                line = one_line(f"{name}: {_describe(entry)}")
+                self.console.print(line, highlight=False, markup=False, soft_wrap=True)
             self.last[name] = entry.status
 
     def _is_due(self, entry: _NotebookStatus) -> bool:
@@ -119,11 +121,11 @@ def _table(status: _Status) -> Table:
     rows.add_column("")
     for name, entry in status.notebooks.items():
         # As Text, because a line of code may hold what rich takes for its markup.
-        remark = Text(_remark(entry), overflow="ellipsis")
+        remark = Text(one_line(_remark(entry)), overflow="ellipsis")
         state = Text(entry.status, _STYLES[entry.status])
         cell = f"{entry.cell}/{entry.cells}" if entry.cells else ""
         time = f"{entry.seconds:.0f} s" if entry.seconds else ""
-        rows.add_row(name, state, cell, time, f"{entry.budget_seconds:g} s", remark)
+        rows.add_row(Text(one_line(name)), state, cell, time, f"{entry.budget_seconds:g} s", remark)
     return rows
 
 

@@ -10,15 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
+from helpers.base.hashes import share_hashes
+from helpers.base.terminal import Terminal
+from helpers.base.text import shell_word, shortened
+from helpers.base.units import PRECISIONS
 from helpers.models.checkpoint import LoadError
 from helpers.models.loaded import forget_loads, read_loads
 from helpers.runs import store
 from helpers.runs.child import _Job
 from helpers.runs.display import _display
+from helpers.runs.document import UsageError
 from helpers.runs.fetching import fetch
 from helpers.runs.folder import (
     _executed_notebook,
@@ -33,18 +36,30 @@ from helpers.runs.folder import (
 )
 from helpers.runs.holding import _interrupted
 from helpers.runs.interrupts import _Stop, interruptible
-from helpers.runs.notebook import _loaded_models, _parse_parameters, _plan_run, _roles_to_fetch, _undeclared
+from helpers.runs.notebook import (
+    _left_out,
+    _loaded_models,
+    _plan_own,
+    _plan_run,
+    _roles_to_fetch,
+    _undeclared,
+)
 from helpers.runs.origins import _code_hash, _last_origin, _place
+from helpers.runs.parameters import _parse_parameters
 from helpers.runs.recording import _forget
-from helpers.runs.redaction import _find_secrets, _redact, _sweep
-from helpers.runs.request import Request, _check_machine, _chosen_profile, _resumed, _target
+from helpers.runs.redaction import _redact
+from helpers.runs.request import Request, _check_combination, _check_machine, _chosen_profile, _resumed, _target
 from helpers.runs.resuming import _first_status, _merge_manifests, _of_another_origin, _pending
 from helpers.runs.schema import _NotebookStatus, _RehearsalFacts
+from helpers.runs.secrecy import _find_secrets
 from helpers.runs.store import _read_results, _write_manifest, _write_status
 from helpers.runs.supervision import _environment, _supervise
+from helpers.runs.sweeping import _sweep
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from rich.console import Console
 
     from helpers.models.references import Profile
     from helpers.planning.rehearsal import Rehearsal
@@ -52,8 +67,10 @@ if TYPE_CHECKING:
     from helpers.runs.notebook import _Plan
     from helpers.runs.schema import _Manifest
     from helpers.runs.supervision import _Progress
+    from helpers.runs.sweeping import Seen
 
 NOTEBOOKS = ROOT / "notebooks"
+_LONGEST_REASON, _LONGEST_LINE = 2000, 200  # characters
 
 
 class RunError(WorkbookError):
@@ -101,12 +118,12 @@ def run(request: Request, *, command: Sequence[str] = (), console: Console | Non
     result = None
     try:
         with interruptible() as stop:
-            raw, asked, profile, plans = _planned(request)
+            shown = console or Terminal()
+            raw, asked, profile, plans = _planned(request, shown)
             target = _target(asked, profile)
             with _held(target):
-                shown = console or Console()
                 rehearsal = _prepared(profile, target / "rehearsal", shown) if asked.rehearse else None
-                secrets = _find_secrets({**os.environ, **raw})
+                secrets = _secrets(raw, profile, plans, target)
                 session = _Session(target, profile, plans, secrets, rehearsal)
                 session.redo = asked.redo
                 result = session.run(shown, raw, command, stop)
@@ -119,8 +136,9 @@ def run(request: Request, *, command: Sequence[str] = (), console: Console | Non
     return result
 
 
-def _planned(request: Request) -> tuple[dict[str, str], Request, Profile, list[_Plan]]:
+def _planned(request: Request, console: Console) -> tuple[dict[str, str], Request, Profile, list[_Plan]]:
     """The parameters, the request with what a resumed run adds, the profile and the plans."""
+    _check_combination(request)
     raw = _parse_parameters(request.parameters)
     earlier: dict[str, str] = {}
     if request.resume is not None:
@@ -128,10 +146,25 @@ def _planned(request: Request) -> tuple[dict[str, str], Request, Profile, list[_
         request = _resumed(manifest, request, raw)
         earlier = manifest.parameters
     profile = _chosen_profile(request)
-    plans = _plan_run(profile, request.notebooks or NOTEBOOKS, request.only, raw, earlier)
+    plans, remarks = _plans(profile, request, raw, earlier)
     if not request.rehearse:
         _check_machine(profile)
+    for remark in remarks:
+        console.print(remark, markup=False, highlight=False, soft_wrap=True)
     return earlier | raw, request, profile, plans
+
+
+def _plans(
+    profile: Profile, request: Request, raw: Mapping[str, str], earlier: Mapping[str, str]
+) -> tuple[list[_Plan], list[str]]:
+    """The planned notebooks, and what to say of them before they run."""
+    if request.own:
+        plans = _plan_own(profile, request.own, raw, earlier)
+        return plans, [plan.remark for plan in plans]
+    folder = request.notebooks or NOTEBOOKS
+    plans = _plan_run(profile, folder, request.only, raw, earlier)
+    left_out = None if request.only else _left_out(folder, profile)
+    return plans, [left_out] if left_out else []
 
 
 class _Session:
@@ -150,6 +183,7 @@ class _Session:
     ) -> None:
         self.folder, self.profile, self.plans, self.secrets = folder, profile, plans, secrets
         self.rehearsal = rehearsal
+        self.swept: Seen = {}
         self.redo = False
         self.manifest: _Manifest | None = None  # until _describe
         self.earlier = store.read_manifest(folder) if (folder / "manifest.json").exists() else None
@@ -166,7 +200,7 @@ class _Session:
             interrupted = self._attempt(console, raw, command)
         except (OSError, LoadError) as error:
             told = str(error).rstrip(".")
-            resume = f"workbook run --resume {self.folder}"
+            resume = f"workbook run --resume {shell_word(self.folder)}"
             raise RunError(f"The run stopped: {told}. Then resume with: {resume}") from error
         return self._result(interrupted)
 
@@ -201,6 +235,7 @@ class _Session:
         if self.earlier is not None:
             manifest = _merge_manifests(self.earlier, manifest)
         self.manifest = manifest
+        share_hashes(self.folder)  # the notebooks load the models that the manifest has just hashed
         self._judge_kept(manifest)
         self._save_manifest()
         self._save_status()
@@ -227,7 +262,7 @@ class _Session:
     def _fetch(self) -> None:
         """Fetch the models that the pending notebooks declare, while no budget runs, and note at which commits."""
         pending = [plan for plan in self.plans if self.status.notebooks[plan.name].status == "pending"]
-        roles = _roles_to_fetch(model for plan in pending for model in plan.models)
+        roles = _roles_to_fetch(model for plan in pending for model in plan.models or ())
         if self.rehearsal or self.profile.offline or not roles:
             return
         self.commits |= fetch(self.profile, roles, self.commits)
@@ -250,13 +285,14 @@ class _Session:
             entry.status, entry.reason = "failed", _interrupted(entry)
             raise
         finally:
-            _sweep(self.folder, self.secrets)
+            _sweep(self.folder, self.secrets, self.swept)
             self._save_status()
 
     def _judge(self, plan: _Plan, entry: _NotebookStatus, progress: _Progress) -> None:
         """Take in how a notebook ended, and what it left in the run's files."""
         try:
-            progress.reason = progress.reason or _undeclared(read_loads(self.folder, plan.name), plan.models)
+            if plan.models is not None:
+                progress.reason = progress.reason or _undeclared(read_loads(self.folder, plan.name), plan.models)
             entry.recorded = len(_read_results(self.folder).values.get(plan.name, {}))
         except WorkbookError as error:
             progress.reason = progress.reason or str(error)
@@ -286,8 +322,9 @@ class _Session:
 
     def _take(self, entry: _NotebookStatus, progress: _Progress) -> None:
         # Blanked here too, because the terminal shows these texts before any file does.
-        entry.reason = progress.reason and _redact(progress.reason, self.secrets)
-        entry.line = _redact(progress.line, self.secrets)
+        # And cut only then, because the rest of a token that was cut through is not known as one.
+        entry.reason = progress.reason and shortened(_redact(progress.reason, self.secrets), _LONGEST_REASON)
+        entry.line = shortened(_redact(progress.line, self.secrets), _LONGEST_LINE)
         entry.cell, entry.cells = progress.cell, progress.cells
         entry.seconds = round(progress.seconds, 2)
         entry.peak_bytes = progress.peak_bytes
@@ -312,7 +349,7 @@ class _Session:
         }
         if self.rehearsal:  # nobody knows what tiny random models should give
             workbook["EXPECTED"] = str(self.rehearsal.folder / "no_expected_values.json")
-            return _environment({**os.environ, **self.rehearsal.environment()}, True, workbook)
+            return _environment(os.environ, True, workbook) | self.rehearsal.environment()
         if self.commits:
             workbook["REVISIONS"] = json.dumps(self.commits)
         return _environment(os.environ, self.profile.offline, workbook)
@@ -327,7 +364,7 @@ class _Session:
             if not self.rehearsal:
                 self._note_commits(self.manifest)
         self._save_manifest()
-        _sweep(self.folder, self.secrets)
+        _sweep(self.folder, self.secrets, self.swept)
 
     def _note_commits(self, manifest: _Manifest) -> None:
         for role, model in manifest.models.items():
@@ -356,6 +393,17 @@ class _Session:
             else:
                 failed[plan.name] = entry.reason or "not run"
         return RunResult(self.folder, tuple(passed), failed, interrupted, self.kept)
+
+
+def _secrets(raw: Mapping[str, str], profile: Profile, plans: Sequence[_Plan], folder: Path) -> tuple[str, ...]:
+    """What must stand in no file of the run. Raises UsageError if the folder's own name holds a secret."""
+    public = [profile.name, *PRECISIONS, *(model.id for model in profile.models.values())]
+    for plan in plans:
+        public += [plan.name, *plan.effective]
+    secrets = _find_secrets({**os.environ, **raw}, public)
+    if _redact(folder.name, secrets) != folder.name:
+        raise UsageError("The name of the run folder holds a token or a password. Name another folder with --folder.")
+    return secrets
 
 
 def _prepared(profile: Profile, folder: Path, console: Console) -> Rehearsal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -290,7 +291,7 @@ def _facts(manifest: _Manifest, mixed: bool) -> dict[str, str]:
         "Profile": f"{manifest.profile}: {manifest.description}",
         "Started": _moment(manifest.started),
         "Finished": _moment(manifest.finished),
-        "Command": " ".join(manifest.command) or "–",
+        "Command": shlex.join(manifest.command) or "–",
     }
     if manifest.resumed:
         facts["Resumed"] = ", ".join(map(_moment, manifest.resumed))

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers.base.errors import WorkbookError
+from helpers.base.errors import WorkbookError, choose
 from helpers.base.settings import DEFAULT_PROFILE
+from helpers.base.text import shell_word
 from helpers.models.references import Profile
+from helpers.runs.document import UsageError
 from helpers.runs.folder import _new_folder
-from helpers.runs.notebook import UsageError, _plan_run
-from helpers.runs.schema import REDACTED
+from helpers.runs.notebook import _plan_run
+from helpers.runs.secrecy import REDACTED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,9 +29,9 @@ class Request:
     ``profile`` is a Profile or its name; None means laptop, or the resumed run's. ``only`` holds the starts of
     notebooks' names, ``parameters`` texts such as "seed=1". ``resume`` is the folder of a run: what passed there, and
     has the same source, parameters and profile now, is not run again. ``folder`` is where a new run goes, ``notebooks``
-    the folder of the notebooks. ``rehearse`` runs them without the profile's machine and models: see
-    ``helpers.planning.rehearsal``; a resumed rehearsal stays one. ``redo``: in a resumed run, what passed under other
-    code, packages or models, or on another machine, runs again, too.
+    the folder of the notebooks; ``own`` are a reader's own notebooks, to run in their place. ``rehearse`` runs them
+    without the profile's machine and models: see ``helpers.planning.rehearsal``; a resumed rehearsal stays one.
+    ``redo``: in a resumed run, what passed under other code, packages or models, or on another machine, also runs again.
     """
 
     profile: Profile | str | None = None
@@ -38,6 +40,7 @@ class Request:
     resume: Path | None = None
     folder: Path | None = None
     notebooks: Path | None = None
+    own: Sequence[Path] = ()
     rehearse: bool = False
     redo: bool = False
 
@@ -57,8 +60,40 @@ def _resumed(manifest: _Manifest, request: Request, raw: Mapping[str, str]) -> R
     for parameter, value in manifest.parameters.items():
         if REDACTED in value and parameter not in raw:
             raise UsageError(f"Secret values are not stored in the run folder. Pass them again: -p {parameter}=...")
-    only = request.only or list(manifest.notebooks)
-    return replace(request, profile=profile, only=only, rehearse=rehearsal)
+    again = replace(request, profile=profile, rehearse=rehearsal)
+    own = {notebook: facts.own for notebook, facts in manifest.notebooks.items() if facts.own}
+    if own or request.own:
+        return replace(again, own=_own_again(own, request), only=())
+    return replace(again, only=request.only or list(manifest.notebooks))
+
+
+def _own_again(earlier: Mapping[str, str], request: Request) -> list[Path]:
+    """The reader's own notebooks of the earlier run, where they are now.
+
+    Raises UsageError for a notebook that the run does not have, and for one that is not there any more.
+    """
+    paths = {name: Path(path) for name, path in earlier.items()}
+    for path in request.own:
+        if path.stem not in paths:
+            raise UsageError(f"This run has no notebook of your own called {path.stem!r}. Start a new run for it.")
+        paths[path.stem] = path
+    for prefix in request.only:
+        if not prefix.strip() or not any(name.startswith(prefix) for name in paths):
+            choose(prefix, paths, "notebook whose name starts with", UsageError)
+    chosen = [path for name, path in paths.items() if not request.only or name.startswith(tuple(request.only))]
+    for path in chosen:
+        if not path.is_file():
+            raise UsageError(
+                f"The notebook {path} of this run is not there any more. If it moved, say where it is: "
+                f"workbook run --resume {request.resume} --notebook PATH"
+            )
+    return chosen
+
+
+def _check_combination(request: Request) -> None:
+    """Raise UsageError for options that contradict each other."""
+    if request.own and request.only and request.resume is None:
+        raise UsageError("--only chooses notebooks of the workbook. Leave it out, or leave out --notebook.")
 
 
 def _chosen_profile(request: Request) -> Profile:
@@ -85,7 +120,8 @@ def _check_machine(profile: Profile) -> None:
     if missing := profiles.missing(profile, hardware.detect_apart(), profiles.downloaded_bytes(profile)):
         needs = "; ".join(missing)
         raise UsageError(
-            f"Profile {profile.name} cannot run here: {needs}. Run workbook plan --profile {profile.name} to see why."
+            f"Profile {profile.name} cannot run here: {needs}. "
+            f"Run workbook plan --profile {shell_word(profile.name)} to see why."
         )
 
 

@@ -20,8 +20,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
-# What the runner writes in the place of a secret. A number may hold a secret's digits by chance, and is replaced too.
-REDACTED = "[redacted]"
+from helpers.runs.secrecy import REDACTED
+
 Value = bool | int | float | str
 Verdict = Literal["as expected", "differs", "unmeasured"]
 AS_EXPECTED: Verdict = "as expected"
@@ -58,7 +58,7 @@ def _distance(value: object) -> int | float | None:
 
 
 def _zero_if_redacted(value: object) -> object:
-    # One blanked number must not make a whole run unreadable.
+    # Earlier workbooks blanked numbers too, and one must not make a whole run unreadable.
     return 0 if value == REDACTED else value
 
 
@@ -225,11 +225,13 @@ class _NotebookFacts(_Part):
     """The file of a notebook (SHA-256), the parameters that it ran with, and its place in the manifest's ``origins``.
 
     A notebook's values, figures and page are all of one execution, and so of one origin. None: it has not started, or
-    an earlier workbook ran it, which did not keep origins.
+    an earlier workbook ran it, which did not keep origins. ``own`` is the path of a reader's own notebook; None for one
+    of the workbook.
     """
 
     sha256: str
     parameters: dict[str, object]
+    own: str | None = Field(default=None, exclude_if=lambda path: path is None)
     origin: _Count | None = Field(default=None, exclude_if=lambda origin: origin is None)
 
 

@@ -5,6 +5,10 @@
 #       falcon: [profile, bf16]
 #       laptop/falcon: [bf16, fp32]
 #       laptop/falcon_draft: [fp32]
+#     parameters:
+#       seed: {least: 0, most: 4294967295}
+#       prompt: {blank: false}
+#       max_new_tokens: {least: 2, most: 100000}
 # ---
 
 # %% [markdown]
@@ -36,6 +40,7 @@ from helpers import exercises, figures, generation, machine, models, runs, speed
 from helpers.generation import Decoding, Sampling
 from helpers.runs import Measured
 
+notebook_name = "01_loading"  # recorded and expected values are found by this name
 models.tidy_output()
 settings = models.load_profile(profile)
 models.table(settings)

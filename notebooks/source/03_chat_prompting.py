@@ -4,6 +4,10 @@
 #     models:
 #       falcon: [profile]
 #       falcon_chat: [profile]
+#     parameters:
+#       seed: {least: 0, most: 4294967295}
+#       question: {blank: false}
+#       max_new_tokens: {least: 1, most: 100000}
 # ---
 
 # %% [markdown]
@@ -34,6 +38,7 @@ from helpers import exercises, generation, models, panels, runs
 from helpers.generation import Sampling
 from helpers.runs import Measured
 
+notebook_name = "03_chat_prompting"  # recorded and expected values are found by this name
 models.tidy_output()
 settings = models.load_profile(profile)
 models.table(settings)

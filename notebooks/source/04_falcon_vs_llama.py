@@ -4,6 +4,10 @@
 #     models:
 #       falcon_chat: [profile]
 #       llama_chat: [profile]
+#     parameters:
+#       seed: {least: 0, most: 4294967295}
+#       max_new_tokens: {least: 2, most: 100000}
+#       batch_size: {least: 1, most: 100000}
 # ---
 
 # %% [markdown]
@@ -39,6 +43,7 @@ from helpers import evaluation, exercises, figures, machine, models, panels, run
 from helpers.generation import Sampling
 from helpers.runs import Measured
 
+notebook_name = "04_falcon_vs_llama"  # recorded and expected values are found by this name
 models.tidy_output()
 settings = models.load_profile(profile)
 models.table(settings)

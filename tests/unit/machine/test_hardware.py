@@ -131,7 +131,7 @@ def test_bandwidth_is_near_numpys():
 
 def test_importing_the_group_imports_nothing_heavy():
     heavy = "{'torch', 'transformers', 'pandas', 'pydantic', 'yaml', 'huggingface_hub'}"
-    modules = "driver, hardware, memory, anatomy, packing, pieces, placement, sharding"
+    modules = "driver, hardware, memory, anatomy, packing, pieces, placement, sharding, step"
     code = f"import sys; from helpers.machine import {modules}; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
 

@@ -22,26 +22,28 @@ from typer.testing import CliRunner
 
 from helpers import runs
 from helpers.base.files import ROOT
+from helpers.base.isolation import isolated
 from helpers.cli import app
 from helpers.models import Budget, ModelRef, Profile, Requirement, load_profile, profiles
 from helpers.models.loaded import Load
 from helpers.runs import child, execution, fetching, folder, rendering, supervision
 from helpers.runs.display import _describe, _PlainLines, _table
+from helpers.runs.document import _cells_hash
 from helpers.runs.folder import _hub_commit
 from helpers.runs.interrupts import interruptible
 from helpers.runs.notebook import (
-    _cells_hash,
     _declared_models,
-    _declared_parameters,
-    _parse_parameters,
     _plan_run,
     _roles_to_fetch,
     _select,
     _undeclared,
 )
-from helpers.runs.redaction import _find_secrets, _redact, _sweep
+from helpers.runs.parameters import _declared_parameters, _parse_parameters
+from helpers.runs.redaction import _redact
 from helpers.runs.rendering import _clean, _source_notebook
 from helpers.runs.schema import _NotebookStatus, _Status
+from helpers.runs.secrecy import _find_secrets
+from helpers.runs.sweeping import _sweep
 from tests.unit.base.test_processes import processes_with, wait_for
 from tests.unit.models.test_loading_at_scale import Hub
 
@@ -192,7 +194,7 @@ def test_cells_are_counted_as_the_executed_notebook_counts_them(mixed_run):
 
 
 def test_the_run_s_peak_is_that_of_all_processes_at_one_moment():
-    progress = supervision._Progress(began=0)
+    progress = supervision._Progress()
     for family, own in ((100, 7), (90, 20), (95, 7)):
         progress.weigh(family, own)
     assert (progress.peak_bytes, progress.tree_bytes) == (100, 110)
@@ -409,13 +411,14 @@ def planned(notebooks, raw=(), only=(), parameters=None, earlier=None):
 
 
 def test_selection_is_by_the_start_of_the_name(notebooks):
-    assert [path.stem for path in _select(notebooks, [])] == ["01_a", "02_b", "02_c"]
-    assert [path.stem for path in _select(notebooks, ["02"])] == ["02_b", "02_c"]
-    assert [path.stem for path in _select(notebooks, ["02_c", "01"])] == ["01_a", "02_c"]
+    profile = make_profile("01_a", "02_b", "02_c")
+    assert [path.stem for path in _select(notebooks, [], profile)] == ["01_a", "02_b", "02_c"]
+    assert [path.stem for path in _select(notebooks, ["02"], profile)] == ["02_b", "02_c"]
+    assert [path.stem for path in _select(notebooks, ["02_c", "01"], profile)] == ["01_a", "02_c"]
     with pytest.raises(runs.UsageError, match=r"'7'.*01_a, 02_b, 02_c"):
-        _select(notebooks, ["7"])
+        _select(notebooks, ["7"], profile)
     with pytest.raises(runs.UsageError, match="workbook render"):
-        _select(notebooks / "none", [])
+        _select(notebooks / "none", [], profile)
 
 
 def test_an_unknown_parameter_names_itself_and_those_there_are(notebooks):
@@ -441,14 +444,15 @@ def test_parameters_go_only_where_they_exist_and_override_the_profile(notebooks)
         ("rate=1.5e+3", 1500.0),
         ("name=falcon mini", "falcon mini"),
         ("name=a=b", "a=b"),
-        ("name='12'", "12"),
+        ("name='12'", "'12'"),
+        ("name=12", "12"),
         ("quick=false", False),
         ("items=[2, 3]", [2, 3]),
         ("free=12", 12),
         ("free=twelve", "twelve"),
     ],
 )
-def test_values_are_yaml_of_the_default_s_type(notebooks, text, value):
+def test_values_are_read_by_the_default_s_type(notebooks, text, value):
     found = planned(notebooks, [text], only=["01"])["01_a"].given[text.partition("=")[0]]
     assert found == value
     assert type(found) is type(value)
@@ -456,7 +460,7 @@ def test_values_are_yaml_of_the_default_s_type(notebooks, text, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["seed=x", "seed=1.5", "seed=true", "seed=", "rate=fast", "name=12", "quick=1", "items=3", "name=[", "seed", "=1"],
+    ["seed=x", "seed=1.5", "seed=true", "seed=", "rate=fast", "quick=1", "items=3", "seed", "=1"],
 )
 def test_values_of_another_type_are_refused(notebooks, text):
     with pytest.raises(runs.UsageError):
@@ -508,7 +512,7 @@ def test_only_the_real_hub_needs_the_network():
     offline = supervision._environment(base, True, {"NOTEBOOK": "x"})
     online = supervision._environment(base, make_profile(source="hub").offline, {"NOTEBOOK": "x"})
     assert offline.keys() - online.keys() == {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"}
-    assert online == {"PATH": "/bin", "WORKBOOK_NOTEBOOK": "x", "WORKBOOK_UNATTENDED": "1"}
+    assert online == isolated({"PATH": "/bin", "WORKBOOK_NOTEBOOK": "x", "WORKBOOK_UNATTENDED": "1"})
 
 
 @pytest.mark.parametrize(
@@ -662,7 +666,7 @@ def test_the_manifest_names_the_commit_of_a_hub_model_that_the_run_downloaded(tm
         (repo / "refs" / "main").write_text(commit)
         (repo / "snapshots" / commit).mkdir(parents=True)
         (repo / "snapshots" / commit / "config.json").write_text("{}")
-        return supervision._Progress(time.monotonic())
+        return supervision._Progress()
 
     make_notebook(tmp_path, "00_a", "1")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -818,7 +822,7 @@ def test_nothing_is_fetched_for_a_notebook_that_declares_no_model_nor_for_models
     tmp_path, monkeypatch, offline
 ):
     monkeypatch.setattr(execution, "fetch", lambda *_: pytest.fail("fetched"))
-    monkeypatch.setattr(execution, "_supervise", lambda *_: supervision._Progress(time.monotonic()))
+    monkeypatch.setattr(execution, "_supervise", lambda *_: supervision._Progress())
     monkeypatch.setattr(folder, "DETECT", "raise SystemExit(1)")
     # Named in code and comments, and declared of another profile: neither is a reason to download.
     models = {"laptop/falcon": ["bf16"]} | ({"falcon": ["profile"]} if offline else {})

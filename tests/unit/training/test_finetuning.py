@@ -143,7 +143,7 @@ def test_examples_longer_than_the_context_are_left_out(tiny_loaded):
 def test_a_line_that_is_no_conversation_is_named(tmp_path):
     path = tmp_path / "samples.jsonl"
     path.write_text(json.dumps({"messages": DATA[0]}) + '\n{"text": "hi"}\n')
-    with pytest.raises(FinetuneError, match=r"samples\.jsonl, line 2"):
+    with pytest.raises(FinetuneError, match=r"samples\.jsonl: 1 of 2 rows .*\n  line 2 \(row 2\): "):
         read_conversations(path)
 
 
@@ -154,7 +154,7 @@ def test_what_is_no_conversation_is_refused_with_an_example(given, tiny_loaded):
 
 
 def test_conversations_without_a_reply_are_refused(tiny_loaded):
-    for given in ([], [talk("Hi")], [[{"role": "falcon", "content": "Hi"}]]):
+    for given in ([], [talk("Hi")], [[{"role": "system", "content": "Hi"}, *talk("Hi")]]):
         with pytest.raises(FinetuneError, match="no reply to train on"):
             examples(tiny_loaded, given)
 
