@@ -71,6 +71,9 @@ def _reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
         except WorkbookError as error:
             _say(f"Error: {error}", error=True)
             raise typer.Exit(getattr(error, "exit_code", 2)) from error
+        except KeyboardInterrupt as error:
+            _say("Interrupted.", error=True)
+            raise typer.Exit(130) from error
         except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
             raise  # BrokenPipeError: who read the output is gone, and typer ends without a word
         except OSError as error:
@@ -120,7 +123,10 @@ def _split(texts: Iterable[str] | None) -> list[str]:
 
 def _shortened(path: Path) -> str:
     """The path as a person in this folder would type it."""
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    try:
+        return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    except FileNotFoundError:  # somebody deleted the folder that the shell is in
+        return str(path)
 
 
 def _echo(text: str) -> None:

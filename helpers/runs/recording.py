@@ -20,7 +20,7 @@ from helpers.base import settings
 from helpers.base.stats import Measured
 from helpers.runs import store
 from helpers.runs.expected import _is_number, _matches, _with_tolerance, _with_unit
-from helpers.runs.schema import AS_EXPECTED, DIFFERS, UNMEASURED, _RecordedValue
+from helpers.runs.schema import AS_EXPECTED, DIFFERS, UNMEASURED, _plain_value, _RecordedValue
 from helpers.runs.store import ResultError, _changed_results, _read_results
 
 if TYPE_CHECKING:
@@ -246,7 +246,10 @@ def _plain(name: str, value: Recordable) -> Value:
         raise ResultError(f"{name!r} is a {kind}. Record a number, a text or a bool, one at a time.")
     if isinstance(item, float) and not math.isfinite(item):
         raise ResultError(f"{name!r} is {item}. Record a finite number, or a text that says why there is none.")
-    return item
+    try:
+        return _plain_value(item)
+    except ValueError as error:
+        raise ResultError(f"{name!r} cannot be kept in a file: {error}.") from error
 
 
 def _keep(entries: Sequence[_Record]) -> None:
