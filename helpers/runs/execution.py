@@ -16,7 +16,7 @@ from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
 from helpers.base.hashes import share_hashes
 from helpers.base.terminal import Terminal
-from helpers.base.text import shell_word, shortened
+from helpers.base.text import one_line, shell_word, shortened
 from helpers.base.units import PRECISIONS
 from helpers.models.checkpoint import LoadError
 from helpers.models.loaded import forget_loads, read_loads
@@ -113,7 +113,7 @@ def run(request: Request, *, command: Sequence[str] = (), console: Console | Non
     if not request.rehearse:
         _check_machine(profile)
     for remark in remarks:
-        console.print(remark, markup=False, highlight=False, soft_wrap=True)
+        console.print(one_line(remark), markup=False, highlight=False, soft_wrap=True)
     raw, target = earlier | raw, _target(request, profile)
     secrets = _secrets(raw, profile, plans, target)
     with _held(target):

@@ -128,4 +128,4 @@ def _target(request: Request, profile: Profile) -> Path:
     if folder and (folder / "status.json").exists():
         raise UsageError(f"{folder} already holds a run. Resume it with --resume, or name another folder.")
     name = f"{profile.name}-rehearsal" if request.rehearse else profile.name
-    return (request.resume or folder or _new_folder(name)).absolute()
+    return (request.resume or folder or _new_folder(name)).resolve()
