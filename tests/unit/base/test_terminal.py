@@ -12,8 +12,11 @@ from tests.unit.base.test_text import HOSTILE
 
 def screen(*parts, tty=False):
     file = io.StringIO()
-    console = Terminal(file=file)
-    console._force_terminal = tty
+    with pytest.MonkeyPatch.context() as patch:
+        if tty:
+            patch.setenv("FORCE_COLOR", "1")
+            patch.setenv("TERM", "xterm")
+        console = Terminal(file=file)
     for part in parts:
         console.print(part, soft_wrap=not isinstance(part, Table))
     return file.getvalue()
