@@ -21,25 +21,27 @@ WORK = ROOT / "runs" / "train-mini"
 def _render() -> None:
     """Make notebooks/*.ipynb from notebooks/source, with the outputs of a laptop run."""
     from helpers.runs import rendering
-    from helpers.runs.report import write_report
 
     result = rendering.render()
-    _print_result(result, write_report(result.folder))
+    _print_result(result)
     raise typer.Exit(0 if result.ok else 1)
 
 
 @_command("expect", MAINTAINERS)
 def _expect(runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs of one profile.")]) -> None:
-    """Update the expected values from finished runs that agree. Values with a cited source are kept."""
-    from helpers.runs import execution, expected, store
+    """Update the expected values from finished runs that agree. Cited values, and other notebooks' values, are kept."""
+    from helpers.runs import execution, expected, request, store
 
-    measured = expected.expected_from_runs(runs)
-    path = execution.NOTEBOOKS / "expected" / f"{store.read_manifest(runs[0]).profile}.json"
+    profile = store.read_manifest(runs[0]).profile
+    measured = expected.expected_from_runs(runs, request.usual_parameters(profile, execution.NOTEBOOKS))
+    path = execution.NOTEBOOKS / "expected" / f"{profile}.json"
     earlier = store.read_expected(path)
-    cited = {key: entry for key, entry in earlier.items() if entry.cited}
+    merged = expected.merge_expected(earlier, measured, runs)
     path.parent.mkdir(exist_ok=True)
-    store.write_expected(path, measured | cited)
-    _say(f"{path}: {len(measured)} values from {len(runs)} runs, {len(cited)} from citations")
+    store.write_expected(path, merged.values)
+    for line in merged.lines:
+        _say(line)
+    _say(f"{path}: {merged}")
 
 
 @_command("train-mini", MAINTAINERS)
