@@ -14,7 +14,7 @@ from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
 from helpers.base.hashes import share_hashes
 from helpers.base.terminal import Terminal
-from helpers.base.text import shell_word, shortened
+from helpers.base.text import one_line, shell_word, shortened
 from helpers.base.units import PRECISIONS
 from helpers.models.checkpoint import LoadError
 from helpers.models.loaded import forget_loads, read_loads
@@ -118,9 +118,9 @@ def run(request: Request, *, command: Sequence[str] = (), console: Console | Non
             shown = console or Terminal()
             raw, asked, profile, plans = _planned(request, shown)
             target = _target(asked, profile)
+            secrets = _secrets(raw, profile, plans, target)
             with _held(target):
                 rehearsal = _prepared(profile, target / "rehearsal", shown) if asked.rehearse else None
-                secrets = _secrets(raw, profile, plans, target)
                 session = _Session(target, profile, plans, secrets, rehearsal)
                 session.redo = asked.redo
                 result = session.run(shown, raw, command, stop)
@@ -147,7 +147,7 @@ def _planned(request: Request, console: Console) -> tuple[dict[str, str], Reques
     if not request.rehearse:
         _check_machine(profile)
     for remark in remarks:
-        console.print(remark, markup=False, highlight=False, soft_wrap=True)
+        console.print(one_line(remark), markup=False, highlight=False, soft_wrap=True)
     return earlier | raw, request, profile, plans
 
 

@@ -152,7 +152,7 @@ def _target(request: Request, profile: Profile) -> Path:
     if folder and any((folder / name).exists() for name in ("manifest.json", "status.json")):
         raise UsageError(f"{folder} already holds a run. Resume it with --resume, or name another folder.")
     name = f"{profile.name}-rehearsal" if request.rehearse else profile.name
-    return (request.resume or folder or _new_folder(name)).absolute()
+    return (request.resume or folder or _new_folder(name)).resolve()
 
 
 def usual_parameters(profile: str, notebooks: Path) -> dict[str, dict[str, object]]:
