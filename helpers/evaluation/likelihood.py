@@ -12,22 +12,23 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from helpers.base import stats
 from helpers.base.errors import WorkbookError
 from helpers.base.stats import Interval
+from helpers.models.formats import Message
 from helpers.models.loaded import context_tokens, inference, input_device
 from helpers.models.tokens import document_token, encode, literal_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from helpers.models.formats import Message
     from helpers.models.loaded import Loaded
 
 _WINDOW_BATCH = 4  # windows of one forward: with 2048 tokens and a vocabulary of 65024 their logits take a gigabyte
@@ -169,10 +170,10 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, begin: str | None, m
         tokens = tokens[:most]
     ids = [token.id for token in tokens]
     if begin is not None:
-        return [tokenizer.convert_tokens_to_ids(begin), *ids], covered
+        return [tokenizer.get_vocab()[begin], *ids], covered
     if len(ids) < 2:
         raise WorkbookError(
-            f"The tokenizer has no token to begin a text with, and {text[:40]!r} is one token. Add words."
+            f"The tokenizer has no token to begin a text with, so the text {text[:40]!r} is too short. Add words."
         )
     return ids, covered[tokens[0].end :]
 

@@ -31,9 +31,9 @@ CHAT_SAMPLING = Sampling(max_new_tokens=200)
 class Chat:
     """A conversation with one model.
 
-    ``transcript`` keeps every turn, ``messages`` those that the model is shown: a turn whose reply is blank, such as one
-    of only a stop string, is in no format's training data. If they outgrow the context, the model is shown only the
-    newest whole turns (see ``prompt``). Turn n (from 0) is drawn with ``sampling.seed + n``: a question asked twice may get two replies, and
+    ``transcript`` keeps every turn. ``messages`` are those that the model may be shown: no format's training data has a
+    turn whose reply is blank. If they outgrow the context, the model is shown only the newest whole turns (see
+    ``prompt``). Turn n (from 0) is drawn with ``sampling.seed + n``: a question asked twice may get two replies, and
     the same questions give the same transcript. ``decoding``: see ``generation.generate``. ``last_reply`` is the newest
     finished reply with its timings.
     """

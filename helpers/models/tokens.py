@@ -1,7 +1,8 @@
 """Turn text into token ids: a raw prompt, the text of a conversation, and text in which nothing is a control token.
 
-Tokenizers find their added tokens (``<|im_start|>``, ``>>QUESTION<<``) in any text. In a raw prompt that is wished; what
-a user wrote in a conversation must stay text, so conversations go through a double of the tokenizer without them.
+Tokenizers find their added tokens (``<|im_start|>``, ``>>QUESTION<<``) in any text. In a raw prompt that is wanted.
+What a user wrote in a conversation must stay text, so a conversation goes through a double of the tokenizer without
+them.
 """
 
 from __future__ import annotations
@@ -106,8 +107,10 @@ def _adds_begin(tokenizer: PreTrainedTokenizerBase) -> bool:
     begin = tokenizer.bos_token_id
     if begin is None:
         return False
-    # Looked up by trying: the tokenizers' own settings for it differ from class to class.
-    return tokenizer.encode("a")[:1] == [begin] and tokenizer.encode("a", add_special_tokens=False)[:1] != [begin]
+    # Found out by trying, because the settings for it differ from one class of tokenizers to the next.
+    with_special: list[int] = tokenizer.encode("a")
+    without: list[int] = tokenizer.encode("a", add_special_tokens=False)
+    return with_special[:1] == [begin] and without[:1] != [begin]
 
 
 def _check_characters(text: str) -> None:

@@ -111,7 +111,7 @@ def test_a_system_prompt_is_optional(tiny_loaded):
     chat = Chat(tiny_loaded)
     assert chat.messages == []
     assert chat.prompt("Hi") == "User: Hi\nFalcon:"
-    assert Chat(tiny_loaded, system="").prompt() == "System: \nUser: \nFalcon:"
+    assert Chat(tiny_loaded, system="").prompt() == "User: \nFalcon:"  # A9
 
 
 def test_the_inspector_shows_the_very_prompt_and_counts_the_tokens_left(chat, tiny_loaded):
