@@ -25,14 +25,17 @@ from typing import TYPE_CHECKING, Literal, Required, TypedDict, cast
 from helpers.base.files import write_text
 from helpers.base.parent import Parent
 from helpers.base.processes import ending_descendants
-from helpers.runs.document import _make_portable, _make_runnable
-from helpers.runs.redaction import _redact
+from helpers.runs.document import _make_runnable
+from helpers.runs.saving import _Document
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from jupyter_client.manager import AsyncKernelManager
     from nbformat import NotebookNode  # noqa: TC004 (it takes seconds to import)
+    from papermill.engines import Engine
+
+    from helpers.runs.capturing import _Widgets
 
 _IOPUB_SECONDS = 60
 
@@ -93,6 +96,10 @@ class _Watcher:
     current: NotebookNode | None = None
     cell_began: float = 0.0
     reason: str | None = None
+    document: _Document = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.document = _Document(self.job.secrets)
 
     def on_notebook_start(self, notebook: NotebookNode) -> None:
         """The kernel is up."""
@@ -138,11 +145,7 @@ class _Watcher:
         """Write the notebook as it stands, redacted, without papermill's metadata."""
         if self.notebook is None:
             return
-        import nbformat
-
-        document = nbformat.from_dict(_redact(self.notebook, self.job.secrets))
-        _make_portable(document)
-        write_text(Path(self.job.output), nbformat.writes(document) + "\n")
+        write_text(Path(self.job.output), self.document.text(self.notebook))
 
     def _over_budget(self) -> str | None:
         if monotonic() - self.began >= self.job.seconds:
@@ -181,6 +184,25 @@ def _kernel_manager() -> type[AsyncKernelManager]:
     return SameInterpreter
 
 
+def _engine(widgets: _Widgets) -> type[Engine]:
+    """papermill's own engine, whose client captures what output widgets would show."""
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import Engine
+
+    class Capturing(Engine):  # type: ignore[misc]  # papermill has no types
+        @classmethod
+        def execute_managed_notebook(cls, manager: object, kernel_name: str, **options: object) -> NotebookNode:
+            del options["input_path"]
+            client = PapermillNotebookClient(
+                manager, kernel_name=kernel_name, startup_timeout=options.pop("start_timeout"), **options
+            )
+            client.widget_registry = widgets.registry()
+            executed: NotebookNode = client.execute()
+            return executed
+
+    return Capturing
+
+
 def _execute(job: _Job, emit: Callable[[_Event], None]) -> str | None:
     """Run the notebook; None, or why it failed. Raises OSError when the executed notebook cannot be written."""
     from nbclient.exceptions import DeadKernelError
@@ -206,10 +228,12 @@ def _execute_cells(watcher: _Watcher) -> None:
     import papermill
 
     job = watcher.job
+    papermill.engines.papermill_engines.register("workbook", _engine(watcher.document.widgets))
     papermill.execute_notebook(
         _make_runnable(nbformat.read(job.notebook, as_version=4), Path(job.notebook).parent),
         None,  # no output file: see above
         job.parameters,
+        engine_name="workbook",
         kernel_name="python3",
         language="python",
         kernel_manager_class=_kernel_manager(),
@@ -220,8 +244,10 @@ def _execute_cells(watcher: _Watcher) -> None:
         timeout_func=watcher.timeout,
         iopub_timeout=_IOPUB_SECONDS,
         extra_arguments=["--log-level=ERROR"],
-        store_widget_state=False,
-        coalesce_streams=True,
+        # What widgets captured is shown in their place: that needs the states of all, of which none is saved.
+        store_widget_state=True,
+        # nbclient's way of merging takes the square of a line's length, and changes the order.
+        coalesce_streams=False,
         on_notebook_start=watcher.on_notebook_start,
         on_cell_execute=watcher.on_cell_execute,
         on_cell_executed=watcher.on_cell_executed,

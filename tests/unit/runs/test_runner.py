@@ -25,7 +25,7 @@ from helpers.base.files import ROOT
 from helpers.cli import app
 from helpers.models import Budget, ModelRef, Profile, Requirement, load_profile, profiles
 from helpers.models.loaded import Load
-from helpers.runs import child, execution, fetching, folder, rendering, supervision
+from helpers.runs import child, execution, fetching, folder, interrupts, rendering, supervision
 from helpers.runs.display import _describe, _PlainLines, _table
 from helpers.runs.document import _cells_hash
 from helpers.runs.folder import _hub_commit
@@ -37,9 +37,11 @@ from helpers.runs.notebook import (
     _undeclared,
 )
 from helpers.runs.parameters import _declared_parameters, _parse_parameters
-from helpers.runs.redaction import _find_secrets, _redact, _sweep
+from helpers.runs.redaction import _redact
 from helpers.runs.rendering import _clean, _source_notebook
 from helpers.runs.schema import _NotebookStatus, _Status
+from helpers.runs.secrecy import _find_secrets
+from helpers.runs.sweeping import _sweep
 from tests.unit.base.test_processes import processes_with, wait_for
 from tests.unit.models.test_loading_at_scale import Hub
 
@@ -612,7 +614,7 @@ def test_a_second_signal_does_not_cut_the_cleaning_up_short(first):
                 signal.raise_signal(number)
             cleaned.append(first)
 
-    with pytest.raises(KeyboardInterrupt), execution._interruptible():
+    with pytest.raises(KeyboardInterrupt), interrupts.interruptible():
         work()
     assert cleaned == [first]
     assert [signal.getsignal(number) for number in stops] == before
@@ -621,7 +623,7 @@ def test_a_second_signal_does_not_cut_the_cleaning_up_short(first):
 def test_signals_that_were_ignored_stay_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with execution._interruptible():
+        with interrupts.interruptible():
             os.kill(os.getpid(), signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
