@@ -9,7 +9,7 @@ import typer
 
 from helpers.base.errors import choose
 from helpers.base.units import PRECISIONS
-from helpers.cli.workbook import _command, _ProfileOption, _shortened
+from helpers.cli.workbook import _command, _ProfileOption, _say, _shortened
 
 if TYPE_CHECKING:
     from helpers.models.formats import Message
@@ -52,11 +52,11 @@ def _finetune(
     measured = _read(held_out, skip_bad_rows) if held_out else []
     loaded = loading.load(ref, precision, unpacked=True)
     done = finetune(loaded, conversations, recipe, out, held_out=measured)
-    typer.echo(f"{done.examples} replies trained on, {done.left_out} too long, {done.blank_replies} blank")
+    _say(f"{done.examples} replies trained on, {done.left_out} too long, {done.blank_replies} blank")
     for point in done.history[-2:]:
         loss, what = (point.loss, "loss") if point.loss is not None else (point.held_out_loss, "held-out loss")
-        typer.echo(f"step {point.step}: {what} {loss:.3f}")
-    typer.echo(f"Adapter: {_shortened(done.adapter_dir)}")
+        _say(f"step {point.step}: {what} {loss:.3f}")
+    _say(f"Adapter: {_shortened(done.adapter_dir)}")
 
 
 def _read(file: Path, skip_bad_rows: bool) -> list[list[Message]]:
@@ -65,6 +65,6 @@ def _read(file: Path, skip_bad_rows: bool) -> list[list[Message]]:
 
     conversations = read_conversations(file, skip_bad_rows=skip_bad_rows)
     for row in conversations.dropped[:5]:
-        typer.echo(f"left out: {row}")
-    typer.echo(f"{file.name}: {len(conversations)} conversations, {len(conversations.dropped)} bad rows left out")
+        _say(f"left out: {row}")
+    _say(f"{file.name}: {len(conversations)} conversations, {len(conversations.dropped)} bad rows left out")
     return conversations

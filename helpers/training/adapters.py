@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from helpers.base.errors import WorkbookError, first_names
 from helpers.base.files import read_json, write_json
 from helpers.base.hashes import HASHES, write_hashes
+from helpers.base.text import well_formed
 from helpers.models import finding, loading
 from helpers.models.checkpoint import LoadError, content_hashes
 from helpers.models.references import ModelRef
@@ -126,6 +127,8 @@ class _Identity:
         """
         if out_dir.exists() and not out_dir.is_dir():
             raise FinetuneError(f"{out_dir} is a file. Choose a folder.")
+        if not well_formed(str(out_dir.absolute())):
+            raise FinetuneError(f"{out_dir} has bytes in its name that are not UTF-8. Choose another folder.")
         saved = _read_identity(out_dir / IDENTITY_FILE)
         if saved is None:
             self._check_unknown(out_dir)
@@ -245,7 +248,7 @@ def _weight_faults(adapter_dir: Path, identity: _Identity, tensors: _Tensors) ->
             if config.get(name) != identity.recipe[own]:
                 found.append(f"{own} is {config.get(name)} in {_CONFIG}, not {identity.recipe[own]}")
         actual = _tensors(adapter_dir / _WEIGHTS, finite=True)
-    except (WorkbookError, OSError, SafetensorError, KeyError, AttributeError) as error:
+    except (WorkbookError, OSError, ValueError, SafetensorError, KeyError, AttributeError) as error:
         return [*found, str(error).rstrip(".")]
     kinds = {
         "missing": tensors.keys() - actual,
