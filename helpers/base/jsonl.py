@@ -103,11 +103,11 @@ def scan_records(path: Path) -> Records:
 
 
 def _read_bytes(path: Path) -> bytes:
-    if path.is_dir():
-        raise WorkbookError(f"{path} is a folder. Give a file with one JSON object a line.")
-    if path.exists() and not path.is_file():
-        raise WorkbookError(f"{path} is not a regular file. Give a file with one JSON object a line.")
     try:
+        if path.is_dir():
+            raise WorkbookError(f"{path} is a folder. Give a file with one JSON object a line.")
+        if path.exists() and not path.is_file():
+            raise WorkbookError(f"{path} is not a regular file. Give a file with one JSON object a line.")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise WorkbookError(f"There is no file {path}. Check the path.") from error

@@ -236,16 +236,16 @@ def _spoken(conversation: Conversation, closers: Sequence[str]) -> list[Message]
 
 def _without_closers(reply: str, closers: Sequence[str]) -> str:
     """A reply without white space around it and without the control strings that close it, however many there are."""
-    end = before = len(reply)
+    end = len(reply)
     while True:
-        while end > 0 and reply[end - 1].isspace():
-            end -= 1
-        for closer in closers:
-            if closer and reply.endswith(closer, 0, end):
-                end -= len(closer)
-        if end == before:
-            return reply[:end].lstrip()
-        before = end
+        # What nobody can see may stand behind a closing string; at the end of words it may belong to an emoji.
+        visible = end
+        while visible > 0 and is_blank(reply[visible - 1]):
+            visible -= 1
+        closer = next((text for text in closers if text and reply.endswith(text, 0, visible)), None)
+        if closer is None:
+            return reply[:end].strip()
+        end = visible - len(closer)
 
 
 def _example(loaded: Loaded, messages: Conversation) -> Example:
