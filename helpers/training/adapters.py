@@ -228,7 +228,10 @@ def _checked_identity(adapter_dir: Path) -> _Identity:
         ) from error
     if not tensors:
         raise FinetuneError(f"The fine-tune in {adapter_dir} is not finished. Repeat its call, which continues it.")
-    found = _weight_faults(adapter_dir, identity, tensors) or _damage(adapter_dir, identity.label)
+    found = _damage(adapter_dir)
+    # If the identity is as it was written, it tells what is wrong with the others.
+    if not any(phrase.startswith((IDENTITY_FILE, HASHES)) for phrase in found):
+        found = _weight_faults(adapter_dir, identity, tensors) or found or _damage(adapter_dir, identity.label)
     if found:
         raise FinetuneError(
             f"The adapter in {adapter_dir} is not the one that was saved: {'; '.join(found)}. Restore its files, or "
