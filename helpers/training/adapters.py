@@ -175,6 +175,8 @@ def _save_adapter(model: PeftModel, identity: _Identity, out_dir: Path) -> None:
             f"The adapter was not saved: {len(wrong)} of its tensors hold a nan or an infinity, such as "
             f"{first_names(wrong, 1)}. Lower learning_rate, or look for what is unusual in the data."
         )
+    from safetensors import SafetensorError
+
     saving = out_dir / ".saving"
     try:
         shutil.rmtree(saving, ignore_errors=True)
@@ -186,7 +188,7 @@ def _save_adapter(model: PeftModel, identity: _Identity, out_dir: Path) -> None:
         saving.rmdir()
         identity.write(out_dir, tensors)
         write_hashes(out_dir, identity.label)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         shutil.rmtree(saving, ignore_errors=True)
         raise TrainingStoppedError(
             f"The adapter could not be written to {out_dir}: {error}. Free some disk space or repair the folder, and "
