@@ -21,6 +21,7 @@ import typer
 from helpers import __version__
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
+from helpers.base.installed import damage
 from helpers.base.text import one_line, printable, shell_word
 
 if TYPE_CHECKING:
@@ -70,11 +71,18 @@ def _reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
         except WorkbookError as error:
             _say(f"Error: {error}", error=True)
             raise typer.Exit(getattr(error, "exit_code", 2)) from error
-        except BrokenPipeError:  # who read the output is gone, and typer ends without a word
-            raise
+        except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+            raise  # BrokenPipeError: who read the output is gone, and typer ends without a word
         except OSError as error:
             where = f" {error.filename}" if error.filename else ""
             _say(f"Error: Cannot read or write{where} ({error.strerror or error}).", error=True)
+            raise typer.Exit(1) from error
+        except Exception as error:
+            # What nobody expected may come from a package that somebody has removed by halves.
+            why = damage()
+            if not why:
+                raise
+            _say(f"Error: {type(error).__name__}: {error}. {why}", error=True)
             raise typer.Exit(1) from error
 
     return wrapped

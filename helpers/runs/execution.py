@@ -349,7 +349,7 @@ class _Session:
         }
         if self.rehearsal:  # nobody knows what tiny random models should give
             workbook["EXPECTED"] = str(self.rehearsal.folder / "no_expected_values.json")
-            return _environment({**os.environ, **self.rehearsal.environment()}, True, workbook)
+            return _environment(os.environ, True, workbook) | self.rehearsal.environment()
         if self.commits:
             workbook["REVISIONS"] = json.dumps(self.commits)
         return _environment(os.environ, self.profile.offline, workbook)

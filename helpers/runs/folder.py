@@ -9,6 +9,7 @@ that can be resumed; ``_observed`` takes seconds, because it hashes the models a
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shutil
 import subprocess
@@ -16,12 +17,14 @@ import sys
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from helpers.base.files import ROOT
 from helpers.base.hashes import file_hash
+from helpers.base.isolation import without_git
 from helpers.base.processes import Command
 from helpers.machine.hardware import DETECT
 from helpers.models.checkpoint import LoadError
@@ -41,7 +44,6 @@ from helpers.runs.store import RunFolderError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from helpers.models.references import ModelRef, Profile
     from helpers.runs.notebook import _Plan
@@ -188,22 +190,43 @@ def _model_files(ref: ModelRef) -> list[Path]:
 
 
 def _git_state(folder: Path) -> _GitState:
-    """The commit of a checkout and whether it holds changes; both None outside of git."""
-    commit, changes = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain")
+    """The commit of a checkout and whether it holds changes; both None if this very folder is none.
+
+    An unpacked archive may lie inside another repository, whose commit says nothing about it.
+    """
+    top = _git(folder, "rev-parse", "--show-toplevel")
+    if not top or not Path(top).exists() or not Path(top).samefile(folder):
+        return _GitState(commit=None, dirty=None)
+    commit, changes = (
+        _git(folder, "rev-parse", "HEAD"),
+        _git(folder, "status", "--porcelain", "--untracked-files=normal"),
+    )
     return _GitState(commit=commit, dirty=None if changes is None else bool(changes))
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says about the repository of a folder; None without one.
+
+    Another owner's is asked, too: this very code comes from there. Nothing that it configures is run, and nothing in
+    it is changed.
+    """
+    trusting = ["-c", f"safe.directory={folder.resolve()}", "-c", "core.fsmonitor=false", "--no-optional-locks"]
+    command = ["git", *trusting, "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env=without_git(os.environ), capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return done.stdout.rstrip("\n")
 
 
 def _packages() -> dict[str, str]:
     """The installed packages and their versions."""
-    versions = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
+    versions = {}
+    for package in importlib.metadata.distributions():
+        # Of a package that was removed by halves nothing may be known.
+        name, version = package.metadata["Name"], package.metadata["Version"]
+        if name and version:
+            versions[name.lower()] = version
     return dict(sorted(versions.items()))
 
 
@@ -212,4 +235,4 @@ def _detected(detection: Command) -> _Hardware | _UnknownHardware:
     done = detection.result()
     if done.returncode != 0:
         return _UnknownHardware(error=done.errors.strip()[-500:])
-    return _Hardware.model_validate_json(done.output)
+    return _Hardware.model_validate_json(done.last_line)

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from helpers import runs
 from helpers.base.files import ROOT
+from helpers.base.isolation import isolated
 from helpers.cli import app
 from helpers.models import Budget, ModelRef, Profile, Requirement, load_profile, profiles
 from helpers.models.loaded import Load
@@ -192,7 +193,7 @@ def test_cells_are_counted_as_the_executed_notebook_counts_them(mixed_run):
 
 
 def test_the_run_s_peak_is_that_of_all_processes_at_one_moment():
-    progress = supervision._Progress(began=0)
+    progress = supervision._Progress()
     for family, own in ((100, 7), (90, 20), (95, 7)):
         progress.weigh(family, own)
     assert (progress.peak_bytes, progress.tree_bytes) == (100, 110)
@@ -510,7 +511,7 @@ def test_only_the_real_hub_needs_the_network():
     offline = supervision._environment(base, True, {"NOTEBOOK": "x"})
     online = supervision._environment(base, make_profile(source="hub").offline, {"NOTEBOOK": "x"})
     assert offline.keys() - online.keys() == {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"}
-    assert online == {"PATH": "/bin", "WORKBOOK_NOTEBOOK": "x", "WORKBOOK_UNATTENDED": "1"}
+    assert online == isolated({"PATH": "/bin", "WORKBOOK_NOTEBOOK": "x", "WORKBOOK_UNATTENDED": "1"})
 
 
 @pytest.mark.parametrize(
@@ -664,7 +665,7 @@ def test_the_manifest_names_the_commit_of_a_hub_model_that_the_run_downloaded(tm
         (repo / "refs" / "main").write_text(commit)
         (repo / "snapshots" / commit).mkdir(parents=True)
         (repo / "snapshots" / commit / "config.json").write_text("{}")
-        return supervision._Progress(time.monotonic())
+        return supervision._Progress()
 
     make_notebook(tmp_path, "00_a", "1")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -820,7 +821,7 @@ def test_nothing_is_fetched_for_a_notebook_that_declares_no_model_nor_for_models
     tmp_path, monkeypatch, offline
 ):
     monkeypatch.setattr(execution, "fetch", lambda *_: pytest.fail("fetched"))
-    monkeypatch.setattr(execution, "_supervise", lambda *_: supervision._Progress(time.monotonic()))
+    monkeypatch.setattr(execution, "_supervise", lambda *_: supervision._Progress())
     monkeypatch.setattr(folder, "DETECT", "raise SystemExit(1)")
     # Named in code and comments, and declared of another profile: neither is a reason to download.
     models = {"laptop/falcon": ["bf16"]} | ({"falcon": ["profile"]} if offline else {})
