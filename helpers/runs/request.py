@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError, choose
 from helpers.base.settings import DEFAULT_PROFILE
-from helpers.base.text import shell_word
+from helpers.base.text import shell_word, well_formed
 from helpers.models.references import Profile
 from helpers.runs.document import UsageError
 from helpers.runs.folder import _new_folder
@@ -152,7 +152,11 @@ def _target(request: Request, profile: Profile) -> Path:
     if folder and any((folder / name).exists() for name in ("manifest.json", "status.json")):
         raise UsageError(f"{folder} already holds a run. Resume it with --resume, or name another folder.")
     name = f"{profile.name}-rehearsal" if request.rehearse else profile.name
-    return (request.resume or folder or _new_folder(name)).resolve()
+    target = (request.resume or folder or _new_folder(name)).resolve()
+    # The run's files are in UTF-8, and name their folder.
+    if not well_formed(str(target)):
+        raise UsageError(f"The folder {target} has bytes in its name that are not UTF-8. Name another folder.")
+    return target
 
 
 def usual_parameters(profile: str, notebooks: Path) -> dict[str, dict[str, object]]:
