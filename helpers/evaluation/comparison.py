@@ -169,7 +169,13 @@ class Comparison:
                 points.append(1.0)
             else:
                 points.append(0.0)
+        if 0.5 not in points:
+            return stats.proportion(round(sum(points)), len(points))
         rate = stats.mean(points)
+        if len(set(points)) == 1:
+            # All tied: a side may win as many of the next as no difference at all leaves possible.
+            none = stats.paired_difference([0] * len(points), [0] * len(points))
+            return replace(rate, low=0.5 + none.low / 2, high=0.5 + none.high / 2)
         # Student's t knows no bounds, but a rate has them.
         return replace(rate, low=max(rate.low, 0.0), high=min(rate.high, 1.0))
 

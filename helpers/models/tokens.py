@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from helpers.base.errors import WorkbookError
+from helpers.base.text import well_formed
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -34,6 +37,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     starts a sequence of its own, as in Llama-2's conversations.
     """
     begin = tokenizer.bos_token if isinstance(tokenizer.bos_token, str) else ""
+    _check_characters(text)
     ids: list[int] = []
     if _adds_begin(tokenizer) and not text.startswith(begin):
         ids.append(tokenizer.bos_token_id)
@@ -62,7 +66,7 @@ def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
     return [token.id for token in double.tokens("\n" + text) if token.end > 1]
 
 
-def conversation_tokens(
+def _conversation_tokens(
     tokenizer: PreTrainedTokenizerBase, text: str, controls: Sequence[str], begin: str = ""
 ) -> list[Token]:
     """The tokens of a conversation's text, in which only ``controls`` are control tokens.
@@ -109,6 +113,11 @@ def _adds_begin(tokenizer: PreTrainedTokenizerBase) -> bool:
     return with_special[:1] == [begin] and without[:1] != [begin]
 
 
+def _check_characters(text: str) -> None:
+    if not well_formed(text):
+        raise WorkbookError("The text holds half of a surrogate pair, which is no character. Remove it.")
+
+
 class _Double:
     """A tokenizer's double that shares its model but knows only the added tokens that it is given."""
 
@@ -133,6 +142,7 @@ class _Double:
 
     def tokens(self, text: str, position: int = 0) -> Iterator[Token]:
         """The tokens of a text that begins at ``position``."""
+        _check_characters(text)
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             yield Token(self._renumbered.get(token_id, token_id), position + start, position + end)

@@ -148,7 +148,9 @@ def test_a_written_answer_is_generates(tiny_loaded, tmp_path, until):
 
 
 @pytest.mark.parametrize(
-    "added", ["🦅", "é", "日本", "\u0301", "👩\u200d👧"], ids=["A8-eagle", "A8-accent", "A8-japan", "A8-mark", "A8-family"]
+    "added",
+    ["🦅", "é", "日本", "\u0301", "👩\u200d👧"],
+    ids=["A8-eagle", "A8-accent", "A8-japan", "A8-mark", "A8-family"],
 )
 def test_a_stream_shows_only_whole_characters(tiny_loaded, added):
     """A4, A8: a random model writes half characters all the time."""

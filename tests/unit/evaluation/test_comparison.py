@@ -4,11 +4,10 @@ import dataclasses
 import json
 import math
 
-import numpy as np
 import pytest
 
 from helpers import evaluation
-from helpers.base import WorkbookError
+from helpers.base import WorkbookError, paired_difference, proportion
 from helpers.base.files import ROOT
 from helpers.evaluation import Comparison, Item, compare
 from helpers.generation import Reply, Sampling, generate
@@ -97,13 +96,7 @@ def test_the_paired_difference_by_hand():
     assert difference.interval.estimate == pytest.approx(0.3)
     # exact binomial, 1 of 5: 2 * (1 + 5) / 32
     assert difference.p_value == pytest.approx(2 * 6 / 32)
-    # the differences: four 1, one -1, five 0. All sums of ten draws from them, with their probabilities:
-    sums = np.array([1.0])
-    for _ in range(10):
-        sums = np.convolve(sums, [0.1, 0.5, 0.4])
-    below = np.cumsum(sums)
-    by_hand = [(int(np.searchsorted(below, tail)) - 10) / 10 for tail in (0.025, 0.975)]
-    assert [difference.interval.low, difference.interval.high] == pytest.approx(by_hand)
+    assert difference.interval == paired_difference([1] * 4 + [0] + [1] * 5, [0] * 4 + [1] + [1] * 5)
 
 
 def test_two_sides_that_never_differ_still_leave_a_width():
@@ -117,6 +110,15 @@ def test_the_win_rate_counts_correct_before_concise_and_ties_half():
     test = table([GOAT] * 4, falcon=["goat", "goat", "saddle", "saddle"], llama=["saddle", long, "goat", wrong])
     assert test.win_rate().estimate == pytest.approx((1 + 1 + 0 + 0.5) / 4)
     assert test.win_rate("llama", "falcon").estimate == pytest.approx(1 - 2.5 / 4)
+
+
+def test_a_win_rate_of_all_or_of_ties_alone_says_how_little_is_known():
+    """B3: Student's t gave an interval of no width for both."""
+    won = table([GOAT] * 12, falcon=["goat"] * 12, llama=["saddle"] * 12).win_rate()
+    assert won == proportion(12, 12)
+    tied = table([GOAT] * 12, falcon=["goat"] * 12, llama=["goat"] * 12).win_rate()
+    most = 1 - 0.025 ** (1 / 12)  # Clopper and Pearson
+    assert (tied.low, tied.estimate, tied.high) == pytest.approx((0.5 - most / 2, 0.5, 0.5 + most / 2))
 
 
 def test_what_cannot_be_compared_is_said():
@@ -226,7 +228,7 @@ def test_intervals_stay_within_what_is_possible():
     few = table([GOAT] * 2, falcon=["goat", "saddle"], llama=["saddle", "saddle"])
     win, difference = few.win_rate(), few.difference("falcon", "llama").interval
     assert (win.low, win.high) == (0, 1)
-    assert (difference.low, difference.high) == (0, 1)  # no draw of a gain and a tie is a loss
+    assert -1 <= difference.low < 0 < difference.high <= 1
     with pytest.raises(ValueError, match="must be a list of words"):
         Item("1", "fact", "?", answer="Paris")
 

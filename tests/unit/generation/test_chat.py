@@ -254,3 +254,30 @@ def test_a_blank_question_is_refused(tiny_loaded, blank):
         Chat(tiny_loaded).ask(blank)
     with pytest.raises(WorkbookError, match="blank"):
         generate(tiny_loaded, [{"role": "user", "content": blank}], GREEDY)
+
+
+@pytest.mark.parametrize("fault", ["a half character", "a folder in its place", "no folder"])
+def test_what_cannot_be_saved_leaves_the_earlier_file_as_it_was(fault, tiny_loaded, tmp_path):
+    """A7"""
+    path = tmp_path / "chat.json"
+    Chat(tiny_loaded, system="Be brief.", sampling=SAMPLING).save(path)
+    earlier = path.read_bytes()
+    system, target = "Be brief.", path
+    if fault == "a half character":
+        system = "Be \ud83d."
+    elif fault == "a folder in its place":
+        target = tmp_path
+    else:
+        target = tmp_path / "none" / "chat.json"
+    with pytest.raises(WorkbookError, match=r"was not saved to|Cannot write"):
+        Chat(tiny_loaded, system=system, sampling=SAMPLING).save(target)
+    assert path.read_bytes() == earlier
+    assert [file.name for file in tmp_path.iterdir()] == ["chat.json"]
+
+
+def test_a_half_character_is_refused_with_a_sentence(chat):
+    """A7: a message, a raw prompt."""
+    for ask in (lambda: chat.ask("Hi \udc80"), lambda: generate(chat.loaded, "Hi \udc80")):
+        with pytest.raises(WorkbookError, match="half of a surrogate pair"):
+            ask()
+    assert len(chat.messages) == 1
