@@ -8,7 +8,7 @@
 #     parameters:
 #       seed: {least: 0, most: 4294967295}
 #       prompt: {blank: false}
-#       max_new_tokens: {least: 2, most: 100000}
+#       max_new_tokens: {least: 2, most: 2048}
 # ---
 
 # %% [markdown]

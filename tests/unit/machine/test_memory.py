@@ -498,7 +498,9 @@ def training_peak(config, mode, checkpointing, heads):
 def test_activations_of_training_are_near_the_measured_peak(config, vocabulary, checkpointing, mode, heads):
     changed = type(config)(**(config.to_dict() | {"vocab_size": vocabulary}))
     workload = Workload(context_tokens=256, cache_heads=heads)
-    estimate = memory.estimate(changed, "bf16", mode=mode, workload=workload, training=Training(checkpointing=checkpointing))
+    estimate = memory.estimate(
+        changed, "bf16", mode=mode, workload=workload, training=Training(checkpointing=checkpointing)
+    )
     lowest, highest = (0.95, 1.06) if heads == "kv" else (0.7, 1.15)
     if heads == "kv" and (config.model_type == "llama" or mode == "lora"):
         lowest = 0.93
@@ -509,7 +511,9 @@ def test_activations_of_training_are_near_the_measured_peak(config, vocabulary, 
 def test_what_falcons_layer_keeps_of_a_token(published_180b, heads, elements):
     """Korthikanti et al. count 34sbh with dropout and a sequential block; 28sbh or 30sbh is left for Falcon-180B's."""
     workload = Workload(cache_heads=heads)
-    kept = memory.estimate(published_180b, "bf16", mode="full", workload=workload, training=Training(checkpointing=False))
+    kept = memory.estimate(
+        published_180b, "bf16", mode="full", workload=workload, training=Training(checkpointing=False)
+    )
     checkpointed = memory.estimate(published_180b, "bf16", mode="full", workload=workload)
     assert anatomy.anatomy(published_180b, heads).activations.kept == elements
     loss = 12 * 2048 * 65024
