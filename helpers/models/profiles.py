@@ -126,6 +126,12 @@ def _read(file: Path) -> Profile:
         raise ProfileError(f"{file.name}: {'; '.join(mistakes)}") from error
     if set(chain.from_iterable(profile.resident)) != set(profile.models):
         raise ProfileError(f"{file.name}: resident: Name each of {', '.join(profile.models)}, and nothing else.")
+    for role, ref in profile.models.items():
+        if ref.published_format not in (None, ref.format):
+            raise ProfileError(
+                f"{file.name}: {role}.format: {ref.id} was trained on the chat format {ref.published_format!r}, not on "
+                f"{ref.format!r}, and answers badly in another. Change the format."
+            )
     return profile
 
 

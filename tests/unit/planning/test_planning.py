@@ -199,7 +199,7 @@ def test_what_the_notebooks_do_beyond_the_plan_is_said(plans):
     reply = int(re.search(r"short = Sampling\(temperature=0, max_new_tokens=(\d+)", source)[1])
     items = evaluation.read_items(ROOT / "notebooks" / "data" / "animal_items.jsonl")
     here = AutoTokenizer.from_pretrained(models.resolve(models.load_profile("laptop").llama_chat))
-    sizes = {"falcon-chat": str.encode, "llama-2": str.encode, "chatml": here.encode}
+    sizes = {"falcon-chat": str.encode, "falcon-instruct": str.encode, "llama-2": str.encode, "chatml": here.encode}
     for form, tokens in sizes.items():
         asked = [models.format_for(form).render([{"role": "user", "content": item.question}]) for item in items]
         longest = max(len(tokens(text)) for text in asked)
