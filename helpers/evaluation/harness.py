@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.base.errors import WorkbookError
 from helpers.evaluation.likelihood import _OPTION_BATCH, _check_length
 from helpers.evaluation.tasks import TASKS, _only_errors, _prepared
+from helpers.models.finite import check_sums, explained
 from helpers.models.loaded import context_tokens, inference, input_device
 from helpers.models.workarounds.lm_eval_model import (
     logits_without_cache,
@@ -134,7 +135,8 @@ def _measure(
 
     parts = []
     bars = slow_bars_only(lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
-    with bars, same_random_state(), inference(loaded.model), _only_errors(logging.getLogger("lm_eval")):
+    quiet = _only_errors(logging.getLogger("lm_eval"))
+    with bars, same_random_state(), explained(loaded), inference(loaded.model), quiet:
         for chat, chosen in ((False, tasks.plain), (True, tasks.chat)):
             if not chosen["tasks"]:
                 continue
@@ -196,6 +198,7 @@ def _harness_class(loaded: Loaded, chat: bool, truncate: bool) -> type[HFLM]:
         ) -> list[tuple[float, bool]]:
             self.truncated += _count_too_long(self.max_length, requests, truncate)
             results: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            check_sums([value for value, _ in results], [[*before, *reply] for _, before, reply in requests])
             return results
 
         # A causal model gets no mask and no labels, which the harness passes to others.

@@ -316,6 +316,4 @@ def _llama_activations(hidden: int, width: int, queries: int, keys: int) -> _Act
     kept = 8 * hidden + 2 * queries + 2 * keys + 4 * width
     # Frozen, a norm keeps only its input, and the product, which is the last matrix' input, goes.
     frozen = kept - 4 * hidden - width
-    return _Activations(
-        kept, frozen, norms=2, returned=3 * width, prefill=4 * hidden + 3 * width, wide_tensors=3
-    )
+    return _Activations(kept, frozen, norms=2, returned=3 * width, prefill=4 * hidden + 3 * width, wide_tensors=3)

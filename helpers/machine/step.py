@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from helpers.machine.anatomy import Anatomy, _Linear
 
 ALL_LINEARS = ("attention qkv", "attention out", "mlp up", "mlp down")
-# torch's allocator keeps blocks that it cannot use for what is asked next. Weights and the optimizer's numbers stay where
-# they were put; what comes and goes leaves fragments. Answer.AI published both numbers of a run (fsdp_qlora,
+# torch's allocator keeps blocks that it cannot use for what is asked next. Weights and the optimizer's numbers stay
+# where they were put; what comes and goes leaves fragments. Answer.AI published both numbers of a run (fsdp_qlora,
 # benchmarks_03_2024.md, LoRA of Llama-2-7B on two GPUs, 2048 tokens): 10.22 GiB reserved, 9.16 allocated, of which half
 # of the weights are 6.28. So (10.22 - 6.28) / (9.16 - 6.28) = 1.37 bytes are reserved for one that comes and goes.
 FRAGMENTS = 0.37

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import os
 import statistics
 import sys
@@ -86,7 +87,7 @@ def measure(
     models = [loaded] if isinstance(loaded, Loaded) else list(loaded)
     chosen = settings or SpeedSettings()
     _check(models, batch_sizes, chosen)
-    bandwidth = chosen.bandwidth or hardware.memory_bandwidth(device=str(input_device(models[0].model)))
+    bandwidth = chosen.bandwidth or hardware.memory_bandwidth(device=str(input_device(models[0].model))).best
     rows_by_model: list[list[_SpeedRow]] = [[] for _ in models]
     runs = len(models) * len(batch_sizes) * (1 + chosen.repeats)
     with tqdm(total=runs, desc="speed", unit="run", delay=2, leave=False) as bar:
@@ -118,7 +119,12 @@ class _Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> _Spread:
-        """The spread of at least one value."""
+        """The spread of at least one value. Raises WorkbookError for a value that is not finite and above 0."""
+        for value in values:
+            if not 0 < value < math.inf:
+                raise WorkbookError(
+                    f"A measured time or speed is {value}. It must be finite and above 0: measure again."
+                )
         return cls(statistics.median(values), min(values), max(values))
 
     def text(self, scale: float = 1.0) -> str:
@@ -161,6 +167,8 @@ def _check(models: Sequence[Loaded], batch_sizes: Sequence[int], settings: Speed
     if not models or not batch_sizes or min(batch_sizes) < 1:
         raise WorkbookError("Give at least one model and one batch size, each at least 1.")
     prompt, new = settings.prompt_tokens, settings.new_tokens
+    if settings.bandwidth is not None and not 0 < settings.bandwidth < math.inf:
+        raise WorkbookError(f"The bandwidth must be finite and above 0, but is {settings.bandwidth}.")
     if prompt < 1 or new < 2 or settings.repeats < 1:
         raise WorkbookError(
             "A run needs at least one prompt token, two new tokens (the speed is measured after the first), one repeat."
@@ -248,6 +256,7 @@ def _once(row: _SpeedRow, loaded: Loaded, *, untimed: bool) -> tuple[_SpeedRow, 
 
 def _timed(row: _SpeedRow, times: Sequence[tuple[float, float]]) -> _SpeedRow:
     first, after = zip(*times, strict=True)
+    _Spread.of([*first, *after])  # refuses times by which nothing can be divided
     tokens = row.batch_size * (row.new_tokens - 1)
     return replace(
         row,
