@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -273,8 +274,10 @@ def _rows(name: str, results: Mapping[str, Any]) -> list[_EvaluationRow]:
         if not kind or metric.endswith("_stderr"):
             continue
         error = values.get(f"{metric}_stderr,{kind}")
-        # A metric without an error has the text "N/A" in its place.
-        standard_error = float(error) if isinstance(error, float) else None
+        # A metric without an error has the text "N/A" in its place; a single item has the error nan.
+        standard_error = float(error) if isinstance(error, float) and math.isfinite(error) else None
+        if not math.isfinite(values[key]):
+            raise WorkbookError(f"The harness gives {values[key]} for {metric} of {name}. Find the item that it is from.")
         rows.append(_EvaluationRow(name, metric, values[key], standard_error, values["sample_len"], shots))
     return rows
 
