@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,16 +20,16 @@ from helpers.base import stats
 from helpers.base.errors import WorkbookError
 from helpers.base.stats import Interval
 from helpers.models.finite import check_sums, explained
+from helpers.models.formats import Message
 from helpers.models.loaded import context_tokens, inference, input_device
 from helpers.models.tokens import document_token, encode, literal_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from helpers.models.formats import Message
     from helpers.models.loaded import Loaded
 
 _WINDOW_BATCH = 4  # windows of one forward: with 2048 tokens and a vocabulary of 65024 their logits take a gigabyte
@@ -96,7 +97,7 @@ class _Perplexity:
 def _exp(nats: float) -> float:
     if not nats < _MOST_NATS:
         raise WorkbookError(
-            f"The model's loss is {nats:.3g} nats per token, too much for a perplexity. Check its files and precision."
+            f"The loss is {nats:.3g} nats per token, too much for a perplexity. Check the model's files."
         )
     return math.exp(nats)
 
@@ -180,10 +181,10 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, begin: str | None, m
         tokens = tokens[:most]
     ids = [token.id for token in tokens]
     if begin is not None:
-        return [tokenizer.convert_tokens_to_ids(begin), *ids], covered
+        return [tokenizer.get_vocab()[begin], *ids], covered
     if len(ids) < 2:
         raise WorkbookError(
-            f"The tokenizer has no token to begin a text with, and {text[:40]!r} is one token. Add words."
+            f"The tokenizer has no token to begin a text with, so the text {text[:40]!r} is too short. Add words."
         )
     return ids, covered[tokens[0].end :]
 

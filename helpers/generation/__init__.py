@@ -9,7 +9,6 @@ __getattr__, __dir__, __all__ = face(
         "decoding": ["Decoding", "PLAIN", "cannot_compile", "for_profile"],
         "generating": [
             "Candidate",
-            "EncodedConversation",
             "generate",
             "generate_batch",
             "next_token_probabilities",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError
+from helpers.base.files import write_json
 from helpers.base.text import is_blank
 from helpers.generation.decoding import PLAIN
 from helpers.generation.generating import _fitting, generate, stream
@@ -30,9 +31,9 @@ CHAT_SAMPLING = Sampling(max_new_tokens=200)
 class Chat:
     """A conversation with one model.
 
-    ``transcript`` keeps every turn, ``messages`` those that the model is shown: a turn whose reply is blank, such as one
-    of only a stop string, is in no format's training data. If they outgrow the context, the model is shown only the
-    newest whole turns (see ``prompt``). Turn n (from 0) is drawn with ``sampling.seed + n``: a question asked twice may get two replies, and
+    ``transcript`` keeps every turn. ``messages`` are those that the model may be shown: no format's training data has a
+    turn whose reply is blank. If they outgrow the context, the model is shown only the newest whole turns (see
+    ``prompt``). Turn n (from 0) is drawn with ``sampling.seed + n``: a question asked twice may get two replies, and
     the same questions give the same transcript. ``decoding``: see ``generation.generate``. ``last_reply`` is the newest
     finished reply with its timings.
     """
@@ -96,14 +97,24 @@ class Chat:
         return context - reply - used
 
     def save(self, path: str | Path) -> None:
-        """Write the conversation as JSON (UTF-8): model id, system prompt, sampling and turns."""
+        """Write the conversation as JSON (UTF-8): model id, system prompt, sampling and turns; whole or not at all.
+
+        Raises WorkbookError if it cannot be written; then an earlier file is as it was.
+        """
         state = {
             "model": self.loaded.ref.id,
             "system": self.system,
             "sampling": asdict(self.sampling),
             "turns": self._turns,
         }
-        Path(path).write_text(json.dumps(state, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        try:
+            # of a link, the file that it points to
+            write_json(Path(path).resolve(), state)
+        except (OSError, ValueError) as error:
+            reason = "a text in it holds half of a character" if isinstance(error, UnicodeEncodeError) else error
+            raise WorkbookError(
+                f"The conversation was not saved to {path}: {reason}. Choose another path, or correct what is named."
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path, loaded: Loaded) -> Chat:
@@ -112,16 +123,19 @@ class Chat:
         Raises WorkbookError if the file is missing or is not a saved conversation.
         """
         try:
-            state = json.loads(Path(path).read_text(encoding="utf-8"))
+            state = json.loads(Path(path).read_text(encoding="utf-8-sig"))
             chat = cls(loaded, state["system"], Sampling(**state["sampling"]))
             chat._turns = list(state["turns"])
             # with a question appended, valid messages mean that the saved turns are whole pairs
             loaded.format.check(chat._next("a question may follow"))
         except FileNotFoundError as error:
             raise WorkbookError(f"There is no saved conversation at {path}. Check the path.") from error
-        except (ValueError, KeyError, TypeError, MessageError) as error:
+        except OSError as error:
+            raise WorkbookError(f"{path} cannot be read: {error}. Check the path and its permissions.") from error
+        except (ValueError, KeyError, TypeError, MessageError, RecursionError) as error:
+            reason = str(error).rstrip(".")
             raise WorkbookError(
-                f"{path} is not a conversation that Chat.save wrote: {error}. Choose another file."
+                f"{path} is not a conversation that Chat.save wrote: {reason}. Choose another file."
             ) from error
         return chat
 

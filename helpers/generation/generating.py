@@ -77,7 +77,8 @@ def generate(
     messages loses the white space around it; the reply to a text continues that text and keeps it. A character whose
     last bytes are missing is left out of both. Turns with a blank reply are not shown to the model. ``decoding`` is a
     faster strategy for the same text (``helpers.generation.decoding``); it compiles what it needs before the clock
-    starts. Raises WorkbookError for an empty prompt or an invalid sampling or decoding, PromptTooLong, and MessageError.
+    starts.
+    Raises WorkbookError for an empty prompt or an invalid sampling or decoding, PromptTooLong, and MessageError.
     """
     return generate_batch(loaded, [prompt], sampling, decoding=decoding)[0]
 

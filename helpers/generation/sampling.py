@@ -80,7 +80,7 @@ def _processors(sampling: Sampling, seeds: Sequence[int]) -> LogitsProcessorList
     """What turns logits into scores whose largest is the next token, after a look whether they are finite."""
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-    processors = LogitsProcessorList([_FiniteLogits()])
+    processors = LogitsProcessorList([FiniteLogits()])
     if sampling.temperature > 0:
         processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
         processors.append(TopPLogitsWarper(float(sampling.top_p)))
@@ -88,7 +88,7 @@ def _processors(sampling: Sampling, seeds: Sequence[int]) -> LogitsProcessorList
     return processors
 
 
-class _FiniteLogits:
+class FiniteLogits:
     """A logits processor that changes nothing, and raises NotFiniteFoundError for logits that are not finite.
 
     It stands before all others: they set unlikely tokens to -inf on purpose.

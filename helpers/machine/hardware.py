@@ -110,7 +110,7 @@ def detect_apart() -> Machine:
         raise WorkbookError(
             f"This machine could not be examined: {done.last_words}. Run workbook doctor, and nvidia-smi."
         )
-    return _read_machine(done.output)
+    return _read_machine(done.last_line)
 
 
 @dataclass(frozen=True)

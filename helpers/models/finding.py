@@ -6,6 +6,7 @@ Hugging Face Hub (``hub``). ``resolve`` gives the folder of each; ``prepare`` ma
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from helpers.base.units import human
 from helpers.machine.anatomy import published_config, published_models
 from helpers.models.checkpoint import LoadError, _checked
 from helpers.models.hub import _describe_commit, _download, _download_config
+from helpers.models.matching import _check_model_type, _check_special_ids, _check_tokenizer
 from helpers.models.unpacking import _from_package
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+    from helpers.models.checkpoint import _Shards
     from helpers.models.references import ModelRef, Profile
 
 
@@ -74,13 +77,13 @@ def prepare(profile: Profile, *, roles: Collection[str] | None = None, verify: b
     No file may be missing or cut off; ``verify`` hashes the files of the hub, as in ``load``. Returns the commit of
     each model of a hub, by its id. Raises LoadError.
     """
-    from rich.console import Console
+    from helpers.base.terminal import Terminal
 
-    console = Console()
+    console = Terminal()
     commits = {}
     for ref in _wanted(profile, roles):
         started = time.perf_counter()
-        console.print(f"{ref.label}: getting it ready ...", highlight=False, soft_wrap=True)
+        console.print(f"{ref.label}: getting it ready ...", soft_wrap=True)
         folder = resolve(ref)
         _checked(folder, verify if ref.source == "hub" else None)
         size = human(sum(file.stat().st_size for file in folder.iterdir()))
@@ -89,7 +92,7 @@ def prepare(profile: Profile, *, roles: Collection[str] | None = None, verify: b
         if ref.source == "hub":
             line += f", {_describe_commit(ref, folder)}"
             commits[ref.id] = folder.name
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     return commits
 
 
@@ -150,19 +153,49 @@ def _read_config(ref: ModelRef, folder: Path) -> PreTrainedConfig:
     """The configuration in a checkpoint's folder. Raises LoadError."""
     from transformers import AutoConfig
 
-    with _load_errors(ref, folder):
+    _check_model_type(ref, folder, _read_fields(ref, folder / "config.json"))
+    with _read_errors(ref, folder / "config.json"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     return config
 
 
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a checkpoint's folder."""
+def _read_tokenizer(ref: ModelRef, folder: Path, config: PreTrainedConfig, files: _Shards) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint's folder, which must belong to its weights. Raises LoadError."""
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False, local_files_only=True
-    )
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            _check_special_ids(ref, _read_fields(ref, folder / name), folder / name, config.vocab_size)
+    _check_special_ids(ref, config.to_dict(), folder / "config.json", config.vocab_size)
+    with _read_errors(ref, folder / "tokenizer.json"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    _check_tokenizer(ref, config, files, tokenizer)
     return tokenizer
+
+
+def _read_fields(ref: ModelRef, file: Path) -> object:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoadError(f"{ref.label}: {file} cannot be read ({error}). Download or copy it again.") from error
+
+
+@contextmanager
+def _read_errors(ref: ModelRef, file: Path) -> Iterator[None]:
+    """Turn what the libraries raise over a file into LoadErrors; tokenizers raises bare exceptions."""
+    from tokenizers import __version__
+
+    try:
+        yield
+    except Exception as error:
+        if not file.is_file():
+            raise LoadError(f"{ref.label}: {file} is missing. Take it from the model's repository.") from error
+        advice = "Correct it, or download or copy it again."
+        if "untagged enum" in str(error):
+            advice = f"It was written by a newer library than tokenizers {__version__}: save it again with this one."
+        raise LoadError(f"{ref.label}: {file} cannot be read ({error}). {advice}") from error
 
 
 @contextmanager

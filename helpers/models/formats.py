@@ -217,7 +217,8 @@ class _FalconInstruct(ChatFormat):
         for message in messages:
             content = message["content"].strip()
             if message["role"] == "system":
-                text = content
+                # It begins the text, where a tag would open a turn.
+                text = self.escape(f"\n{content}")[1:]
             else:
                 content = content.replace("\r\n", "\n").replace("\n\n", "\n")
                 text += f"\n\n{self.tags[message['role']]}: {content}"

@@ -1,12 +1,16 @@
 """Turn text into token ids: a raw prompt, the text of a conversation, and text in which nothing is a control token.
 
-Tokenizers find their added tokens (``<|im_start|>``, ``>>QUESTION<<``) in any text. In a raw prompt that is wished; what
-a user wrote in a conversation must stay text, so conversations go through a double of the tokenizer without them.
+Tokenizers find their added tokens (``<|im_start|>``, ``>>QUESTION<<``) in any text. In a raw prompt that is wanted.
+What a user wrote in a conversation must stay text, so a conversation goes through a double of the tokenizer without
+them.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
+
+from helpers.base.errors import WorkbookError
+from helpers.base.text import well_formed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,6 +37,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     starts a sequence of its own, as in Llama-2's conversations.
     """
     begin = tokenizer.bos_token if isinstance(tokenizer.bos_token, str) else ""
+    _check_characters(text)
     ids: list[int] = []
     if _adds_begin(tokenizer) and not text.startswith(begin):
         ids.append(tokenizer.bos_token_id)
@@ -102,8 +107,15 @@ def _adds_begin(tokenizer: PreTrainedTokenizerBase) -> bool:
     begin = tokenizer.bos_token_id
     if begin is None:
         return False
-    # Looked up by trying: the tokenizers' own settings for it differ from class to class.
-    return tokenizer.encode("a")[:1] == [begin] and tokenizer.encode("a", add_special_tokens=False)[:1] != [begin]
+    # Found out by trying, because the settings for it differ from one class of tokenizers to the next.
+    with_special: list[int] = tokenizer.encode("a")
+    without: list[int] = tokenizer.encode("a", add_special_tokens=False)
+    return with_special[:1] == [begin] and without[:1] != [begin]
+
+
+def _check_characters(text: str) -> None:
+    if not well_formed(text):
+        raise WorkbookError("The text holds half of a surrogate pair, which is no character. Remove it.")
 
 
 class _Double:
@@ -130,6 +142,7 @@ class _Double:
 
     def tokens(self, text: str, position: int = 0) -> Iterator[Token]:
         """The tokens of a text that begins at ``position``."""
+        _check_characters(text)
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             yield Token(self._renumbered.get(token_id, token_id), position + start, position + end)

@@ -15,7 +15,7 @@ __getattr__, __dir__, __all__ = face(
         "rendering": ["render"],
         "report": ["write_report"],
         "request": ["Request"],
-        "schema": ["REDACTED"],
+        "secrecy": ["REDACTED"],
         "store": ["ResultError", "RunFolderError", "read_expected", "read_manifest", "write_expected"],
     },
 )

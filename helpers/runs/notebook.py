@@ -8,11 +8,12 @@ workbook, and ``_plan_own`` one per notebook of a reader's own; both refuse what
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers.base.errors import choose
+from helpers.base.errors import WorkbookError, choose
 from helpers.base.settings import DEFAULT_PROFILE
 from helpers.base.units import PRECISIONS
 from helpers.models.loaded import read_loads
@@ -342,10 +343,16 @@ def _undeclared(loads: Iterable[Load], models: Iterable[_DeclaredModel]) -> str 
 
 
 def _loaded_models(run: Path, notebooks: Iterable[str], profile: Profile) -> list[_LoadedModel]:
-    """What the notebooks of a run really loaded, for its manifest: each ``Load`` with its notebook and role."""
+    """What the notebooks of a run really loaded, for its manifest: each ``Load`` with its notebook and role.
+
+    A notebook whose notes are damaged, as by its being killed, has none here.
+    """
     entries = []
     for notebook in notebooks:
-        for load in read_loads(run, notebook):
+        loads: list[Load] = []
+        with suppress(WorkbookError):
+            loads = read_loads(run, notebook)
+        for load in loads:
             entries.append(_LoadedModel(notebook=notebook, role=_role_of(load, profile), **asdict(load)))
     return entries
 

@@ -153,6 +153,7 @@ def record_figure(name: str, figure: Figure) -> Figure:
     if folder is not None:
         path = folder / "figures" / f"{notebook}_{_file_part(name)}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # it may be a link, or another name of a file elsewhere
         # Without the name of the software, which holds matplotlib's version, equal figures are equal files.
         figure.savefig(path, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None})
         with _changed_results(folder) as results:

@@ -13,10 +13,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from helpers.base.files import ROOT, write_text
 from helpers.base.settings import DEFAULT_PROFILE
+from helpers.base.terminal import Terminal
 from helpers.runs.document import _make_portable
 from helpers.runs.execution import NOTEBOOKS, run
 from helpers.runs.folder import _executed_notebook
@@ -38,7 +37,7 @@ def render(
     """Write the notebooks again from their sources, run them, and keep the outputs of those that passed."""
     _sync(notebooks)
     request = Request(profile, notebooks=notebooks, folder=folder)
-    result = run(request, command=("workbook", "render"), console=Console())
+    result = run(request, command=("workbook", "render"), console=Terminal())
     for name in result.passed:
         notebook = _source_notebook(notebooks / "source" / f"{name}.py")
         _copy_outputs(_clean(_read(_executed_notebook(result.folder, name))), notebook)

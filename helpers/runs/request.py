@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers.base.errors import choose
+from helpers.base.errors import WorkbookError, choose
 from helpers.base.settings import DEFAULT_PROFILE
+from helpers.base.text import shell_word
 from helpers.models.references import Profile
 from helpers.runs.document import UsageError
 from helpers.runs.folder import _new_folder
-from helpers.runs.schema import REDACTED
+from helpers.runs.notebook import _plan_run
+from helpers.runs.secrecy import REDACTED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,6 +31,7 @@ class Request:
     has the same source, parameters and profile now, is not run again. ``folder`` is where a new run goes, ``notebooks``
     the folder of the notebooks; ``own`` are a reader's own notebooks, to run in their place. ``rehearse`` runs them
     without the profile's machine and models: see ``helpers.planning.rehearsal``; a resumed rehearsal stays one.
+    ``redo``: in a resumed run, what passed under other code, packages or models, or on another machine, runs again, too.
     """
 
     profile: Profile | str | None = None
@@ -39,6 +42,7 @@ class Request:
     notebooks: Path | None = None
     own: Sequence[Path] = ()
     rehearse: bool = False
+    redo: bool = False
 
 
 def _resumed(manifest: _Manifest, request: Request, raw: Mapping[str, str]) -> Request:
@@ -116,14 +120,33 @@ def _check_machine(profile: Profile) -> None:
     if missing := profiles.missing(profile, hardware.detect_apart(), profiles.downloaded_bytes(profile)):
         needs = "; ".join(missing)
         raise UsageError(
-            f"Profile {profile.name} cannot run here: {needs}. Run workbook plan --profile {profile.name} to see why."
+            f"Profile {profile.name} cannot run here: {needs}. "
+            f"Run workbook plan --profile {shell_word(profile.name)} to see why."
         )
 
 
 def _target(request: Request, profile: Profile) -> Path:
     """The folder of a run. Raises UsageError if a new run would go into that of another."""
     folder = request.folder
-    if folder and (folder / "status.json").exists():
+    if folder and request.resume:
+        raise UsageError(f"A resumed run stays in its folder, {request.resume}. Leave out --folder, or --resume.")
+    if request.redo and not request.resume:
+        raise UsageError("Only a resumed run has something to redo. Name it with --resume, or leave out --redo.")
+    if folder and any((folder / name).exists() for name in ("manifest.json", "status.json")):
         raise UsageError(f"{folder} already holds a run. Resume it with --resume, or name another folder.")
     name = f"{profile.name}-rehearsal" if request.rehearse else profile.name
     return (request.resume or folder or _new_folder(name)).absolute()
+
+
+def usual_parameters(profile: str, notebooks: Path) -> dict[str, dict[str, object]]:
+    """What each notebook of a folder runs with if nobody gives a parameter, by notebook; empty if nobody can tell.
+
+    The notebooks may be damaged, or the profile gone: that is no reason not to judge a run.
+    """
+    from helpers.models.profiles import load_profile
+
+    try:
+        plans = _plan_run(load_profile(profile), notebooks, (), {}, {})
+    except WorkbookError:
+        return {}
+    return {plan.name: plan.effective for plan in plans}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.base.files import ROOT
+from helpers.base.isolation import isolated
 from helpers.engines.catalogue import OWN, EngineError, Job, Kind
 from helpers.engines.child import Child, WorkerEndedError, WorkerLateError
 from helpers.machine import memory
@@ -375,4 +376,4 @@ def _environment(kind: Kind, setup: _Setup) -> dict[str, str]:
     # the converter of llama.cpp brings another version of gguf than the workbook's, and needs its own
     if kind.name not in OWN and kind.name != "vllm":
         paths.insert(0, str(setup.peers))
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    return isolated(os.environ) | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}

@@ -14,9 +14,10 @@ from helpers.base.hashes import HASHES, changes, write_hashes
 from helpers.training.recipe import TrainingStoppedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Mapping
     from pathlib import Path
 
+    import torch
     from torch import nn
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -42,6 +43,15 @@ def _last_whole(folder: Path, of: str) -> Path | None:
     return None
 
 
+def _is_finished(checkpoint: Path) -> bool:
+    """Whether a training has taken its last step."""
+    from transformers import TrainerState
+
+    state = TrainerState.load_from_json(str(checkpoint / _STATE))
+    finished: bool = state.global_step >= state.max_steps
+    return finished
+
+
 def _careful(of: str) -> TrainerCallback:
     """A callback for transformers' trainer (with ``save_total_limit=None``) that seals its checkpoints.
 
@@ -60,7 +70,7 @@ def _careful(of: str) -> TrainerCallback:
             control: TrainerControl,  # noqa: ARG002
             **given: nn.Module,
         ) -> None:
-            _check_finite(_trained(given["model"]), state.global_step + 1, gradients=True)
+            _check_finite(given["model"], state.global_step + 1, gradients=True)
 
         def on_log(
             self,
@@ -78,7 +88,7 @@ def _careful(of: str) -> TrainerCallback:
             control: TrainerControl,  # noqa: ARG002
             **given: nn.Module,
         ) -> None:
-            _check_finite(_trained(given["model"]), state.global_step, gradients=False)
+            _check_finite(given["model"], state.global_step, gradients=False)
             # each process writes the state of its own random generators
             args.distributed_state.wait_for_everyone()
             if state.is_world_process_zero:
@@ -123,30 +133,40 @@ def _set_aside(checkpoint: Path) -> None:
     checkpoint.rename(aside)
 
 
-def _trained(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def _check_finite(parameters: Iterable[tuple[str, nn.Parameter]], step: int, *, gradients: bool) -> None:
-    """Raise TrainingStoppedError, naming the step and the first parameter, if a gradient or weight is not finite."""
+def _check_finite(model: nn.Module, step: int, *, gradients: bool) -> None:
+    """Raise TrainingStoppedError, naming step and parameter, if a gradient or weight that is trained is not finite."""
     import torch
 
     tensors = {}
-    for name, parameter in parameters:
+    for name, parameter in model.named_parameters():
         tensor = parameter.grad if gradients else parameter.detach()
-        if tensor is not None:
+        if parameter.requires_grad and tensor is not None:
             tensors[name] = tensor
     # one number for all of them, because to look at each would wait for the GPU each time
     if not tensors or bool(torch.nn.utils.get_total_norm(list(tensors.values())).isfinite()):
         return
+    wrong = _not_finite(tensors)
+    if wrong is None:
+        return  # each is finite, only their sum of squares is not
+    frozen = {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
+    if culprit := _not_finite(frozen):
+        raise TrainingStoppedError(
+            f"Training stopped at step {step}: {culprit} of the base model holds a nan or an infinity. Nothing of this "
+            "step was saved. Restore or download the base model again."
+        )
+    raise TrainingStoppedError(
+        f"Training stopped at step {step}: the {'gradient' if gradients else 'value'} of {wrong} is not finite (nan or "
+        "infinite). Nothing of this step was saved. Lower learning_rate, use more warmup_steps, or look for what is "
+        "unusual in the data."
+    )
+
+
+def _not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """The name of the first tensor with a nan or an infinity; None if there is none."""
     for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            what = "gradient" if gradients else "value"
-            raise TrainingStoppedError(
-                f"Training stopped at step {step}: the {what} of {name} is not finite (nan or infinite). Nothing of "
-                "this step was saved. Lower learning_rate, use more warmup_steps, or look for what is unusual in the "
-                "data or the base model."
-            )
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            return name
+    return None
 
 
 def _check_losses(state: TrainerState) -> None:

@@ -250,25 +250,26 @@ def _example(loaded: Loaded, messages: Conversation) -> Example:
     before = loaded.format.tokens(loaded.tokenizer, prompt)
     reply_ids = continuation_ids(loaded.tokenizer, reply)
     ids = (*[token.id for token in before], *reply_ids, loaded.tokenizer.eos_token_id)
-    roles = _prompt_roles(prompt, before, messages[:-1])
+    contents = [(loaded.format.escape(message["content"]).strip(), message["role"]) for message in messages[:-1]]
+    roles = _prompt_roles(prompt, before, contents)
     return Example(ids, (*roles, *["reply"] * len(reply_ids), "end"))
 
 
-def _prompt_roles(prompt: str, tokens: Sequence[Token], messages: Conversation) -> list[str]:
-    """The role of each token of the prompt: that of the message whose content it overlaps, or "format"."""
+def _prompt_roles(prompt: str, tokens: Sequence[Token], contents: Sequence[tuple[str, str]]) -> list[str]:
+    """The role of each token of the prompt: that of the content, as it stands there, that it overlaps, or "format"."""
     spans: list[tuple[int, int, str]] = []
     position = 0
-    for message in messages:
-        start = prompt.find(message["content"], position)
-        if start >= 0:
-            position = start + len(message["content"])
-            spans.append((start, position, message["role"]))
-    return [_role_at(token.start, token.end, spans) for token in tokens]
-
-
-def _role_at(start: int, end: int, spans: Sequence[tuple[int, int, str]]) -> str:
-    """The role of the first span that overlaps the characters from ``start`` to ``end``."""
-    for low, high, role in spans:
-        if low < end and start < high:
-            return role
-    return "format"
+    for content, role in contents:
+        start = prompt.find(content, position)
+        if content and start >= 0:
+            position = start + len(content)
+            spans.append((start, position, role))
+    roles = []
+    number = 0
+    for token in tokens:
+        # both are in the order of the text, so one pass is enough
+        while number < len(spans) and spans[number][1] <= token.start:
+            number += 1
+        inside = number < len(spans) and spans[number][0] < token.end
+        roles.append(spans[number][2] if inside else "format")
+    return roles

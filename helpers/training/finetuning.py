@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 from helpers.models.workarounds.nf4_repacking import may_repack
 from helpers.models.workarounds.trl_training import float_adapters, trained_positions_alone
 from helpers.training.adapters import _Identity, _quiet_libraries, _save_adapter
-from helpers.training.checkpoints import _careful, _explained, _last_whole
+from helpers.training.checkpoints import _STATE, _careful, _explained, _is_finished, _last_whole
 from helpers.training.conversations import _select
 from helpers.training.recipe import TARGETS, Finetuned, FinetuneError, Point
 
@@ -68,7 +68,7 @@ def finetune(
         if trainer.is_world_process_zero():
             identity.write(out_dir)
         with trained_positions_alone(trainer.args.device):
-            seconds = _train(trainer, checkpoint, out_dir)
+            seconds = _train(trainer, checkpoint, out_dir, history)
         if trainer.is_world_process_zero():
             _save_adapter(trainer.accelerator.unwrap_model(trainer.model), identity, out_dir)
         trainer.accelerator.wait_for_everyone()
@@ -130,13 +130,17 @@ def _trainer(
     return trainer
 
 
-def _train(trainer: SFTTrainer, checkpoint: Path | None, out_dir: Path) -> float:
+def _train(trainer: SFTTrainer, checkpoint: Path | None, out_dir: Path, history: list[Point]) -> float:
     """Train and leave the model ready for inference; return the seconds of the training."""
     from safetensors import SafetensorError
 
     started = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is not None and _is_finished(checkpoint):
+            # the trainer would take one more step when it resumes after the last one
+            history.extend(_restore(trainer, checkpoint))
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (OSError, RuntimeError, SafetensorError) as error:
         if explained := _explained(error, out_dir / "checkpoints"):
             raise explained from error
@@ -145,6 +149,16 @@ def _train(trainer: SFTTrainer, checkpoint: Path | None, out_dir: Path) -> float
     # training in bf16 wraps the model's forward pass in autocast, which would change later inference
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     return seconds
+
+
+def _restore(trainer: SFTTrainer, checkpoint: Path) -> list[Point]:
+    """Give the adapter the weights of a finished training's checkpoint; return its losses."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+    from transformers import TrainerState
+
+    set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device=str(trainer.args.device)))
+    state = TrainerState.load_from_json(str(checkpoint / _STATE))
+    return [_point(row) for row in state.log_history if _is_point(row)]
 
 
 def _processes() -> int:

@@ -1,4 +1,4 @@
-"""Numbers: what is not finite stops where it arises, intervals at the ends have a width, sizes have limits (B1, B3-B9)."""
+"""Numbers: what is not finite stops where it arises, intervals at the ends have a width, sizes have limits."""
 
 import copy
 import math

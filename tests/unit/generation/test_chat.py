@@ -111,7 +111,7 @@ def test_a_system_prompt_is_optional(tiny_loaded):
     chat = Chat(tiny_loaded)
     assert chat.messages == []
     assert chat.prompt("Hi") == "User: Hi\nFalcon:"
-    assert Chat(tiny_loaded, system="").prompt() == "System: \nUser: \nFalcon:"
+    assert Chat(tiny_loaded, system="").prompt() == "User: \nFalcon:"  # A9
 
 
 def test_the_inspector_shows_the_very_prompt_and_counts_the_tokens_left(chat, tiny_loaded):
@@ -194,3 +194,30 @@ def test_play_shows_each_reply_as_it_comes(chat):
     shown = []
     replies = play(chat, ["One?", "Two?"], lambda question, reply: shown.append((question, reply, len(chat.messages))))
     assert shown == [("One?", replies[0], 3), ("Two?", replies[1], 5)]
+
+
+@pytest.mark.parametrize("fault", ["a half character", "a folder in its place", "no folder"])
+def test_what_cannot_be_saved_leaves_the_earlier_file_as_it_was(fault, tiny_loaded, tmp_path):
+    """A7"""
+    path = tmp_path / "chat.json"
+    Chat(tiny_loaded, system="Be brief.", sampling=SAMPLING).save(path)
+    earlier = path.read_bytes()
+    system, target = "Be brief.", path
+    if fault == "a half character":
+        system = "Be \ud83d."
+    elif fault == "a folder in its place":
+        target = tmp_path
+    else:
+        target = tmp_path / "none" / "chat.json"
+    with pytest.raises(WorkbookError, match=r"was not saved to|Cannot write"):
+        Chat(tiny_loaded, system=system, sampling=SAMPLING).save(target)
+    assert path.read_bytes() == earlier
+    assert [file.name for file in tmp_path.iterdir()] == ["chat.json"]
+
+
+def test_a_half_character_is_refused_with_a_sentence(chat):
+    """A7: a message, a raw prompt."""
+    for ask in (lambda: chat.ask("Hi \udc80"), lambda: generate(chat.loaded, "Hi \udc80")):
+        with pytest.raises(WorkbookError, match="half of a surrogate pair"):
+            ask()
+    assert len(chat.messages) == 1

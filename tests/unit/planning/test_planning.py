@@ -114,7 +114,7 @@ def test_work_on_nothing_is_refused(work):
         lambda: planner._plan_profile(profile, HERE, work_of(**work)),
         lambda: planning.suggest(ref, work_of(**work)),
     ):
-        with pytest.raises(WorkbookError, match="at least (one sequence and one token|1, but is 0|0, but is -5)"):
+        with pytest.raises(WorkbookError, match=r"at least (one sequence and one token|1, but is 0|0, but is -5)"):
             refused()
 
 

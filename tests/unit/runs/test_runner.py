@@ -22,10 +22,11 @@ from typer.testing import CliRunner
 
 from helpers import runs
 from helpers.base.files import ROOT
+from helpers.base.isolation import isolated
 from helpers.cli import app
 from helpers.models import Budget, ModelRef, Profile, Requirement, load_profile, profiles
 from helpers.models.loaded import Load
-from helpers.runs import child, execution, fetching, folder, rendering, supervision
+from helpers.runs import child, execution, fetching, folder, interrupts, rendering, supervision
 from helpers.runs.display import _describe, _PlainLines, _table
 from helpers.runs.document import _cells_hash
 from helpers.runs.folder import _hub_commit
@@ -37,9 +38,11 @@ from helpers.runs.notebook import (
     _undeclared,
 )
 from helpers.runs.parameters import _declared_parameters, _parse_parameters
-from helpers.runs.redaction import _find_secrets, _redact, _sweep
+from helpers.runs.redaction import _redact
 from helpers.runs.rendering import _clean, _source_notebook
 from helpers.runs.schema import _NotebookStatus, _Status
+from helpers.runs.secrecy import _find_secrets
+from helpers.runs.sweeping import _sweep
 from tests.unit.base.test_processes import processes_with, wait_for
 from tests.unit.models.test_loading_at_scale import Hub
 
@@ -190,7 +193,7 @@ def test_cells_are_counted_as_the_executed_notebook_counts_them(mixed_run):
 
 
 def test_the_run_s_peak_is_that_of_all_processes_at_one_moment():
-    progress = supervision._Progress(began=0)
+    progress = supervision._Progress()
     for family, own in ((100, 7), (90, 20), (95, 7)):
         progress.weigh(family, own)
     assert (progress.peak_bytes, progress.tree_bytes) == (100, 110)
@@ -508,7 +511,7 @@ def test_only_the_real_hub_needs_the_network():
     offline = supervision._environment(base, True, {"NOTEBOOK": "x"})
     online = supervision._environment(base, make_profile(source="hub").offline, {"NOTEBOOK": "x"})
     assert offline.keys() - online.keys() == {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"}
-    assert online == {"PATH": "/bin", "WORKBOOK_NOTEBOOK": "x", "WORKBOOK_UNATTENDED": "1"}
+    assert online == isolated({"PATH": "/bin", "WORKBOOK_NOTEBOOK": "x", "WORKBOOK_UNATTENDED": "1"})
 
 
 @pytest.mark.parametrize(
@@ -612,7 +615,7 @@ def test_a_second_signal_does_not_cut_the_cleaning_up_short(first):
                 signal.raise_signal(number)
             cleaned.append(first)
 
-    with pytest.raises(KeyboardInterrupt), execution._interruptible():
+    with pytest.raises(KeyboardInterrupt), interrupts.interruptible():
         work()
     assert cleaned == [first]
     assert [signal.getsignal(number) for number in stops] == before
@@ -621,7 +624,7 @@ def test_a_second_signal_does_not_cut_the_cleaning_up_short(first):
 def test_signals_that_were_ignored_stay_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with execution._interruptible():
+        with interrupts.interruptible():
             os.kill(os.getpid(), signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
@@ -662,7 +665,7 @@ def test_the_manifest_names_the_commit_of_a_hub_model_that_the_run_downloaded(tm
         (repo / "refs" / "main").write_text(commit)
         (repo / "snapshots" / commit).mkdir(parents=True)
         (repo / "snapshots" / commit / "config.json").write_text("{}")
-        return supervision._Progress(time.monotonic())
+        return supervision._Progress()
 
     make_notebook(tmp_path, "00_a", "1")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -818,7 +821,7 @@ def test_nothing_is_fetched_for_a_notebook_that_declares_no_model_nor_for_models
     tmp_path, monkeypatch, offline
 ):
     monkeypatch.setattr(execution, "fetch", lambda *_: pytest.fail("fetched"))
-    monkeypatch.setattr(execution, "_supervise", lambda *_: supervision._Progress(time.monotonic()))
+    monkeypatch.setattr(execution, "_supervise", lambda *_: supervision._Progress())
     monkeypatch.setattr(folder, "DETECT", "raise SystemExit(1)")
     # Named in code and comments, and declared of another profile: neither is a reason to download.
     models = {"laptop/falcon": ["bf16"]} | ({"falcon": ["profile"]} if offline else {})
