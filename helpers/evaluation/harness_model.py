@@ -50,10 +50,25 @@ def _harness_model(loaded: Loaded, chat: bool, batch_size: int, truncate: bool) 
     )
 
 
-def _harness_class(loaded: Loaded, truncate: bool) -> type[HFLM]:
+def _checked_class() -> type[HFLM]:
+    """The harness' own model, which takes no number that is not finite for a result."""
     from lm_eval.models.huggingface import HFLM
 
-    class Model(HFLM):  # type: ignore[misc]  # the harness has no types
+    class Checked(HFLM):  # type: ignore[misc]  # the harness has no types
+        def _loglikelihood_tokens(self, requests: list[_Request], *given: Any) -> list[tuple[float, bool]]:
+            results: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *given)
+            check_sums([value for value, _ in results], [[*before, *reply] for _, before, reply in requests])
+            return results
+
+        def _model_generate(self, *given: Any, **settings: Any) -> torch.Tensor:
+            ids: torch.Tensor = super()._model_generate(*given, logits_processor=[FiniteLogits()], **settings)
+            return ids
+
+    return Checked
+
+
+def _harness_class(loaded: Loaded, truncate: bool) -> type[HFLM]:
+    class Model(_checked_class()):  # type: ignore[misc]  # the harness has no types
         truncated = 0
 
         @property
@@ -66,7 +81,6 @@ def _harness_class(loaded: Loaded, truncate: bool) -> type[HFLM]:
         ) -> list[tuple[float, bool]]:
             self.truncated += _count_too_long(self.max_length, requests, truncate)
             results: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-            check_sums([value for value, _ in results], [[*before, *reply] for _, before, reply in requests])
             return results
 
         def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -80,10 +94,6 @@ def _harness_class(loaded: Loaded, truncate: bool) -> type[HFLM]:
             sizes = [len(self.tok_encode(request.args[0])) for request in requests]
             self.truncated += _count_long_prompts(sizes, rooms, truncate)
             return rooms
-
-        def _model_generate(self, *given: Any, **settings: Any) -> torch.Tensor:
-            ids: torch.Tensor = super()._model_generate(*given, logits_processor=[FiniteLogits()], **settings)
-            return ids
 
         # A causal model gets no mask and no labels, which the harness passes to others.
         def _model_call(self, inps: torch.Tensor, **_: None) -> torch.Tensor:

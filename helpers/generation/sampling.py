@@ -95,6 +95,7 @@ class FiniteLogits:
     """
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores as they are."""
         if not all_finite(scores):
             raise NotFiniteFoundError(input_ids.tolist())
         return scores

@@ -1,8 +1,8 @@
 """How many bytes one training step needs on one device: adapters, what layers keep, the loss, unpacked weights.
 
-``Training`` describes how a model is trained, as far as memory depends on it, and ``Code`` what programs other than
-transformers do otherwise. Every term is counted in the code that allocates it; ``reserved`` adds what torch's allocator
-holds beyond that. ``tests/unit/machine/test_published_memory.py`` compares the sums with what others measured.
+``Training`` describes how a model is trained, as far as memory depends on it, and ``_Code`` what programs other than
+transformers do otherwise. Every term is counted in the code that allocates it; ``_reserved`` adds what torch's
+allocator holds beyond that. ``tests/unit/machine/test_published_memory.py`` compares the sums with what others measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FRAGMENTS = 0.37
 
 
 @dataclass(frozen=True)
-class Code:
+class _Code:
     """What a program does otherwise than transformers 5, peft and bitsandbytes 0.50, which are the defaults.
 
     joint_values: queries, keys and values come from one matrix, whose product stays because the values are a part of it
@@ -60,7 +60,7 @@ class Training:
     checkpointing: bool = True
     paged_optimizer: bool = False
     logit_bytes: int = 12
-    code: Code = Code()
+    code: _Code = _Code()
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class _Batch:
     element: int
 
 
-def reserved(staying: float, moving: float) -> float:
+def _reserved(staying: float, moving: float) -> float:
     """What torch's allocator holds of a device: bytes that stay, and bytes that come and go with their fragments."""
     return staying + moving * (1 + FRAGMENTS)
 
@@ -124,7 +124,7 @@ def _loss_bytes(shape: Anatomy, training: Training) -> int:
     return training.logit_bytes * shape.vocabulary
 
 
-def _frozen(shape: Anatomy, code: Code) -> int:
+def _frozen(shape: Anatomy, code: _Code) -> int:
     """Elements that a layer with frozen weights keeps of a token for its backward pass, adapters left out."""
     queries, keys = _queries(shape), shape.kv_heads * shape.head_dim
     elements = shape.activations.frozen
@@ -172,7 +172,7 @@ def _heads(shape: Anatomy) -> int:
     return _queries(shape) // shape.head_dim
 
 
-def _unpacked(shape: Anatomy, code: Code) -> int:
+def _unpacked(shape: Anatomy, code: _Code) -> int:
     """bitsandbytes unpacks one nf4 matrix at a time to 16 bit (``dequantize_4bit``); the largest decides."""
     largest = max(linear.weights for linear in shape.linears)
     if code.quantized_head:

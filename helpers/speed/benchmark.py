@@ -40,13 +40,18 @@ _BATCH_SIZES = (1, 4, 16)
 class SpeedSettings:
     """What one run does: exactly ``new_tokens`` after a prompt of exactly ``prompt_tokens``, ``repeats`` times.
 
-    bandwidth: bytes per second of the memory that holds the weights; None: measured.
+    bandwidth: bytes per second of the memory that holds the weights; None: measured. Raises WorkbookError if it is not
+    finite and above 0.
     """
 
     prompt_tokens: int = 64
     new_tokens: int = 32
     repeats: int = 3
     bandwidth: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.bandwidth is not None and not 0 < self.bandwidth < math.inf:
+            raise WorkbookError(f"The bandwidth must be finite and above 0, but is {self.bandwidth}.")
 
 
 @dataclass(frozen=True)
@@ -167,8 +172,6 @@ def _check(models: Sequence[Loaded], batch_sizes: Sequence[int], settings: Speed
     if not models or not batch_sizes or min(batch_sizes) < 1:
         raise WorkbookError("Give at least one model and one batch size, each at least 1.")
     prompt, new = settings.prompt_tokens, settings.new_tokens
-    if settings.bandwidth is not None and not 0 < settings.bandwidth < math.inf:
-        raise WorkbookError(f"The bandwidth must be finite and above 0, but is {settings.bandwidth}.")
     if prompt < 1 or new < 2 or settings.repeats < 1:
         raise WorkbookError(
             "A run needs at least one prompt token, two new tokens (the speed is measured after the first), one repeat."

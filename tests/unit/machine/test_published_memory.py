@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from helpers.machine import Workload, anatomy, memory, sharding
-from helpers.machine.step import Code, Training, reserved
+from helpers.machine.step import Training, _Code, _reserved
 
 GIB = 2**30
 LLAMA_7B, LLAMA_13B, LLAMA_70B = (f"meta-llama/Llama-2-{size}-chat-hf" for size in ("7b", "13b", "70b"))
@@ -62,7 +62,7 @@ LITGPT = Training(
     dropout=True,
     checkpointing=False,
     logit_bytes=6,
-    code=Code(joint_values=True, quantized_head=True, keeps_quantized_inputs=True, unpacked_copies=2),
+    code=_Code(joint_values=True, quantized_head=True, keeps_quantized_inputs=True, unpacked_copies=2),
 )
 # Its Falcon-7B copies the one key-value head to all query heads.
 LITGPT_FALCON = replace(LITGPT, code=replace(LITGPT.code, joint_values=False, copied_heads=True))
@@ -169,4 +169,4 @@ def test_llama_65b_is_fine_tuned_on_a_gpu_of_48_gb():
 
 def test_fragments_are_counted_for_what_comes_and_goes():
     """Answer.AI's LoRA on two GPUs, 2048 tokens: 9.16 GiB allocated and 10.22 reserved, 6.28 of them weights."""
-    assert reserved(6.28, 9.16 - 6.28) == pytest.approx(10.22, rel=0.01)
+    assert _reserved(6.28, 9.16 - 6.28) == pytest.approx(10.22, rel=0.01)
