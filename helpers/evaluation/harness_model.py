@@ -64,6 +64,10 @@ def _checked_class() -> type[HFLM]:
             ids: torch.Tensor = super()._model_generate(*given, logits_processor=[FiniteLogits()], **settings)
             return ids
 
+        # A causal model gets no mask and no labels, which the harness passes to others.
+        def _model_call(self, inps: torch.Tensor, **_: None) -> torch.Tensor:
+            return logits_without_cache(self.model, inps)
+
     return Checked
 
 
@@ -94,10 +98,6 @@ def _harness_class(loaded: Loaded, truncate: bool) -> type[HFLM]:
             sizes = [len(self.tok_encode(request.args[0])) for request in requests]
             self.truncated += _count_long_prompts(sizes, rooms, truncate)
             return rooms
-
-        # A causal model gets no mask and no labels, which the harness passes to others.
-        def _model_call(self, inps: torch.Tensor, **_: None) -> torch.Tensor:
-            return logits_without_cache(self.model, inps)
 
     return Model
 

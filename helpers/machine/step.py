@@ -2,7 +2,8 @@
 
 ``Training`` describes how a model is trained, as far as memory depends on it, and ``_Code`` what programs other than
 transformers do otherwise. Every term is counted in the code that allocates it; ``_reserved`` adds what torch's
-allocator holds beyond that. ``tests/unit/machine/test_published_memory.py`` compares the sums with what others measured.
+allocator holds beyond that. ``tests/unit/machine/test_published_memory.py`` compares the sums with what others
+measured.
 """
 
 from __future__ import annotations
