@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from helpers.base.errors import WorkbookError
 from helpers.evaluation.likelihood import _check_length
 from helpers.generation.generating import EncodedConversation, generate_batch
-from helpers.generation.sampling import Sampling
+from helpers.generation.sampling import FiniteLogits, Sampling
+from helpers.models.finite import check_sums
 from helpers.models.formats import PromptTooLong
 from helpers.models.loaded import context_tokens, input_device
 from helpers.models.tokens import document_token, literal_tokens
@@ -49,10 +50,29 @@ def _harness_model(loaded: Loaded, chat: bool, batch_size: int, truncate: bool) 
     )
 
 
-def _harness_class(loaded: Loaded, truncate: bool) -> type[HFLM]:
+def _checked_class() -> type[HFLM]:
+    """The harness' own model, which takes no number that is not finite for a result."""
     from lm_eval.models.huggingface import HFLM
 
-    class Model(HFLM):  # type: ignore[misc]  # the harness has no types
+    class Checked(HFLM):  # type: ignore[misc]  # the harness has no types
+        def _loglikelihood_tokens(self, requests: list[_Request], *given: Any) -> list[tuple[float, bool]]:
+            results: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *given)
+            check_sums([value for value, _ in results], [[*before, *reply] for _, before, reply in requests])
+            return results
+
+        def _model_generate(self, *given: Any, **settings: Any) -> torch.Tensor:
+            ids: torch.Tensor = super()._model_generate(*given, logits_processor=[FiniteLogits()], **settings)
+            return ids
+
+        # A causal model gets no mask and no labels, which the harness passes to others.
+        def _model_call(self, inps: torch.Tensor, **_: None) -> torch.Tensor:
+            return logits_without_cache(self.model, inps)
+
+    return Checked
+
+
+def _harness_class(loaded: Loaded, truncate: bool) -> type[HFLM]:
+    class Model(_checked_class()):  # type: ignore[misc]  # the harness has no types
         truncated = 0
 
         @property
@@ -78,10 +98,6 @@ def _harness_class(loaded: Loaded, truncate: bool) -> type[HFLM]:
             sizes = [len(self.tok_encode(request.args[0])) for request in requests]
             self.truncated += _count_long_prompts(sizes, rooms, truncate)
             return rooms
-
-        # A causal model gets no mask and no labels, which the harness passes to others.
-        def _model_call(self, inps: torch.Tensor, **_: None) -> torch.Tensor:
-            return logits_without_cache(self.model, inps)
 
     return Model
 

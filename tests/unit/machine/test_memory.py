@@ -375,6 +375,31 @@ def test_work_that_is_not_possible_is_refused(precision, mode, says, published_1
         memory.estimate(published_180b, precision, mode=mode)
 
 
+@pytest.mark.parametrize("size", [0, -1, 1.5, float("nan"), float("inf"), True, "8"])
+def test_sizes_below_one_are_refused(size):
+    """B8: a negative batch gave negative bytes."""
+    with pytest.raises(WorkbookError, match="batch_size must be a whole number of at least 1"):
+        Workload(batch_size=size)
+    with pytest.raises(WorkbookError, match="rank must be a whole number of at least 1"):
+        memory.estimate(falcon(), "bf16", mode="lora", training=Training(rank=size))
+    if size != 0:  # without a token, the weights alone are planned for
+        with pytest.raises(WorkbookError, match="context_tokens must be a whole number of at least 0"):
+            Workload(context_tokens=size)
+
+
+@pytest.mark.parametrize("size", [0, -80e9, float("nan"), float("inf")])
+def test_a_device_has_a_finite_size(size):
+    """B8"""
+    for refused in (
+        lambda: machine_placement.place(falcon(), "bf16", [size]),
+        lambda: sharding.shard(falcon(), "bf16", [size], mode="full"),
+    ):
+        with pytest.raises(WorkbookError, match="finite size above 0 bytes"):
+            refused()
+    with pytest.raises(WorkbookError, match="at least one device"):
+        sharding.shard(falcon(), "bf16", [], mode="full")
+
+
 class Peak(TorchDispatchMode):
     """The most bytes alive at once of the storages that torch makes, ``known`` tensors left out."""
 
