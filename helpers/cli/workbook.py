@@ -19,6 +19,7 @@ import typer
 from helpers import __version__
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
+from helpers.base.hub_variables import check_hub_variables
 
 if TYPE_CHECKING:
     from helpers.runs.execution import RunResult
@@ -63,6 +64,7 @@ def _reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             _check_checkout()
+            check_hub_variables()
             return command(*args, **kwargs)
         except WorkbookError as error:
             typer.echo(f"Error: {error}", err=True)
