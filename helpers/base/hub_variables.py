@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 from importlib.util import find_spec
 from urllib.parse import urlsplit
 
@@ -31,13 +32,7 @@ def check_connection_variables() -> None:
     for name in (*_PROXIES, *(name.lower() for name in _PROXIES)):
         if os.environ.get(name):
             _check_proxy(name)
-    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
-        path = os.environ.get(name)
-        if path and not os.access(path, os.R_OK):
-            raise WorkbookError(
-                f"{name} names {path}, which is missing or cannot be read. Correct it, or unset it to use the "
-                "certificates of this system."
-            )
+    _check_certificates()
 
 
 def without_password(address: str) -> str:
@@ -60,6 +55,21 @@ def _check_proxy(name: str) -> None:
             f"{name} names a SOCKS proxy ({_shown(name)}), which needs the package socksio. Install it with: pip "
             f"install socksio, or unset {name}, or set it to an HTTP proxy."
         )
+
+
+def _check_certificates() -> None:
+    file, folder = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+    unset = "Correct it, or unset it to use the certificates of this system."
+    if folder and not os.access(folder, os.R_OK):
+        raise WorkbookError(f"SSL_CERT_DIR names {folder}, which is missing or cannot be read. {unset}")
+    if file:
+        try:
+            ssl.create_default_context(cafile=file)
+        except OSError as error:  # an SSLError is one
+            reason = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+            raise WorkbookError(
+                f"SSL_CERT_FILE names {file}, which is not a readable file of certificates ({reason}). {unset}"
+            ) from error
 
 
 def _scheme(name: str, schemes: tuple[str, ...] = ("http", "https")) -> str | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from helpers.base.errors import first_names
 from helpers.base.files import ROOT
 from helpers.base.hashes import changes
+from helpers.base.hub_variables import check_hub_variables
 from helpers.base.units import human
 from helpers.machine.anatomy import published_config, published_models
 from helpers.models.checkpoint import LoadError, _checked
@@ -41,6 +42,7 @@ def resolve(ref: ModelRef, *, verify: bool = False) -> Path:
     against the hash that the hub names, whoever downloaded it, and again if it has changed, or with ``verify``; after
     an interruption, complete files are kept. Only "hub" uses the network. Raises LoadError, which says what to do.
     """
+    check_hub_variables()
     if ref.source == "hub":
         return _download(ref, verify=verify)
     if ref.source == "package":

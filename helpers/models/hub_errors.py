@@ -183,7 +183,9 @@ def _no_hub(error: BaseException) -> str | None:
     """An answer that no hub gives."""
     from huggingface_hub.errors import FileMetadataError
 
-    if not isinstance(error, (FileMetadataError, ValueError, LookupError, TypeError, AttributeError)):
+    answered = isinstance(error, (FileMetadataError, ValueError, LookupError, TypeError, AttributeError))
+    # The library's own words for a file without the headers of a hub.
+    if not answered and "X-Repo-Commit" not in str(error):
         return None
     return (
         f"{_address()} answered with something that no hub sends, such as the login page of a network or a proxy. "
