@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from helpers.base import processes, settings
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
+from helpers.base.hub_variables import check_hub_variables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -89,6 +90,7 @@ def detect(gpus: Sequence[int] | None = None) -> Machine:
 
 def download_folder() -> Path:
     """The folder of the Hugging Face cache, which need not exist yet."""
+    check_hub_variables()
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(HF_HUB_CACHE)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from helpers.base import settings
 from helpers.base.errors import WorkbookError, choose
 from helpers.base.files import ROOT, read_yaml
+from helpers.base.hub_variables import check_hub_variables
 from helpers.base.settings import DEFAULT_PROFILE
 from helpers.base.units import gib
 from helpers.machine import hardware
@@ -40,6 +41,7 @@ def load_profile(name: str = DEFAULT_PROFILE) -> Profile:
     Raises ProfileError for an unknown name, listing the known ones, and for a file with a wrong key or value, naming
     both.
     """
+    check_hub_variables()  # the first call of every notebook
     if name == "auto":
         return _largest(hardware.detect())
     choose(name, ["auto", *(path.stem for path in _files())], "profile", ProfileError)
