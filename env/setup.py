@@ -216,6 +216,8 @@ def pip(title: str, arguments: list[str], total: int) -> None:
 
 def install(title: str, pins: list[str], *options: str) -> None:
     """Install exactly these pins: the locks are complete, so nothing is left for pip to resolve."""
+    if not pins:
+        return
     quiet = ["--no-user", "--no-deps", "--retries", "2", "--progress-bar", "off"]
     pip(title, ["install", *quiet, *options, *pins], len(pins))
 
