@@ -244,6 +244,7 @@ def install_project() -> None:
     for path in packages_folder().glob("__editable__.falcon_180b_workbook-*.pth"):
         path.write_text(f"{os.path.relpath(ROOT, packages_folder())}\n", encoding="utf-8")
     (VENV / "bin" / "workbook").write_text(LAUNCHER, encoding="utf-8")
+    (VENV / "bin" / "workbook").chmod(0o755)
 
 
 def packages_folder() -> Path:
@@ -329,7 +330,8 @@ def make_venv(lock: str) -> None:
             shutil.rmtree(path)
         elif path != STAMP:
             path.unlink()
-    command = [python, "-m", "venv", str(VENV)]
+    # Of a link its target: .venv may lie on a larger disk, and venv takes no links.
+    command = [python, "-m", "venv", str(VENV.resolve())]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", env=pip_environment(), check=False
     )
