@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from helpers.base.errors import WorkbookError, first_names
+from helpers.base.hashes import file_hash
 from helpers.base.progress import bytes_bar
 from helpers.base.units import human
 from helpers.models.hub_cache import _blob_hashes
@@ -145,10 +145,16 @@ def _read_tensor(folder: Path, name: str) -> torch.Tensor:
     return tensor
 
 
-def file_hash(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def content_hashes(folder: Path) -> dict[str, str]:
+    """The hash of each file that decides what a model computes: weights, configuration, tokenizer; by file name.
+
+    In the Hugging Face cache it is the name of the blob, which was compared when it was downloaded; elsewhere the
+    SHA-256 of the file.
+    """
+    names = {"config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"}
+    files = [file for file in sorted(folder.iterdir()) if file.suffix == ".safetensors" or file.name in names]
+    blobs = _blob_hashes(folder)
+    return {file.name: blobs.get(file.name) or file_hash(file) for file in files}
 
 
 def _git_hash(file: Path) -> str:

@@ -6,9 +6,12 @@ A map holds names of modules and the device of each: the number of a GPU, "cpu" 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from helpers.base import settings
+from helpers.base.errors import first_names
 from helpers.base.units import PRECISIONS, QUANTIZED
 from helpers.machine import hardware
 from helpers.machine.memory import Workload
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from helpers.machine.hardware import Machine
 
 DeviceMap = str | dict[str, int | str]
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate chooses the devices
 ONE_SEQUENCE = Workload()  # what a placement keeps memory for unless told otherwise: 2048 tokens
 
 
@@ -67,6 +71,62 @@ def _default_device_map(
     machine = hardware.detect()
     device_map = device_map_for(config, precision, machine, workload, offload=offload)
     return dict.fromkeys(device_map, "cpu") if machine.rehearsed else device_map
+
+
+def _chosen_device_map(wanted: object, config: PreTrainedConfig) -> DeviceMap | None:
+    """A device map of the user's as ``load`` takes it; None stays None.
+
+    Raises LoadError for a device that is not there, and for a map whose modules are not the model's.
+    """
+    if wanted is None or (isinstance(wanted, str) and wanted in STRATEGIES):
+        return wanted
+    if not isinstance(wanted, Mapping):
+        return {"": _checked_device(wanted)}
+    device_map = {name: _checked_device(device) for name, device in wanted.items()}
+    _check_modules(device_map, config)
+    return device_map
+
+
+def _checked_device(device: object) -> int | str:
+    """A device in the words of a device map. Raises LoadError, which lists the devices, if it is not here."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = f"cuda:{device}" if isinstance(device, int) and not isinstance(device, bool) else str(device)
+    if named in ("cpu", "disk"):
+        return named
+    if named == "cuda" and count:
+        return torch.cuda.current_device()
+    number = named.removeprefix("cuda:")
+    if number != named and number.isdecimal() and int(number) < count:
+        return int(number)
+    here = ['"cpu"', '"disk"', *map(str, range(count))]
+    gpus = "there is no GPU that torch can use" if not count else f"there are {count} GPUs"
+    raise LoadError(
+        f"The device map names the device {device!r}, and here {gpus}. Choose {', '.join(here)}, or a strategy: "
+        f"{', '.join(STRATEGIES)}."
+    )
+
+
+def _check_modules(device_map: Mapping[str, int | str], config: PreTrainedConfig) -> None:
+    """Refuse a map that names modules the model does not have, or leaves some of its weights out."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    known = {name for name, _ in chain(model.named_modules(), model.named_parameters(remove_duplicate=False))}
+    if unknown := [name for name in device_map if name not in known]:
+        modules = first_names(name for name, _ in model.named_children())
+        raise LoadError(
+            f"The device map names modules that the model does not have: {first_names(map(str, unknown))}. Its modules "
+            f'are {modules} and what they contain; "" stands for the whole model.'
+        )
+    left_out = [name for name, _ in model.named_parameters() if _device_of(name, dict(device_map)) is None]
+    if left_out:
+        raise LoadError(
+            f'The device map has no device for {first_names(left_out)}. Add the entry "" for all that is not named.'
+        )
 
 
 def _on_own_gpu(config: PreTrainedConfig, precision: str, workload: Workload, *, offload: bool) -> dict[str, int | str]:

@@ -6,28 +6,29 @@ Hugging Face Hub (``hub``). ``resolve`` gives the folder of each; ``prepare`` ma
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import re
-import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers.base import settings
+from helpers.base.errors import first_names
 from helpers.base.files import ROOT
-from helpers.base.progress import bars, waiting
+from helpers.base.hashes import changes
 from helpers.base.units import human
 from helpers.machine.anatomy import published_config, published_models
-from helpers.models.checkpoint import LoadError, _checked, file_hash
-from helpers.models.hub import _describe_commit, _download, _download_config, _full_disk
-from helpers.models.workarounds.gguf import _no_conversion_bar, _restore_pre_tokenizer
+from helpers.models.checkpoint import LoadError, _checked
+from helpers.models.hub import _describe_commit, _download, _download_config
+from helpers.models.matching import _check_model_type, _check_special_ids, _check_tokenizer
+from helpers.models.unpacking import _from_package
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
     from transformers import PreTrainedConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+    from helpers.models.checkpoint import _Shards
     from helpers.models.references import ModelRef, Profile
 
 
@@ -76,13 +77,13 @@ def prepare(profile: Profile, *, roles: Collection[str] | None = None, verify: b
     No file may be missing or cut off; ``verify`` hashes the files of the hub, as in ``load``. Returns the commit of
     each model of a hub, by its id. Raises LoadError.
     """
-    from rich.console import Console
+    from helpers.base.terminal import Terminal
 
-    console = Console()
+    console = Terminal()
     commits = {}
     for ref in _wanted(profile, roles):
         started = time.perf_counter()
-        console.print(f"{ref.label}: getting it ready ...", highlight=False, soft_wrap=True)
+        console.print(f"{ref.label}: getting it ready ...", soft_wrap=True)
         folder = resolve(ref)
         _checked(folder, verify if ref.source == "hub" else None)
         size = human(sum(file.stat().st_size for file in folder.iterdir()))
@@ -91,7 +92,7 @@ def prepare(profile: Profile, *, roles: Collection[str] | None = None, verify: b
         if ref.source == "hub":
             line += f", {_describe_commit(ref, folder)}"
             commits[ref.id] = folder.name
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     return commits
 
 
@@ -104,96 +105,97 @@ def _wanted(profile: Profile, roles: Collection[str] | None) -> list[ModelRef]:
     return list(dict.fromkeys(wanted))
 
 
-def packaged_file(ref: ModelRef) -> Path:
-    """The file ``package/file`` of an installed package, found without importing it. Raises LoadError."""
-    package, _, name = (ref.file or "").partition("/")
-    spec = importlib.util.find_spec(package) if package else None
-    if spec:
-        for folder in spec.submodule_search_locations or []:
-            if (Path(folder) / name).is_file():
-                return Path(folder) / name
-    raise LoadError(f"{ref.label} comes in {ref.file} of an installed package, which is missing. Run `make setup`.")
-
-
 def _from_project(ref: ModelRef) -> Path:
+    """A folder of this project, whose files must be those that were recorded; or any other, which is the user's own."""
     folder = ROOT / ref.id
-    if not (folder / "config.json").is_file():
-        raise LoadError(f"{ref.label} should be in {ref.id}, but no config.json is there. Restore it with git.")
+    if not folder.is_dir() and not Path(ref.id).is_absolute():
+        raise LoadError(f"{ref.label} should be in {ref.id}, which is missing. Run: git restore {ref.id}")
+    if _is_embedded(folder):
+        _check_embedded(ref, folder)
+    elif not (folder / "config.json").is_file():
+        raise LoadError(_no_model(folder))
     return folder
 
 
-def _from_package(ref: ModelRef) -> Path:
-    gguf = packaged_file(ref)
-    folder = _cache() / f"{ref.name}-{file_hash(gguf)[:12]}"
+def _is_embedded(folder: Path) -> bool:
+    """Whether a folder is one of the project's own models. A copy elsewhere may be changed freely."""
+    return folder.resolve().parent == (ROOT / "env" / "models").resolve()
+
+
+def _check_embedded(ref: ModelRef, folder: Path) -> None:
+    # The name is the folder's, not the reference's: another model, whole and with its record, is not this one.
+    if found := changes(folder, folder.resolve().name):
+        raise LoadError(
+            f"{ref.label} is not the model of this project. In {folder}: {'; '.join(found)}. Restore it with: "
+            f"git -C {ROOT} restore env/models, and move away what does not belong there. If the change is yours, keep "
+            f"the model in another folder, or record it with: workbook record-hashes {folder}"
+        )
+
+
+def _no_model(folder: Path) -> str:
+    """What to do about a folder, named by the user, that holds no model."""
+    if folder.is_file():
+        return f"{folder} is a file. Give the folder of a checkpoint: its config.json, tokenizer and safetensors."
     if not folder.is_dir():
-        with waiting(f"Unpacking {ref.name} (once, under a minute)"), _full_disk(ref, "WORKBOOK_CACHE", folder):
-            _build_once(gguf, folder)
-    return folder
-
-
-def _cache() -> Path:
-    return settings.cache_folder() / "models"
-
-
-def _build_once(gguf: Path, folder: Path) -> None:
-    """Make ``folder`` from a GGUF file; of several processes one does it, and an unfinished one is never seen."""
-    from filelock import FileLock
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f"{folder.name}.partial")
-    with FileLock(f"{folder}.lock"):
-        if folder.is_dir():
-            return
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        _unpack_gguf(gguf, partial)
-        partial.rename(folder)
-
-
-def _unpack_gguf(gguf: Path, folder: Path) -> None:
-    """Write the model of a GGUF file as bfloat16 safetensors with its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import EmptyTqdm
-    from transformers.utils.quantization_config import GgufConfig
-
-    with bars(EmptyTqdm), _no_conversion_bar():
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            # The weights were published in bfloat16: rounding to it is over thirty times finer than the steps of a
-            # 4-bit file, while float32 would double the file and slow each load.
-            dtype=torch.bfloat16,
-            local_files_only=True,
-            trust_remote_code=False,
+        return f"{folder} does not exist. Check the path: it must be the folder of a checkpoint."
+    if (folder / "adapter_config.json").is_file():
+        return (
+            f"{folder} holds an adapter, not a model: no config.json is there. Load it over its base with "
+            "training.reload, or make a model of both with training.merge."
         )
-        tokenizer = AutoTokenizer.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
-        )
-        tokenizer.model_max_length = model.config.max_position_embeddings
-        _restore_pre_tokenizer(tokenizer, gguf)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    if inner:
+        return f"{folder} holds no config.json, but its folders do: {first_names(inner)}. Give one of these."
+    return f"{folder} holds no config.json, so it is not the folder of a checkpoint. Check the path."
 
 
 def _read_config(ref: ModelRef, folder: Path) -> PreTrainedConfig:
     """The configuration in a checkpoint's folder. Raises LoadError."""
     from transformers import AutoConfig
 
-    with _load_errors(ref, folder):
+    _check_model_type(ref, folder, _read_fields(ref, folder / "config.json"))
+    with _read_errors(ref, folder / "config.json"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     return config
 
 
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a checkpoint's folder."""
+def _read_tokenizer(ref: ModelRef, folder: Path, config: PreTrainedConfig, files: _Shards) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint's folder, which must belong to its weights. Raises LoadError."""
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False, local_files_only=True
-    )
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            _check_special_ids(ref, _read_fields(ref, folder / name), folder / name, config.vocab_size)
+    _check_special_ids(ref, config.to_dict(), folder / "config.json", config.vocab_size)
+    with _read_errors(ref, folder / "tokenizer.json"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    _check_tokenizer(ref, config, files, tokenizer)
     return tokenizer
+
+
+def _read_fields(ref: ModelRef, file: Path) -> object:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoadError(f"{ref.label}: {file} cannot be read ({error}). Download or copy it again.") from error
+
+
+@contextmanager
+def _read_errors(ref: ModelRef, file: Path) -> Iterator[None]:
+    """Turn what the libraries raise over a file into LoadErrors; tokenizers raises bare exceptions."""
+    from tokenizers import __version__
+
+    try:
+        yield
+    except Exception as error:
+        if not file.is_file():
+            raise LoadError(f"{ref.label}: {file} is missing. Take it from the model's repository.") from error
+        advice = "Correct it, or download or copy it again."
+        if "untagged enum" in str(error):
+            advice = f"It was written by a newer library than tokenizers {__version__}: save it again with this one."
+        raise LoadError(f"{ref.label}: {file} cannot be read ({error}). {advice}") from error
 
 
 @contextmanager

@@ -19,12 +19,20 @@ from helpers.base.progress import bar_class, bars, weights_bar
 from helpers.base.units import DTYPES, PRECISIONS, QUANTIZED
 from helpers.machine.memory import Workload
 from helpers.models.checkpoint import LoadError, _checked
-from helpers.models.devices import DeviceMap, _default_device_map, _device_name, _device_of
+from helpers.models.devices import (
+    STRATEGIES,
+    DeviceMap,
+    _chosen_device_map,
+    _default_device_map,
+    _device_name,
+    _device_of,
+)
 from helpers.models.finding import _load_errors, _read_config, _read_tokenizer, resolve
 from helpers.models.formats import format_for
 from helpers.models.hub import _describe_commit
 from helpers.models.layers import _quantized_layers
 from helpers.models.loaded import Loaded, _build_report, _dtype, _note_load
+from helpers.models.matching import _check_layers
 from helpers.models.quantization import QuantizationError, _verify_against_checkpoint, bnb_config, verify_quantized
 from helpers.models.workarounds.bitsandbytes_messages import quiet_bitsandbytes
 from helpers.models.workarounds.falcon_linear import falcon_repair
@@ -35,13 +43,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
 
-    import torch
+    import torch  # noqa: TC004 (it takes seconds to import)
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from helpers.models.checkpoint import _Shards
     from helpers.models.references import ModelRef
-
-_DEVICE_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate chooses the devices
 
 
 class _LoadingInfo(TypedDict):
@@ -57,12 +63,14 @@ class _LoadingInfo(TypedDict):
 class LoadOptions:
     """What a load is seldom told.
 
-    ``device_map``: where the modules go, instead of what ``device_map_for`` this machine says. ``verify``: whether to
+    ``device_map``: where the modules go, instead of what ``device_map_for`` this machine says: a device for all of
+    them (0, "cpu", "cuda:1", "disk" or a torch.device), a device for each module, or a strategy of accelerate such as
+    "auto". ``verify``: whether to
     hash the files first, as far as hashes are recorded; None: if the checkpoint's index records them. ``double_quant``:
     whether nf4 quantizes its scales too, see ``bnb_config``.
     """
 
-    device_map: DeviceMap | None = None
+    device_map: DeviceMap | int | torch.device | None = None
     verify: bool | None = None
     double_quant: bool = False
 
@@ -102,11 +110,15 @@ def load(
     config = _read_config(ref, checkpoint)
     _check_config(ref, config, precision)
     files = _checked(checkpoint, options.verify)
+    _check_layers(ref, config, files)
+    # Before the weights: what is wrong with the tokenizer should not be found minutes later.
+    tokenizer = _read_tokenizer(ref, checkpoint, config, files)
     workload = Workload(cache_heads="kv" if grouped_cache else "library", double_quant=options.double_quant)
-    places = options.device_map or _default_device_map(config, precision, workload, offload=offload)
+    places = _chosen_device_map(options.device_map, config)
+    if places is None:
+        places = _default_device_map(config, precision, workload, offload=offload)
     with _repair(ref, precision) as repaired, _grouping(ref, wanted=grouped_cache), _load_errors(ref, checkpoint):
         model = _verified_model(files, config, precision, places, options.double_quant)
-        tokenizer = _read_tokenizer(checkpoint)
     if unpacked:
         _keep_unpacked(model)
     seconds = time.perf_counter() - started
@@ -202,7 +214,10 @@ def _verified_model(
 def _check_config(ref: ModelRef, config: PreTrainedConfig, precision: str) -> None:
     """Refuse another family, and files that hold quantized weights of another precision."""
     if config.model_type != ref.family:
-        raise LoadError(f"{ref.label} should be of the family {ref.family}, but its files say {config.model_type}.")
+        raise LoadError(
+            f"{ref.label} should be of the family {ref.family}, but its files say {config.model_type}. Correct the "
+            "family in the profile, or take another model: falcon and llama are loaded."
+        )
     stored = getattr(config, "quantization_config", None)
     flag = {"int8": "load_in_8bit", "nf4": "load_in_4bit"}.get(precision)
     if stored and not (flag and stored.get(flag)):
@@ -279,7 +294,7 @@ def _device_problems(model: PreTrainedModel, device_map: DeviceMap) -> list[str]
 def _is_placed(name: str, device: torch.device, device_map: DeviceMap) -> bool:
     import torch
 
-    if device_map in _DEVICE_STRATEGIES:
+    if device_map in STRATEGIES:
         return device.type != "meta"
     wanted = _device_of(name, device_map)
     if wanted is None or device.type == "meta":

@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Required, TypedDict, cast
@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Literal, Required, TypedDict, cast
 from helpers.base.families import ending_descendants
 from helpers.base.files import write_text
 from helpers.base.parent import Parent
+from helpers.runs.document import _make_runnable
 from helpers.runs.kernel import _kernel_specs
-from helpers.runs.notebook import _make_portable
-from helpers.runs.redaction import _redact
+from helpers.runs.saving import _Document
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -38,8 +38,10 @@ if TYPE_CHECKING:
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
     from nbformat import NotebookNode  # noqa: TC004 (it takes seconds to import)
+    from papermill.engines import Engine
 
     from helpers.base.processes import Message
+    from helpers.runs.capturing import _Widgets
 
 _IOPUB_SECONDS = 60
 _NEVER = 10**9  # seconds
@@ -106,12 +108,15 @@ class _Watcher:
     reason: str | None = None
     late: str | None = None
     interrupt: Callable[[], object] | None = None
+    document: _Document = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.document = _Document(self.job.secrets)
 
     def on_notebook_start(self, notebook: NotebookNode) -> None:
         """The kernel is up."""
         self.notebook = notebook
-        # An empty cell is never executed, and so never counted.
-        self.cells = len([cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()])
+        self.cells = len([cell for cell in notebook.cells if _is_executed(cell)])
         self.emit({"event": "ready", "cells": self.cells})
 
     def on_cell_execute(self, cell: NotebookNode, **_: object) -> None:
@@ -156,11 +161,7 @@ class _Watcher:
         """Write the notebook as it stands, redacted, without papermill's metadata."""
         if self.notebook is None:
             return
-        import nbformat
-
-        document = nbformat.from_dict(_redact(self.notebook, self.job.secrets))
-        _make_portable(document)
-        write_text(Path(self.job.output), nbformat.writes(document) + "\n")
+        write_text(Path(self.job.output), self.document.text(self.notebook))
 
     def _error(self, cell: NotebookNode, reply: _Answer) -> str | None:
         if any(item.get("source") == "ask_exit" for item in reply.get("payload", [])):
@@ -169,6 +170,13 @@ class _Watcher:
             return None
         text = " ".join(str(reply.get("evalue", "")).split())
         return f"error in cell {self.cell}: {reply.get('ename', 'unknown')}: {text}"
+
+
+def _is_executed(cell: NotebookNode) -> bool:
+    """False for a cell that nbclient passes over: a text, an empty cell, one tagged to be skipped."""
+    if cell.cell_type != "code" or not cell.source.strip():
+        return False
+    return "skip-execution" not in cell.metadata.get("tags", [])
 
 
 def _kernel_manager(watcher: _Watcher) -> type[AsyncKernelManager]:
@@ -197,9 +205,29 @@ def _kernel_manager(watcher: _Watcher) -> type[AsyncKernelManager]:
     return CleanKernelManager
 
 
+def _engine(widgets: _Widgets) -> type[Engine]:
+    """papermill's own engine, whose client captures what output widgets would show."""
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import Engine
+
+    class Capturing(Engine):  # type: ignore[misc]  # papermill has no types
+        @classmethod
+        def execute_managed_notebook(cls, manager: object, kernel_name: str, **options: object) -> NotebookNode:
+            del options["input_path"]
+            client = PapermillNotebookClient(
+                manager, kernel_name=kernel_name, startup_timeout=options.pop("start_timeout"), **options
+            )
+            client.widget_registry = widgets.registry()
+            executed: NotebookNode = client.execute()
+            return executed
+
+    return Capturing
+
+
 def _execute(watcher: _Watcher) -> str | None:
     """Run the notebook; None, or why it failed. Raises OSError when the executed notebook cannot be written."""
     from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
 
     try:
         _execute_cells(watcher)
@@ -207,6 +235,10 @@ def _execute(watcher: _Watcher) -> str | None:
         watcher.kernel_died()
     except _Stopped:
         pass
+    except PapermillExecutionError:
+        # papermill takes each error that a cell shows for a failure, even one that the cell was tagged to raise, and
+        # has put cells about it into the notebook. The watcher judged every cell, and saved the last one before that.
+        watcher.notebook = None
     watcher.save()
     if watcher.reason is None and watcher.cell < watcher.cells:
         return f"stopped after cell {watcher.cell} of {watcher.cells}"
@@ -218,10 +250,12 @@ def _execute_cells(watcher: _Watcher) -> None:
     import papermill
 
     job = watcher.job
+    papermill.engines.papermill_engines.register("workbook", _engine(watcher.document.widgets))
     papermill.execute_notebook(
-        nbformat.read(job.notebook, as_version=4),
+        _make_runnable(nbformat.read(job.notebook, as_version=4), Path(job.notebook).parent),
         None,  # no output file: see above
         job.parameters,
+        engine_name="workbook",
         kernel_name="python3",
         language="python",
         kernel_manager_class=_kernel_manager(watcher),
@@ -232,8 +266,10 @@ def _execute_cells(watcher: _Watcher) -> None:
         timeout=None,
         iopub_timeout=_IOPUB_SECONDS,
         extra_arguments=["--log-level=ERROR"],
-        store_widget_state=False,
-        coalesce_streams=True,
+        # What widgets captured is shown in their place: that needs the states of all, of which none is saved.
+        store_widget_state=True,
+        # nbclient's way of merging takes the square of a line's length, and changes the order.
+        coalesce_streams=False,
         on_notebook_start=watcher.on_notebook_start,
         on_cell_execute=watcher.on_cell_execute,
         on_cell_executed=watcher.on_cell_executed,

@@ -7,11 +7,10 @@ import sys
 import threading
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
-from typing import TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING, Self, cast
 
 import psutil
 
@@ -100,12 +99,15 @@ def _supervise(job: _Job, environ: Mapping[str, str], log: Path, show: Callable[
     with TemporaryDirectory(prefix="workbook-") as private:
         # Not the user's: there are start-up files, and the files of connections stay behind after a kill.
         own = {"IPYTHONDIR": private, "JUPYTER_RUNTIME_DIR": private}
-        with ChildProcess(
-            [sys.executable, "-m", "helpers.runs.child"],
-            environment={**environ, **own},
-            cwd=Path(job.notebook).parent,
-            errors=partial(_write_log, log, job.secrets),
-        ) as child:
+        with (
+            _Log(log, job.secrets) as written,
+            ChildProcess(
+                [sys.executable, "-m", "helpers.runs.child"],
+                environment={**environ, **own},
+                cwd=Path(job.notebook).parent,
+                errors=written.write,
+            ) as child,
+        ):
             return _supervised(child, job, show)
 
 
@@ -200,9 +202,28 @@ def _job_control(child: ChildProcess) -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
 
 
-def _write_log(log: Path, secrets: tuple[str, ...], line: bytes) -> None:
-    with suppress(OSError), log.open("a", encoding="utf-8") as file:  # on a full disk, go on emptying the pipe
-        file.write(_redact(line.decode("utf-8", "replace"), secrets))
+class _Log:
+    """What a notebook's process writes, line by line and without secrets, in a file that the first line makes."""
+
+    def __init__(self, path: Path, secrets: tuple[str, ...]) -> None:
+        self._path, self._secrets = path, secrets
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+
+    def write(self, line: bytes) -> None:
+        """Write one line; on a full disk it is lost, and the pipe is emptied all the same."""
+        with suppress(OSError, ValueError):  # ValueError: a late line after the end
+            if self._file is None:
+                # Line by line, so that it can be read while the notebook runs; "x" follows no link.
+                self._file = self._path.open("x", encoding="utf-8", buffering=1)
+            self._file.write(_redact(line.decode("utf-8", "replace"), self._secrets))
 
 
 def _environment(base: Mapping[str, str], offline: bool, workbook: Mapping[str, str]) -> dict[str, str]:

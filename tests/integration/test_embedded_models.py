@@ -23,8 +23,8 @@ from helpers.models import (
     resolve,
     verify_quantized,
 )
-from helpers.models.finding import packaged_file
 from helpers.models.quantization import _verify_against_checkpoint
+from helpers.models.unpacking import packaged_file
 from helpers.models.workarounds.falcon_linear import falcon_repair
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,13 +6,14 @@ import json
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from helpers.base.files import ROOT
+from helpers.base.hashes import write_hashes
 from helpers.evaluation.likelihood import perplexity
 from helpers.figures.replies import loss_curve
 from helpers.figures.style import png
 from helpers.models.loading import load, unload
 from helpers.models.references import ModelRef
 from helpers.training.miniature.quality import _chat_replies, _fluency, _follows_the_thread, _two_choices
-from helpers.training.miniature.texts import _read_text, _read_texts
+from helpers.training.miniature.texts import _read_rows, _read_text, _read_texts
 from helpers.training.miniature.training import HELD_OUT, LOG
 
 if TYPE_CHECKING:
@@ -51,12 +52,16 @@ def measure(models: Path, judge: ModelRef) -> dict[str, Any]:
 
 
 def write(models: Path, figures: Mapping[str, Any]) -> None:
-    """Write quality.json, the curves and the model card from the figures that ``measure`` returned."""
+    """Write quality.json, the curves and the model card from the figures that ``measure`` returned.
+
+    The recorded hashes follow quality.json.
+    """
     folder = models / "falcon-mini"
     (folder / _QUALITY).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for name in ("falcon-mini", "falcon-mini-chat"):
         (models / name / _CURVE).write_bytes(png(_curve(models / name / LOG, name)))
     (folder / "README.md").write_text(_text(folder), encoding="utf-8")
+    write_hashes(folder, folder.name)
 
 
 def _load(folder: Path, chat_format: Literal["plain", "falcon-chat"]) -> Loaded:
@@ -123,8 +128,7 @@ def _curve(log: Path, subject: str) -> Figure:
     """The training log as a figure, one phase after the other. Raises WorkbookError if the log is missing."""
     points: list[_CurvePoint] = []
     phase, before, last = "", 0, 0
-    for line in _read_text(log).splitlines():
-        row = json.loads(line)
+    for row in cast("list[dict[str, Any]]", _read_rows(log, "phase", "step")):
         # each phase counts its steps from 0
         if row["phase"] != phase:
             phase, before = row["phase"], last

@@ -9,6 +9,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -16,6 +18,7 @@ from transformers import (
     FalconConfig,
     FalconForCausalLM,
     GenerationConfig,
+    PreTrainedTokenizerFast,
     StaticCache,
 )
 from transformers.models.falcon import modeling_falcon
@@ -610,8 +613,9 @@ def test_decoding_is_faster_and_its_cache_a_tenth(batch, many_heads):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """kind -> where ``load`` finds the model of that kind, with falcon-mini's tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "env/models/falcon-mini")
+    """kind -> where ``load`` finds the model of that kind, with a tokenizer of as many words as it has rows."""
+    words = Tokenizer(WordLevel({f"word{row}": row for row in range(97)}))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="word0")
 
     @functools.cache
     def saved(kind):

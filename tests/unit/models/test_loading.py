@@ -27,7 +27,6 @@ from helpers.models import (
     Profile,
     QuantizationError,
     Requirement,
-    finding,
     load,
     loading,
     prepare,
@@ -36,6 +35,7 @@ from helpers.models import (
     resolve,
     tidy_output,
     unload,
+    unpacking,
     verify_quantized,
 )
 
@@ -269,7 +269,7 @@ def test_an_unknown_precision_is_refused(checkpoint):
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(LoadError, match=r"no config.json is there"):
+    with pytest.raises(LoadError, match=r"nothing does not exist. Check the path"):
         resolve(at(tmp_path / "nothing"))
 
 
@@ -407,8 +407,8 @@ def cache(packages, tmp_path, monkeypatch):
 @pytest.fixture
 def builds(monkeypatch):
     """Counts how often a GGUF file is unpacked."""
-    done, original = [], finding._unpack_gguf
-    monkeypatch.setattr(finding, "_unpack_gguf", lambda *paths: (done.append(paths), original(*paths)))
+    done, original = [], unpacking._unpack_gguf
+    monkeypatch.setattr(unpacking, "_unpack_gguf", lambda *paths: (done.append(paths), original(*paths)))
     return done
 
 
@@ -448,7 +448,7 @@ def test_an_interrupted_build_is_not_used(cache, builds, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(finding, "_unpack_gguf", interrupted)
+        patch.setattr(unpacking, "_unpack_gguf", interrupted)
         with pytest.raises(KeyboardInterrupt):
             resolve(PACKAGED)
     assert [path.suffix for path in cache.iterdir() if path.is_dir()] == [".partial"]
@@ -490,13 +490,13 @@ def test_a_package_that_is_not_installed_is_reported(cache, file):
 
 BUILD = """
 import sys, time
-from helpers.models import finding
+from helpers.models import finding, unpacking
 from tests.unit.models.test_loading import PACKAGED
-original = finding._unpack_gguf
+original = unpacking._unpack_gguf
 def slow(*paths):
     print("built", flush=True)
     original(*paths)
-finding._unpack_gguf = slow
+unpacking._unpack_gguf = slow
 print("ready", flush=True)
 sys.stdin.readline()
 print(finding.resolve(PACKAGED))
