@@ -18,6 +18,7 @@ from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
 from helpers.base.hashes import share_hashes
 from helpers.models.checkpoint import LoadError
+from helpers.models.finding import check_files
 from helpers.models.loaded import forget_loads, read_loads
 from helpers.runs import store
 from helpers.runs.child import _Job
@@ -180,10 +181,13 @@ class _Session:
         return False
 
     def _fetch(self) -> None:
-        """Fetch the models that the pending notebooks declare, while no budget runs, and note at which commits."""
+        """Check and fetch the models that the pending notebooks declare, while no budget runs; note their commits."""
         pending = [plan for plan in self.plans if self.status.notebooks[plan.name].status == "pending"]
         roles = _roles_to_fetch(model for plan in pending for model in plan.models)
-        if self.rehearsal or self.profile.offline or not roles:
+        if self.rehearsal or not roles:
+            return
+        check_files(self.profile, roles)
+        if self.profile.offline:
             return
         self.commits |= fetch(self.profile, roles, self.commits)
         self._save_manifest()
