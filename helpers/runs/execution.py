@@ -17,6 +17,7 @@ from helpers.base.terminal import Terminal
 from helpers.base.text import one_line, shell_word, shortened
 from helpers.base.units import PRECISIONS
 from helpers.models.checkpoint import LoadError
+from helpers.models.finding import check_files
 from helpers.models.loaded import forget_loads, read_loads
 from helpers.runs import store
 from helpers.runs.child import _Job
@@ -244,10 +245,13 @@ class _Session:
             show(self.status)
 
     def _fetch(self) -> None:
-        """Fetch the models that the pending notebooks declare, while no budget runs, and note at which commits."""
+        """Check and fetch the models that the pending notebooks declare, while no budget runs; note their commits."""
         pending = [plan for plan in self.plans if self.status.notebooks[plan.name].status == "pending"]
         roles = _roles_to_fetch(model for plan in pending for model in plan.models or ())
-        if self.rehearsal or self.profile.offline or not roles:
+        if self.rehearsal or not roles:
+            return
+        check_files(self.profile, roles)
+        if self.profile.offline:
             return
         self.commits |= fetch(self.profile, roles, self.commits)
         self._save_manifest()
