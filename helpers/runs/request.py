@@ -85,7 +85,7 @@ def _own_again(earlier: Mapping[str, str], request: Request) -> list[Path]:
         if not path.is_file():
             raise UsageError(
                 f"The notebook {path} of this run is not there any more. If it moved, say where it is: "
-                f"workbook run --resume {request.resume} --notebook PATH"
+                f"workbook run --resume {shell_word(request.resume)} --notebook PATH"
             )
     return chosen
 
