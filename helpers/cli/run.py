@@ -60,20 +60,24 @@ def _run(
     ] = False,
 ) -> None:
     """Run the notebooks and write a report. Exit code 0: all passed, 1: some failed, 2: usage."""
-    from helpers.runs import execution
-    from helpers.runs.request import Request
+    from helpers.runs.interrupts import interruptible
 
-    request = Request(
-        profile,
-        only=_prefixes(only),
-        parameters=parameter or (),
-        resume=resume,
-        folder=folder,
-        own=notebook or (),
-        rehearse=rehearse,
-        redo=redo,
-    )
-    result = execution.run(request, command=["workbook", *sys.argv[1:]])
+    # Loading the modules below takes a moment, in which a signal has its answer, too.
+    with interruptible():
+        from helpers.runs import execution
+        from helpers.runs.request import Request
+
+        request = Request(
+            profile,
+            only=_prefixes(only),
+            parameters=parameter or (),
+            resume=resume,
+            folder=folder,
+            own=notebook or (),
+            rehearse=rehearse,
+            redo=redo,
+        )
+        result = execution.run(request, command=["workbook", *sys.argv[1:]])
     _print_result(result)
     raise typer.Exit(0 if result.ok else 1)
 

@@ -21,6 +21,7 @@ import typer
 from helpers import __version__
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
+from helpers.base.hub_variables import check_hub_variables
 from helpers.base.installed import damage
 from helpers.base.text import one_line, printable, shell_word
 
@@ -67,10 +68,14 @@ def _reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             _check_checkout()
+            check_hub_variables()
             return command(*args, **kwargs)
         except WorkbookError as error:
             _say(f"Error: {error}", error=True)
             raise typer.Exit(getattr(error, "exit_code", 2)) from error
+        except KeyboardInterrupt as error:
+            _say("Interrupted.", error=True)
+            raise typer.Exit(130) from error
         except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
             raise  # BrokenPipeError: who read the output is gone, and typer ends without a word
         except OSError as error:
@@ -120,7 +125,10 @@ def _split(texts: Iterable[str] | None) -> list[str]:
 
 def _shortened(path: Path) -> str:
     """The path as a person in this folder would type it."""
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    try:
+        return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    except FileNotFoundError:  # somebody deleted the folder that the shell is in
+        return str(path)
 
 
 def _echo(text: str) -> None:

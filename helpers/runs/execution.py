@@ -37,10 +37,7 @@ from helpers.runs.folder import (
 from helpers.runs.holding import _interrupted
 from helpers.runs.interrupts import _Stop, interruptible
 from helpers.runs.notebook import (
-    _left_out,
     _loaded_models,
-    _plan_own,
-    _plan_run,
     _roles_to_fetch,
     _undeclared,
 )
@@ -48,7 +45,7 @@ from helpers.runs.origins import _code_hash, _last_origin, _place
 from helpers.runs.parameters import _parse_parameters
 from helpers.runs.recording import _forget
 from helpers.runs.redaction import _redact
-from helpers.runs.request import Request, _check_combination, _check_machine, _chosen_profile, _resumed, _target
+from helpers.runs.request import Request, _check_combination, _check_machine, _chosen_profile, _plans, _resumed, _target
 from helpers.runs.resuming import _first_status, _merge_manifests, _of_another_origin, _pending
 from helpers.runs.schema import _NotebookStatus, _RehearsalFacts
 from helpers.runs.secrecy import _find_secrets
@@ -146,25 +143,12 @@ def _planned(request: Request, console: Console) -> tuple[dict[str, str], Reques
         request = _resumed(manifest, request, raw)
         earlier = manifest.parameters
     profile = _chosen_profile(request)
-    plans, remarks = _plans(profile, request, raw, earlier)
+    plans, remarks = _plans(profile, request, NOTEBOOKS, raw, earlier)
     if not request.rehearse:
         _check_machine(profile)
     for remark in remarks:
         console.print(one_line(remark), markup=False, highlight=False, soft_wrap=True)
     return earlier | raw, request, profile, plans
-
-
-def _plans(
-    profile: Profile, request: Request, raw: Mapping[str, str], earlier: Mapping[str, str]
-) -> tuple[list[_Plan], list[str]]:
-    """The planned notebooks, and what to say of them before they run."""
-    if request.own:
-        plans = _plan_own(profile, request.own, raw, earlier)
-        return plans, [plan.remark for plan in plans]
-    folder = request.notebooks or NOTEBOOKS
-    plans = _plan_run(profile, folder, request.only, raw, earlier)
-    left_out = None if request.only else _left_out(folder, profile)
-    return plans, [left_out] if left_out else []
 
 
 class _Session:

@@ -35,11 +35,18 @@ _LARGEST = 10**308
 
 def _plain_value(value: object) -> Value:
     # pydantic's own union would turn "1" or True into a number, which is another value.
+    if isinstance(value, str) and not _is_whole(value):
+        raise ValueError("a text of whole letters is needed")
     if isinstance(value, bool | str):
         return value
     if isinstance(value, int | float) and abs(value) <= _LARGEST:
         return value
     raise ValueError("a number, a text, true or false is needed")
+
+
+def _is_whole(text: str) -> bool:
+    # Half a letter, a lone surrogate, can be in a text of Python's but in no file.
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _distance(value: object) -> int | float | None:
@@ -343,3 +350,8 @@ class _Manifest(_Part):
             if facts.origin is not None and facts.origin >= len(self.origins):
                 raise ValueError(f"the origin of {name} is not in the list of origins")
         return self
+
+    @property
+    def of_own_notebooks(self) -> bool:
+        """True if the run is of a reader's own notebooks."""
+        return any(notebook.own for notebook in self.notebooks.values())

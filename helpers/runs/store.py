@@ -84,7 +84,9 @@ def read_expected(path: Path, *, required: bool = False) -> dict[str, _ExpectedV
 
     Raises ResultError for a damaged file, and for a missing one that is required.
     """
-    if not required and not path.exists():
+    if not path.exists():
+        if required:
+            raise ResultError(f"The file {path} is missing. Restore it with git, or make it with workbook expect.")
         return {}
     return _read(path, dict[str, _ExpectedValue])
 
@@ -157,7 +159,7 @@ def _validated(path: Path, content: object, kind: type[_File]) -> _File:
             "Use the workbook that wrote the file."
         )
     try:
-        return TypeAdapter(kind).validate_python(content)
+        return TypeAdapter(kind).validate_python(content, strict=True)
     except ValidationError as error:
         raise ResultError(f"{path}: {_complaint(error)}. {_advice(path)}") from error
 

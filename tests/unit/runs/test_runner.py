@@ -26,10 +26,11 @@ from helpers.base.isolation import isolated
 from helpers.cli import app
 from helpers.models import Budget, ModelRef, Profile, Requirement, load_profile, profiles
 from helpers.models.loaded import Load
-from helpers.runs import child, execution, fetching, folder, interrupts, rendering, supervision
+from helpers.runs import child, execution, fetching, folder, rendering, supervision
 from helpers.runs.display import _describe, _PlainLines, _table
 from helpers.runs.document import _cells_hash
 from helpers.runs.folder import _hub_commit
+from helpers.runs.interrupts import interruptible
 from helpers.runs.notebook import (
     _declared_models,
     _plan_run,
@@ -525,7 +526,7 @@ def test_a_second_signal_does_not_cut_the_cleaning_up_short(first):
                 signal.raise_signal(number)
             cleaned.append(first)
 
-    with pytest.raises(KeyboardInterrupt), interrupts.interruptible():
+    with pytest.raises(KeyboardInterrupt), interruptible():
         work()
     assert cleaned == [first]
     assert [signal.getsignal(number) for number in stops] == before
@@ -534,7 +535,7 @@ def test_a_second_signal_does_not_cut_the_cleaning_up_short(first):
 def test_signals_that_were_ignored_stay_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with interrupts.interruptible():
+        with interruptible():
             os.kill(os.getpid(), signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
