@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ class Request:
     has the same source, parameters and profile now, is not run again. ``folder`` is where a new run goes, ``notebooks``
     the folder of the notebooks; ``own`` are a reader's own notebooks, to run in their place. ``rehearse`` runs them
     without the profile's machine and models: see ``helpers.planning.rehearsal``; a resumed rehearsal stays one.
-    ``redo``: in a resumed run, what passed under other code, packages or models, or on another machine, also runs again.
+    ``redo``: in a resumed run, what passed under other code, packages or models, or on another machine, runs again.
     """
 
     profile: Profile | str | None = None
@@ -145,8 +146,10 @@ def usual_parameters(profile: str, notebooks: Path) -> dict[str, dict[str, objec
     """
     from helpers.models.profiles import load_profile
 
-    try:
-        plans = _plan_run(load_profile(profile), notebooks, (), {}, {})
-    except WorkbookError:
-        return {}
-    return {plan.name: plan.effective for plan in plans}
+    usual: dict[str, dict[str, object]] = {}
+    with suppress(WorkbookError):
+        settings = load_profile(profile)
+        for name in settings.budgets:
+            with suppress(WorkbookError):
+                usual |= {plan.name: plan.effective for plan in _plan_run(settings, notebooks, [name], {}, {})}
+    return usual
