@@ -216,6 +216,8 @@ def pip(title: str, arguments: list[str], total: int) -> None:
 
 def install(title: str, pins: list[str], *options: str) -> None:
     """Install exactly these pins: the locks are complete, so nothing is left for pip to resolve."""
+    if not pins:
+        return
     quiet = ["--no-user", "--no-deps", "--retries", "2", "--progress-bar", "off"]
     pip(title, ["install", *quiet, *options, *pins], len(pins))
 
@@ -242,6 +244,7 @@ def install_project() -> None:
     for path in packages_folder().glob("__editable__.falcon_180b_workbook-*.pth"):
         path.write_text(f"{os.path.relpath(ROOT, packages_folder())}\n", encoding="utf-8")
     (VENV / "bin" / "workbook").write_text(LAUNCHER, encoding="utf-8")
+    (VENV / "bin" / "workbook").chmod(0o755)
 
 
 def packages_folder() -> Path:
@@ -327,7 +330,8 @@ def make_venv(lock: str) -> None:
             shutil.rmtree(path)
         elif path != STAMP:
             path.unlink()
-    command = [python, "-m", "venv", str(VENV)]
+    # Of a link its target: .venv may lie on a larger disk, and venv takes no links.
+    command = [python, "-m", "venv", str(VENV.resolve())]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", env=pip_environment(), check=False
     )

@@ -7,6 +7,7 @@ separators of Unicode (U+2028, U+2029) are characters of a text.
 
 from __future__ import annotations
 
+import bisect
 import codecs
 import json
 import math
@@ -60,13 +61,12 @@ class Records:
 
     def reject(self, line: int, row: int, reason: str) -> None:
         """Note that a row which is JSON is not valid for another reason."""
-        self.bad.append(BadRow(line, row, reason))
+        bisect.insort(self.bad, BadRow(line, row, reason), key=lambda bad: bad.row)
 
     def refuse_bad(self, what: str, advice: str = "Correct or remove them.") -> None:
         """Raise WorkbookError if some row is bad; ``what`` the rows should be, such as "items"."""
         if not self.bad:
             return
-        self.bad.sort(key=lambda row: row.row)
         lines = [f"  {row}" for row in self.bad[:_LISTED]]
         if len(self.bad) > _LISTED:
             lines.append(f"  and {len(self.bad) - _LISTED} more")
@@ -103,11 +103,11 @@ def scan_records(path: Path) -> Records:
 
 
 def _read_bytes(path: Path) -> bytes:
-    if path.is_dir():
-        raise WorkbookError(f"{path} is a folder. Give a file with one JSON object a line.")
-    if path.exists() and not path.is_file():
-        raise WorkbookError(f"{path} is not a regular file. Give a file with one JSON object a line.")
     try:
+        if path.is_dir():
+            raise WorkbookError(f"{path} is a folder. Give a file with one JSON object a line.")
+        if path.exists() and not path.is_file():
+            raise WorkbookError(f"{path} is not a regular file. Give a file with one JSON object a line.")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise WorkbookError(f"There is no file {path}. Check the path.") from error

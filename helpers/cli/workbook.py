@@ -21,6 +21,7 @@ import typer
 from helpers import __version__
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
+from helpers.base.hub_variables import check_hub_variables
 from helpers.base.installed import damage
 from helpers.base.text import one_line, printable, shell_word
 
@@ -67,6 +68,7 @@ def _reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             _check_checkout()
+            check_hub_variables()
             return command(*args, **kwargs)
         except WorkbookError as error:
             _say(f"Error: {error}", error=True)

@@ -9,6 +9,7 @@ commit and collects facts on the machine.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from helpers.base.errors import WorkbookError
 from helpers.evaluation.harness_model import _harness_model
 from helpers.evaluation.likelihood import _OPTION_BATCH
 from helpers.evaluation.tasks import TASKS, _only_errors, _prepared
+from helpers.models.finite import explained
 from helpers.models.loaded import inference
 from helpers.models.workarounds.lm_eval_model import same_random_state, slow_bars_only
 
@@ -125,7 +127,8 @@ def _measure(
 
     parts = []
     bars = slow_bars_only(lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
-    with bars, same_random_state(), inference(loaded.model), _only_errors(logging.getLogger("lm_eval")):
+    quiet = _only_errors(logging.getLogger("lm_eval"))
+    with bars, same_random_state(), explained(loaded), inference(loaded.model), quiet:
         for chat, chosen in ((False, tasks.plain), (True, tasks.chat)):
             if not chosen["tasks"]:
                 continue
@@ -190,8 +193,10 @@ def _rows(name: str, results: Mapping[str, Any]) -> list[_EvaluationRow]:
         if not kind or metric.endswith("_stderr"):
             continue
         error = values.get(f"{metric}_stderr,{kind}")
-        # A metric without an error has the text "N/A" in its place.
-        standard_error = float(error) if isinstance(error, float) else None
+        # A metric without an error has the text "N/A" in its place; a single item has the error nan.
+        standard_error = float(error) if isinstance(error, float) and math.isfinite(error) else None
+        if not math.isfinite(values[key]):
+            raise WorkbookError(f"The harness gives {values[key]} for {metric} of {name}. Look at its single items.")
         rows.append(_EvaluationRow(name, metric, values[key], standard_error, values["sample_len"], shots))
     return rows
 

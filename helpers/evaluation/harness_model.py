@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from helpers.base.errors import WorkbookError
 from helpers.evaluation.likelihood import _check_length
 from helpers.generation.generating import EncodedConversation, generate_batch
-from helpers.generation.sampling import Sampling
+from helpers.generation.sampling import FiniteLogits, Sampling
+from helpers.models.finite import check_sums
 from helpers.models.formats import PromptTooLong
 from helpers.models.loaded import context_tokens, input_device
 from helpers.models.tokens import document_token, literal_tokens
@@ -49,10 +50,29 @@ def _harness_model(loaded: Loaded, chat: bool, batch_size: int, truncate: bool) 
     )
 
 
-def _harness_class(loaded: Loaded, truncate: bool) -> type[HFLM]:
+def _checked_class() -> type[HFLM]:
+    """The harness' own model, which takes no number that is not finite for a result."""
     from lm_eval.models.huggingface import HFLM
 
-    class Model(HFLM):  # type: ignore[misc]  # the harness has no types
+    class Checked(HFLM):  # type: ignore[misc]  # the harness has no types
+        def _loglikelihood_tokens(self, requests: list[_Request], *given: Any) -> list[tuple[float, bool]]:
+            results: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *given)
+            check_sums([value for value, _ in results], [[*before, *reply] for _, before, reply in requests])
+            return results
+
+        def _model_generate(self, *given: Any, **settings: Any) -> torch.Tensor:
+            ids: torch.Tensor = super()._model_generate(*given, logits_processor=[FiniteLogits()], **settings)
+            return ids
+
+        # A causal model gets no mask and no labels, which the harness passes to others.
+        def _model_call(self, inps: torch.Tensor, **_: None) -> torch.Tensor:
+            return logits_without_cache(self.model, inps)
+
+    return Checked
+
+
+def _harness_class(loaded: Loaded, truncate: bool) -> type[HFLM]:
+    class Model(_checked_class()):  # type: ignore[misc]  # the harness has no types
         truncated = 0
 
         @property
@@ -79,31 +99,25 @@ def _harness_class(loaded: Loaded, truncate: bool) -> type[HFLM]:
             self.truncated += _count_long_prompts(sizes, rooms, truncate)
             return rooms
 
-        # A causal model gets no mask and no labels, which the harness passes to others.
-        def _model_call(self, inps: torch.Tensor, **_: None) -> torch.Tensor:
-            return logits_without_cache(self.model, inps)
-
     return Model
 
 
 def _chat_class(base: type[HFLM], loaded: Loaded) -> type[HFLM]:
     """The same, asked in the model's chat format: prompts are encoded by it, and replies are those of ``generate``."""
 
-    class ChatModel(base):  # type: ignore[misc]  # the harness has no types
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            self.begun: set[str] = set()  # prompts that hold the beginning of the reply (the harness' gen_prefix)
+    begun: set[str] = set()  # prompts that hold the beginning of the reply (the harness' gen_prefix)
 
+    class ChatModel(base):  # type: ignore[misc]  # the harness has no types
         def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
             form = loaded.format
             if add_generation_prompt:
                 return form.render(chat_history)
             *asked, reply = chat_history
             text = form.render(asked) + form.reply_start + form.escape(reply["content"])
-            self.begun.add(text)
+            begun.add(text)
             return text
 
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
             # Without special tokens, the harness asks for a text without a prompt.
             alone = add_special_tokens is False
             tokenizer = loaded.tokenizer
@@ -111,7 +125,7 @@ def _chat_class(base: type[HFLM], loaded: Loaded) -> type[HFLM]:
             return [token.id for token in tokens]
 
         def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            asked = [_begun(request, loaded.format, self.begun) for request in requests]
+            asked = [_begun(request, loaded.format, begun) for request in requests]
             results: list[tuple[float, bool]] = super().loglikelihood(asked, disable_tqdm)
             return results
 
@@ -141,7 +155,7 @@ def _conversation(loaded: Loaded, text: str, room: int) -> EncodedConversation:
     return EncodedConversation(tuple(token.id for token in tokens[-room:]))
 
 
-def _sampling(settings: Mapping[str, Any]) -> tuple[Sampling, list[str]]:
+def _sampling(settings: Mapping[str, object]) -> tuple[Sampling, list[str]]:
     """A task's ``generation_kwargs`` as the workbook's settings, and its stop strings. Raises WorkbookError."""
     options = _options(settings)
     stop = [text for text in options.pop("until") if text]
@@ -155,7 +169,7 @@ def _sampling(settings: Mapping[str, Any]) -> tuple[Sampling, list[str]]:
     return Sampling(temperature if do_sample else 0.0, top_p, tokens), stop
 
 
-def _options(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _options(settings: Mapping[str, object]) -> dict[str, Any]:
     """A task's ``generation_kwargs`` in the harness' own form: ``until`` is a list, ``max_gen_toks`` is there."""
     from lm_eval.models.utils import normalize_gen_kwargs
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from helpers.base import stats
 from helpers.base.errors import WorkbookError
 from helpers.base.stats import Interval
+from helpers.models.finite import check_sums, explained
 from helpers.models.formats import Message
 from helpers.models.loaded import context_tokens, inference, input_device
 from helpers.models.tokens import document_token, encode, literal_tokens
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _WINDOW_BATCH = 4  # windows of one forward: with 2048 tokens and a vocabulary of 65024 their logits take a gigabyte
 _OPTION_BATCH = 16  # options of one forward: they are far shorter than windows
+_MOST_NATS = 700.0  # exp of little more overflows; even a model that guesses has about 11
 _Span = tuple[list[int], int]  # the tokens of a window, and how many at its beginning are only context
 _Scored = tuple[tuple[int, ...], tuple[int, ...]]  # the tokens before an option, and the option's own, which are scored
 
@@ -57,7 +59,7 @@ class _Perplexity:
     @property
     def perplexity(self) -> float:
         """exp(sum of nll / tokens): every token has the same weight. Comparable between models with one tokenizer."""
-        return math.exp(math.fsum(self.nll) / self.tokens)
+        return _exp(math.fsum(self.nll) / self.tokens)
 
     @property
     def bits_per_byte(self) -> float:
@@ -84,12 +86,20 @@ class _Perplexity:
         Raises ValueError for fewer than two texts.
         """
         mean = stats.ratio(self.nll, self.text_tokens)
-        return Interval(self.perplexity, math.exp(mean.low), math.exp(mean.high), mean.confidence)
+        return Interval(self.perplexity, _exp(mean.low), _exp(mean.high), mean.confidence)
 
     @property
     def bits(self) -> tuple[float, ...]:
         """``nll`` in bits."""
         return tuple(value / math.log(2) for value in self.nll)
+
+
+def _exp(nats: float) -> float:
+    if not nats < _MOST_NATS:
+        raise WorkbookError(
+            f"The loss is {nats:.3g} nats per token, too much for a perplexity. Check the model's files."
+        )
+    return math.exp(nats)
 
 
 def perplexity(
@@ -122,7 +132,8 @@ def perplexity(
     _check_sizes(context, size, step, batch_size, max_tokens)
     begin = document_token(loaded.tokenizer)
     encoded = _encoded_up_to(loaded.tokenizer, texts, begin, max_tokens or sys.maxsize)
-    nll = _nll_by_text(loaded.model, [ids for ids, _ in encoded], size, step, batch_size)
+    with explained(loaded):
+        nll = _nll_by_text(loaded.model, [ids for ids, _ in encoded], size, step, batch_size)
     tokens, sizes, keys = [], [], []
     for ids, text in encoded:
         content = text.encode()
@@ -231,6 +242,7 @@ def _nll(model: PreTrainedModel, spans: Sequence[_Span]) -> list[float]:
             targets = torch.tensor(ids[skipped:], device=row.device)
             predicted = row[skipped - 1 - first : len(ids) - 1 - first].float()
             sums.append(cross_entropy(predicted, targets, reduction="sum").item())
+    check_sums(sums, [ids for ids, _ in spans])
     return sums
 
 
@@ -300,7 +312,8 @@ def multiple_choice(
     starts = range(0, len(order), batch_size)
     for start in tqdm(starts, desc="multiple choice", unit="batch", delay=2, leave=False):
         batch = order[start : start + batch_size]
-        values |= zip(batch, _log_likelihoods(loaded.model, batch), strict=True)
+        with explained(loaded):
+            values |= zip(batch, _log_likelihoods(loaded.model, batch), strict=True)
     log_likelihoods = []
     for options in encoded:
         log_likelihoods.append(tuple(values[option] for option in options))
@@ -367,6 +380,7 @@ def _log_likelihoods(model: PreTrainedModel, scored: Sequence[_Scored]) -> list[
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
         for row, (before, option) in zip(logits, scored, strict=True):
             sums.append(_option_sum(row[len(before) - 1 - first :], option))
+    check_sums(sums, [[*before, *option] for before, option in scored])
     return sums
 
 

@@ -110,6 +110,20 @@ def _check(loaded: Loaded, decoding: Decoding) -> None:
             f"{decoding.draft.ref.label} cannot draft for {loaded.ref.label}: their vocabularies differ. "
             "Choose a draft with the same tokenizer."
         )
+    if decoding.draft:
+        _check_rows(loaded, decoding.draft)
+
+
+def _check_rows(loaded: Loaded, draft: Loaded) -> None:
+    """Refuse a draft of another number of rows: some checkpoints pad the same vocabulary. Raises WorkbookError."""
+    own, other = (int(each.model.config.vocab_size) for each in (loaded, draft))
+    if own == other:
+        return
+    raise WorkbookError(
+        f"{draft.ref.label} cannot draft for {loaded.ref.label}: their tokens are the same, but its embeddings have "
+        f"{other:,} rows, and the model's {own:,}. Call draft.model.resize_token_embeddings({own}, "
+        "mean_resizing=False) first. The rows behind the tokens stand for none, so no reply changes."
+    )
 
 
 def cannot_compile(loaded: Loaded) -> str:

@@ -8,6 +8,7 @@ random state is neither used nor changed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from helpers.generation.decoding import (
 )
 from helpers.generation.sampling import DEFAULT_SAMPLING, Reply, _check_sampling, _processors
 from helpers.generation.stops import UNFINISHED, _Edges, _StopFilter
+from helpers.models.finite import NotFiniteFoundError, all_finite, explained
 from helpers.models.formats import Message, MessageError, PromptTooLong, spoken
 from helpers.models.loaded import context_tokens, inference, input_device
 from helpers.models.tokens import encode
@@ -128,11 +130,14 @@ def next_token_probabilities(loaded: Loaded, text: str, k: int = 10, temperature
     """
     import torch
 
-    if temperature <= 0:
-        raise WorkbookError(f"The temperature must be greater than 0 here, but is {temperature}.")
+    if not 0 < temperature < math.inf:
+        raise WorkbookError(f"The temperature must be greater than 0 here, and finite, but is {temperature}.")
     ids = _prompt_ids(loaded, text)
     with inference(loaded.model):
         logits = loaded.model(input_ids=torch.tensor([ids], device=input_device(loaded.model))).logits[0, -1]
+    with explained(loaded):
+        if not all_finite(logits):
+            raise NotFiniteFoundError([ids])
     best = torch.softmax(logits.float() / temperature, dim=-1).topk(k)
     context = _decoding_context(loaded.tokenizer, ids)
     candidates = []
@@ -360,7 +365,8 @@ def _run(loaded: Loaded, watch: _Watch, sampling: Sampling, seeds: Sequence[int]
         warm_up(loaded, decoding, size)
         options = configure(loaded, decoding, size, config, watch.propose)
         watch.start(streams=decoding.proposes)
-        with compiling(loaded, decoding):
+        models = [loaded, decoding.draft] if decoding.draft else [loaded]
+        with compiling(loaded, decoding), explained(*models):
             generate_method(without_settings(loaded))(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),

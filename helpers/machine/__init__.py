@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = face(
         "anatomy": ["CONFIGS", "count_parameters", "parameter_table", "published_config", "published_models"],
         "driver": ["Driver", "DriverError", "ask_driver"],
         "hardware": [
+            "Bandwidth",
             "DiskSpeed",
             "Gpu",
             "Machine",

@@ -255,18 +255,11 @@ def _falcon_activations(
         attention = 3 * hidden
     else:
         attention = 6 * hidden
-    tensors = _falcon_norms(config)
-    masks = scores = biases = 0
-    if library:
-        masks = 1
-    if not fused:
-        scores = heads
-    if config.alibi:
-        biases = heads
+    norms = tensors = _falcon_norms(config)
     if not (config.new_decoder_architecture or config.parallel_attn):
         # A sequential block adds attention's result to its input before the MLP: one tensor more stays alive.
         tensors += 1
-    norms, kept = _falcon_norms(config), (2 + tensors) * hidden + attention + 2 * width
+    kept = (2 + tensors) * hidden + attention + 2 * width
     return _Activations(
         kept=kept,
         # Only a trained matrix needs its input for the backward pass: the norms' results and the MLP's inner one go.
@@ -275,9 +268,9 @@ def _falcon_activations(
         returned=2 * width,
         prefill=(3 + tensors) * hidden + 2 * width,
         wide_tensors=2,
-        scores=scores,
-        masks=masks,
-        biases=biases,
+        scores=0 if fused else heads,
+        masks=int(library),
+        biases=heads if config.alibi else 0,
     )
 
 

@@ -12,7 +12,6 @@ import mmap
 import os
 import platform
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING
 from helpers.base import processes, settings
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
+from helpers.base.hub_variables import check_hub_variables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -90,6 +90,7 @@ def detect(gpus: Sequence[int] | None = None) -> Machine:
 
 def download_folder() -> Path:
     """The folder of the Hugging Face cache, which need not exist yet."""
+    check_hub_variables()
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(HF_HUB_CACHE)
@@ -114,8 +115,24 @@ def detect_apart() -> Machine:
     return _read_machine(done.last_line)
 
 
-def memory_bandwidth(size: int = 2**28, repeats: int = 7, device: str = "cpu") -> float:
-    """Measured memory bandwidth of a device in bytes per second: the median over large copies.
+@dataclass(frozen=True)
+class Bandwidth:
+    """Measured memory bandwidth in bytes per second: the best of several copies, and the slowest of them.
+
+    Other programs only take bandwidth away, so the best is nearest to what the memory can do, which is what a limit
+    needs. A slowest far below it says that the machine was busy.
+    """
+
+    best: float
+    slowest: float
+    copies: int
+
+    def __str__(self) -> str:
+        return f"{self.best / 1e9:.0f} GB/s, the best of {self.copies} copies ({self.slowest / 1e9:.0f} the slowest)"
+
+
+def memory_bandwidth(size: int = 2**28, repeats: int = 9, device: str = "cpu") -> Bandwidth:
+    """Measure the memory bandwidth of a device by large copies.
 
     A copy of n bytes moves 2n: it reads n and writes n. ``size``, in bytes, should be well above the CPU's caches.
     """
@@ -130,7 +147,8 @@ def memory_bandwidth(size: int = 2**28, repeats: int = 7, device: str = "cpu") -
         target.copy_(source)
         _synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * source.nbytes / statistics.median(seconds)
+    moved = 2 * source.nbytes
+    return Bandwidth(moved / min(seconds), moved / max(seconds), repeats)
 
 
 @dataclass(frozen=True)

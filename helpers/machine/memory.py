@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from helpers.base.errors import WorkbookError, choose
 from helpers.base.units import PRECISIONS, QUANTIZED
 from helpers.machine.anatomy import CacheHeads, _Linear, anatomy, count_parameters
-from helpers.machine.step import Code, Training, _adapter_parameters, _Batch, _step_bytes, _unpacked
+from helpers.machine.step import Training, _adapter_parameters, _Batch, _Code, _step_bytes, _unpacked
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -256,7 +256,7 @@ def _quantized_mlp_bytes(shape: Anatomy, precision: str, tokens: int) -> int:
     # One of the two widest tensors does not exist yet while a matrix is multiplied.
     others = tokens * size * (counts.prefill - 2 * width)
     if precision == "nf4":
-        return others + tokens * size * width + _unpacked(shape, Code())
+        return others + tokens * size * width + _unpacked(shape, _Code())
     if precision != "int8":
         return 0
     # The products in 32 and in 16 bit, beside the inputs in 8 bit.

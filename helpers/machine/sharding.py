@@ -15,7 +15,7 @@ from helpers.base.units import GIB, QUANTIZED
 from helpers.machine.anatomy import anatomy, published_config
 from helpers.machine.memory import Workload, _layer_bytes, _linear_bytes, element_bytes, estimate
 from helpers.machine.placement import Devices, Placement, Resident, Shortfall, least_gpus
-from helpers.machine.step import Training, reserved
+from helpers.machine.step import Training, _reserved
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +40,7 @@ def shard(
     """Training spread evenly over equal devices, as ZeRO-3 and FSDP do (Rajbhandari et al. 2020, arXiv:1910.02054).
 
     Weights, gradients and optimizer are divided. Each device works on its share of the sequences; on several, it also
-    holds what ``_gathered`` counts. The result counts what torch's allocator reserves for all of that (``reserved``),
+    holds what ``_gathered`` counts. The result counts what torch's allocator reserves for all of that (``_reserved``),
     which may be all of the device. There is no ``device_map``: every device holds a part of every layer. Raises
     WorkbookError if precision and mode do not go together, and without a device of more than 0 bytes.
     """
@@ -55,7 +55,7 @@ def shard(
         moving += _gathered(config, precision, mode, share)
         whole = _quantization_state(config, precision, share)
     staying = (plan.weights + plan.optimizer - whole) / len(gpus) + whole
-    held = math.ceil(reserved(staying, moving))
+    held = math.ceil(_reserved(staying, moving))
     used: dict[Device, int] = dict.fromkeys(range(len(gpus)), held)
     missing = held - min(gpus)
     if missing <= 0:

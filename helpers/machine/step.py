@@ -1,8 +1,9 @@
 """How many bytes one training step needs on one device: adapters, what layers keep, the loss, unpacked weights.
 
-``Training`` describes how a model is trained, as far as memory depends on it, and ``Code`` what programs other than
-transformers do otherwise. Every term is counted in the code that allocates it; ``reserved`` adds what torch's allocator
-holds beyond that. ``tests/unit/machine/test_published_memory.py`` compares the sums with what others measured.
+``Training`` describes how a model is trained, as far as memory depends on it, and ``_Code`` what programs other than
+transformers do otherwise. Every term is counted in the code that allocates it; ``_reserved`` adds what torch's
+allocator holds beyond that. ``tests/unit/machine/test_published_memory.py`` compares the sums with what others
+measured.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ if TYPE_CHECKING:
     from helpers.machine.anatomy import Anatomy, _Linear
 
 ALL_LINEARS = ("attention qkv", "attention out", "mlp up", "mlp down")
-# torch's allocator keeps blocks that it cannot use for what is asked next. Weights and the optimizer's numbers stay where
-# they were put; what comes and goes leaves fragments. Answer.AI published both numbers of a run (fsdp_qlora,
+# torch's allocator keeps blocks that it cannot use for what is asked next. Weights and the optimizer's numbers stay
+# where they were put; what comes and goes leaves fragments. Answer.AI published both numbers of a run (fsdp_qlora,
 # benchmarks_03_2024.md, LoRA of Llama-2-7B on two GPUs, 2048 tokens): 10.22 GiB reserved, 9.16 allocated, of which half
 # of the weights are 6.28. So (10.22 - 6.28) / (9.16 - 6.28) = 1.37 bytes are reserved for one that comes and goes.
 FRAGMENTS = 0.37
 
 
 @dataclass(frozen=True)
-class Code:
+class _Code:
     """What a program does otherwise than transformers 5, peft and bitsandbytes 0.50, which are the defaults.
 
     joint_values: queries, keys and values come from one matrix, whose product stays because the values are a part of it
@@ -60,7 +61,7 @@ class Training:
     checkpointing: bool = True
     paged_optimizer: bool = False
     logit_bytes: int = 12
-    code: Code = Code()
+    code: _Code = _Code()
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class _Batch:
     element: int
 
 
-def reserved(staying: float, moving: float) -> float:
+def _reserved(staying: float, moving: float) -> float:
     """What torch's allocator holds of a device: bytes that stay, and bytes that come and go with their fragments."""
     return staying + moving * (1 + FRAGMENTS)
 
@@ -124,7 +125,7 @@ def _loss_bytes(shape: Anatomy, training: Training) -> int:
     return training.logit_bytes * shape.vocabulary
 
 
-def _frozen(shape: Anatomy, code: Code) -> int:
+def _frozen(shape: Anatomy, code: _Code) -> int:
     """Elements that a layer with frozen weights keeps of a token for its backward pass, adapters left out."""
     queries, keys = _queries(shape), shape.kv_heads * shape.head_dim
     elements = shape.activations.frozen
@@ -172,7 +173,7 @@ def _heads(shape: Anatomy) -> int:
     return _queries(shape) // shape.head_dim
 
 
-def _unpacked(shape: Anatomy, code: Code) -> int:
+def _unpacked(shape: Anatomy, code: _Code) -> int:
     """bitsandbytes unpacks one nf4 matrix at a time to 16 bit (``dequantize_4bit``); the largest decides."""
     largest = max(linear.weights for linear in shape.linears)
     if code.quantized_head:

@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = face(
         "checkpoint": ["LoadError", "record"],
         "devices": ["device_map_for"],
         "finding": ["config", "prepare", "resolve"],
+        "finite": ["NotFiniteError"],
         "formats": [
             "ChatFormat",
             "FORMATS",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from helpers.base.errors import first_names
 from helpers.base.files import ROOT
 from helpers.base.hashes import changes
+from helpers.base.hub_variables import check_hub_variables
 from helpers.base.units import human
 from helpers.machine.anatomy import published_config, published_models
 from helpers.models.checkpoint import LoadError, _checked
@@ -32,17 +33,18 @@ if TYPE_CHECKING:
     from helpers.models.references import ModelRef, Profile
 
 
-def resolve(ref: ModelRef) -> Path:
+def resolve(ref: ModelRef, *, verify: bool = False) -> Path:
     """The folder that holds a model's safetensors, configuration and tokenizer.
 
     "embedded": a folder of this project. "package": made once from the GGUF file of an installed package, then kept
     in ``.cache/models`` (or ``$WORKBOOK_CACHE/models``). "hub": downloaded at the pinned revision into the Hugging
     Face cache, or at the commit that ``$WORKBOOK_REVISIONS`` names (JSON, id: commit). Each file is checked once
-    against the hash that the hub names, whoever downloaded it; after an interruption, complete files are kept. Only
-    "hub" uses the network. Raises LoadError, which says what to do.
+    against the hash that the hub names, whoever downloaded it, and again if it has changed, or with ``verify``; after
+    an interruption, complete files are kept. Only "hub" uses the network. Raises LoadError, which says what to do.
     """
+    check_hub_variables()
     if ref.source == "hub":
-        return _download(ref)
+        return _download(ref, verify=verify)
     if ref.source == "package":
         return _from_package(ref)
     return _from_project(ref)
@@ -71,11 +73,12 @@ def published_shape(model_id: str) -> str | None:
     return None
 
 
-def prepare(profile: Profile, *, roles: Collection[str] | None = None, verify: bool | None = None) -> dict[str, str]:
+def prepare(profile: Profile, *, roles: Collection[str] | None = None, verify: bool = True) -> dict[str, str]:
     """Download or make all that loading a profile's models needs (default: of all ``roles``), and report progress.
 
-    No file may be missing or cut off; ``verify`` hashes the files of the hub, as in ``load``. Returns the commit of
-    each model of a hub, by its id. Raises LoadError.
+    No file may be missing or cut off; ``verify`` hashes all files of the hub, which a run does once: models that take
+    minutes to load take a fraction of that to hash. Returns the commit of each model of a hub, by its id. Raises
+    LoadError.
     """
     from helpers.base.terminal import Terminal
 
@@ -84,8 +87,8 @@ def prepare(profile: Profile, *, roles: Collection[str] | None = None, verify: b
     for ref in _wanted(profile, roles):
         started = time.perf_counter()
         console.print(f"{ref.label}: getting it ready ...", soft_wrap=True)
-        folder = resolve(ref)
-        _checked(folder, verify if ref.source == "hub" else None)
+        folder = resolve(ref, verify=verify)
+        _checked(folder, None)
         size = human(sum(file.stat().st_size for file in folder.iterdir()))
         seconds = time.perf_counter() - started
         line = f"{ref.label}: ready, {size}, {seconds:.1f} s"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict
 
 from helpers.base.errors import WorkbookError, choose
 from helpers.base.text import is_blank, well_formed
-from helpers.models.tokens import Token, conversation_tokens
+from helpers.models.tokens import Token, _conversation_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +92,7 @@ class ChatFormat(ABC):
 
     def tokens(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[Token]:
         """The tokens of a text that ``render`` gave, which an escaped reply may follow, with their positions in it."""
-        return conversation_tokens(tokenizer, text, self.control_tokens, self.turn_begin)
+        return _conversation_tokens(tokenizer, text, self.control_tokens, self.turn_begin)
 
     def check(self, messages: Sequence[Message]) -> None:
         """Raise MessageError unless an optional system message is followed by user and assistant in turn."""

@@ -4,7 +4,9 @@
         refs/main                      the commit that a branch or tag was at when it was last asked for
         snapshots/<commit>/<file>      links into blobs: a repository's files at one commit
         blobs/<hash>                   the contents: SHA-256 for large files, git's SHA-1 for small ones
-        workbook-verified.txt          written by this project: the blobs that were hashed and found whole
+        blobs/<hash>.*.incomplete      a download that goes on, or was killed
+        workbook-verified.txt          written by this project: the blobs that were hashed and found whole, and their
+                                       size and times then
 
 Source: "Understand caching" in the documentation of huggingface_hub.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +24,7 @@ from typing import TYPE_CHECKING
 from helpers.machine.hardware import download_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from helpers.models.references import ModelRef
 
@@ -56,26 +59,51 @@ class _CachedRepository:
             return None
         return snapshot.name
 
-    def verified(self) -> set[str]:
-        """The names of the blobs that were hashed before and found whole."""
-        file = self.folder / VERIFIED
-        if not file.is_file():
-            return set()
-        return set(file.read_text(encoding="ascii").split())
+    def unverified(self, snapshot: Path) -> dict[str, str]:
+        """The files of a snapshot (name: blob) that were never hashed and found whole, or have changed since."""
+        verified = self._verified()
+        new = {}
+        for name, blob in _blob_hashes(snapshot).items():
+            if verified.get(blob) != _state(snapshot / name):
+                new[name] = blob
+        return new
 
-    def keep_verified(self, blobs: Iterable[str]) -> None:
-        """Replace the list that ``verified`` reads."""
+    def add_verified(self, snapshot: Path, files: Mapping[str, str]) -> None:
+        """Note that files of a snapshot (name: blob) were hashed as they are now, and found whole."""
+        verified = self._verified()
+        for name, blob in files.items():
+            verified[blob] = _state(snapshot / name)
         partial = self.folder / f"{VERIFIED}.partial"
-        partial.write_text("".join(f"{blob}\n" for blob in sorted(blobs)), encoding="ascii")
+        lines = [f"{blob} {state}\n" for blob, state in sorted(verified.items())]
+        partial.write_text("".join(lines), encoding="ascii")
         # Renamed once it is complete: an interrupted write must not leave half a list.
         partial.replace(self.folder / VERIFIED)
 
-    def forget_missing(self) -> None:
-        """Drop blobs that were deleted from the verified ones: once downloaded again, they must be hashed again."""
-        verified = self.verified()
-        present = {blob for blob in verified if (self.folder / _BLOBS / blob).exists()}
-        if present != verified:
-            self.keep_verified(present)
+    def _verified(self) -> dict[str, str]:
+        """The verified blobs, and the state (size and times) that each had then."""
+        file = self.folder / VERIFIED
+        verified = {}
+        if file.is_file():
+            for line in file.read_text(encoding="ascii", errors="replace").splitlines():
+                # A line of an earlier version has no state: its blob is hashed again.
+                blob, _, state = line.partition(" ")
+                verified[blob] = state
+        return verified
+
+    def remove_partial(self) -> None:
+        """Delete what killed downloads have left: no later one would take it up."""
+        from filelock import FileLock, Timeout
+
+        for file in (self.folder / _BLOBS).glob("*.incomplete"):
+            blob = file.name.partition(".")[0]
+            lock = self.folder.parent / ".locks" / self.folder.name / f"{blob}.lock"
+            # Who downloads it now holds its lock.
+            with suppress(Timeout, OSError):
+                if lock.parent.is_dir():
+                    with FileLock(lock, timeout=0):
+                        file.unlink(missing_ok=True)
+                else:
+                    file.unlink(missing_ok=True)
 
     def remove(self, file: Path, blob: str) -> None:
         """Delete a file of a snapshot and what its link leads to, so that the next download fetches it again."""
@@ -98,6 +126,13 @@ class _CachedRepository:
             blob = blobs / hashlib.sha256(content).hexdigest()
             blob.write_bytes(content)
             (snapshots / commit / name).symlink_to(os.path.relpath(blob, snapshots / commit))
+
+
+def _state(file: Path) -> str:
+    """What changes when a file does: its size and times, and which file it is."""
+    status = file.stat()
+    # Without the device, whose number differs between the machines that share a cache.
+    return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}"
 
 
 def repository(model_id: str, cache: Path | None = None) -> _CachedRepository:

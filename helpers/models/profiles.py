@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from helpers.base import settings
 from helpers.base.errors import WorkbookError, choose
 from helpers.base.files import ROOT, read_yaml
+from helpers.base.hub_variables import check_hub_variables
 from helpers.base.settings import DEFAULT_PROFILE
 from helpers.base.units import gib
 from helpers.machine import hardware
@@ -40,6 +41,7 @@ def load_profile(name: str = DEFAULT_PROFILE) -> Profile:
     Raises ProfileError for an unknown name, listing the known ones, and for a file with a wrong key or value, naming
     both.
     """
+    check_hub_variables()  # the first call of every notebook
     if name == "auto":
         return _largest(hardware.detect())
     choose(name, ["auto", *(path.stem for path in _files())], "profile", ProfileError)
@@ -126,6 +128,12 @@ def _read(file: Path) -> Profile:
         raise ProfileError(f"{file.name}: {'; '.join(mistakes)}") from error
     if set(chain.from_iterable(profile.resident)) != set(profile.models):
         raise ProfileError(f"{file.name}: resident: Name each of {', '.join(profile.models)}, and nothing else.")
+    for role, ref in profile.models.items():
+        if ref.published_format not in (None, ref.format):
+            raise ProfileError(
+                f"{file.name}: {role}.format: {ref.id} was trained on the chat format {ref.published_format!r}, not on "
+                f"{ref.format!r}, and answers badly in another. Change the format."
+            )
     return profile
 
 

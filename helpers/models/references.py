@@ -5,10 +5,21 @@ Sizes are bytes and times are seconds. ``profiles`` reads these from env/profile
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from helpers.base.units import Precision
+
+ChatFormatName = Literal["falcon-chat", "falcon-instruct", "llama-2", "chatml", "plain"]
+
+# The format that the makers of a chat model published for it, by a pattern of its name.
+_PUBLISHED_FORMATS: tuple[tuple[str, ChatFormatName], ...] = (
+    (r"falcon-(7b|40b)-instruct", "falcon-instruct"),
+    (r"falcon-180b-chat|falcon-mini-chat", "falcon-chat"),
+    (r"llama-2-\d+b-chat(-hf)?", "llama-2"),
+    (r"smollm2-.+-instruct", "chatml"),
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +32,7 @@ class ModelRef:
 
     id: str
     family: Literal["falcon", "llama"]
-    format: Literal["falcon-chat", "falcon-instruct", "llama-2", "chatml", "plain"]
+    format: ChatFormatName
     source: Literal["embedded", "package", "hub"] = "hub"
     revision: str | None = None
     file: str | None = None
@@ -40,6 +51,14 @@ class ModelRef:
     def name(self) -> str:
         """The last part of the id: ``tiiuae/falcon-180B`` -> ``falcon-180B``."""
         return self.id.rstrip("/").split("/")[-1]
+
+    @property
+    def published_format(self) -> ChatFormatName | None:
+        """The chat format that this model was trained on; None if the workbook does not know it."""
+        for pattern, form in _PUBLISHED_FORMATS:
+            if re.fullmatch(pattern, self.name, re.IGNORECASE):
+                return form
+        return None
 
     @property
     def label(self) -> str:

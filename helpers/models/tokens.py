@@ -66,7 +66,7 @@ def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
     return [token.id for token in double.tokens("\n" + text) if token.end > 1]
 
 
-def conversation_tokens(
+def _conversation_tokens(
     tokenizer: PreTrainedTokenizerBase, text: str, controls: Sequence[str], begin: str = ""
 ) -> list[Token]:
     """The tokens of a conversation's text, in which only ``controls`` are control tokens.

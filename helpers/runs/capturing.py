@@ -123,14 +123,14 @@ def _resolved(outputs: Iterable[NotebookNode], widgets: _Widgets, shown: set[str
     """
     resolved: list[NotebookNode] = []
     for output in outputs:
+        if output.get(_WIDGET) in shown or output.get(_CLEARED):
+            continue
         if _view(output):
             for widget in widgets.within(_view(output)):
                 inner = [_unmarked(captured) for captured in widget.outputs if _view(captured) != widget.comm_id]
                 resolved += _resolved(inner, _without(widgets, widget), shown)
-        elif output.get(_WIDGET) is None:
-            resolved.append(output)
-        elif output[_WIDGET] not in shown and not output.get(_CLEARED):
-            resolved.append(_unmarked(output))
+        else:
+            resolved.append(_unmarked(output) if _WIDGET in output else output)
     return resolved
 
 
@@ -139,7 +139,8 @@ def _shown_widgets(cells: Iterable[NotebookNode], widgets: _Widgets) -> set[str]
     shown: set[str] = set()
     for cell in cells:
         for output in cell.get("outputs", ()):
-            if _view(output) and output.get(_WIDGET) is None:
+            # Also a view that another widget captured is shown somewhere; its own view, nowhere.
+            if _view(output) not in ("", output.get(_WIDGET)) and not output.get(_CLEARED):
                 shown.update(widget.comm_id for widget in widgets.within(_view(output)))
     return shown
 

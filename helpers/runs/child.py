@@ -233,10 +233,12 @@ def _execute(watcher: _Watcher) -> str | None:
         _execute_cells(watcher)
     except DeadKernelError:
         watcher.kernel_died()
-    except (_Stopped, PapermillExecutionError):
-        # papermill takes each error that a cell shows for a failure, even one that the cell was tagged to raise. The
-        # watcher has judged every cell.
+    except _Stopped:
         pass
+    except PapermillExecutionError:
+        # papermill takes each error that a cell shows for a failure, even one that the cell was tagged to raise, and
+        # has put cells about it into the notebook. The watcher judged every cell, and saved the last one before that.
+        watcher.notebook = None
     watcher.save()
     if watcher.reason is None and watcher.cell < watcher.cells:
         return f"stopped after cell {watcher.cell} of {watcher.cells}"

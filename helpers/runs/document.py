@@ -40,7 +40,7 @@ class UsageError(WorkbookError):
     """A request that cannot be run as it stands: an unknown notebook, parameter, type or profile."""
 
 
-def _read_notebook(path: Path, remedy: str = "Generate it again with 'workbook render'.") -> dict[str, Any]:
+def _read_notebook(path: Path, remedy: str = "Restore it, or delete it and run 'workbook render'.") -> dict[str, Any]:
     """Return a notebook's JSON. Raises UsageError, with the remedy, for a file that is no whole notebook."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

@@ -14,12 +14,14 @@ from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
 from helpers.base.hashes import share_hashes
 from helpers.base.terminal import Terminal
-from helpers.base.text import shell_word, shortened
+from helpers.base.text import one_line, shell_word, shortened
+from helpers.base.units import PRECISIONS
 from helpers.models.checkpoint import LoadError
 from helpers.models.loaded import forget_loads, read_loads
 from helpers.runs import store
 from helpers.runs.child import _Job
 from helpers.runs.display import _display
+from helpers.runs.document import UsageError
 from helpers.runs.fetching import fetch
 from helpers.runs.folder import (
     _executed_notebook,
@@ -36,12 +38,13 @@ from helpers.runs.holding import _interrupted
 from helpers.runs.interrupts import _Stop, interruptible
 from helpers.runs.notebook import _loaded_models, _roles_to_fetch, _undeclared
 from helpers.runs.origins import _code_hash, _last_origin, _place
-from helpers.runs.preparing import _planned, _prepared, _secrets
+from helpers.runs.parameters import _parse_parameters
 from helpers.runs.recording import _forget
 from helpers.runs.redaction import _redact
-from helpers.runs.request import Request, _target
+from helpers.runs.request import Request, _check_combination, _check_machine, _chosen_profile, _plans, _resumed, _target
 from helpers.runs.resuming import _first_status, _merge_manifests, _of_another_origin, _pending
 from helpers.runs.schema import _NotebookStatus, _RehearsalFacts
+from helpers.runs.secrecy import _find_secrets
 from helpers.runs.store import _read_results, _write_manifest, _write_status
 from helpers.runs.supervision import _environment, _kept_out, _supervise
 from helpers.runs.sweeping import _sweep
@@ -109,11 +112,11 @@ def run(request: Request, *, command: Sequence[str] = (), console: Console | Non
     try:
         with interruptible() as stop:
             shown = console or Terminal()
-            raw, asked, profile, plans = _planned(request, NOTEBOOKS, shown)
+            raw, asked, profile, plans = _planned(request, shown)
             target = _target(asked, profile)
+            secrets = _secrets(raw, profile, plans, target)
             with _held(target):
                 rehearsal = _prepared(profile, target / "rehearsal", shown) if asked.rehearse else None
-                secrets = _secrets(raw, profile, plans, target)
                 session = _Session(target, profile, plans, secrets, rehearsal)
                 session.redo = asked.redo
                 result = session.run(shown, raw, command, stop)
@@ -124,6 +127,24 @@ def run(request: Request, *, command: Sequence[str] = (), console: Console | Non
                 "command."
             ) from error
     return result
+
+
+def _planned(request: Request, console: Console) -> tuple[dict[str, str], Request, Profile, list[_Plan]]:
+    """The parameters, the request with what a resumed run adds, the profile and the plans."""
+    _check_combination(request)
+    raw = _parse_parameters(request.parameters)
+    earlier: dict[str, str] = {}
+    if request.resume is not None:
+        manifest = store.read_manifest(request.resume)
+        request = _resumed(manifest, request, raw)
+        earlier = manifest.parameters
+    profile = _chosen_profile(request)
+    plans, remarks = _plans(profile, request, NOTEBOOKS, raw, earlier)
+    if not request.rehearse:
+        _check_machine(profile)
+    for remark in remarks:
+        console.print(one_line(remark), markup=False, highlight=False, soft_wrap=True)
+    return earlier | raw, request, profile, plans
 
 
 class _Session:
@@ -353,3 +374,21 @@ class _Session:
             else:
                 failed[plan.name] = entry.reason or "not run"
         return RunResult(self.folder, tuple(passed), failed, interrupted, self.kept)
+
+
+def _secrets(raw: Mapping[str, str], profile: Profile, plans: Sequence[_Plan], folder: Path) -> tuple[str, ...]:
+    """What must stand in no file of the run. Raises UsageError if the folder's own name holds a secret."""
+    public = [profile.name, *PRECISIONS, *(model.id for model in profile.models.values())]
+    for plan in plans:
+        public += [plan.name, *plan.effective]
+    secrets = _find_secrets({**os.environ, **raw}, public)
+    if _redact(folder.name, secrets) != folder.name:
+        raise UsageError("The name of the run folder holds a token or a password. Name another folder with --folder.")
+    return secrets
+
+
+def _prepared(profile: Profile, folder: Path, console: Console) -> Rehearsal:
+    from helpers.planning.rehearsal import prepare
+
+    with console.status("Planning at the true size, and making the small checkpoints"):
+        return prepare(profile, folder)

@@ -119,10 +119,15 @@ def _other_parameters(manifest: _Manifest, notebook: str, usual: Usual) -> list[
 
 
 def _real_run(run: Path) -> _Manifest:
-    """The manifest of a run. Raises ResultError for a rehearsal: nobody knows what its models should give."""
+    """The manifest of a run. Raises ResultError for a rehearsal: nobody knows what its models should give.
+
+    Raises it for a run of a reader's own notebooks too.
+    """
     manifest = store.read_manifest(run)
     if manifest.rehearsal is not None:
         raise ResultError(f"{run} is a rehearsal, whose values say nothing about the models. Give a real run.")
+    if manifest.of_own_notebooks:
+        raise ResultError(f"{run} is a run of your own notebooks, for which there are no expected values.")
     return manifest
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError, choose
 from helpers.base.settings import DEFAULT_PROFILE
+from helpers.base.text import shell_word
 from helpers.base.units import PRECISIONS
 from helpers.models.loaded import read_loads
 from helpers.models.profiles import available, load_profile
@@ -111,9 +112,10 @@ def _different(paths: Sequence[Path]) -> list[Path]:
         if not path.stem.isprintable():
             raise UsageError(f"The name {path.name!r} holds characters that cannot be shown. Rename the notebook.")
         # Of another case is the same name on some systems, and it names files of the run.
-        other = seen.setdefault(path.stem.casefold(), path)
-        if other is not path:
-            raise UsageError(f"{path} and {other} have the same name. Rename one, or run them apart.")
+        name = path.stem.casefold()
+        if name in seen:
+            raise UsageError(f"{path} and {seen[name]} have the same name. Rename one, or run them apart.")
+        seen[name] = path
     return list(seen.values())
 
 
@@ -147,7 +149,7 @@ def _check_prefix(prefix: str, names: Sequence[str], found: Mapping[str, Path], 
         if name.startswith(prefix) and path.is_file():
             raise UsageError(
                 f"Profile {profile.name} sets no time budget for {name}. Add one to the profile's file, or run the "
-                f"notebook as your own: workbook run --notebook {path}"
+                f"notebook as your own: workbook run --notebook {shell_word(path)}"
             )
     choose(prefix, names, "notebook whose name starts with", UsageError)
 

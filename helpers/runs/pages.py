@@ -6,13 +6,14 @@ The report and the comparison of two runs are made with the same templates, in t
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError
 from helpers.base.files import write_text
-from helpers.runs.execution import NOTEBOOKS
 from helpers.runs.folder import _executed_notebook
+from helpers.runs.outputs import _presentable
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 ROLES = {"falcon": "Falcon, base", "falcon_chat": "Falcon, chat", "llama_chat": "Llama, chat"}
 _TEMPLATES = Path(__file__).parent / "templates"
-# Of what an output offers, the first of these is shown. Widgets and scripts would need a kernel or a network.
-_SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
+# The forms of an output that ``outputs`` leaves.
+_SHOWN = ["text/html", "image/png", "image/jpeg", "text/plain"]
 _NOTEBOOK_LINK = re.compile(r"\]\(([\w.-]+)\.ipynb(#[^)\s]*)?\)")
 
 
@@ -74,23 +75,29 @@ def _exporter() -> HTMLExporter:
     from nbconvert import HTMLExporter
     from traitlets.config import Config
 
-    return HTMLExporter(
+    exporter = HTMLExporter(
         config=Config(NbConvertBase={"display_data_priority": _SHOWN}),
         extra_template_paths=[str(_TEMPLATES)],
         template_file="notebook.html.j2",
-        embed_images=True,
-        exclude_anchor_links=True,
     )
+    # ``outputs`` has made it HTML.
+    exporter.register_filter("markdown2html", _unchanged)
+    return exporter
+
+
+def _unchanged(text: str) -> str:
+    return text
 
 
 def _page(exporter: HTMLExporter, path: Path, run: str, pages: Container[str]) -> str:
     import nbformat
 
-    notebook = _linked(nbformat.read(path, as_version=4), pages)
-    # Images are embedded from where the committed notebook lies, not from the run folder.
-    resources = {"metadata": {"name": path.stem, "path": str(NOTEBOOKS)}, "run": run}
+    with warnings.catch_warnings():  # such as of two cells of one id, which no page shows
+        warnings.simplefilter("ignore")
+        notebook = _linked(nbformat.read(path, as_version=4), pages)
+    resources = {"metadata": {"name": path.stem}, "run": run}
     page: str
-    page, _ = exporter.from_notebook_node(notebook, resources=resources)
+    page, _ = exporter.from_notebook_node(_presentable(notebook, path.stem), resources=resources)
     return page
 
 

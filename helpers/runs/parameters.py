@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from helpers.base.text import is_blank, well_formed
 from helpers.runs.document import UsageError, _metadata, _source, _tags
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class _Limits(BaseModel):
     def permit(self, value: object) -> bool:
         """True if a value of the right type is within the limits."""
         if isinstance(value, str):
-            return self.blank or not _is_blank(value)
+            return self.blank or not is_blank(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             return True
         return (
@@ -120,7 +121,7 @@ class _Parameter:
         return value
 
     def _refusal(self, value: object) -> str:
-        shown = ascii(value) if _is_torn(value) else repr(value)
+        shown = repr(value)
         if len(shown) > _SHOWN_LETTERS:
             shown = f"{shown[:_SHOWN_LETTERS]}... ({len(shown)} characters)"
         return f"The parameter {self.name} must be {self._wanted()}, not {shown}."
@@ -295,7 +296,7 @@ def _from_json(text: str) -> object:
 
 def _check(value: object) -> None:
     """Raise ValueError for a value that no notebook can use: not finite, beyond 64 bits, half a character, too long."""
-    if isinstance(value, str) and (_is_torn(value) or len(value) > MOST_LETTERS):
+    if isinstance(value, str) and (not well_formed(value) or len(value) > MOST_LETTERS):
         raise ValueError("not a text")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("not finite")
@@ -319,13 +320,3 @@ def _check_items(value: object, default: object) -> None:
         kinds = {float, int}
     if kinds and any(type(item) not in kinds for item in value):
         raise ValueError("items of another type")
-
-
-def _is_torn(value: object) -> bool:
-    """True for a text with half of a surrogate pair, which no file in UTF-8 can hold."""
-    return isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value)
-
-
-def _is_blank(text: str) -> bool:
-    # Zero-width characters are not printable, and count as blank too.
-    return not any(letter.isprintable() and not letter.isspace() for letter in text)

@@ -53,7 +53,7 @@ def _own_paths(folder: Path) -> Iterator[Path]:
 
 
 def _check_names(names: Iterable[str], file: Path) -> None:
-    """Raise OutsideError if a notebook's or profile's name in a file of the run is not plain: it becomes a path."""
+    """Raise OutsideError if the name of a notebook or profile in a file of the run is more than a name."""
     for name in names:
         if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
             raise OutsideError(

@@ -8,6 +8,7 @@ without a run, values are compared and shown, and kept only in memory.
 
 from __future__ import annotations
 
+import hashlib
 import html
 import math
 import re
@@ -150,7 +151,7 @@ def record_figure(name: str, figure: Figure) -> Figure:
     """Save a figure as ``figures/<notebook>_<name>.png`` of the run and return it, so that the cell shows it."""
     folder, notebook = settings.run_folder(), settings.notebook_name()
     if folder is not None:
-        path = folder / "figures" / f"{notebook}_{re.sub(r'[^a-zA-Z0-9.-]+', '-', name)}.png"
+        path = folder / "figures" / f"{notebook}_{_file_part(name)}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # it may be a link, or another name of a file elsewhere
         # Without the name of the software, which holds matplotlib's version, equal figures are equal files.
@@ -161,6 +162,17 @@ def record_figure(name: str, figure: Figure) -> Figure:
         # Otherwise the inline backend shows a pyplot figure a second time.
         pyplot.close(figure)
     return figure
+
+
+def _file_part(name: str) -> str:
+    """A name as a part of a file name, another one for every name, also where case or accents do not count.
+
+    Small letters, digits, dots and underscores stay, with "-" for "_". Other names end with a part of their hash.
+    """
+    plain = re.sub(r"[^a-z0-9.]+", "-", name.lower())[:80]
+    if re.fullmatch(r"[a-z0-9._]{1,80}", name):
+        return name.replace("_", "-")
+    return f"{plain}~{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:10]}"
 
 
 def recorded() -> DataFrame:

@@ -22,7 +22,7 @@ from helpers.runs.secrecy import (
     _NAMED,
     _TOKEN,
     REDACTED,
-    TOKEN_SHAPES,
+    TOKENS_OF_A_LENGTH,
     _find_secrets,
     _is_token,
     _looks_secret,
@@ -35,6 +35,7 @@ _HINT = re.compile(
     r"|npm_|pypi-|SG\.|do[opr]_v1|dckr_|dapi|hv[sbr]\.|r8_|gsk_|xai-|nvapi-|pplx-|ATATT3|lsv2_|eyJ|aGZf|://|[?&;]\w"
     r"|PRIVATE KEY|uthorization|UTHORIZATION|[Bb]earer|BEARER|-[Kk]ey|-KEY|-[Tt]oken|-TOKEN|password"
 )
+_EXACT = re.compile(r"hf_[A-Za-z0-9]{34}|gh[pousr]_[A-Za-z0-9]{36}")
 _KEY_BEGIN = re.compile(r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
 _KEY_END = re.compile(r"-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
 _LONGEST_KEY = 20_000
@@ -140,8 +141,7 @@ class _Hider:
     def in_binary(self) -> re.Pattern[bytes]:
         """What no binary file may hold: long secrets, and tokens."""
         literal = [re.escape(form).encode() for form in self._long if len(form) >= _LONG_WORD]
-        shapes = [rb"(?<![A-Za-z0-9])(?:" + shape.encode() + rb")(?![A-Za-z0-9])" for shape in TOKEN_SHAPES]
-        return re.compile(b"|".join([*literal, *shapes]))
+        return re.compile(b"|".join([*literal, *TOKENS_OF_A_LENGTH]))
 
 
 @functools.lru_cache(maxsize=8)
@@ -249,8 +249,9 @@ def _without_shapes(text: str) -> str:
 
 
 def _hidden_token(match: re.Match[str]) -> str:
-    # Within a longer word, as in base64, it is there by chance.
-    if _begins_token(match.string, match.start()) and _is_token(match.group()):
+    # Within a longer word, as in base64, it is there by chance, but for a token of exactly this length.
+    whole = _EXACT.fullmatch(match.group()) or _begins_token(match.string, match.start())
+    if whole and _is_token(match.group()):
         return REDACTED
     return match.group()
 

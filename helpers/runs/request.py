@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError, choose
 from helpers.base.settings import DEFAULT_PROFILE
-from helpers.base.text import shell_word
+from helpers.base.text import shell_word, well_formed
 from helpers.models.references import Profile
 from helpers.runs.document import UsageError
 from helpers.runs.folder import _new_folder
-from helpers.runs.notebook import _plan_run
+from helpers.runs.notebook import _left_out, _plan_own, _plan_run
 from helpers.runs.secrecy import REDACTED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from helpers.runs.notebook import _Plan
     from helpers.runs.schema import _Manifest
 
 
@@ -86,7 +87,7 @@ def _own_again(earlier: Mapping[str, str], request: Request) -> list[Path]:
         if not path.is_file():
             raise UsageError(
                 f"The notebook {path} of this run is not there any more. If it moved, say where it is: "
-                f"workbook run --resume {request.resume} --notebook PATH"
+                f"workbook run --resume {shell_word(request.resume)} --notebook PATH"
             )
     return chosen
 
@@ -95,6 +96,22 @@ def _check_combination(request: Request) -> None:
     """Raise UsageError for options that contradict each other."""
     if request.own and request.only and request.resume is None:
         raise UsageError("--only chooses notebooks of the workbook. Leave it out, or leave out --notebook.")
+
+
+def _plans(
+    profile: Profile, request: Request, notebooks: Path, raw: Mapping[str, str], earlier: Mapping[str, str]
+) -> tuple[list[_Plan], list[str]]:
+    """The planned notebooks, and what to say of them before they run.
+
+    ``notebooks`` is the folder of the workbook's, if the request names no other.
+    """
+    if request.own:
+        plans = _plan_own(profile, request.own, raw, earlier)
+        return plans, [plan.remark for plan in plans]
+    folder = request.notebooks or notebooks
+    plans = _plan_run(profile, folder, request.only, raw, earlier)
+    left_out = None if request.only else _left_out(folder, profile)
+    return plans, [left_out] if left_out else []
 
 
 def _chosen_profile(request: Request) -> Profile:
@@ -136,7 +153,11 @@ def _target(request: Request, profile: Profile) -> Path:
     if folder and any((folder / name).exists() for name in ("manifest.json", "status.json")):
         raise UsageError(f"{folder} already holds a run. Resume it with --resume, or name another folder.")
     name = f"{profile.name}-rehearsal" if request.rehearse else profile.name
-    return (request.resume or folder or _new_folder(name)).absolute()
+    target = (request.resume or folder or _new_folder(name)).resolve()
+    # The run's files are in UTF-8, and name their folder.
+    if not well_formed(str(target)):
+        raise UsageError(f"The folder {target} has bytes in its name that are not UTF-8. Name another folder.")
+    return target
 
 
 def usual_parameters(profile: str, notebooks: Path) -> dict[str, dict[str, object]]:

@@ -350,3 +350,8 @@ class _Manifest(_Part):
             if facts.origin is not None and facts.origin >= len(self.origins):
                 raise ValueError(f"the origin of {name} is not in the list of origins")
         return self
+
+    @property
+    def of_own_notebooks(self) -> bool:
+        """True if the run is of a reader's own notebooks."""
+        return any(notebook.own for notebook in self.notebooks.values())

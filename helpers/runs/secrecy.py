@@ -67,14 +67,25 @@ TOKEN_SHAPES = (
     r"eyJ[\w-]{8,4000}\.[\w-]{8,8000}\.[\w-]{0,2000}",  # a JSON web token
     r"aGZf[A-Za-z0-9+/]{40,88}={0,2}",  # hf_..., in base64
 )
+# In a binary file the next character may belong to something else: only tokens of one length.
+TOKENS_OF_A_LENGTH = (
+    rb"hf[_-][A-Za-z0-9]{34}",
+    rb"gh[pousr]_[A-Za-z0-9]{36}",
+    rb"github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59}",
+    rb"glpat-[\w-]{20}",
+    rb"A(?:KI|SI)A[A-Z0-9]{16}",
+    rb"AIza[\w-]{35}",
+    rb"npm_[A-Za-z0-9]{36}",
+)
 _TOKEN = re.compile(f"(?:{'|'.join(TOKEN_SHAPES)})(?![A-Za-z0-9])")
 _USER_INFO = re.compile(r"://([^/?#\s\"'<>]{1,1024})@")
 _PAIR = re.compile(
-    r"([\w.-]{0,40}(?:token|secret|key|password|passwd|passphrase|auth)[\w.-]{0,16})"
-    r"[\"']?\s{0,4}[:=\s]\s{0,4}[\"']?([^\s\"',;}]{4,4096})",
+    # A look ahead, because in "login me password x" each word may be a name.
+    r"(?<![\w.-])(?=([\w.-]{0,40}(?:token|secret|key|password|passwd|passphrase|auth)[\w.-]{0,16})"
+    r"[\"']?\s{0,4}[:=\s]\s{0,4}[\"']?([^\s\"',;}]{4,4096}))",
     re.I,
 )
-_PART = re.compile(r"\d{0,8}([A-Za-z]{0,20})\d{0,4}[A-Za-z]{0,3}")
+_PART = re.compile(r"\d{0,8}([A-Za-z]{0,20})\d{0,8}[A-Za-z]{0,3}")
 _BETWEEN_PARTS = re.compile(r"[-_./:=,; ]+")
 _HUMP = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[A-Z]")
 _NUMBER = re.compile(r"[-+\d.,:_/ ]+|[-+\d.]+[eE][-+]?\d+|0[xX][0-9a-fA-F]{1,16}")

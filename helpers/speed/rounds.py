@@ -7,6 +7,7 @@ From the top: ``_rows`` takes the cases one after the other, ``_round`` lets the
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import statistics
 import sys
@@ -212,6 +213,8 @@ class _Measurement:
         with self._giving_up():
             first = self.seat.ask({"do": "run", "new_tokens": 1}, self.case)["seconds"]
             whole = self.seat.ask({"do": "run", "new_tokens": self.case.new_tokens}, self.case)["seconds"]
+            if not (0 < first < math.inf and 0 < whole < math.inf):
+                raise EngineError(f"it reported runs of {first} and {whole} seconds, which cannot be")
             self.times.append((first, whole))
 
     def finished(self) -> _Row:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from helpers.base.errors import WorkbookError, first_names
 from helpers.base.files import read_json, write_json
 from helpers.base.hashes import HASHES, write_hashes
+from helpers.base.text import well_formed
 from helpers.models import finding, loading
 from helpers.models.checkpoint import LoadError, content_hashes
 from helpers.models.references import ModelRef
@@ -126,6 +127,8 @@ class _Identity:
         """
         if out_dir.exists() and not out_dir.is_dir():
             raise FinetuneError(f"{out_dir} is a file. Choose a folder.")
+        if not well_formed(str(out_dir.absolute())):
+            raise FinetuneError(f"{out_dir} has bytes in its name that are not UTF-8. Choose another folder.")
         saved = _read_identity(out_dir / IDENTITY_FILE)
         if saved is None:
             self._check_unknown(out_dir)
@@ -172,6 +175,8 @@ def _save_adapter(model: PeftModel, identity: _Identity, out_dir: Path) -> None:
             f"The adapter was not saved: {len(wrong)} of its tensors hold a nan or an infinity, such as "
             f"{first_names(wrong, 1)}. Lower learning_rate, or look for what is unusual in the data."
         )
+    from safetensors import SafetensorError
+
     saving = out_dir / ".saving"
     try:
         shutil.rmtree(saving, ignore_errors=True)
@@ -183,7 +188,7 @@ def _save_adapter(model: PeftModel, identity: _Identity, out_dir: Path) -> None:
         saving.rmdir()
         identity.write(out_dir, tensors)
         write_hashes(out_dir, identity.label)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         shutil.rmtree(saving, ignore_errors=True)
         raise TrainingStoppedError(
             f"The adapter could not be written to {out_dir}: {error}. Free some disk space or repair the folder, and "
@@ -225,7 +230,10 @@ def _checked_identity(adapter_dir: Path) -> _Identity:
         ) from error
     if not tensors:
         raise FinetuneError(f"The fine-tune in {adapter_dir} is not finished. Repeat its call, which continues it.")
-    found = _weight_faults(adapter_dir, identity, tensors) or _damage(adapter_dir, identity.label)
+    found = _damage(adapter_dir)
+    # If the identity is as it was written, it tells what is wrong with the others.
+    if not any(phrase.startswith((IDENTITY_FILE, HASHES)) for phrase in found):
+        found = _weight_faults(adapter_dir, identity, tensors) or found or _damage(adapter_dir, identity.label)
     if found:
         raise FinetuneError(
             f"The adapter in {adapter_dir} is not the one that was saved: {'; '.join(found)}. Restore its files, or "
@@ -245,7 +253,7 @@ def _weight_faults(adapter_dir: Path, identity: _Identity, tensors: _Tensors) ->
             if config.get(name) != identity.recipe[own]:
                 found.append(f"{own} is {config.get(name)} in {_CONFIG}, not {identity.recipe[own]}")
         actual = _tensors(adapter_dir / _WEIGHTS, finite=True)
-    except (WorkbookError, OSError, SafetensorError, KeyError, AttributeError) as error:
+    except (WorkbookError, OSError, ValueError, SafetensorError, KeyError, AttributeError) as error:
         return [*found, str(error).rstrip(".")]
     kinds = {
         "missing": tensors.keys() - actual,

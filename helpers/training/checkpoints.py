@@ -101,22 +101,22 @@ def _careful(of: str) -> TrainerCallback:
 
 
 def _explained(error: Exception, folder: Path) -> TrainingStoppedError | None:
-    """The error of a checkpoint that could not be written, whose remains are removed; None if none is unfinished."""
+    """The error of a checkpoint that could not be written, whose remains are removed; None for any other error."""
     unfinished = [checkpoint for checkpoint in _checkpoints(folder) if not (checkpoint / HASHES).exists()]
-    if not unfinished:
+    # The data are in memory, so that an error of the disk is one of writing, wherever it comes from.
+    if not unfinished and not isinstance(error, OSError):
         return None
-    step = _step(unfinished[-1])
     for checkpoint in unfinished:
         shutil.rmtree(checkpoint, ignore_errors=True)
     return TrainingStoppedError(
-        f"The checkpoint of step {step} could not be written to {folder}: {error}. Earlier ones are kept. Free some "
-        "disk space or repair the folder, and repeat the call: it continues from the last checkpoint."
+        f"A checkpoint could not be written to {folder}: {error}. Earlier ones are kept. Free some disk space or repair "
+        "the folder, and repeat the call: it continues from the last checkpoint."
     )
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder in the order of their steps."""
-    found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and path.name[len(_PREFIX) :].isdecimal()]
+    """The checkpoints of a folder in the order of their steps, and whatever has the name of one."""
+    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdecimal()]
     # by number: in the order of text, 100 comes before 20
     return sorted(found, key=_step)
 

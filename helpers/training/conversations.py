@@ -119,12 +119,13 @@ def _select(loaded: Loaded, conversations: Sequence[Conversation]) -> _Selected:
     _check_conversations(conversations)
     closers = (*loaded.format.control_strings, loaded.tokenizer.eos_token or "")
     limit = context_tokens(loaded)
+    most = limit * max(map(len, loaded.tokenizer.get_vocab()))  # characters, if every token were the longest one
     made: list[Example] = []
     blank = too_long = 0
     for conversation in conversations:
         spoken = _spoken(conversation, closers)
         blank += len(_replies(conversation)) - len(_replies(spoken))
-        fitting = _fitting(loaded, spoken, limit)
+        fitting = _fitting(loaded, spoken, limit, most)
         too_long += len(_replies(spoken)) - len(fitting)
         made += fitting
     if not made:
@@ -135,10 +136,17 @@ def _select(loaded: Loaded, conversations: Sequence[Conversation]) -> _Selected:
     return _Selected(made, blank, too_long)
 
 
-def _fitting(loaded: Loaded, conversation: Conversation, limit: int) -> list[Example]:
-    """The examples of a conversation's replies, up to the first one that does not fit the context."""
+def _fitting(loaded: Loaded, conversation: Conversation, limit: int, most: int) -> list[Example]:
+    """The examples of a conversation's replies, up to the first one that does not fit the context of ``limit`` tokens.
+
+    What has more than ``most`` characters cannot fit, and is not even encoded: megabytes would take a minute.
+    """
     made: list[Example] = []
+    characters = 0
     for position, message in enumerate(conversation):
+        characters += len(message["content"])
+        if characters > most:
+            break
         if message["role"] == "assistant":
             example = _example(loaded, conversation[: position + 1])
             # What follows is longer still: to encode it would cost the square of a long conversation.
@@ -228,16 +236,16 @@ def _spoken(conversation: Conversation, closers: Sequence[str]) -> list[Message]
 
 def _without_closers(reply: str, closers: Sequence[str]) -> str:
     """A reply without white space around it and without the control strings that close it, however many there are."""
-    end = before = len(reply)
+    end = len(reply)
     while True:
-        while end > 0 and reply[end - 1].isspace():
-            end -= 1
-        for closer in closers:
-            if closer and reply.endswith(closer, 0, end):
-                end -= len(closer)
-        if end == before:
-            return reply[:end].lstrip()
-        before = end
+        # What nobody can see may stand behind a closing string; at the end of words it may belong to an emoji.
+        visible = end
+        while visible > 0 and is_blank(reply[visible - 1]):
+            visible -= 1
+        closer = next((text for text in closers if text and reply.endswith(text, 0, visible)), None)
+        if closer is None:
+            return reply[:end].strip()
+        end = visible - len(closer)
 
 
 def _example(loaded: Loaded, messages: Conversation) -> Example:

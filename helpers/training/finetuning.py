@@ -132,8 +132,6 @@ def _trainer(
 
 def _train(trainer: SFTTrainer, checkpoint: Path | None, out_dir: Path, history: list[Point]) -> float:
     """Train and leave the model ready for inference; return the seconds of the training."""
-    from safetensors import SafetensorError
-
     started = time.perf_counter()
     try:
         if checkpoint is not None and _is_finished(checkpoint):
@@ -141,7 +139,10 @@ def _train(trainer: SFTTrainer, checkpoint: Path | None, out_dir: Path, history:
             history.extend(_restore(trainer, checkpoint))
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except FinetuneError:
+        raise
+    # The libraries raise all kinds of errors for a full disk, among them the plainest.
+    except Exception as error:
         if explained := _explained(error, out_dir / "checkpoints"):
             raise explained from error
         raise

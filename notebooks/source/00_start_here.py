@@ -253,8 +253,10 @@ pd.DataFrame(rows, columns=["profile", "on this machine"]).set_index("profile")
 
 # %%
 bandwidth = machine.memory_bandwidth()
-rows = [(p, f"{bandwidth / machine.weight_bytes(config, p):.3f}") for p in ("bf16", "int8", "nf4")]
-print(f"{bandwidth / 1e9:.0f} GB/s of memory bandwidth")
+rows = [
+    (p, f"{bandwidth.best / machine.weight_bytes(config, p):.3f}") for p in ("bf16", "int8", "nf4")
+]
+print(f"memory bandwidth: {bandwidth}")
 pd.DataFrame(rows, columns=["precision", "tokens/s at most"]).set_index("precision")
 
 # %% [markdown]

@@ -217,9 +217,10 @@ runs.record_all(values)
 # ## 7 · The price in quality
 #
 # *Perplexity* is the exponential of the mean negative log-likelihood of a token: 10 means that the model is as unsure as if it
-# chose among 10 tokens. *Bits per byte* divides by the bytes of the text instead, so it can compare models with different
-# vocabularies. In a *task* the model chooses an ending: the one it finds most likely (notebook 04 does one item by hand). The
-# first cell measures a story on which falcon-mini was not trained, in plain PyTorch.
+# chose among 10 tokens. Each text follows the token that began a document in training. *Bits per byte* divides by the bytes of the
+# text instead, so it can compare models with different vocabularies. In a *task* the model chooses an ending: the one it finds most
+# likely (notebook 04 does one item by hand). The first cell measures a story on which falcon-mini was not trained, in plain
+# PyTorch.
 #
 # `evaluation.evaluate` runs EleutherAI's lm-evaluation-harness on the first items of `story_endings` and `short_facts`.
 # `evaluation.measure_precisions` measures bytes, logits, texts, tasks and the speeds of section 8 for every precision of this

@@ -40,6 +40,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from helpers import evaluation, exercises, figures, machine, models, panels, runs
+from helpers.base import known
 from helpers.generation import Sampling
 from helpers.runs import Measured
 
@@ -105,7 +106,8 @@ units = {"tokens_per_second": "tokens/s", "first_token": "s", "weights": "MiB"}
 values = {}
 for side in talk.sides:
     for name, column in columns.items():
-        value = round(table.loc[side, column], 3)
+        # A model whose replies are empty has no speed, which is recorded as such.
+        value = known(table.loc[side, column], "none: no reply has a second token", 3)
         values[f"{side}_{name}"] = Measured(value, units[name], model=talk.labels[side])
 runs.record_all(values)
 

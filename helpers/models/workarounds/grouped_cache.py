@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from threading import RLock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch.nn import functional as F
@@ -31,6 +31,7 @@ from transformers.models.falcon.modeling_falcon import (
     build_alibi_tensor,
 )
 
+from helpers.base.errors import WorkbookError
 from helpers.models.workarounds.rebinding import rebound
 
 if TYPE_CHECKING:
@@ -146,9 +147,10 @@ class _GroupedFalconAttention(FalconAttention):
         mask = self._by_group(mask)
         grouped = _split(query, self.num_kv_heads)
         scores = grouped @ key[:, :, None].transpose(-1, -2) / math.sqrt(self.head_dim)
-        weights = F.softmax(_masked(scores, mask), dim=-1, dtype=torch.float32).to(query.dtype)
-        dropped = F.dropout(weights, self._dropout())
-        return (dropped @ value[:, :, None]).flatten(1, 2), weights.flatten(1, 2)
+        weights = F.softmax(_masked(scores, mask), dim=-1, dtype=torch.float32).to(query.dtype).flatten(1, 2)
+        # The weights that are returned are those that are used: their gradient is the output's.
+        dropped = _split(F.dropout(weights, self._dropout()), self.num_kv_heads)
+        return (dropped @ value[:, :, None]).flatten(1, 2), weights
 
     def _by_group(self, mask: torch.Tensor) -> torch.Tensor:
         """Reshape (batch, 1 or heads, queries, keys) to (batch, 1 or key-value heads, group, queries, keys)."""
@@ -188,7 +190,8 @@ class _GroupedFalconModel(FalconModel):
         """As ``FalconModel.forward``, except that texts whose ``position_ids`` start again do not see each other.
 
         Such packed texts are recognised if neither a mask nor a cache is given, as in the library's Llama.
-        Raises ValueError unless exactly one of ``input_ids`` and ``inputs_embeds`` is given.
+        Raises ValueError unless exactly one of ``input_ids`` and ``inputs_embeds`` is given, WorkbookError for a cache
+        of other heads.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -200,6 +203,7 @@ class _GroupedFalconModel(FalconModel):
             hidden_states=self._setting("output_hidden_states", output_hidden_states),
             as_dict=self._setting("return_dict", return_dict),
         )
+        self._check_cache(past_key_values)
         embeds = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         mask = self._mask(embeds, attention_mask, past_key_values, position_ids, outputs.attentions)
         # After the mask, because packed texts are recognised by the absence of a cache.
@@ -213,6 +217,19 @@ class _GroupedFalconModel(FalconModel):
     def _setting(self, name: str, given: bool | None) -> bool:
         """A flag of a call; the configuration's if the call leaves it open."""
         return bool(getattr(self.config, name)) if given is None else given
+
+    def _check_cache(self, cache: Cache | None) -> None:
+        """Refuse a cache of all query heads, as peft's prefix tuning makes for Falcon. Raises WorkbookError."""
+        keys = getattr(cache.layers[0], "keys", None) if cache is not None and len(cache.layers) else None
+        # The module's number and not the configuration's, because tensor parallelism changes it.
+        own = cast("FalconAttention", self.h[0].self_attention).num_kv_heads
+        if own is None or keys is None or keys.dim() != 4 or keys.shape[1] == own:
+            return
+        raise WorkbookError(
+            f"The cache holds {keys.shape[1]} heads, and this model keeps its {own} key-value heads alone. Load the "
+            "model with grouped_cache=False; for prefix tuning you may instead give PrefixTuningConfig "
+            f"num_attention_heads={own} and token_dim={own * keys.shape[-1]}."
+        )
 
     def _decoded(
         self,

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 RECIPE = ROOT / "env" / "models" / "falcon-mini" / "recipe.yaml"
 STAGES = ("tokenizer", "base", "chat")
 _CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m['role']=='system' %}{{ 'System: ' + m['content'] + '\\n' }}"
+    "{% for m in messages %}{% if m['role']=='system' %}{% if m['content'].strip() %}"
+    "{{ 'System: ' + m['content'] + '\\n' }}{% endif %}"
     "{% elif m['role']=='user' %}{{ 'User: ' + m['content'] + '\\n' }}"
     "{% elif m['role']=='assistant' %}{{ 'Falcon: ' + m['content'] + '\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Falcon:' }}{% endif %}"

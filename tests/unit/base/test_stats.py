@@ -141,7 +141,7 @@ def test_the_score_interval_ends_where_the_score_test_rejects(counts):
 
 @pytest.mark.parametrize("pairs", [2, 12, 100])
 def test_outcomes_that_all_differ_leave_a_width(pairs):
-    """B3: only the first is right, every time. By hand: the score test with q = (1 - d) / 2 ends at 1 - 2z²/(n + z²)."""
+    """B3: only the first is right, every time. By hand: the score test, q = (1 - d) / 2, ends at 1 - 2z²/(n + z²)."""
     low = 1 - 2 * 1.959964**2 / (pairs + 1.959964**2)
     found = base.paired_difference([1] * pairs, [0] * pairs)
     assert (found.low, found.estimate, found.high) == pytest.approx((low, 1, 1), abs=1e-4)

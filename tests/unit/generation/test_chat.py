@@ -1,9 +1,11 @@
 """The conversation: what the model is shown, what is kept, what is saved."""
 
+import copy
 import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from helpers.base import WorkbookError
 from helpers.generation import Chat, Sampling, generate, play
@@ -194,6 +196,64 @@ def test_play_shows_each_reply_as_it_comes(chat):
     shown = []
     replies = play(chat, ["One?", "Two?"], lambda question, reply: shown.append((question, reply, len(chat.messages))))
     assert shown == [("One?", replies[0], 3), ("Two?", replies[1], 5)]
+
+
+def writing(loaded, *texts):
+    """The model, whose logits are forced so that it writes these texts, one for each prompt."""
+    model = copy.deepcopy(loaded.model)
+    rows = iter([[*loaded.tokenizer.encode(text, split_special_tokens=True), 0] for text in texts])
+    left = []
+
+    def force(_module, _inputs, options, output):
+        if options["input_ids"].shape[1] > 1:  # a prompt is read
+            left[:] = next(rows)
+        output.logits = torch.full_like(output.logits, -1e4)
+        output.logits[:, -1, left.pop(0)] = 0
+        return output
+
+    model.register_forward_hook(force, with_kwargs=True)
+    return replace(loaded, model=model)
+
+
+GREEDY = Sampling(temperature=0, max_new_tokens=12)
+
+
+def test_the_history_holds_what_the_format_was_trained_on(tiny_loaded):
+    """A4"""
+    chat = Chat(writing(tiny_loaded, " Fine.\n\nUser: x", "\n I see. "), sampling=GREEDY)
+    assert chat.ask("How are you?").text == "Fine."
+    assert "".join(chat.stream("And now?")) == "I see."
+    assert chat.prompt("So?") == "User: How are you?\nFalcon: Fine.\nUser: And now?\nFalcon: I see.\nUser: So?\nFalcon:"
+
+
+@pytest.mark.parametrize("nothing", ["\nUser: x", "", " \n ", "\u200b", "\u00a0\nUser:"])
+def test_a_blank_reply_is_kept_in_the_transcript_and_not_shown_to_the_model(tiny_loaded, tmp_path, nothing):
+    """A3, A4: and the seeds count it, so that the same question is not drawn alike for ever."""
+    chat = Chat(writing(tiny_loaded, " Fine.", nothing), system="S", sampling=GREEDY)
+    chat.ask("One?")
+    chat.ask("Two?")
+    assert chat.prompt("Three?") == "System: S\nUser: One?\nFalcon: Fine.\nUser: Three?\nFalcon:"
+    assert [message["content"] for message in chat.messages] == ["S", "One?", "Fine."]
+    assert [message["content"] for message in chat.transcript][:4] == ["S", "One?", "Fine.", "Two?"]
+    assert chat._turn_sampling().seed == GREEDY.seed + 2
+    chat.save(tmp_path / "chat.json")
+    assert Chat.load(tmp_path / "chat.json", tiny_loaded).transcript == chat.transcript
+
+
+def test_turns_with_a_blank_reply_are_not_shown_to_the_model(tiny_loaded):
+    """A3: also in messages that a caller keeps."""
+    question = {"role": "user", "content": "Two?"}
+    blank = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "\u200b"}, question]
+    assert generate(tiny_loaded, blank, GREEDY).prompt_tokens == generate(tiny_loaded, [question], GREEDY).prompt_tokens
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n\t", "\u00a0", "\u200b", "\ufeff\u2060"])
+def test_a_blank_question_is_refused(tiny_loaded, blank):
+    """A3"""
+    with pytest.raises(WorkbookError, match="blank"):
+        Chat(tiny_loaded).ask(blank)
+    with pytest.raises(WorkbookError, match="blank"):
+        generate(tiny_loaded, [{"role": "user", "content": blank}], GREEDY)
 
 
 @pytest.mark.parametrize("fault", ["a half character", "a folder in its place", "no folder"])

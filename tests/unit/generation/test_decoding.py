@@ -1,6 +1,7 @@
 """Ways of decoding: each says what transformers' own greedy decoding says, and each is what its name says."""
 
 import copy
+import re
 import shutil
 from dataclasses import replace
 from functools import cache
@@ -194,6 +195,21 @@ def test_a_draft_with_another_vocabulary_is_refused(mini):
     llama = models.load(load_profile("laptop").llama_chat, "bf16")
     with pytest.raises(WorkbookError, match="their vocabularies differ"):
         generation.generate(mini, "A dog", GREEDY, decoding=Decoding("speculative", llama))
+
+
+@pytest.mark.parametrize("padded", ["draft", "model"])
+def test_rows_that_pad_the_vocabulary_are_refused_until_the_advice_is_taken(mini, padded):
+    """E10: 4,112 rows for 4,096 tokens, as some published checkpoints have; the reply is then that without a draft."""
+    rows = {"model": 4096, "draft": 4096} | {padded: 4112}
+    model, draft = shallow(mini, 4), shallow(mini, 1)
+    model.model.resize_token_embeddings(rows["model"])
+    draft.model.resize_token_embeddings(rows["draft"])
+    way = Decoding("speculative", draft)
+    expected = generation.generate(model, PROMPTS[0], GREEDY).text
+    with pytest.raises(WorkbookError, match=r"rows, and the model's") as caught:
+        generation.generate(model, PROMPTS[0], GREEDY, decoding=way)
+    exec(re.search(r"draft\.model\.resize_token_embeddings\(.*?\)", str(caught.value))[0], {"draft": draft})
+    assert generation.generate(model, PROMPTS[0], GREEDY, decoding=way).text == expected
 
 
 def test_what_cannot_be_compiled_says_why_and_a_profile_falls_back(tiny_loaded, monkeypatch):

@@ -325,18 +325,36 @@ def test_a_broken_character_before_a_stop_string_is_left_out(tiny_loaded):
     assert "".join(pieces) == reply.text == "Fine"
 
 
-def test_a_continuation_keeps_the_space_that_sentencepiece_decoders_drop():
-    from tokenizers import Tokenizer, decoders, models
+def byte_fallback_tokenizer():
+    """A tokenizer as Llama-2's, with three words and all bytes: every other character is several tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<unk>", "▁live", "▁in", "▁Portugal", *(f"<0x{byte:02X}>" for byte in "🦅".encode())]
+    words = ["<unk>", "▁live", "▁in", "▁Portugal", "▁", "a", *(f"<0x{byte:02X}>" for byte in range(256))]
     core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     core.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+
+
+def test_a_continuation_keeps_the_space_that_sentencepiece_decoders_drop():
+    tokenizer = byte_fallback_tokenizer()
     assert tokenizer.decode([3]) == "Portugal"
-    assert generating._continuation(tokenizer, [1, 2], [3, 4, 5, 6, 7]) == " Portugal🦅"
+    eagle = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in "🦅".encode()])
+    assert generating._continuation(tokenizer, [1, 2], [3, *eagle]) == " Portugal🦅"
+
+
+@pytest.mark.parametrize("text", ["a🦅", "🦅🦅", "é" * 9, "a日", "日本語", "a\ufffd\ufffd", "\ufffd" * 4, "🦅a", "é"])
+@pytest.mark.parametrize("follows", ["🦅 x", "é", "日本", " a", "a", "\ufffd.", "\n🦅"])
+def test_a_continuation_is_decoded_from_a_token_that_begins_a_character(tiny_loaded, text, follows):
+    """A8: bytes after one that is inside a character were all taken for broken ones."""
+    for tokenizer in (byte_fallback_tokenizer(), tiny_loaded.tokenizer):
+        prompt = tokenizer.encode(text, add_special_tokens=False)
+        after = tokenizer.encode(text + follows, add_special_tokens=False)[len(prompt) :]
+        context = generating._decoding_context(tokenizer, prompt)
+        assert generating._continuation(tokenizer, context, after) == follows
 
 
 def test_an_error_in_the_thread_reaches_the_consumer(tiny_loaded):

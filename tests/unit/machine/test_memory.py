@@ -375,6 +375,31 @@ def test_work_that_is_not_possible_is_refused(precision, mode, says, published_1
         memory.estimate(published_180b, precision, mode=mode)
 
 
+@pytest.mark.parametrize("size", [0, -1, 1.5, float("nan"), float("inf"), True, "8"])
+def test_sizes_below_one_are_refused(size):
+    """B8: a negative batch gave negative bytes."""
+    with pytest.raises(WorkbookError, match="batch_size must be a whole number of at least 1"):
+        Workload(batch_size=size)
+    with pytest.raises(WorkbookError, match="rank must be a whole number of at least 1"):
+        memory.estimate(falcon(), "bf16", mode="lora", training=Training(rank=size))
+    if size != 0:  # without a token, the weights alone are planned for
+        with pytest.raises(WorkbookError, match="context_tokens must be a whole number of at least 0"):
+            Workload(context_tokens=size)
+
+
+@pytest.mark.parametrize("size", [0, -80e9, float("nan"), float("inf")])
+def test_a_device_has_a_finite_size(size):
+    """B8"""
+    for refused in (
+        lambda: machine_placement.place(falcon(), "bf16", [size]),
+        lambda: sharding.shard(falcon(), "bf16", [size], mode="full"),
+    ):
+        with pytest.raises(WorkbookError, match="finite size above 0 bytes"):
+            refused()
+    with pytest.raises(WorkbookError, match="at least one device"):
+        sharding.shard(falcon(), "bf16", [], mode="full")
+
+
 class Peak(TorchDispatchMode):
     """The most bytes alive at once of the storages that torch makes, ``known`` tensors left out."""
 
@@ -498,7 +523,9 @@ def training_peak(config, mode, checkpointing, heads):
 def test_activations_of_training_are_near_the_measured_peak(config, vocabulary, checkpointing, mode, heads):
     changed = type(config)(**(config.to_dict() | {"vocab_size": vocabulary}))
     workload = Workload(context_tokens=256, cache_heads=heads)
-    estimate = memory.estimate(changed, "bf16", mode=mode, workload=workload, training=Training(checkpointing=checkpointing))
+    estimate = memory.estimate(
+        changed, "bf16", mode=mode, workload=workload, training=Training(checkpointing=checkpointing)
+    )
     lowest, highest = (0.95, 1.06) if heads == "kv" else (0.7, 1.15)
     if heads == "kv" and (config.model_type == "llama" or mode == "lora"):
         lowest = 0.93
@@ -509,7 +536,9 @@ def test_activations_of_training_are_near_the_measured_peak(config, vocabulary, 
 def test_what_falcons_layer_keeps_of_a_token(published_180b, heads, elements):
     """Korthikanti et al. count 34sbh with dropout and a sequential block; 28sbh or 30sbh is left for Falcon-180B's."""
     workload = Workload(cache_heads=heads)
-    kept = memory.estimate(published_180b, "bf16", mode="full", workload=workload, training=Training(checkpointing=False))
+    kept = memory.estimate(
+        published_180b, "bf16", mode="full", workload=workload, training=Training(checkpointing=False)
+    )
     checkpointed = memory.estimate(published_180b, "bf16", mode="full", workload=workload)
     assert anatomy.anatomy(published_180b, heads).activations.kept == elements
     loss = 12 * 2048 * 65024

@@ -38,6 +38,7 @@ CONVERSATIONS = [
     [*FIRST, LAST],
     [SYSTEM, *FIRST, LAST],
     [SYSTEM, {"role": "user", "content": "two\nlines, ünïcode 🦅"}, FIRST[1], LAST],
+    [{"role": "system", "content": ""}, *FIRST, LAST],
 ]
 
 

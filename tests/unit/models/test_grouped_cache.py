@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -241,6 +241,37 @@ def test_quantized_layers_give_the_same_logits(kind, precision, checkpoint, monk
     found = in_steps(ours.model, ids, sizes, DynamicCache(config=ours.model.config))
     assert_same(found, expected)
     assert (expected - in_steps(pair(kind)[0], ids, [60], None)).abs().max() > 0.01  # quantized indeed
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_gradients_reach_the_attention_weights(kind):
+    """E9: the gradient of the weights that are returned is the library's (its eager one, which is causal), not None."""
+    shared, gradients = pair(kind)[0], []
+    eager = AutoModelForCausalLM.from_config(copy.deepcopy(shared.config), attn_implementation="eager")
+    eager.load_state_dict(shared.state_dict())
+    for model in (eager.eval(), copy.deepcopy(pair(kind)[1])):
+        with torch.enable_grad():
+            outputs = model(tokens(2, 7), output_attentions=True)
+            outputs.attentions[1].retain_grad()
+            outputs.logits.square().sum().backward()
+        gradients.append(outputs.attentions[1].grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
+    assert gradients[1].abs().sum() > 0
+
+
+def test_prefix_tuning_is_refused_with_the_ways_round_which_work():
+    """E9: peft makes keys for all query heads."""
+    plain, ours = pair("grouped")
+    common = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    tuned = get_peft_model(copy.deepcopy(ours), PrefixTuningConfig(**common))
+    with pytest.raises(base.WorkbookError, match=r"12 heads.* 4 key-value heads alone. Load .* grouped_cache=False"):
+        tuned(input_ids=tokens(1, 5))
+    for model, settings in ((plain, {}), (ours, {"num_attention_heads": 4, "token_dim": 64})):
+        tuned = get_peft_model(copy.deepcopy(model), PrefixTuningConfig(**common, **settings))
+        loss = tuned(input_ids=tokens(1, 5), labels=tokens(1, 5)).loss
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in tuned.parameters())
 
 
 @pytest.mark.parametrize("kind", ["grouped", "multi-query"])

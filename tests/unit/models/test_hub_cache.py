@@ -1,6 +1,7 @@
 """The layout of the Hugging Face cache, against huggingface_hub's own reading of it."""
 
 import hashlib
+import os
 from dataclasses import replace
 
 import huggingface_hub
@@ -64,16 +65,53 @@ def test_downloaded_bytes_are_those_of_safetensors_up_to_what_is_published(cache
     assert hub_cache._downloaded_bytes(REF, tmp_path / "elsewhere") == 0
 
 
-def test_a_blob_that_is_gone_is_no_longer_verified(cache):
+def test_a_blob_is_verified_as_long_as_it_is_the_file_that_was_hashed(cache):
+    """C3: another content, at the same size, and a file of the same content that took its place."""
     repository = hub_cache.repository(REF.id)
     repository.store(FILES, COMMIT)
-    hashes = hub_cache._blob_hashes(repository.snapshot(COMMIT))
-    repository.keep_verified(hashes.values())
-    assert repository.verified() == set(hashes.values())
-    repository.remove(repository.snapshot(COMMIT) / "config.json", hashes.pop("config.json"))
-    assert not (repository.snapshot(COMMIT) / "config.json").is_symlink()
-    repository.forget_missing()
-    assert repository.verified() == set(hashes.values())
+    snapshot = repository.snapshot(COMMIT)
+    blobs = hub_cache._blob_hashes(snapshot)
+    assert repository.unverified(snapshot) == blobs
+    repository.add_verified(snapshot, blobs)
+    assert repository.unverified(snapshot) == {}
+    file = (snapshot / "config.json").resolve()
+    before = file.stat()
+    file.write_bytes(file.read_bytes()[::-1])
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert repository.unverified(snapshot) == {"config.json": blobs["config.json"]}
+    repository.add_verified(snapshot, {"config.json": blobs["config.json"]})
+    file.unlink()
+    file.write_bytes(FILES["config.json"])
+    assert repository.unverified(snapshot) == {"config.json": blobs["config.json"]}
+
+
+def test_a_list_of_an_earlier_version_counts_for_nothing(cache):
+    repository = hub_cache.repository(REF.id)
+    repository.store(FILES, COMMIT)
+    blobs = hub_cache._blob_hashes(repository.snapshot(COMMIT))
+    (repository.folder / hub_cache.VERIFIED).write_text("".join(f"{blob}\n" for blob in blobs.values()))
+    assert repository.unverified(repository.snapshot(COMMIT)) == blobs
+
+
+def test_what_a_killed_download_left_is_removed_and_a_live_one_stays(cache):
+    """E4."""
+    from filelock import FileLock
+
+    repository = hub_cache.repository(REF.id)
+    repository.store(FILES, COMMIT)
+    dead, live, old = (repository.folder / "blobs" / f"{name}.1234abcd.incomplete" for name in ("d", "e", "f"))
+    locks = repository.folder.parent / ".locks" / repository.folder.name
+    for file in (dead, live, old):
+        file.write_bytes(b"part")
+    repository.remove_partial()
+    assert not list(repository.folder.rglob("*.incomplete"))
+    locks.mkdir(parents=True)
+    for file in (dead, live):
+        file.write_bytes(b"part")
+    (locks / "d.lock").touch()
+    with FileLock(locks / "e.lock"):
+        repository.remove_partial()
+    assert [file.name for file in repository.folder.rglob("*.incomplete")] == [live.name]
 
 
 def test_the_folder_is_the_library_s(cache):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import socket
 import subprocess
@@ -567,3 +568,58 @@ def test_output_to_a_file_holds_no_bars(checkpoint, capfd):
         logits(load(at(checkpoint), precision).model)
     logging.getLogger().handlers.clear()
     assert capfd.readouterr() == ("", "")
+
+
+# Falcons that are built in another way
+
+
+@pytest.mark.parametrize("precision", ["fp32", "nf4", "int8"])
+@pytest.mark.parametrize("said", [False, True])
+def test_a_falcon_with_a_head_of_its_own_keeps_it(tmp_path, precision, said):
+    """E9: whether or not the configuration admits it (``said``: tie_word_embeddings is true nevertheless)."""
+    config = FalconConfig(
+        vocab_size=4096, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2,
+        new_decoder_architecture=True, bias=False, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    untied = FalconForCausalLM(config).eval()
+    untied.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(ROOT / "env/models/falcon-mini").save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", tie_word_embeddings=said)
+    loaded = load(at(tmp_path, format="plain"), precision)
+    assert loaded.model.lm_head.weight is not loaded.model.transformer.word_embeddings.weight
+    assert loaded.report.parameters == untied.num_parameters()
+    if precision == "fp32":
+        torch.testing.assert_close(logits(loaded.model), logits(untied), rtol=0, atol=1e-5)
+
+
+def test_the_advice_for_falcon_s_old_configuration_makes_it_load(checkpoint, copied):
+    """E10: config.json as it was before transformers 4.33, then changed word by word as the error says."""
+    edit_json(copied / "config.json", model_type="RefinedWeb", auto_map={"AutoConfig": "configuration_RW.RWConfig"})
+    fields = json.loads((copied / "config.json").read_text())
+    for new, old in (
+        ("num_hidden_layers", "n_layer"),
+        ("num_attention_heads", "n_head"),
+        ("num_kv_heads", "n_head_kv"),
+    ):
+        fields[old] = fields.pop(new)
+    del fields["new_decoder_architecture"]
+    (copied / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(LoadError, match="model type RefinedWeb") as caught:
+        load(at(copied))
+    for old, new in re.findall(r"(n_\w+) to (num_\w+)", str(caught.value)):
+        fields[new] = fields.pop(old)
+    fields |= json.loads(f"{{{re.search(r'change the file: (.*?);', str(caught.value))[1]}}}")
+    del fields["auto_map"]
+    (copied / "config.json").write_text(json.dumps(fields))
+    assert torch.equal(logits(load(at(copied)).model), logits(load(at(checkpoint)).model))
+
+
+@pytest.mark.parametrize(
+    ("device_map", "devices"),
+    [("cpu", {"cpu"}), (torch.device("cpu"), {"cpu"}), ({"": torch.device("cpu")}, {"cpu"}), ("disk", {"disk"})],
+)
+def test_a_device_may_be_named_in_any_way(checkpoint, device_map, devices):
+    """E8."""
+    loaded = load(at(checkpoint), options=LoadOptions(device_map=device_map))
+    assert set(loaded.report.devices) == devices
+    assert torch.equal(logits(loaded.model), logits(load(at(checkpoint)).model))

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 import traceback
 import warnings
 from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 from urllib.parse import unquote, urlparse
 
 import huggingface_hub
@@ -51,6 +53,7 @@ from helpers.models import (
     checkpoint,
     device_map_for,
     hub_cache,
+    hub_errors,
     load,
     prepare,
     report_table,
@@ -419,6 +422,9 @@ class Hub(BaseHTTPRequestHandler):
     token = "hf_goodgoodgood"
     gated = False
     fault: tuple[int, str] | None = None
+    faults: ClassVar[list[int]] = []  # statuses of the next answers, from the last one on
+    retry_after = "0"
+    page = b""  # what a network answers in the hub's place
     breaks: dict[str, tuple[int, int]]
     spoils = ""
     before_sending = None
@@ -428,13 +434,17 @@ class Hub(BaseHTTPRequestHandler):
     def do_HEAD(self):
         self.do_GET()
 
-    def do_GET(self):
+    def do_GET(self):  # noqa: PLR0911, one for each answer
         path = unquote(urlparse(self.path).path)
         sent = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if sent and sent != self.token:
             return self.answer(b"", 401, {"X-Error-Message": "Invalid credentials in Authorization header"})
+        if self.page:
+            return self.answer(self.page, headers={"Content-Type": "text/html"})
+        if self.faults and path.startswith("/api/models"):
+            return self.answer(b"", self.faults.pop(), {"Retry-After": self.retry_after})
         if self.fault and path.startswith("/api"):
-            return self.answer(b"", self.fault[0], {"X-Error-Code": self.fault[1]})
+            return self.answer(b"", self.fault[0], {"X-Error-Code": self.fault[1], "Retry-After": "0"})
         if path.startswith("/api/models/org/tiny/tree/"):
             return self.answer(json.dumps([self.row(file) for file in self.folder.iterdir()]).encode())
         if path.startswith("/api/models/org/tiny"):
@@ -511,6 +521,7 @@ def hub(copied, tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     # The library waits a second before each of its five new tries.
     monkeypatch.setattr(huggingface_hub.file_download, "time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr(hub_errors, "_WAITS", (0, 0))
     yield handler
     server.shutdown()
     server.server_close()
@@ -556,10 +567,29 @@ def test_prepare_downloads_says_which_commit_and_verifies_when_asked(hub, sharde
     said = capsys.readouterr().out
     assert f"s, commit {Hub.SHA} (what main was: the profile pins no commit)\n" in said
     assert said.count("commit") == 2
-    flip_a_byte(third(resolve(HUB_REF)).resolve())
-    prepare(profile)
-    with pytest.raises(LoadError, match="not the bytes that were recorded"):
-        prepare(profile, verify=True)
+    assert prepare(profile, verify=False) == {"org/tiny": Hub.SHA}
+
+
+def test_a_blob_that_changes_later_is_found_removed_and_downloaded_again(hub, copied):
+    """C3."""
+    folder = resolve(HUB_REF)
+    flip_a_byte(third(folder).resolve())
+    for ask in (resolve, load):
+        with pytest.raises(LoadError, match=f"damaged, and removed: {third(folder).name}"):
+            ask(HUB_REF)
+        assert third(resolve(HUB_REF)).read_bytes() == third(copied).read_bytes()
+        flip_a_byte(third(folder).resolve())
+
+
+def test_bits_that_a_disk_loses_are_found_once_a_run(hub, tmp_path):
+    """C3: nothing changes but the content (here: the record says that this file was hashed as it is)."""
+    folder = resolve(HUB_REF)
+    flip_a_byte(third(folder).resolve())
+    repository = hub_cache.repository("org/tiny")
+    repository.add_verified(folder, hub_cache._blob_hashes(folder))
+    assert resolve(HUB_REF) == folder
+    with pytest.raises(LoadError, match=f"damaged, and removed: {third(folder).name}"):
+        resolve(HUB_REF, verify=True)
 
 
 def test_a_broken_connection_is_taken_up_where_it_broke(hub, copied, monkeypatch):
@@ -590,7 +620,7 @@ def test_an_interrupted_download_goes_on_with_the_files_that_are_missing(hub, co
 
 def test_a_file_damaged_on_the_way_is_removed_named_and_fetched_again(hub, copied):
     hub.spoils = third(copied).name
-    with pytest.raises(LoadError, match=f"damaged during the download, and removed: {hub.spoils}. Load it again"):
+    with pytest.raises(LoadError, match=f"damaged, and removed: {hub.spoils}. Load it again"):
         load(HUB_REF)
     hub.spoils = ""
     hub.asked.clear()
@@ -599,7 +629,8 @@ def test_a_file_damaged_on_the_way_is_removed_named_and_fetched_again(hub, copie
 
 
 def verified(tmp_path) -> set[str]:
-    return set((tmp_path / "hub" / "models--org--tiny" / hub_cache.VERIFIED).read_text().split())
+    lines = (tmp_path / "hub" / "models--org--tiny" / hub_cache.VERIFIED).read_text().splitlines()
+    return {line.split()[0] for line in lines}
 
 
 def test_a_file_damaged_before_an_interruption_is_found_after_it(hub, copied, tmp_path):
@@ -610,7 +641,7 @@ def test_a_file_damaged_before_an_interruption_is_found_after_it(hub, copied, tm
     assert list((tmp_path / "hub").rglob(hub.spoils))  # complete, by its length
     hub.breaks.clear()
     spoiled, hub.spoils = hub.spoils, ""
-    with pytest.raises(LoadError, match=f"damaged during the download, and removed: {spoiled}. Load it again"):
+    with pytest.raises(LoadError, match=f"damaged, and removed: {spoiled}. Load it again"):
         resolve(HUB_REF)
     assert checkpoint._damaged_files(resolve(HUB_REF)) == []
 
@@ -646,9 +677,6 @@ def test_a_blob_that_is_a_link_into_a_shared_store_is_verified_and_mended(hub, c
     assert resolve(HUB_REF) == folder
     assert blob.name in verified(tmp_path)
     flip_a_byte(shared)
-    with pytest.raises(LoadError, match=f"{third(folder)}: not the bytes that were recorded"):
-        load(HUB_REF, options=LoadOptions(verify=True))
-    (tmp_path / "hub" / "models--org--tiny" / hub_cache.VERIFIED).unlink()
     with pytest.raises(LoadError, match=f"removed: {third(folder).name}"):
         resolve(HUB_REF)
     assert third(resolve(HUB_REF)).read_bytes() == third(copied).read_bytes()
@@ -677,7 +705,7 @@ def test_a_model_is_here_once_all_its_files_are(hub):
     assert not models_hub.is_here(HUB_REF)
 
 
-def test_the_cache_is_verified_when_asked_and_mended_as_the_error_says(hub):
+def test_the_cache_is_verified_when_asked_and_mended(hub):
     folder = resolve(HUB_REF)
     assert load(HUB_REF, options=LoadOptions(verify=True)).report.commit
     assert set(hub_cache._blob_hashes(folder)) == {path.name for path in folder.iterdir()}
@@ -686,20 +714,16 @@ def test_the_cache_is_verified_when_asked_and_mended_as_the_error_says(hub):
     with pytest.raises(LoadError) as caught:
         load(HUB_REF, options=LoadOptions(verify=True))
     for name in (third(folder).name, "tokenizer.json"):
-        assert f"{folder / name}" in str(caught.value)
-    for path in str(caught.value).split("Delete ")[1].split(" and download")[0].split(", "):
-        Path(path).unlink()
+        assert name in str(caught.value)
     assert load(HUB_REF, options=LoadOptions(verify=True)).report.commit
 
 
-def test_a_shard_cut_off_in_the_cache_is_mended_as_the_error_says(hub):
+def test_a_shard_cut_off_in_the_cache_is_mended(hub):
     folder = resolve(HUB_REF)
     blob = third(folder).resolve()
     os.truncate(blob, blob.stat().st_size // 2)
-    with pytest.raises(LoadError, match=rf"{third(folder)} is cut off: .* Delete {blob} and download") as caught:
+    with pytest.raises(LoadError, match=rf"damaged, and removed: {third(folder).name}"):
         load(HUB_REF)
-    assert "00003" in str(caught.value)
-    blob.unlink()
     assert load(HUB_REF).report.parameters
 
 
@@ -708,7 +732,10 @@ def test_a_shard_cut_off_in_the_cache_is_mended_as_the_error_says(hub):
     [
         ((404, "RepoNotFound"), "does not exist or is private"),
         ((404, "RevisionNotFound"), "has no revision main"),
-        ((503, "Busy"), "hub cannot be reached"),
+        ((404, ""), r"answered 404 \(Not Found\). Check HF_ENDPOINT"),
+        ((429, ""), r"answered 429 \(Too Many Requests\). Wait 0 s and try again, or run `hf auth login`"),
+        ((500, ""), r"answered 500 \(Internal Server Error\). The hub cannot be reached now: try again later"),
+        ((503, "Busy"), r"answered 503 \(Service Unavailable\). The hub cannot be reached now"),
         ((403, "Forbidden"), "token may not read it. Give it read access to gated repositories"),
     ],
 )
@@ -727,6 +754,32 @@ def test_a_licence_that_is_not_accepted_is_explained(hub, monkeypatch, token):
     page = "https://huggingface.co/org/tiny"
     for ask in (resolve, models.config, load):
         with pytest.raises(LoadError, match=f"licence must be accepted. Do so on {page}, then run `hf auth login`"):
+            ask(HUB_REF)
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_a_hub_that_recovers_is_asked_again_and_the_wait_is_said(hub, status, capsys):
+    """F16: three answers of this status (the library itself asks twice), then the right one."""
+    hub.faults = [status] * 3
+    assert resolve(HUB_REF).name == Hub.SHA
+    assert hub.faults == []
+    said = capsys.readouterr().err
+    assert f"answered {status}" in said
+    assert "Trying again in 0 s" in said
+
+
+def test_a_hub_that_asks_for_an_hour_is_not_waited_for(hub):
+    hub.faults, hub.retry_after = [429] * 9, "3600"
+    started = time.monotonic()
+    with pytest.raises(LoadError, match=r"Wait 3600 s and try again"):
+        resolve(HUB_REF)
+    assert time.monotonic() - started < 5
+
+
+def test_a_login_page_is_named(hub):
+    hub.page = b"<html><body>Please log in</body></html>"
+    for ask in (resolve, models.config):
+        with pytest.raises(LoadError, match=r"something that no hub sends, such as the login page"):
             ask(HUB_REF)
 
 
