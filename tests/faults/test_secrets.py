@@ -18,7 +18,7 @@ from .judge import Fault, kept, no_secret, same, workbook
 # Made up, of the real shapes.
 TOKEN = "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"
 STORED = "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"
-PASSWORD = "n0t-s0-$ecret!9"
+PASSWORD = "n0t-s0-$afe!9x"
 DOCUMENT = {
     "163840": {"weight": [163840, 0.5, True, None], "notebooks": "weight of 163840 in laptop notebooks"},
     "values": {"model.layers.0.weight": {"value": 10.0, "unit": "tokens", "source": "run 20260131T120000Z-laptop"}},
@@ -128,7 +128,7 @@ def test_a_known_secret_is_nowhere_in_another_way_of_writing(write, secret):
         ),
         pytest.param("zip", lambda path: zipfile.ZipFile(path, "w").writestr("a", TOKEN), id="D2-zip"),
         pytest.param("bin", lambda path: path.write_bytes(b"\x00\xff" + TOKEN.encode()), id="D2-binary"),
-        pytest.param("txt", lambda path: path.write_bytes(b"caf\xe9 " + TOKEN.encode()), id="D2-latin"),
+        pytest.param("txt", lambda path: path.write_bytes(b"Jos\xe9 " + TOKEN.encode()), id="D2-latin"),
     ],
 )
 def test_a_binary_file_loses_a_token_and_nothing_else(kind, make, tmp_path):
