@@ -1,6 +1,10 @@
 #!/bin/sh
 # Find a Python that the workbook runs on and hand over to setup.py. PYTHON=... names one; $1 is the lock, cpu or gpu.
 set -eu
+# A Python must not look elsewhere for its modules, or run a start-up file, because the caller's does.
+unset PYTHONHOME PYTHONPATH PYTHONSTARTUP PYTHONOPTIMIZE PYTHONINSPECT PYTHONWARNINGS PYTHONPLATLIBDIR || true
+newline='
+'
 root=$(dirname -- "$0")/..
 lock=${1:-}
 if [ -n "${PYTHON:-}" ]; then
@@ -11,6 +15,7 @@ fi
 seen=
 for python in "$@"; do
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
+    version=${version##*"$newline"} # a start-up file of the environment may print, too
     case $version in
     3.11 | 3.12 | 3.13) exec "$python" "$root/env/setup.py" ${lock:+--lock "$lock"} ;;
     esac

@@ -20,6 +20,7 @@ __getattr__, __dir__, __all__ = face(
             "Interval",
             "Measured",
             "discordant_pairs",
+            "known",
             "mcnemar",
             "mean",
             "paired_difference",

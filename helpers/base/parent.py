@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from helpers.base.processes import Message
 
@@ -56,26 +56,31 @@ class Parent:
         self._answers.write(json.dumps(message) + "\n")
         self._answers.flush()
 
-    def end_with_it(self, mark: str = "") -> None:
+    def end_with_it(self, mark: str = "", take: Callable[[Message], None] | None = None) -> None:
         """From now on, end this process when its input ends, after what carries the ``mark`` if one is given.
 
-        For a parent that has sent all its messages and keeps the pipe open while it lives.
+        For a parent that keeps the pipe open while it lives. A thread calls ``take`` with each message that it sends
+        from now on.
         """
-        threading.Thread(target=self._wait_for_end, args=(mark,), daemon=True).start()
+        threading.Thread(target=self._wait_for_end, args=(mark, take), daemon=True).start()
 
     def die_with_it(self) -> None:
         """On Linux, have the kernel kill this process when its parent dies, even while it is paused."""
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
-    def _wait_for_end(self, mark: str) -> None:
+    def _wait_for_end(self, mark: str, take: Callable[[Message], None] | None) -> None:
         # The descriptor itself, not the buffered file: a thread that holds the lock of a buffer when the interpreter
         # shuts down is a fatal error.
-        while os.read(self._requests.fileno(), 2**16):
-            pass
+        rest = b""
+        while part := os.read(self._requests.fileno(), 2**16):
+            *lines, rest = (rest + part).split(b"\n")
+            for line in lines:
+                if take:
+                    take(json.loads(line))
         if mark:
             # Only a child with a family of its own needs psutil.
-            from helpers.base.processes import _kill_marked
+            from helpers.base.families import _kill_marked
 
             _kill_marked(mark)
         os._exit(1)

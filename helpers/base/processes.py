@@ -1,9 +1,7 @@
-"""Start child processes, talk to them, and end them with all their descendants.
+"""Start child processes, talk to them, and end them with all their descendants (see ``families``).
 
-A process group does not hold a family together: Jupyter starts kernels in sessions of their own, and a notebook may
-start further ones. Every child is therefore started with a *mark*, an environment variable that its descendants
-inherit and are found by. A process that was given another environment carries no mark. It is found as a descendant,
-by its session, or because it was seen as a descendant before its parent died.
+A child starts in an environment that is ``isolated`` from the caller's, unless it is given one. If this process itself
+is killed, the ``watchdog`` ends its children.
 
 The parent uses ``ChildProcess``, or ``run`` for a command that only prints. The child uses ``parent.Parent``. They
 exchange JSON objects, one a line.
@@ -11,29 +9,30 @@ exchange JSON objects, one a line.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Queue
 from typing import IO, Any, Self
-from uuid import uuid4
 
 import psutil
 
-_KILL_SECONDS = 10
+from helpers.base.clock import Clock
+from helpers.base.families import _Family, _in_a_family, _kill, _new_mark
+from helpers.base.isolation import isolated
+from helpers.base.watchdog import _Watchdog
+
+_SLICE_SECONDS = 0.25
 _READER_SECONDS = 2
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 LineReader = Callable[[bytes], None]
 Message = dict[str, Any]  # a JSON object that came from the other end
+_watchdog = _Watchdog()
 
 
 class ChildProcess:
@@ -60,9 +59,13 @@ class ChildProcess:
         self._messages: Queue[bytes | None] = Queue()
         self._readers: list[tuple[IO[bytes], threading.Thread]] = []
         self._ended = False
-        inherited = os.environ if environment is None else environment
-        self._process = _start(command, {**inherited, self.mark: "1"}, cwd, errors, shares_output)
+        if environment is None:
+            environment = isolated(os.environ)
+        self._process = _start(command, {**environment, self.mark: "1"}, cwd, errors, shares_output)
+        self._errors = errors
+        self._first: psutil.Process | None = None
         self._family = _Family({psutil.Process(self.pid)}, {self.pid})
+        self._watch()
         if self._process.stdout:
             self._read(self._process.stdout, output or self._messages.put)
         if self._process.stderr and callable(errors):
@@ -93,23 +96,38 @@ class ChildProcess:
     def receive(self, seconds: float) -> Message:
         """Return its next message.
 
-        Raises TimeoutError if none comes within ``seconds``, EOFError if it has closed its standard output.
+        Raises TimeoutError if none comes within ``seconds``, EOFError if it has closed its standard output. Time in
+        which this process was stopped does not count. What is no message, such as a line that a start-up file of
+        Python printed, goes where its errors go.
         """
-        try:
-            line = self._messages.get(timeout=seconds)
-        except Empty as error:
-            raise TimeoutError(f"No message came within {seconds:g} s.") from error
-        if line is None:
-            raise EOFError("The process has closed its output.")
-        message: Message = json.loads(line)
-        return message
+        clock, left = Clock(), seconds
+        while True:
+            with suppress(Empty):
+                line = self._messages.get(timeout=max(0.0, min(left, _SLICE_SECONDS)))
+                if line is None:
+                    raise EOFError("The process has closed its output.")
+                if (message := _message(line)) is not None:
+                    return message
+                if callable(self._errors):
+                    self._errors(line)
+            left = seconds - clock.look()
+            if left <= 0:
+                raise TimeoutError(f"No message came within {seconds:g} s.")
 
     def wait(self, seconds: float | None = None) -> int:
-        """Wait until it ends by itself and return its exit code. Raises TimeoutError after ``seconds``."""
-        try:
-            return self._process.wait(seconds)
-        except subprocess.TimeoutExpired as error:
-            raise TimeoutError(f"The process did not end within {seconds:g} s.") from error
+        """Wait until it ends by itself and return its exit code.
+
+        Raises TimeoutError after ``seconds``, in which time does not count while this process is stopped.
+        """
+        if seconds is None:
+            return self._process.wait()
+        clock, left = Clock(), seconds
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return self._process.wait(max(0.0, min(left, _SLICE_SECONDS)))
+            left = seconds - clock.look()
+            if left <= 0:
+                raise TimeoutError(f"The process did not end within {seconds:g} s.")
 
     def pause(self) -> None:
         """Stop it with its process group (SIGSTOP) until ``resume``; nothing happens if it has ended."""
@@ -124,7 +142,31 @@ class ChildProcess:
 
         Call it often: a descendant without the mark is known only once it has been seen here.
         """
-        return self._family.look()
+        total = self._family.look()
+        self._watch()
+        return total
+
+    def is_stopped(self) -> bool:
+        """True while somebody has stopped it, or the first process that it started, such as a kernel (SIGSTOP)."""
+        with suppress(psutil.Error):
+            own = psutil.Process(self.pid)
+            if self._first is None or not self._first.is_running():
+                self._first = min(own.children(), key=lambda child: child.create_time(), default=None)
+            for process in (own, self._first):
+                if process and process.status() == psutil.STATUS_STOPPED:
+                    return True
+        return False
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within the block, it and its descendants are stopped; who was stopped before stays so."""
+        stopped = self._family.stop()
+        try:
+            yield
+        finally:
+            for process in stopped:
+                with suppress(psutil.Error):
+                    process.resume()
 
     def open_files(self) -> list[str]:
         """Return the paths of the files that the child holds open; none if it has ended."""
@@ -147,12 +189,18 @@ class ChildProcess:
         self._process.kill()
         self._process.wait()
         self._ended = True
+        _watchdog.forget(self.mark)
         self.close_input()
         for stream, reader in self._readers:
             reader.join(timeout=_READER_SECONDS)
             if not reader.is_alive():  # else a process out of reach holds the other end, and closing would wait for it
                 stream.close()
         return killed
+
+    def _watch(self) -> None:
+        # Who is in a family already is watched with it.
+        if not _in_a_family():
+            _watchdog.watch(self.mark, self._family.members)
 
     def _read(self, stream: IO[bytes], take: LineReader) -> None:
         reader = threading.Thread(target=self._forward, args=(stream, take), daemon=True)
@@ -179,6 +227,12 @@ class _Completed:
     returncode: int
     output: str
     errors: str
+
+    @property
+    def last_line(self) -> str:
+        """The last line of its output: the answer of a program that gives one, after what start-up files printed."""
+        lines = self.output.strip().splitlines()
+        return lines[-1] if lines else ""
 
     @property
     def last_words(self) -> str:
@@ -219,63 +273,6 @@ def run(
         return running.result(seconds)
 
 
-@contextmanager
-def ending_descendants(mark: str) -> Iterator[None]:
-    """At the end of the block, kill all processes but this one that carry the mark, and their descendants.
-
-    On Linux this process also becomes the parent of its descendants whose own parent dies, so that they stay findable.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    try:
-        yield
-    finally:
-        _kill_marked(mark)
-
-
-@dataclass
-class _Family:
-    """Processes, their descendants, and who shares a session with one of them, even after their parents' deaths.
-
-    New members are found only by ``look``; call it often. It must never hold a process of this process's session.
-    """
-
-    members: set[psutil.Process]
-    sessions: set[int] = field(default_factory=set)
-
-    def look(self) -> int:
-        """Bring the family up to date and return the resident memory of its living members, in bytes."""
-        self.members = self._living()
-        self.sessions = set()
-        total = 0
-        for process in self.members:
-            with suppress(psutil.Error, OSError):
-                self.sessions.add(os.getsid(process.pid))
-                total += process.memory_info().rss
-        return total
-
-    def _living(self) -> set[psutil.Process]:
-        family: set[psutil.Process] = set()
-        for process in psutil.process_iter():
-            with suppress(psutil.Error, OSError):
-                known = process in self.members or os.getsid(process.pid) in self.sessions
-                if known and process not in family and not _dead(process):
-                    family.update((process, *process.children(recursive=True)))
-        return family
-
-
-def _kill_marked(mark: str) -> int:
-    """Kill all processes but this one that carry the mark, and their descendants; return how many.
-
-    Gives up after ten seconds.
-    """
-    return _kill(mark, _Family(set()))
-
-
-def _new_mark() -> str:
-    return f"WORKBOOK_PROCESS_{uuid4().hex}"
-
-
 def _start(
     command: Sequence[str],
     environment: Mapping[str, str],
@@ -302,39 +299,12 @@ def _start(
     return popen(subprocess.PIPE if errors else None)
 
 
-def _kill(mark: str, family: _Family) -> int:
-    killed: set[int] = set()
-    deadline = time.monotonic() + _KILL_SECONDS
-    # Again and again: while some are killed, others may start new ones.
-    while (processes := _remaining(mark, family)) and time.monotonic() < deadline:
-        for process in processes:
-            with suppress(psutil.Error):
-                process.kill()
-                killed.add(process.pid)
-        time.sleep(0.05)
-    return len(killed)
-
-
-def _remaining(mark: str, family: _Family) -> list[psutil.Process]:
-    family.look()
-    return [process for process in _marked(mark) | family.members if not _dead(process)]
-
-
-def _marked(mark: str) -> set[psutil.Process]:
-    """The processes that carry the mark, and all their descendants, without this process."""
-    marked: set[psutil.Process] = set()
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if mark in process.environ():
-                marked.update((process, *process.children(recursive=True)))
-    return {process for process in marked if process.pid != os.getpid()}
-
-
-def _dead(process: psutil.Process) -> bool:
+def _message(line: bytes) -> Message | None:
     try:
-        return bool(process.status() == psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return True
+        message = json.loads(line)
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) else None
 
 
 def _text(lines: Sequence[bytes]) -> str:

@@ -109,14 +109,14 @@ def bars(draw: Callable[..., Iterable[Any]]) -> Iterator[None]:
 @contextmanager
 def waiting(text: str) -> Iterator[None]:
     """Show that something takes a while: a spinner in a terminal, a line in a notebook, nothing in a file."""
-    from rich.console import Console
+    from helpers.base.terminal import Terminal
 
     if _in_notebook():
         line = _show(f"{text} ...")
         yield
         _show(f"{text}: done", line)
     else:
-        with Console(stderr=True).status(text):
+        with Terminal(stderr=True).status(text):
             yield
 
 

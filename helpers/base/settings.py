@@ -43,9 +43,20 @@ def work_folder(name: str) -> Path:
 
 
 def notebook_name() -> str:
-    """The name of this process's notebook, without a suffix; "notebook" if nothing tells it."""
-    # Jupyter's own servers tell the kernel its path through JPY_SESSION_NAME.
-    return os.environ.get("WORKBOOK_NOTEBOOK") or Path(os.environ.get("JPY_SESSION_NAME", "notebook")).stem
+    """The name of this process's notebook, without a suffix; "notebook" if nothing tells it.
+
+    The runner tells it. Elsewhere (in Jupyter, VS Code, papermill or nbconvert) the notebook itself does, in a variable
+    ``notebook_name``, so that a copy under another name finds its expected values too.
+    """
+    if name := os.environ.get("WORKBOOK_NOTEBOOK"):
+        return name
+    names = _open_names()
+    told = names.get("notebook_name")
+    if isinstance(told, str) and told:
+        return told
+    # Jupyter's own servers tell the kernel its path in an environment variable, VS Code in a Python one.
+    path = os.environ.get("JPY_SESSION_NAME") or names.get("__vsc_ipynb_file__")
+    return Path(path if isinstance(path, str) else "notebook").stem
 
 
 def expected_file() -> Path:
@@ -76,14 +87,19 @@ def _folder(variable: str) -> Path | None:
     return Path(name)
 
 
+def _open_names() -> dict[str, object]:
+    """The variables of the open notebook; none outside of one."""
+    # A process that has not imported IPython is not a notebook.
+    if "IPython" not in sys.modules or (shell := sys.modules["IPython"].get_ipython()) is None:
+        return {}
+    return dict(shell.user_ns)
+
+
 def _profile_name() -> str:
     """The name of the profile: the run's, or what the open notebook calls ``profile``, or laptop."""
     if name := os.environ.get("WORKBOOK_PROFILE"):
         return name
-    # A process that has not imported IPython is not a notebook.
-    if "IPython" not in sys.modules or (shell := sys.modules["IPython"].get_ipython()) is None:
-        return DEFAULT_PROFILE
-    chosen = shell.user_ns.get("profile", DEFAULT_PROFILE)
+    chosen = _open_names().get("profile", DEFAULT_PROFILE)
     if isinstance(chosen, str):
         return chosen
     # A reader may have put the loaded profile in the place of its name.

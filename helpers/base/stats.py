@@ -2,12 +2,16 @@
 
 Use ``proportion`` for right answers out of many, ``mean`` and ``ratio`` for measured values, ``mcnemar`` and
 ``paired_difference`` for two models on the same questions. Every interval has 95% confidence unless another is given.
+A value that is not finite is refused with WorkbookError: a sum would hide where it came from.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+from helpers.base.errors import WorkbookError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,12 +24,15 @@ _RESAMPLES = 9999  # scipy's default: the percentiles then move by about a hundr
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its confidence interval."""
+    """An estimate with its confidence interval. Raises WorkbookError if one of the three is not finite."""
 
     estimate: float
     low: float
     high: float
     confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        _check_finite((self.estimate, self.low, self.high), "the estimate and its interval")
 
 
 class _Scalar(Protocol):
@@ -49,6 +56,25 @@ class Measured:
     model: str | None = None
 
 
+def known(value: float, missing: str, digits: int | None = None) -> float | str:
+    """The value, rounded to ``digits``; if it is not finite, ``missing``, which says why there is none.
+
+    A run records either: a model that answers nothing has no speed, and that is a finding, not an error.
+    """
+    if not math.isfinite(value):
+        return missing
+    return value if digits is None else round(value, digits)
+
+
+def _check_finite(values: Sequence[float], what: str) -> None:
+    """Raise WorkbookError that names the first value that is not finite."""
+    for number, value in enumerate(values):
+        if not math.isfinite(value):
+            raise WorkbookError(
+                f"Value {number} of {what} is {value}. Statistics need finite numbers: find where it arose."
+            )
+
+
 def proportion(successes: int, trials: int, confidence: float = 0.95) -> Interval:
     """A proportion with its Wilson score interval (Wilson 1927, ``scipy.stats.binomtest``).
 
@@ -62,12 +88,19 @@ def proportion(successes: int, trials: int, confidence: float = 0.95) -> Interva
 
 
 def mean(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """The mean with its Student-t interval. Raises ValueError for fewer than two values."""
+    """The mean with its Student-t interval; if all values are 0, or all are 1, the interval of ``proportion``.
+
+    Raises ValueError for fewer than two values.
+    """
     import numpy as np
     from scipy import stats
 
     if len(values) < 2:
         raise ValueError("An interval of the mean needs at least two values.")
+    _check_finite(values, "the mean")
+    if set(values) in ({0}, {1}):
+        # Right or wrong, and all alike: Student's t would be sure after two of them.
+        return proportion(round(sum(values)), len(values), confidence)
     centre, error = float(np.mean(values)), float(stats.sem(values))
     # With a scale of 0, scipy would return nan for both ends.
     if error == 0:
@@ -127,6 +160,10 @@ def ratio_error(numerators: Sequence[float], denominators: Sequence[float]) -> f
 
     if len(numerators) != len(denominators) or len(numerators) < 2:
         raise ValueError("The error of a ratio needs at least two pairs.")
+    _check_finite(numerators, "the numerators")
+    _check_finite(denominators, "the denominators")
+    if sum(denominators) <= 0:
+        raise WorkbookError("The denominators sum to 0, so there is no ratio. Give pairs with something to divide by.")
     x, y = np.asarray(numerators, float), np.asarray(denominators, float)
     rest = x - x.sum() / y.sum() * y
     return float(np.sqrt(len(x) / (len(x) - 1) * (rest**2).sum()) / y.sum())
@@ -143,9 +180,10 @@ def paired_difference(
     """Sum of first minus second over the sum of weights; without weights, the mean difference.
 
     The interval is a percentile bootstrap over the pairs (``scipy.stats.bootstrap``), the same for the same seed. It
-    holds for means and for ratios of sums, and never leaves the range of the differences. Two lists of outcomes (0 or
-    1, no weights other than 1) that differ in no pair leave a bootstrap nothing to draw. Their interval is that of
-    Clopper and Pearson for the share of pairs that would differ, in both directions: no difference can exceed it.
+    holds for means and for ratios of sums, and never leaves the range of the differences. If few pairs differ, or all
+    do, a bootstrap has nothing to draw: two lists of outcomes (0 or 1, no weights other than 1) get the score interval
+    of Tango (1998, Statistics in Medicine 17:891). Outcomes that differ in no pair get that of Clopper and Pearson for
+    the share of pairs that would differ, in both directions: no difference can exceed it.
     Raises ValueError when the lengths differ or fewer than two pairs are given.
     """
     differences = [value - other for value, other in zip(first, second, strict=True)]
@@ -154,11 +192,19 @@ def paired_difference(
         sizes = list(weights)
     if len(differences) < 2 or len(sizes) != len(differences):
         raise ValueError("A paired difference needs at least two pairs, and a weight for each of them.")
+    _check_finite(first, "the first side")
+    _check_finite(second, "the second side")
+    _check_finite(sizes, "the weights")
+    if sum(sizes) <= 0:
+        raise WorkbookError("The weights sum to 0, so there is no mean. Give at least one pair a weight.")
     are_outcomes = set(first) <= {0, 1} and set(sizes) == {1}
     if are_outcomes and not any(differences):
         most = _bound_without_success(len(differences), confidence)
         return Interval(0.0, -most, most, confidence)
-    low, high = _bootstrapped(differences, sizes, confidence, seed)
+    if are_outcomes:
+        low, high = _tango(differences.count(1), differences.count(-1), len(differences), confidence)
+    else:
+        low, high = _bootstrapped(differences, sizes, confidence, seed)
     return Interval(sum(differences) / sum(sizes), low, high, confidence)
 
 
@@ -185,6 +231,36 @@ def _bootstrapped(
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(interval.low), float(interval.high)
+
+
+def _tango(only_first: int, only_second: int, pairs: int, confidence: float) -> tuple[float, float]:
+    """The differences of two paired proportions that the score test does not reject (Tango 1998)."""
+    from scipy.optimize import brentq
+    from scipy.stats import norm
+
+    critical = float(norm.ppf((1 + confidence) / 2))
+    estimate = (only_first - only_second) / pairs
+
+    def score(difference: float) -> float:
+        # The likeliest share of pairs that only the second gets right, if this were the difference: a root of
+        # a x² + b x + c. The variance of the estimate follows from both.
+        a = 2 * pairs
+        b = -only_first - only_second + (2 * pairs - only_first + only_second) * difference
+        c = -only_second * difference * (1 - difference)
+        share = (math.sqrt(b * b - 4 * a * c) - b) / (2 * a)
+        variance = pairs * (2 * share + difference * (1 - difference))
+        distance = pairs * (estimate - difference)
+        if distance == 0:
+            return 0.0
+        return distance / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, distance)
+
+    edge = 1e-9  # at exactly -1 and 1 the variance is 0
+    low, high = -1.0, 1.0
+    if estimate > -1:
+        low = float(brentq(lambda d: min(score(d), 1e9) - critical, -1 + edge, estimate))
+    if estimate < 1:
+        high = float(brentq(lambda d: max(score(d), -1e9) + critical, estimate, 1 - edge))
+    return low, high
 
 
 def _bound_without_success(trials: int, confidence: float) -> float:

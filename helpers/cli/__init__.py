@@ -2,7 +2,7 @@
 
 # Each of these modules registers its commands when it is imported, and the help lists them in this order.
 # isort: off
-from helpers.cli import machine, run, measure, maintainers  # noqa: F401
+from helpers.cli import machine, run, measure, training, maintainers  # noqa: F401
 from helpers.cli.workbook import app
 # isort: on
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from helpers.cli.workbook import _command, _ProfileOption
+from helpers.base.terminal import Terminal
+from helpers.cli.workbook import _command, _hidden, _ProfileOption, _say
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -45,10 +45,10 @@ def _doctor(
     failed = doctor.failures(findings)
     if as_json:
         answer = {"profile": chosen.name, "can_run": not failed, "findings": [vars(finding) for finding in findings]}
-        typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
+        _say(json.dumps(answer, indent=2, ensure_ascii=False))
     else:
         verdict = f"cannot run here: see {', '.join(failed)}" if failed else "can run here"
-        Console(highlight=False).print(_findings(findings), f"\n[bold]{chosen.name}[/bold] {verdict}")
+        Terminal().print(_findings(findings), Text.assemble("\n", (chosen.name, "bold"), f" {verdict}"))
     raise typer.Exit(1 if failed else 0)
 
 
@@ -91,9 +91,9 @@ def _plan(
         if figure:
             output.save_figure(made, figure)
     if as_json:
-        typer.echo(text)
+        _say(text)
     else:
-        console = Console(highlight=False)
+        console = Terminal()
         for part in shown:
             console.print(part)
             console.print()
@@ -105,8 +105,8 @@ def _findings(findings: Sequence[Finding]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     for finding in findings:
         # Text, not markup: a path or a package name with brackets would vanish as a style.
-        text = Text(finding.found)
+        text = Text(_hidden(finding.found))
         if finding.advice and finding.status != "ok":
-            text.append(f"\n-> {finding.advice}", style="bold")
+            text.append(f"\n-> {_hidden(finding.advice)}", style="bold")
         table.add_row(Text(finding.status, style=colours[finding.status]), finding.name, text)
     return table

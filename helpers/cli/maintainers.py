@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from helpers.base.files import ROOT
-from helpers.cli.workbook import MAINTAINERS, _command, _print_result, _shortened
+from helpers.base.terminal import Terminal
+from helpers.base.text import shell_word
+from helpers.cli.workbook import MAINTAINERS, _command, _print_result, _say, _shortened
 
 MODELS = ROOT / "env" / "models"
 WORK = ROOT / "runs" / "train-mini"
@@ -20,25 +21,27 @@ WORK = ROOT / "runs" / "train-mini"
 def _render() -> None:
     """Make notebooks/*.ipynb from notebooks/source, with the outputs of a laptop run."""
     from helpers.runs import rendering
-    from helpers.runs.report import write_report
 
     result = rendering.render()
-    _print_result(result, write_report(result.folder))
+    _print_result(result)
     raise typer.Exit(0 if result.ok else 1)
 
 
 @_command("expect", MAINTAINERS)
 def _expect(runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs of one profile.")]) -> None:
-    """Update the expected values from finished runs that agree. Values with a cited source are kept."""
-    from helpers.runs import execution, expected, store
+    """Update the expected values from finished runs that agree. Cited values, and other notebooks' values, are kept."""
+    from helpers.runs import execution, expected, request, store
 
-    measured = expected.expected_from_runs(runs)
-    path = execution.NOTEBOOKS / "expected" / f"{store.read_manifest(runs[0]).profile}.json"
+    profile = store.read_manifest(runs[0]).profile
+    measured = expected.expected_from_runs(runs, request.usual_parameters(profile, execution.NOTEBOOKS))
+    path = execution.NOTEBOOKS / "expected" / f"{profile}.json"
     earlier = store.read_expected(path)
-    cited = {key: entry for key, entry in earlier.items() if entry.cited}
+    merged = expected.merge_expected(earlier, measured, runs)
     path.parent.mkdir(exist_ok=True)
-    store.write_expected(path, measured | cited)
-    typer.echo(f"{path}: {len(measured)} values from {len(runs)} runs, {len(cited)} from citations")
+    store.write_expected(path, merged.values)
+    for line in merged.lines:
+        _say(line)
+    _say(f"{path}: {merged}")
 
 
 @_command("train-mini", MAINTAINERS)
@@ -56,7 +59,7 @@ def _train_mini(
 
     settings = training.read_recipe(recipe or training.RECIPE)
     training.train(data, work, settings, stage or training.STAGES, out)
-    typer.echo(f"Trained: {_shortened(out)}. To evaluate it: workbook evaluate-mini --models {_shortened(out)}")
+    _say(f"Trained: {_shortened(out)}. To evaluate it: workbook evaluate-mini --models {shell_word(_shortened(out))}")
 
 
 @_command("evaluate-mini", MAINTAINERS)
@@ -74,7 +77,7 @@ def _evaluate_mini(
         # How many samples there were is no measurement; quality.json and the model card tell it.
         if "samples" not in name:
             table.add_row(name, _figure(value))
-    Console().print(table)
+    Terminal().print(table)
 
 
 @_command("record-hashes", MAINTAINERS)
@@ -92,7 +95,7 @@ def _record_hashes(
         found = changes(folder, name)
         if found:
             write_hashes(folder, name)
-        typer.echo(f"{_shortened(folder / HASHES)}: {'; '.join(found) or 'unchanged'}")
+        _say(f"{_shortened(folder / HASHES)}: {'; '.join(found) or 'unchanged'}")
 
 
 def _figure(value: float | list[float]) -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from helpers.base.errors import WorkbookError, choose
-from helpers.cli.workbook import _command, _ProfileOption, _shortened, _split
+from helpers.base.terminal import Terminal
+from helpers.cli.workbook import _command, _ProfileOption, _say, _shortened, _split
 
 if TYPE_CHECKING:
     from helpers.evaluation.leaderboard import Leaderboard
@@ -60,7 +60,7 @@ def _leaderboard(
     choose(model, chosen.models, "model")
     load = functools.partial(loading.load, chosen.models[model], precision or chosen.precision)
     measured = evaluation_leaderboard.leaderboard_average(load, limit=limit, folder=tasks or evaluation_tasks.TASKS)
-    Console(highlight=False).print(_leaderboard_table(measured), "\n".join(measured.notes), sep="\n")
+    Terminal().print(_leaderboard_table(measured), "\n".join(measured.notes), sep="\n")
 
 
 @_command("bench")
@@ -99,9 +99,9 @@ def _bench(
         precision, limit, peers or session.PEERS, vllm_python, out,
     )  # fmt: skip
     outcome = session.run(load_profile(profile), wish)
-    typer.echo((outcome.folder / "bench.md").read_text(encoding="utf-8"))
+    _say((outcome.folder / "bench.md").read_text(encoding="utf-8"))
     title = "Interrupted; measured so far" if outcome.interrupted else "Results"
-    typer.echo(f"{title}: {_shortened(outcome.folder)}")
+    _say(f"{title}: {_shortened(outcome.folder)}")
     raise typer.Exit(1 if outcome.interrupted else 0)
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
-from helpers.cli.workbook import _command, _print_result, _ProfileOption, _RunFolder, _split
+from helpers.base.terminal import Terminal
+from helpers.cli.workbook import _command, _print_result, _ProfileOption, _RunFolder, _say
 
 
 @_command("fetch")
@@ -38,8 +39,16 @@ def _run(
         typer.Option(help="Resume the run in this folder: only notebooks that have not passed or have changed."),
     ] = None,
     *,
+    redo: Annotated[
+        bool,
+        typer.Option("--redo", help="With --resume: also run again what passed with other code or on another machine."),
+    ] = False,
     folder: Annotated[
         Path | None, typer.Option(help="Folder of the new run. Default: runs/<UTC time>-<profile>.")
+    ] = None,
+    notebook: Annotated[
+        list[Path] | None,
+        typer.Option(help="Run this notebook of your own, anywhere on disk, in place of the workbook's (repeatable)."),
     ] = None,
     parameter: Annotated[
         list[str] | None,
@@ -51,21 +60,31 @@ def _run(
     ] = False,
 ) -> None:
     """Run the notebooks and write a report. Exit code 0: all passed, 1: some failed, 2: usage."""
-    from helpers.runs import execution
-    from helpers.runs.report import write_report
-    from helpers.runs.request import Request
+    from helpers.runs.interrupts import interruptible
 
-    request = Request(
-        profile,
-        only=_split(only),
-        parameters=parameter or (),
-        resume=resume,
-        folder=folder,
-        rehearse=rehearse,
-    )
-    result = execution.run(request, command=["workbook", *sys.argv[1:]])
-    _print_result(result, write_report(result.folder))
+    # Loading the modules below takes a moment, in which a signal has its answer, too.
+    with interruptible():
+        from helpers.runs import execution
+        from helpers.runs.request import Request
+
+        request = Request(
+            profile,
+            only=_prefixes(only),
+            parameters=parameter or (),
+            resume=resume,
+            folder=folder,
+            own=notebook or (),
+            rehearse=rehearse,
+            redo=redo,
+        )
+        result = execution.run(request, command=["workbook", *sys.argv[1:]])
+    _print_result(result)
     raise typer.Exit(0 if result.ok else 1)
+
+
+def _prefixes(texts: list[str] | None) -> list[str]:
+    """The texts of --only, which may be repeated or hold commas. A blank one stays: left out, it would mean all."""
+    return [part.strip() for text in texts or () for part in text.split(",")]
 
 
 @_command("report")
@@ -73,19 +92,21 @@ def _report(run: _RunFolder) -> None:
     """Write the report of a run again."""
     from helpers.runs.report import write_report
 
-    typer.echo(write_report(run))
+    _say(write_report(run))
 
 
 @_command("check")
 def _check(run: _RunFolder) -> None:
     """Judge a run by its profile's expected values. Exit code 0: none differs or is missing, 1: some do, 2: usage."""
-    from helpers.runs import execution, expected, store
+    from helpers.runs import execution, expected, request, store
 
-    path = execution.NOTEBOOKS / "expected" / f"{store.read_manifest(run).profile}.json"
-    judged = expected.judge(run, store.read_expected(path, required=True))
-    for line in (*judged.differing, *judged.missing):
-        typer.echo(line)
-    typer.echo(f"{path.name}: {judged}")
+    profile = store.read_manifest(run).profile
+    path = execution.NOTEBOOKS / "expected" / f"{profile}.json"
+    usual = request.usual_parameters(profile, execution.NOTEBOOKS)
+    judged = expected.judge(run, store.read_expected(path, required=True), usual)
+    for line in (*judged.notes, *judged.differing, *judged.missing):
+        _say(line)
+    _say(f"{path.name}: {judged}")
     raise typer.Exit(0 if judged.passed else 1)
 
 
@@ -103,10 +124,18 @@ def _diff(
     from helpers.runs import difference, difference_views
 
     compared = difference.compare_runs(run_a, run_b, strict_times=strict_times)
-    console = Console(highlight=False)
+    problem: WorkbookError | None = None
+    try:
+        # Before the tables, of which somebody may read the first lines alone.
+        page = difference_views.write_page(compared, html)
+    except WorkbookError as error:
+        problem = error
+    console = Terminal()
     for part in difference_views.tables(compared):
         console.print(part)
-    typer.echo(f"Page: {difference_views.write_page(compared, html)}")
+    if problem is not None:
+        raise problem
+    _say(f"Page: {page}")
     raise typer.Exit(1 if compared.differing else 0)
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
@@ -20,6 +22,8 @@ from helpers import __version__
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
 from helpers.base.hub_variables import check_hub_variables
+from helpers.base.installed import damage
+from helpers.base.text import one_line, printable, shell_word
 
 if TYPE_CHECKING:
     from helpers.runs.execution import RunResult
@@ -67,8 +71,24 @@ def _reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
             check_hub_variables()
             return command(*args, **kwargs)
         except WorkbookError as error:
-            typer.echo(f"Error: {error}", err=True)
+            _say(f"Error: {error}", error=True)
             raise typer.Exit(getattr(error, "exit_code", 2)) from error
+        except KeyboardInterrupt as error:
+            _say("Interrupted.", error=True)
+            raise typer.Exit(130) from error
+        except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+            raise  # BrokenPipeError: who read the output is gone, and typer ends without a word
+        except OSError as error:
+            where = f" {error.filename}" if error.filename else ""
+            _say(f"Error: Cannot read or write{where} ({error.strerror or error}).", error=True)
+            raise typer.Exit(1) from error
+        except Exception as error:
+            # What nobody expected may come from a package that somebody has removed by halves.
+            why = damage()
+            if not why:
+                raise
+            _say(f"Error: {type(error).__name__}: {error}. {why}", error=True)
+            raise typer.Exit(1) from error
 
     return wrapped
 
@@ -83,6 +103,18 @@ def _check_checkout() -> None:
         )
 
 
+def _say(text: object, *, error: bool = False) -> None:
+    """Print a text. All that commands print goes through here, or through ``base.terminal``: it may hold anything."""
+    typer.echo(printable(_hidden(text)), err=error)
+
+
+def _hidden(text: object) -> str:
+    """The text without secrets: an error's message may hold an address with a password."""
+    from helpers.runs.redaction import _for_screen
+
+    return _for_screen(str(text))
+
+
 def _split(texts: Iterable[str] | None) -> list[str]:
     """The values of an option that may be repeated, or given once with commas."""
     parts = []
@@ -93,17 +125,57 @@ def _split(texts: Iterable[str] | None) -> list[str]:
 
 def _shortened(path: Path) -> str:
     """The path as a person in this folder would type it."""
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    try:
+        return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    except FileNotFoundError:  # somebody deleted the folder that the shell is in
+        return str(path)
 
 
-def _print_result(result: RunResult, report_path: Path) -> None:
-    """Print what became of each notebook, how to resume those that did not pass, and where the report is."""
+def _echo(text: str) -> None:
+    """Print a line. Nobody may read it any more, or the disk of a log may be full: then the work goes on unseen."""
+    try:
+        _say(text)
+    except OSError as error:
+        with suppress(OSError, ValueError):
+            # What waits to be written would make Python's own exit code an error.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not isinstance(error, BrokenPipeError):
+                _say(f"The standard output cannot be written ({error.strerror}).", error=True)
+
+
+def _print_result(result: RunResult) -> None:
+    """Print what became of each notebook and how to go on, then write the report and print where it is."""
+    from helpers.runs.interrupts import interruptible
+
     for name in result.passed:
-        typer.echo(f"passed  {name}")
+        _echo(f"passed  {one_line(name)}{' (kept from an earlier start)' if name in result.kept else ''}")
     for name, reason in result.failed.items():
-        typer.echo(f"FAILED  {name}: {reason}")
+        _echo(f"FAILED  {one_line(name)}: {one_line(reason)}")
+    # Only an activated environment has the command on its path.
+    command = "workbook" if shutil.which("workbook") else ".venv/bin/workbook"
+    resume = f"{command} run --resume {shell_word(_shortened(result.folder))}"
+    if result.interrupted:
+        _echo("The run was interrupted.")
     if not result.ok:
-        # Only an activated environment has the command on its path.
-        command = "workbook" if shutil.which("workbook") else ".venv/bin/workbook"
-        typer.echo(f"Resume the notebooks that did not pass: {command} run --resume {_shortened(result.folder)}")
-    typer.echo(f"Report: {report_path}")
+        _echo(f"Resume the notebooks that did not pass: {resume}")
+    if result.kept:
+        _echo(
+            f"Kept from other code, packages or models, or from another machine: {', '.join(result.kept)}. The report "
+            f"names what their values are of. To run them again: {resume} --redo"
+        )
+    try:
+        with interruptible():
+            _echo(f"Report: {_reported(result.folder, command)}")
+    except KeyboardInterrupt:
+        _echo(f"Report: interrupted. To write it: {command} report {shell_word(_shortened(result.folder))}")
+
+
+def _reported(folder: Path, command: str) -> str:
+    """Write the report of a run; where it is, or why there is none, which is no reason to hide how the run ended."""
+    from helpers.runs.report import write_report
+
+    try:
+        return str(write_report(folder))
+    except Exception as error:
+        told = str(error) if isinstance(error, WorkbookError) else f"{type(error).__name__}: {error}."
+        return f"not written. {told} To try again: {command} report {shell_word(_shortened(folder))}"

@@ -7,7 +7,6 @@ answer key are scored by ``RULES``; prompts without a key are only shown.
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 from helpers.base import stats
 from helpers.base.errors import WorkbookError, choose
 from helpers.base.stats import Interval
+from helpers.evaluation.data import Item, _check_questions
 from helpers.generation.generating import generate_batch
 from helpers.generation.sampling import Reply, Sampling
 from helpers.models.formats import Message
@@ -25,8 +25,6 @@ from helpers.models.loaded import Loaded
 from helpers.models.references import ModelRef
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from pandas import DataFrame
 
     from helpers.models.references import Profile
@@ -34,25 +32,6 @@ if TYPE_CHECKING:
 CONCISE_WORDS = 12
 GREEDY = Sampling(temperature=0, max_new_tokens=24)
 Side = Loaded | ModelRef
-
-
-@dataclass(frozen=True)
-class Item:
-    """A question with its key: what a correct reply names, and what it must not name. Without an answer: not scored.
-
-    Raises ValueError for a key that is one text instead of several words.
-    """
-
-    id: str
-    kind: str
-    question: str
-    answer: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for words in (self.answer, self.others):
-            if isinstance(words, str) or not all(isinstance(word, str) and word for word in words):
-                raise ValueError(f"{words!r} is not a list of words")
 
 
 @dataclass(frozen=True)
@@ -70,24 +49,10 @@ class _Difference:
     only_second: int
 
 
-def read_items(path: Path) -> list[Item]:
-    """The items of a JSON-lines file. Raises WorkbookError, naming the line, if one is not a valid item."""
-    items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            keys = {name: row.pop(name, []) for name in ("answer", "others")}
-            # Item itself refuses a key that is a text, which a tuple would take apart into letters.
-            item = Item(**row, **keys)
-            items.append(replace(item, answer=tuple(item.answer), others=tuple(item.others)))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise WorkbookError(f"{path.name}, line {number} is not a valid item: {error}.") from error
-    return items
-
-
 def names(text: str, word: str) -> bool:
     """True if the text contains the word, in singular or plural, ignoring case."""
-    return re.search(rf"\b{re.escape(word)}(e?s)?\b", text, re.IGNORECASE) is not None
+    # Not \b, which would never end a word such as C++.
+    return re.search(rf"(?<!\w){re.escape(word)}(e?s)?(?!\w)", text, re.IGNORECASE) is not None
 
 
 def is_correct(item: Item, text: str) -> bool:
@@ -204,7 +169,13 @@ class Comparison:
                 points.append(1.0)
             else:
                 points.append(0.0)
+        if 0.5 not in points:
+            return stats.proportion(round(sum(points)), len(points))
         rate = stats.mean(points)
+        if len(set(points)) == 1:
+            # All tied: a side may win as many of the next as no difference at all leaves possible.
+            none = stats.paired_difference([0] * len(points), [0] * len(points))
+            return replace(rate, low=0.5 + none.low / 2, high=0.5 + none.high / 2)
         # Student's t knows no bounds, but a rate has them.
         return replace(rate, low=max(rate.low, 0.0), high=min(rate.high, 1.0))
 
@@ -281,7 +252,8 @@ def compare(
 
     A model given as ModelRef is loaded in ``precision`` for its turn only, so that models that do not fit together
     can be compared. ``batch_size`` prompts are generated at once: more is faster, but times then describe the batch.
-    Raises WorkbookError for no prompts, no models or no batch, and what ``generation.generate`` raises.
+    Raises WorkbookError for no prompts, a blank one, two items with one id, no models or no batch, before any model is
+    loaded, and what ``generation.generate`` raises.
     """
     if isinstance(prompts, str) or not prompts:
         raise WorkbookError("Give a list of prompts, not a single text and not an empty list.")
@@ -291,6 +263,7 @@ def compare(
     if batch_size < 1:
         raise WorkbookError(f"batch_size must be at least 1, but is {batch_size}.")
     items = tuple(_item(prompt, number) for number, prompt in enumerate(prompts, 1))
+    _check_questions(items)
     replies, labels, sizes = {}, {}, {}
     for side, model in models.items():
         with opened(model, precision) as loaded:
@@ -302,7 +275,10 @@ def compare(
 def _item(prompt: str | Item, number: int) -> Item:
     if isinstance(prompt, Item):
         return prompt
-    return Item(f"prompt-{number}", "prompt", prompt)
+    try:
+        return Item(f"prompt-{number}", "prompt", prompt)
+    except ValueError as error:
+        raise WorkbookError(f"Prompt {number} cannot be asked: {error}. Correct it or leave it out.") from error
 
 
 def sides(profile: Profile) -> dict[str, Side]:

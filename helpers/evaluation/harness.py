@@ -8,39 +8,31 @@ commit and collects facts on the machine.
 
 from __future__ import annotations
 
-import copy
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from helpers.base.errors import WorkbookError
-from helpers.evaluation.likelihood import _OPTION_BATCH, _check_length
+from helpers.evaluation.harness_model import _harness_model
+from helpers.evaluation.likelihood import _OPTION_BATCH
 from helpers.evaluation.tasks import TASKS, _only_errors, _prepared
-from helpers.models.loaded import context_tokens, inference, input_device
-from helpers.models.workarounds.lm_eval_model import (
-    logits_without_cache,
-    same_random_state,
-    slow_bars_only,
-    untied_copy,
-)
+from helpers.models.finite import explained
+from helpers.models.loaded import inference
+from helpers.models.workarounds.lm_eval_model import same_random_state, slow_bars_only
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
     from datasets import Dataset
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks.manager import TaskDict
     from pandas import DataFrame
 
     from helpers.evaluation.tasks import _PreparedTasks
-    from helpers.models.formats import Message
     from helpers.models.loaded import Loaded
 
 ItemValues = tuple[float, ...] | tuple[tuple[float, float], ...]
-_Request = tuple[object, list[int], list[int]]  # what the harness asked, and the tokens before the reply and of it
 _BOOTSTRAPS = 1000  # for the errors of metrics without a formula, such as LAMBADA's perplexity
 
 
@@ -106,7 +98,8 @@ def evaluate(
     A name is looked up in ``folder``, then in notebooks/data/tasks/, then among the harness' own tasks, which takes
     half a minute; their data sets come from the hub. ``data_files`` of a task in the two folders map each split to one
     file name, relative to the task's file. Tasks with ``chat: true`` in their ``metadata`` are asked in the model's
-    chat format, and answers begin as its replies do; all others are asked as plain text. ``limit`` takes only the first
+    chat format, and answers begin as its replies do; generated answers are those of ``generate``, which also end at the
+    task's own stop strings. All other tasks are asked as plain text. ``limit`` takes only the first
     items of each task. With ``truncate``, an item with more tokens than the context loses its beginning, as is usual,
     and is counted. (The harness' own command line does not know the chat format.) The random state stays as it was.
     Raises WorkbookError for an unknown task, listing the known ones, for a limit below 1, or if an item has more tokens
@@ -134,7 +127,8 @@ def _measure(
 
     parts = []
     bars = slow_bars_only(lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
-    with bars, same_random_state(), inference(loaded.model), _only_errors(logging.getLogger("lm_eval")):
+    quiet = _only_errors(logging.getLogger("lm_eval"))
+    with bars, same_random_state(), explained(loaded), inference(loaded.model), quiet:
         for chat, chosen in ((False, tasks.plain), (True, tasks.chat)):
             if not chosen["tasks"]:
                 continue
@@ -154,77 +148,6 @@ def _measure(
 def choice_rows(rows: Dataset) -> Dataset:
     """The rows of animal_items.jsonl that are a choice: ``process_docs`` of the harness' task animal_choice."""
     return rows.select([number for number, kind in enumerate(rows["kind"]) if kind == "choice"])
-
-
-def _harness_model(loaded: Loaded, chat: bool, batch_size: int, truncate: bool) -> HFLM:
-    """The model as the harness sees it, in its chat format; ``truncated`` counts the requests that were shortened.
-
-    The harness sets a padding token and ties the output layer to the embeddings if the configuration says so, even
-    if the checkpoint has an output layer of its own: it gets copies (the weights are shared) that keep it from both.
-    """
-    return _harness_class(loaded, chat, truncate)(
-        pretrained=untied_copy(loaded.model),
-        tokenizer=copy.deepcopy(loaded.tokenizer),
-        backend="causal",
-        batch_size=batch_size,
-        max_length=context_tokens(loaded),
-        softmax_dtype="float32",
-    )
-
-
-def _harness_class(loaded: Loaded, chat: bool, truncate: bool) -> type[HFLM]:
-    from lm_eval.models.huggingface import HFLM
-
-    class Model(HFLM):  # type: ignore[misc]  # the harness has no types
-        truncated = 0
-
-        @property
-        def device(self) -> torch.device:
-            # The harness would put its inputs on the device of its own choice, not on that of the model's first layer.
-            return input_device(loaded.model)
-
-        def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
-            return loaded.format.render(chat_history, add_generation_prompt)
-
-        def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            start = loaded.format.reply_start if chat else ""
-            results: list[tuple[float, bool]] = super().loglikelihood(_begun(requests, start), disable_tqdm)
-            return results
-
-        def _loglikelihood_tokens(
-            self, requests: list[_Request], disable_tqdm: bool = False, override_bs: int | None = None
-        ) -> list[tuple[float, bool]]:
-            self.truncated += _count_too_long(self.max_length, requests, truncate)
-            results: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-            return results
-
-        # A causal model gets no mask and no labels, which the harness passes to others.
-        def _model_call(self, inps: torch.Tensor, **_: None) -> torch.Tensor:
-            return logits_without_cache(self.model, inps)
-
-    return Model
-
-
-def _begun(requests: Sequence[Instance], start: str) -> list[Instance]:
-    """The requests with ``start`` before each reply, as the chat format begins its replies."""
-    asked = []
-    for request in requests:
-        before, reply = request.args
-        asked.append(replace(request, arguments=(before, start + reply)))
-    return asked
-
-
-def _count_too_long(context: int, requests: Sequence[_Request], truncate: bool) -> int:
-    """How many requests take more tokens than the context holds. Raises WorkbookError for one, unless ``truncate``."""
-    too_long = []
-    for _, before, reply in requests:
-        # The last token of a reply is only predicted, never read.
-        size = len(before) + len(reply) - 1
-        if size > context:
-            too_long.append(size)
-    if too_long and not truncate:
-        _check_length(max(too_long), context)
-    return len(too_long)
 
 
 def _evaluation(results: Mapping[str, Any], tasks: TaskDict, truncated: int, version: str) -> _Evaluation:
@@ -270,8 +193,10 @@ def _rows(name: str, results: Mapping[str, Any]) -> list[_EvaluationRow]:
         if not kind or metric.endswith("_stderr"):
             continue
         error = values.get(f"{metric}_stderr,{kind}")
-        # A metric without an error has the text "N/A" in its place.
-        standard_error = float(error) if isinstance(error, float) else None
+        # A metric without an error has the text "N/A" in its place; a single item has the error nan.
+        standard_error = float(error) if isinstance(error, float) and math.isfinite(error) else None
+        if not math.isfinite(values[key]):
+            raise WorkbookError(f"The harness gives {values[key]} for {metric} of {name}. Look at its single items.")
         rows.append(_EvaluationRow(name, metric, values[key], standard_error, values["sample_len"], shots))
     return rows
 

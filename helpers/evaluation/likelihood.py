@@ -12,18 +12,20 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from helpers.base import stats
 from helpers.base.errors import WorkbookError
 from helpers.base.stats import Interval
-from helpers.generation.generating import Prompt
-from helpers.models.formats import encode
+from helpers.models.finite import check_sums, explained
+from helpers.models.formats import Message
 from helpers.models.loaded import context_tokens, inference, input_device
+from helpers.models.tokens import document_token, encode, literal_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 _WINDOW_BATCH = 4  # windows of one forward: with 2048 tokens and a vocabulary of 65024 their logits take a gigabyte
 _OPTION_BATCH = 16  # options of one forward: they are far shorter than windows
+_MOST_NATS = 700.0  # exp of little more overflows; even a model that guesses has about 11
 _Span = tuple[list[int], int]  # the tokens of a window, and how many at its beginning are only context
 _Scored = tuple[tuple[int, ...], tuple[int, ...]]  # the tokens before an option, and the option's own, which are scored
 
@@ -41,7 +44,8 @@ class _Perplexity:
     """What ``perplexity`` measured. ``tokens`` and ``bytes`` (UTF-8) count the text that was scored.
 
     nll: the negative log-likelihood of each text, in nats, summed over its tokens; text_tokens, text_bytes: the number
-    of tokens and bytes of each text; text_keys: a hash of the part of each text that was scored.
+    of tokens and bytes of each text; text_keys: a hash of the part of each text that was scored; begins_with: the token
+    before each text, as in the model's training. If it is empty, the first token of each text was not scored.
     """
 
     tokens: int
@@ -50,11 +54,12 @@ class _Perplexity:
     text_tokens: tuple[int, ...]
     text_bytes: tuple[int, ...]
     text_keys: tuple[str, ...]
+    begins_with: str = ""
 
     @property
     def perplexity(self) -> float:
         """exp(sum of nll / tokens): every token has the same weight. Comparable between models with one tokenizer."""
-        return math.exp(math.fsum(self.nll) / self.tokens)
+        return _exp(math.fsum(self.nll) / self.tokens)
 
     @property
     def bits_per_byte(self) -> float:
@@ -81,12 +86,20 @@ class _Perplexity:
         Raises ValueError for fewer than two texts.
         """
         mean = stats.ratio(self.nll, self.text_tokens)
-        return Interval(self.perplexity, math.exp(mean.low), math.exp(mean.high), mean.confidence)
+        return Interval(self.perplexity, _exp(mean.low), _exp(mean.high), mean.confidence)
 
     @property
     def bits(self) -> tuple[float, ...]:
         """``nll`` in bits."""
         return tuple(value / math.log(2) for value in self.nll)
+
+
+def _exp(nats: float) -> float:
+    if not nats < _MOST_NATS:
+        raise WorkbookError(
+            f"The loss is {nats:.3g} nats per token, too much for a perplexity. Check the model's files."
+        )
+    return math.exp(nats)
 
 
 def perplexity(
@@ -98,7 +111,10 @@ def perplexity(
     batch_size: int = _WINDOW_BATCH,
     max_tokens: int | None = None,
 ) -> _Perplexity:
-    """The perplexity of a model on texts. Each text starts after the begin token, so that its first token counts too.
+    """The perplexity of a model on texts, in which nothing is a control token.
+
+    Each text follows the token that began a document in training (``begins_with``), so that its first token counts too;
+    if the tokenizer has no such token, the first token of each text is only read.
 
     A text longer than ``window`` tokens (default: the model's context) is cut into windows that advance by ``stride``
     (default: half a window). Each token is scored once, with at least ``window - stride`` tokens before it, or all
@@ -106,7 +122,7 @@ def perplexity(
     does not change the values, up to rounding; in int8 they change a little more, because bitsandbytes looks for
     outlier columns in the batch as a whole. ``max_tokens`` limits the tokens scored over all texts: the text that
     reaches the limit is cut there, and later ones are left out.
-    Raises WorkbookError for no texts, an empty text, an impossible number, or a tokenizer without a begin or end token.
+    Raises WorkbookError for no texts, an empty text, an impossible number, or a text of which no token can be scored.
     """
     if isinstance(texts, str) or not texts or not all(texts):
         raise WorkbookError("Give a list of texts, none of them empty.")
@@ -114,15 +130,17 @@ def perplexity(
     size = window if window is not None else context
     step = stride if stride is not None else size // 2
     _check_sizes(context, size, step, batch_size, max_tokens)
-    encoded = _encoded_up_to(loaded.tokenizer, texts, max_tokens or sys.maxsize)
-    nll = _nll_by_text(loaded.model, [ids for ids, _ in encoded], size, step, batch_size)
+    begin = document_token(loaded.tokenizer)
+    encoded = _encoded_up_to(loaded.tokenizer, texts, begin, max_tokens or sys.maxsize)
+    with explained(loaded):
+        nll = _nll_by_text(loaded.model, [ids for ids, _ in encoded], size, step, batch_size)
     tokens, sizes, keys = [], [], []
     for ids, text in encoded:
         content = text.encode()
-        tokens.append(len(ids) - 1)  # the begin token is not scored
+        tokens.append(len(ids) - 1)  # the first token is not scored
         sizes.append(len(content))
         keys.append(hashlib.sha256(content).hexdigest()[:16])
-    return _Perplexity(sum(tokens), sum(sizes), nll, tuple(tokens), tuple(sizes), tuple(keys))
+    return _Perplexity(sum(tokens), sum(sizes), nll, tuple(tokens), tuple(sizes), tuple(keys), begin or "")
 
 
 def _check_sizes(context: int, size: int, step: int, batch_size: int, max_tokens: int | None) -> None:
@@ -136,32 +154,39 @@ def _check_sizes(context: int, size: int, step: int, batch_size: int, max_tokens
         raise WorkbookError(f"max_tokens must be at least 1, but is {max_tokens}.")
 
 
-def _encoded_up_to(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], most: int) -> list[tuple[list[int], str]]:
+def _encoded_up_to(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], begin: str | None, most: int
+) -> list[tuple[list[int], str]]:
     """The texts as ``_encoded``, with at most ``most`` tokens over all of them."""
     encoded: list[tuple[list[int], str]] = []
     left = most
     for text in texts:
         if left == 0:
             break
-        ids, covered = _encoded(tokenizer, text, left)
+        ids, covered = _encoded(tokenizer, text, begin, left)
         encoded.append((ids, covered))
         left -= len(ids) - 1
     return encoded
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, most: int) -> tuple[list[int], str]:
-    """The begin token with at most ``most`` tokens of the text, and the part of the text that they cover."""
-    begin = tokenizer.bos_token_id
-    if begin is None:
-        begin = tokenizer.eos_token_id
-    if begin is None:
-        raise WorkbookError("The tokenizer has neither a begin nor an end token to start a text with.")
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = encoding["input_ids"]
-    if len(ids) <= most:
-        return [begin, *ids], text
-    end = encoding["offset_mapping"][most - 1][1]
-    return [begin, *ids[:most]], text[:end]
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, begin: str | None, most: int) -> tuple[list[int], str]:
+    """A token that is only read, then at most ``most`` tokens of the text, and the part of the text that they cover.
+
+    The first token is ``begin``, or else the text's own.
+    """
+    tokens = literal_tokens(tokenizer, text)
+    covered = text
+    if len(tokens) > most:
+        covered = text[: tokens[most - 1].end]
+        tokens = tokens[:most]
+    ids = [token.id for token in tokens]
+    if begin is not None:
+        return [tokenizer.get_vocab()[begin], *ids], covered
+    if len(ids) < 2:
+        raise WorkbookError(
+            f"The tokenizer has no token to begin a text with, so the text {text[:40]!r} is too short. Add words."
+        )
+    return ids, covered[tokens[0].end :]
 
 
 def _nll_by_text(
@@ -217,6 +242,7 @@ def _nll(model: PreTrainedModel, spans: Sequence[_Span]) -> list[float]:
             targets = torch.tensor(ids[skipped:], device=row.device)
             predicted = row[skipped - 1 - first : len(ids) - 1 - first].float()
             sums.append(cross_entropy(predicted, targets, reduction="sum").item())
+    check_sums(sums, [ids for ids, _ in spans])
     return sums
 
 
@@ -228,7 +254,7 @@ class Question:
     model's chat format, and an option is a reply: it begins as that format's replies do.
     """
 
-    prompt: Prompt
+    prompt: str | Sequence[Message]
     options: tuple[str, ...]
     answer: int
 
@@ -286,7 +312,8 @@ def multiple_choice(
     starts = range(0, len(order), batch_size)
     for start in tqdm(starts, desc="multiple choice", unit="batch", delay=2, leave=False):
         batch = order[start : start + batch_size]
-        values |= zip(batch, _log_likelihoods(loaded.model, batch), strict=True)
+        with explained(loaded):
+            values |= zip(batch, _log_likelihoods(loaded.model, batch), strict=True)
     log_likelihoods = []
     for options in encoded:
         log_likelihoods.append(tuple(values[option] for option in options))
@@ -302,19 +329,32 @@ def _options(loaded: Loaded, question: Question, number: int) -> list[_Scored]:
         raise WorkbookError(f"Question {number} names option {question.answer}; they count from 0.")
     if not all(question.options):
         raise WorkbookError(f"Question {number} has an empty option.")
-    if isinstance(question.prompt, str):
-        prompt, start = question.prompt, ""
-    else:
-        prompt, start = loaded.format.render(question.prompt), loaded.format.reply_start
+    prompt, options = _asked(loaded, question)
     before = prompt.rstrip()
     if not before:
         raise WorkbookError(f"Question {number} has an empty prompt.")
-    length = len(encode(loaded.tokenizer, before))
-    whole = [encode(loaded.tokenizer, prompt + start + option) for option in question.options]
+    encoded = _encoder(loaded, question)
+    length = len(encoded(before))
+    whole = [encoded(prompt + option) for option in options]
     if any(len(ids) <= length for ids in whole):
         raise WorkbookError(f"Question {number} has an option that is no token of its own after the prompt.")
     _check_length(max(map(len, whole)), context_tokens(loaded))
     return [(tuple(ids[:length]), tuple(ids[length:])) for ids in whole]
+
+
+def _asked(loaded: Loaded, question: Question) -> tuple[str, list[str]]:
+    """The text before the options, and the options as they follow it."""
+    if isinstance(question.prompt, str):
+        return question.prompt, list(question.options)
+    form = loaded.format
+    return form.render(question.prompt), [form.reply_start + form.escape(option) for option in question.options]
+
+
+def _encoder(loaded: Loaded, question: Question) -> Callable[[str], list[int]]:
+    """What gives the token ids of a question's text: raw text is encoded as it is, a conversation by its format."""
+    if isinstance(question.prompt, str):
+        return lambda text: encode(loaded.tokenizer, text)
+    return lambda text: [token.id for token in loaded.format.tokens(loaded.tokenizer, text)]
 
 
 def _check_length(tokens: int, context: int) -> None:
@@ -340,6 +380,7 @@ def _log_likelihoods(model: PreTrainedModel, scored: Sequence[_Scored]) -> list[
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
         for row, (before, option) in zip(logits, scored, strict=True):
             sums.append(_option_sum(row[len(before) - 1 - first :], option))
+    check_sums(sums, [[*before, *option] for before, option in scored])
     return sums
 
 

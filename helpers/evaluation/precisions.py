@@ -19,6 +19,7 @@ from helpers.evaluation.harness import _Evaluation, evaluate
 from helpers.evaluation.likelihood import _Perplexity, perplexity
 from helpers.evaluation.pairs import _paired
 from helpers.evaluation.residents import _residents, _shortfalls
+from helpers.models.finite import NotFiniteFoundError, all_finite, explained
 from helpers.models.loaded import LoadReport, inference, input_device
 from helpers.models.references import ModelRef
 from helpers.speed import benchmark
@@ -264,6 +265,9 @@ def _logits(loaded: Loaded, text: str) -> torch.Tensor:
     ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"].to(input_device(loaded.model))
     with inference(loaded.model):
         logits: torch.Tensor = loaded.model(ids).logits[0]
+        with explained(loaded):
+            if not all_finite(logits):
+                raise NotFiniteFoundError(ids.tolist())
     # Precisions that are loaded in turn may lie on different devices.
     return logits.float().cpu()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import textwrap
 from collections import Counter
 from typing import TYPE_CHECKING, TypedDict
@@ -164,14 +163,13 @@ def layer_errors(errors: Mapping[str, Sequence[LayerError]], subject: str) -> Fi
 def _error_panel(axis: Axes, title: str, errors: Mapping[str, Sequence[float]], starts: Sequence[int]) -> None:
     """Lines of the errors by precision; ``starts`` are the borders between the kinds of matrices."""
     for index, (precision, values) in enumerate(errors.items()):
-        shown = [value or math.nan for value in values]
         colour, marker = PALETTE[index], "osD^"[index % 4]
         for begin, end in itertools.pairwise(starts):
             # One line per kind, so that no line leads from one kind to the next; the legend names the first alone.
-            label = None
-            if begin == 0 and not all(map(math.isnan, shown)):
-                label = precision
-            axis.plot(range(begin, end), shown[begin:end], color=colour, marker=marker, markersize=4, label=label)
+            label = precision if begin == 0 and any(values) else None
+            places = [place for place in range(begin, end) if values[place]]
+            heights = [values[place] for place in places]
+            axis.plot(places, heights, color=colour, marker=marker, markersize=4, label=label)
     axis.set(ylabel="relative error")
     _logarithmic(axis)
     axis.set_title(title, loc="left")

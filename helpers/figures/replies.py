@@ -83,17 +83,22 @@ def visible(token: str) -> str:
 def token_times(arrivals: Sequence[float], subject: str) -> Figure:
     """The time that each generated token took; the first, for which the model reads the whole prompt, is marked.
 
-    ``arrivals`` are the seconds from the start of the generation to the arrival of each token.
+    ``arrivals`` are the seconds from the start of the generation to the arrival of each token; there may be none.
     """
     figure, (axis,) = _canvas("Time of each generated token", subject, 3.8)
     times = []
     for before, now in itertools.pairwise([0.0, *arrivals]):
         times.append(1000 * (now - before))
+    if not times:
+        axis.text(0.5, 0.5, "no token arrived", ha="center", transform=axis.transAxes)
+        return figure
     axis.bar([1], times[:1], color=ORANGE, label=f"first token, which reads the prompt: {_short(times[0])} ms")
     axis.bar(range(2, len(times) + 1), times[1:], color=BLUE)
     if len(times) > 1:
         typical = statistics.median(times[1:])
-        label = f"median of the others: {_short(typical)} ms ({1000 / typical:.0f} tokens/s)"
+        # Tokens that are accepted together arrive together.
+        speed = f" ({1000 / typical:.0f} tokens/s)" if typical > 0 else ""
+        label = f"median of the others: {_short(typical)} ms{speed}"
         axis.axhline(typical, color=BLACK, linestyle="--", linewidth=1, label=label)
     axis.set(xlabel="generated token", ylabel="time (ms)", xlim=(0, max(len(times), 10) + 1))
     _legend_on_top(axis)

@@ -13,6 +13,7 @@ import math
 import textwrap
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from helpers.base.errors import WorkbookError
 from helpers.base.units import GIB
 
 if TYPE_CHECKING:
@@ -83,9 +84,36 @@ def _styled(draw: Callable[P, F]) -> Callable[P, F]:
         import matplotlib
 
         with matplotlib.rc_context(_STYLE):
-            return draw(*args, **kwargs)
+            drawn = draw(*args, **kwargs)
+        _check_drawn(drawn, draw.__name__)
+        return drawn
 
     return wrapper
+
+
+def _check_drawn(drawn: object, name: str) -> None:
+    """Raise WorkbookError if a line or bar of a figure is not finite: matplotlib would leave it out without a word."""
+    for axis in getattr(drawn, "axes", ()):
+        for line in axis.lines:
+            if not all(map(math.isfinite, _numbers(line.get_xydata()))):
+                raise WorkbookError(_not_finite(name, axis.get_title(loc="left") or axis.get_ylabel()))
+        for patch in axis.patches:
+            if not all(map(math.isfinite, _numbers(patch.get_path().vertices))) or not _has_size(patch):
+                raise WorkbookError(_not_finite(name, axis.get_title(loc="left") or axis.get_ylabel()))
+
+
+def _numbers(points: Any) -> list[float]:
+    return [float(value) for value in points.ravel()]
+
+
+def _has_size(patch: Any) -> bool:
+    """Whether a bar's place and size are finite; other patches have none."""
+    sizes = [getattr(patch, name)() for name in ("get_x", "get_y", "get_width", "get_height") if hasattr(patch, name)]
+    return all(math.isfinite(size) for size in sizes)
+
+
+def _not_finite(name: str, where: str) -> str:
+    return f"The figure {name} has a value that is not finite (NaN or infinity), in {where!r}. Find where it arose."
 
 
 def _new_figure(width: float, height: float, title: str) -> Figure:

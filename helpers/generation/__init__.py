@@ -7,7 +7,13 @@ __getattr__, __dir__, __all__ = face(
     {
         "chat": ["Chat", "play"],
         "decoding": ["Decoding", "PLAIN", "cannot_compile", "for_profile"],
-        "generating": ["Candidate", "generate", "generate_batch", "next_token_probabilities", "stream"],
+        "generating": [
+            "Candidate",
+            "generate",
+            "generate_batch",
+            "next_token_probabilities",
+            "stream",
+        ],
         "sampling": ["Reply", "Sampling"],
     },
 )

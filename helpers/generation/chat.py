@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError
+from helpers.base.files import write_json
+from helpers.base.text import is_blank
 from helpers.generation.decoding import PLAIN
-from helpers.generation.generating import _prompt_text, generate, stream
+from helpers.generation.generating import _fitting, generate, stream
 from helpers.generation.sampling import Sampling
-from helpers.models.formats import MessageError, encode
+from helpers.models.formats import MessageError, spoken
 from helpers.models.loaded import context_tokens
 
 if TYPE_CHECKING:
@@ -29,7 +31,8 @@ CHAT_SAMPLING = Sampling(max_new_tokens=200)
 class Chat:
     """A conversation with one model.
 
-    The history keeps every turn. If it outgrows the context, the model is shown only the newest whole turns (see
+    ``transcript`` keeps every turn. ``messages`` are those that the model may be shown: no format's training data has a
+    turn whose reply is blank. If they outgrow the context, the model is shown only the newest whole turns (see
     ``prompt``). Turn n (from 0) is drawn with ``sampling.seed + n``: a question asked twice may get two replies, and
     the same questions give the same transcript. ``decoding``: see ``generation.generate``. ``last_reply`` is the newest
     finished reply with its timings.
@@ -49,7 +52,12 @@ class Chat:
 
     @property
     def messages(self) -> list[Message]:
-        """A copy of the whole conversation; a system message comes first."""
+        """A copy of the conversation without turns whose reply is blank; a system message comes first."""
+        return spoken(self.transcript)
+
+    @property
+    def transcript(self) -> list[Message]:
+        """A copy of the whole conversation, blank replies included; a system message comes first."""
         return copy.deepcopy(self._with_system(self._turns))
 
     def ask(self, text: str) -> Reply:
@@ -76,27 +84,37 @@ class Chat:
 
     def prompt(self, text: str | None = None) -> str:
         """The exact text that the model would be given for the question ``text``, or for an empty question."""
-        return _prompt_text(self.loaded, self._next(text or ""), self.sampling.max_new_tokens)
+        return self.loaded.format.render(_fitting(self.loaded, self._next(text or ""), self.sampling.max_new_tokens))
 
     def tokens_left(self) -> int:
         """Number of tokens that the next question may take before the oldest turn is left out.
 
         Negative if turns are left out already. The tokens reserved for the reply are not available.
         """
-        rendered = self.loaded.format.render(self._next(""))
+        used = len(self.loaded.format.encode(self.loaded.tokenizer, spoken(self._next(""))))
         context = context_tokens(self.loaded)
         reply = min(self.sampling.max_new_tokens, context // 2)
-        return context - reply - len(encode(self.loaded.tokenizer, rendered))
+        return context - reply - used
 
     def save(self, path: str | Path) -> None:
-        """Write the conversation as JSON (UTF-8): model id, system prompt, sampling and turns."""
+        """Write the conversation as JSON (UTF-8): model id, system prompt, sampling and turns; whole or not at all.
+
+        Raises WorkbookError if it cannot be written; then an earlier file is as it was.
+        """
         state = {
             "model": self.loaded.ref.id,
             "system": self.system,
             "sampling": asdict(self.sampling),
             "turns": self._turns,
         }
-        Path(path).write_text(json.dumps(state, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        try:
+            # of a link, the file that it points to
+            write_json(Path(path).resolve(), state)
+        except (OSError, ValueError) as error:
+            reason = "a text in it holds half of a character" if isinstance(error, UnicodeEncodeError) else error
+            raise WorkbookError(
+                f"The conversation was not saved to {path}: {reason}. Choose another path, or correct what is named."
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path, loaded: Loaded) -> Chat:
@@ -105,16 +123,19 @@ class Chat:
         Raises WorkbookError if the file is missing or is not a saved conversation.
         """
         try:
-            state = json.loads(Path(path).read_text(encoding="utf-8"))
+            state = json.loads(Path(path).read_text(encoding="utf-8-sig"))
             chat = cls(loaded, state["system"], Sampling(**state["sampling"]))
             chat._turns = list(state["turns"])
             # with a question appended, valid messages mean that the saved turns are whole pairs
             loaded.format.check(chat._next("a question may follow"))
         except FileNotFoundError as error:
             raise WorkbookError(f"There is no saved conversation at {path}. Check the path.") from error
-        except (ValueError, KeyError, TypeError, MessageError) as error:
+        except OSError as error:
+            raise WorkbookError(f"{path} cannot be read: {error}. Check the path and its permissions.") from error
+        except (ValueError, KeyError, TypeError, MessageError, RecursionError) as error:
+            reason = str(error).rstrip(".")
             raise WorkbookError(
-                f"{path} is not a conversation that Chat.save wrote: {error}. Choose another file."
+                f"{path} is not a conversation that Chat.save wrote: {reason}. Choose another file."
             ) from error
         return chat
 
@@ -128,7 +149,7 @@ class Chat:
 
     def _asking(self, text: str) -> list[Message]:
         # what is not a string is left to the format's check, whose message names its type
-        if isinstance(text, str) and not text.strip():
+        if isinstance(text, str) and is_blank(text):
             raise WorkbookError("The question is blank. Ask something.")
         return self._next(text)
 

@@ -8,13 +8,16 @@ random state is neither used nor changed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from queue import SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from helpers.base.errors import WorkbookError
+from helpers.base.text import is_blank
 from helpers.generation.decoding import (
     PLAIN,
     Size,
@@ -27,9 +30,11 @@ from helpers.generation.decoding import (
     without_settings,
 )
 from helpers.generation.sampling import DEFAULT_SAMPLING, Reply, _check_sampling, _processors
-from helpers.generation.stops import _StopFilter
-from helpers.models.formats import Message, PromptTooLong, encode
+from helpers.generation.stops import UNFINISHED, _Edges, _StopFilter
+from helpers.models.finite import NotFiniteFoundError, all_finite, explained
+from helpers.models.formats import Message, MessageError, PromptTooLong, spoken
 from helpers.models.loaded import context_tokens, inference, input_device
+from helpers.models.tokens import encode
 
 if TYPE_CHECKING:
     import torch
@@ -39,9 +44,18 @@ if TYPE_CHECKING:
     from helpers.generation.sampling import FinishReason, Sampling
     from helpers.models.loaded import Loaded
 
-Prompt = str | Sequence[Message]
 DECODING_CONTEXT = 5  # prompt tokens decoded with the reply: some tokenizers drop the space of the first token
-UNFINISHED = "\ufffd"  # decoders show this for bytes that are not a whole character yet
+_CHARACTER_BYTES = 4  # of the longest characters in UTF-8
+
+
+@dataclass(frozen=True)
+class EncodedConversation:
+    """A conversation as the token ids that the model is given; the reply is treated as one to messages."""
+
+    ids: tuple[int, ...]
+
+
+Prompt = str | Sequence[Message] | EncodedConversation
 
 
 class Candidate(NamedTuple):
@@ -55,13 +69,15 @@ class Candidate(NamedTuple):
 def generate(
     loaded: Loaded, prompt: Prompt, sampling: Sampling = DEFAULT_SAMPLING, *, decoding: Decoding = PLAIN
 ) -> Reply:
-    """Generate the reply to a text, used as it is, or to messages, rendered in the model's format to fit its context.
+    """Generate the reply to a text, used as it is, or to messages, encoded in the model's format to fit its context.
 
     It ends at an end token ("end"), before a stop string of the model's format ("stop"), or after
     ``sampling.max_new_tokens`` tokens or when the context is full ("length"). Sampling applies the temperature, then
     top-p, without the top-k of 50 that transformers adds by default; the same seed gives the same text. A reply to
-    messages loses one leading space; the reply to a text continues that text and keeps it. ``decoding`` is a faster
-    strategy for the same text (``helpers.generation.decoding``); it compiles what it needs before the clock starts.
+    messages loses the white space around it; the reply to a text continues that text and keeps it. A character whose
+    last bytes are missing is left out of both. Turns with a blank reply are not shown to the model. ``decoding`` is a
+    faster strategy for the same text (``helpers.generation.decoding``); it compiles what it needs before the clock
+    starts.
     Raises WorkbookError for an empty prompt or an invalid sampling or decoding, PromptTooLong, and MessageError.
     """
     return generate_batch(loaded, [prompt], sampling, decoding=decoding)[0]
@@ -74,8 +90,9 @@ def generate_batch(
     seeds: Sequence[int] | None = None,
     *,
     decoding: Decoding = PLAIN,
+    stop: Sequence[str] = (),
 ) -> list[Reply]:
-    """Generate one reply for each prompt, all together with left padding.
+    """Generate one reply for each prompt, all together with left padding. ``stop``: further stop strings.
 
     All are drawn with ``sampling.seed``, or prompt by prompt with ``seeds``: replies that are to be counted as
     independent draws need different seeds. In fp32 the replies equal those of ``generate`` token for token. The
@@ -87,7 +104,7 @@ def generate_batch(
     if len(seeds) != len(prompts):
         raise ValueError(f"There are {len(seeds)} seeds for {len(prompts)} prompts. Give one seed for each prompt.")
     _check(loaded, decoding)
-    answers = [_begin(loaded, prompt, sampling) for prompt in prompts]
+    answers = [_begin(loaded, prompt, sampling, stop) for prompt in prompts]
     if answers:
         _run(loaded, _Watch(answers), sampling, seeds, decoding)
     return [answer.reply() for answer in answers]
@@ -113,25 +130,32 @@ def next_token_probabilities(loaded: Loaded, text: str, k: int = 10, temperature
     """
     import torch
 
-    if temperature <= 0:
-        raise WorkbookError(f"The temperature must be greater than 0 here, but is {temperature}.")
+    if not 0 < temperature < math.inf:
+        raise WorkbookError(f"The temperature must be greater than 0 here, and finite, but is {temperature}.")
     ids = _prompt_ids(loaded, text)
     with inference(loaded.model):
         logits = loaded.model(input_ids=torch.tensor([ids], device=input_device(loaded.model))).logits[0, -1]
+    with explained(loaded):
+        if not all_finite(logits):
+            raise NotFiniteFoundError([ids])
     best = torch.softmax(logits.float() / temperature, dim=-1).topk(k)
+    context = _decoding_context(loaded.tokenizer, ids)
     candidates = []
     for probability, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-        candidates.append(Candidate(_continuation(loaded.tokenizer, ids, [token]), probability, token))
+        candidates.append(Candidate(_continuation(loaded.tokenizer, context, [token]), probability, token))
     return candidates
 
 
 class _Answer:
     """One reply that grows token by token."""
 
-    def __init__(self, loaded: Loaded, prompt_ids: list[int], limit: int, strip_space: bool) -> None:
-        self.prompt_ids, self.limit, self.strip_space = prompt_ids, limit, strip_space
+    def __init__(
+        self, loaded: Loaded, prompt_ids: list[int], limit: int, *, strip: bool, stop: Sequence[str] = ()
+    ) -> None:
+        self.prompt_ids, self.limit = prompt_ids, limit
         self.tokenizer, self.end_ids = loaded.tokenizer, _end_token_ids(loaded)
-        self.stops = _StopFilter(loaded.format.stop_strings)
+        self.context = _decoding_context(loaded.tokenizer, prompt_ids)
+        self.stops, self.edges = _StopFilter((*loaded.format.stop_strings, *stop)), _Edges(strip=strip)
         self.ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.first_token_seconds = self.seconds = 0.0
@@ -155,7 +179,9 @@ class _Answer:
             self.finish_reason = "stop"
         elif self.finish_reason:
             released += self.stops.flush()
-        return self._show(released)
+        piece = self.edges.feed(released)
+        self._shown += piece
+        return piece
 
     def reply(self) -> Reply:
         """The finished reply."""
@@ -174,19 +200,11 @@ class _Answer:
 
     def _new_text(self) -> str:
         ids = self.ids[:-1] if self.finish_reason == "end" else self.ids
-        text = _continuation(self.tokenizer, self.prompt_ids, ids)
-        if not self.finish_reason:
-            # a character may be cut between two tokens: show it when its last byte has come
-            text = text.rstrip(UNFINISHED)
+        # a character may be cut between two tokens: show it when its last byte has come
+        text = _continuation(self.tokenizer, self.context, ids).rstrip(UNFINISHED)
         new = text[len(self._text) :]
         self._text += new
         return new
-
-    def _show(self, piece: str) -> str:
-        if self.strip_space and not self._shown and piece:
-            piece, self.strip_space = piece.removeprefix(" "), False
-        self._shown += piece
-        return piece
 
 
 class _Watch:
@@ -253,41 +271,64 @@ def _end_token_ids(loaded: Loaded) -> list[int]:
     return sorted(ids - {None})
 
 
-def _begin(loaded: Loaded, prompt: Prompt, sampling: Sampling) -> _Answer:
+def _begin(loaded: Loaded, prompt: Prompt, sampling: Sampling, stop: Sequence[str] = ()) -> _Answer:
     _check_sampling(sampling)
-    text = prompt if isinstance(prompt, str) else _prompt_text(loaded, prompt, sampling.max_new_tokens)
-    ids = _prompt_ids(loaded, text)
+    ids = _prompt_ids(loaded, prompt, sampling.max_new_tokens)
     limit = min(sampling.max_new_tokens, context_tokens(loaded) - len(ids))
-    return _Answer(loaded, ids, limit, strip_space=not isinstance(prompt, str))
+    return _Answer(loaded, ids, limit, strip=not isinstance(prompt, str), stop=stop)
 
 
-def _prompt_text(loaded: Loaded, messages: Sequence[Message], max_new_tokens: int) -> str:
-    """The text that ``generate`` gives the model for these messages: rendered, without the oldest turns if too long.
+def _fitting(loaded: Loaded, messages: Sequence[Message], max_new_tokens: int) -> Sequence[Message]:
+    """The messages that ``generate`` shows the model: no blank replies, and not the oldest turns if they are too long.
 
     The reply gets ``max_new_tokens`` of the context, but never more than half of it. Raises PromptTooLong if the last
     question alone is too long, MessageError for malformed messages.
     """
     context = context_tokens(loaded)
     prompt_tokens = context - min(max_new_tokens, context // 2)
-    return loaded.format.render(loaded.format.fit(messages, loaded.tokenizer, prompt_tokens))
+    loaded.format.check(messages)
+    return loaded.format.fit(spoken(messages), loaded.tokenizer, prompt_tokens)
 
 
-def _prompt_ids(loaded: Loaded, text: str) -> list[int]:
-    """Token ids of a prompt. Raises WorkbookError if it is empty, PromptTooLong if no token of a reply fits."""
-    ids = encode(loaded.tokenizer, text)
-    if not text or not ids:
+def _prompt_ids(loaded: Loaded, prompt: Prompt, max_new_tokens: int = 1) -> list[int]:
+    """Token ids of a prompt. Raises as ``generate`` does; PromptTooLong if no token of a reply fits."""
+    if isinstance(prompt, str):
+        ids = encode(loaded.tokenizer, prompt) if prompt else []
+    elif isinstance(prompt, EncodedConversation):
+        ids = list(prompt.ids)
+    else:
+        messages = _fitting(loaded, prompt, max_new_tokens)
+        if messages[-1]["role"] == "user" and is_blank(messages[-1]["content"]):
+            raise MessageError("The question is blank. Ask something.")
+        ids = loaded.format.encode(loaded.tokenizer, messages)
+    if not ids:
         raise WorkbookError("The prompt is empty. Give the model at least one word to continue.")
     if len(ids) >= context_tokens(loaded):
         raise PromptTooLong(len(ids), context_tokens(loaded) - 1)
     return ids
 
 
-def _continuation(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], ids: list[int]) -> str:
-    """The text of ``ids`` as it continues the prompt, special tokens included."""
-    context = prompt_ids[-DECODING_CONTEXT:]
+def _continuation(tokenizer: PreTrainedTokenizerBase, context: list[int], ids: list[int]) -> str:
+    """The text of ``ids`` as it continues the last tokens of a prompt, special tokens included."""
     before = cast("str", tokenizer.decode(context, clean_up_tokenization_spaces=False))
     whole = cast("str", tokenizer.decode([*context, *ids], clean_up_tokenization_spaces=False))
     return whole[len(before) :]
+
+
+def _decoding_context(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int]) -> list[int]:
+    """The last tokens of a prompt, from one that begins a character.
+
+    If the first token were inside a character, a decoder with byte fallback would take all bytes after it for broken.
+    """
+    contexts = []
+    for size in range(DECODING_CONTEXT, DECODING_CONTEXT + _CHARACTER_BYTES):
+        context = prompt_ids[-size:]
+        broken = tokenizer.decode(context, clean_up_tokenization_spaces=False).count(UNFINISHED)
+        if not broken:
+            return context
+        contexts.append((broken, size, context))
+    # The prompt itself holds the character that stands for broken ones: the fewest are the whole ones.
+    return min(contexts)[2]
 
 
 def _left_padded(rows: list[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -324,7 +365,8 @@ def _run(loaded: Loaded, watch: _Watch, sampling: Sampling, seeds: Sequence[int]
         warm_up(loaded, decoding, size)
         options = configure(loaded, decoding, size, config, watch.propose)
         watch.start(streams=decoding.proposes)
-        with compiling(loaded, decoding):
+        models = [loaded, decoding.draft] if decoding.draft else [loaded]
+        with compiling(loaded, decoding), explained(*models):
             generate_method(without_settings(loaded))(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),

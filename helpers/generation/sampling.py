@@ -7,10 +7,12 @@ Times are seconds.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from helpers.base.errors import WorkbookError
+from helpers.models.finite import NotFiniteFoundError, all_finite
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,8 +68,8 @@ DEFAULT_SAMPLING = Sampling()
 
 
 def _check_sampling(sampling: Sampling) -> None:
-    if sampling.temperature < 0:
-        raise WorkbookError(f"The temperature must be 0 (greedy) or more, but is {sampling.temperature}.")
+    if not 0 <= sampling.temperature < math.inf:
+        raise WorkbookError(f"The temperature must be 0 (greedy) or more, and finite, but is {sampling.temperature}.")
     if not 0 < sampling.top_p <= 1:
         raise WorkbookError(f"top_p must be above 0 and at most 1, but is {sampling.top_p}.")
     if sampling.max_new_tokens < 1:
@@ -75,15 +77,28 @@ def _check_sampling(sampling: Sampling) -> None:
 
 
 def _processors(sampling: Sampling, seeds: Sequence[int]) -> LogitsProcessorList:
-    """What turns logits into scores whose largest is the next token; nothing for greedy decoding."""
+    """What turns logits into scores whose largest is the next token, after a look whether they are finite."""
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-    processors = LogitsProcessorList()
+    processors = LogitsProcessorList([FiniteLogits()])
     if sampling.temperature > 0:
         processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
         processors.append(TopPLogitsWarper(float(sampling.top_p)))
         processors.append(_GumbelNoise(seeds))
     return processors
+
+
+class FiniteLogits:
+    """A logits processor that changes nothing, and raises NotFiniteFoundError for logits that are not finite.
+
+    It stands before all others: they set unlikely tokens to -inf on purpose.
+    """
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores as they are."""
+        if not all_finite(scores):
+            raise NotFiniteFoundError(input_ids.tolist())
+        return scores
 
 
 class _GumbelNoise:

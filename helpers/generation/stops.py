@@ -1,7 +1,7 @@
-"""Stop strings: show the text of a reply as it arrives, but nothing of a string that ends it.
+"""Where the text of a reply ends: show it as it arrives, but nothing of a stop string, and no spaces around it.
 
 A format names the strings that begin another speaker's turn (``ChatFormat.stop_strings``). A stop string may arrive in
-several tokens, so an ending that may still become one is held back.
+several tokens, so an ending that may still become one is held back, and so are spaces that may be the last ones.
 """
 
 from __future__ import annotations
@@ -10,6 +10,32 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+UNFINISHED = "\ufffd"  # decoders show this for bytes that are not a whole character yet
+
+
+class _Edges:
+    """Releases text as it arrives, but no broken character at its end, and with ``strip`` no white space around it."""
+
+    def __init__(self, *, strip: bool) -> None:
+        self.strip = strip
+        self._begun, self._held = False, ""
+
+    def feed(self, text: str) -> str:
+        """Take the next piece of text; return the text that is known not to be the end."""
+        text = self._held + text
+        if self.strip and not self._begun:
+            text = text.lstrip()
+        end = len(text)
+        while end and self._may_be_cut(text[end - 1]):
+            end -= 1
+        self._begun = self._begun or end > 0
+        self._held = text[end:]
+        return text[:end]
+
+    def _may_be_cut(self, character: str) -> bool:
+        return character == UNFINISHED or (self.strip and character.isspace())
 
 
 class _StopFilter:

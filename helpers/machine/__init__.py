@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = face(
         "anatomy": ["CONFIGS", "count_parameters", "parameter_table", "published_config", "published_models"],
         "driver": ["Driver", "DriverError", "ask_driver"],
         "hardware": [
+            "Bandwidth",
             "DiskSpeed",
             "Gpu",
             "Machine",
@@ -32,5 +33,6 @@ __getattr__, __dir__, __all__ = face(
             "shortfall",
         ],
         "sharding": ["hardware_claims", "implied_utilisation", "shard", "training_flop"],
+        "step": ["Training"],
     },
 )

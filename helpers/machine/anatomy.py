@@ -76,13 +76,16 @@ class _Linear:
 class _Activations:
     """Activations of one decoder layer, in elements for each token of a sequence.
 
-    ``kept`` by the layer for its backward pass; ``returned``: further ones while that pass runs; ``prefill``: alive at
-    once in the MLP of a forward pass, with ``wide_tensors`` of the MLP's width. For each token and each token of its
+    ``kept`` by the layer for its backward pass if its weights are trained, ``frozen`` if they are not; ``returned``:
+    further ones while that pass runs; ``prefill``: alive at once in the MLP of a forward pass, with ``wide_tensors`` of
+    the MLP's width. ``norms``: how many norms give the matrices their inputs. For each token and each token of its
     context: ``scores`` are attention scores in fp32, ``masks`` bytes of the attention mask that the model makes itself,
     and ``biases`` elements of alibi's biases.
     """
 
     kept: int
+    frozen: int
+    norms: int
     returned: int
     prefill: int
     wide_tensors: int
@@ -252,25 +255,22 @@ def _falcon_activations(
         attention = 3 * hidden
     else:
         attention = 6 * hidden
-    tensors = _falcon_norms(config)
-    masks = scores = biases = 0
-    if library:
-        masks = 1
-    if not fused:
-        scores = heads
-    if config.alibi:
-        biases = heads
+    norms = tensors = _falcon_norms(config)
     if not (config.new_decoder_architecture or config.parallel_attn):
         # A sequential block adds attention's result to its input before the MLP: one tensor more stays alive.
         tensors += 1
+    kept = (2 + tensors) * hidden + attention + 2 * width
     return _Activations(
-        kept=(2 + tensors) * hidden + attention + 2 * width,
+        kept=kept,
+        # Only a trained matrix needs its input for the backward pass: the norms' results and the MLP's inner one go.
+        frozen=kept - norms * hidden - width,
+        norms=norms,
         returned=2 * width,
         prefill=(3 + tensors) * hidden + 2 * width,
         wide_tensors=2,
-        scores=scores,
-        masks=masks,
-        biases=biases,
+        scores=0 if fused else heads,
+        masks=int(library),
+        biases=heads if config.alibi else 0,
     )
 
 
@@ -307,4 +307,6 @@ def _llama_activations(hidden: int, width: int, queries: int, keys: int) -> _Act
     # Each RMSNorm keeps its input in fp32 (two elements), normalised, and scaled; the gated MLP keeps four wide
     # tensors: gate, up, activated gate, and their product.
     kept = 8 * hidden + 2 * queries + 2 * keys + 4 * width
-    return _Activations(kept=kept, returned=3 * width, prefill=4 * hidden + 3 * width, wide_tensors=3)
+    # Frozen, a norm keeps only its input, and the product, which is the last matrix' input, goes.
+    frozen = kept - 4 * hidden - width
+    return _Activations(kept, frozen, norms=2, returned=3 * width, prefill=4 * hidden + 3 * width, wide_tensors=3)

@@ -12,7 +12,6 @@ import mmap
 import os
 import platform
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -113,11 +112,27 @@ def detect_apart() -> Machine:
         raise WorkbookError(
             f"This machine could not be examined: {done.last_words}. Run workbook doctor, and nvidia-smi."
         )
-    return _read_machine(done.output)
+    return _read_machine(done.last_line)
 
 
-def memory_bandwidth(size: int = 2**28, repeats: int = 7, device: str = "cpu") -> float:
-    """Measured memory bandwidth of a device in bytes per second: the median over large copies.
+@dataclass(frozen=True)
+class Bandwidth:
+    """Measured memory bandwidth in bytes per second: the best of several copies, and the slowest of them.
+
+    Other programs only take bandwidth away, so the best is nearest to what the memory can do, which is what a limit
+    needs. A slowest far below it says that the machine was busy.
+    """
+
+    best: float
+    slowest: float
+    copies: int
+
+    def __str__(self) -> str:
+        return f"{self.best / 1e9:.0f} GB/s, the best of {self.copies} copies ({self.slowest / 1e9:.0f} the slowest)"
+
+
+def memory_bandwidth(size: int = 2**28, repeats: int = 9, device: str = "cpu") -> Bandwidth:
+    """Measure the memory bandwidth of a device by large copies.
 
     A copy of n bytes moves 2n: it reads n and writes n. ``size``, in bytes, should be well above the CPU's caches.
     """
@@ -132,7 +147,8 @@ def memory_bandwidth(size: int = 2**28, repeats: int = 7, device: str = "cpu") -
         target.copy_(source)
         _synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * source.nbytes / statistics.median(seconds)
+    moved = 2 * source.nbytes
+    return Bandwidth(moved / min(seconds), moved / max(seconds), repeats)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError, choose
 from helpers.base.units import PRECISIONS, QUANTIZED
-from helpers.machine.anatomy import CacheHeads, anatomy, count_parameters
+from helpers.machine.anatomy import CacheHeads, _Linear, anatomy, count_parameters
+from helpers.machine.step import Training, _adapter_parameters, _Batch, _Code, _step_bytes, _unpacked
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from helpers.machine.anatomy import Anatomy, _Linear
+    from helpers.machine.anatomy import Anatomy
 
 MODES = ("inference", "full", "lora", "qlora")
 CONTEXT = 2048  # tokens planned for unless a number is given: the context that Falcon was trained on
@@ -53,12 +54,18 @@ class Workload:
 
     ``batch_size`` sequences of ``context_tokens`` tokens each; ``context_tokens=None`` means 2048, or the model's own
     limit if that is smaller. ``cache_heads``: see ``kv_bytes_per_token``. ``double_quant``: see ``weight_bytes``.
+    Raises WorkbookError for sizes that are not whole numbers of at least 1; 0 tokens mean the weights alone.
     """
 
     batch_size: int = 1
     context_tokens: int | None = CONTEXT
     cache_heads: CacheHeads = "kv"
     double_quant: bool = False
+
+    def __post_init__(self) -> None:
+        _check_size("batch_size", self.batch_size)
+        if self.context_tokens is not None:
+            _check_size("context_tokens", self.context_tokens, least=0)
 
     def tokens_for(self, config: PretrainedConfig) -> int:
         """Tokens of context of one sequence for a model with this configuration."""
@@ -71,6 +78,12 @@ class Workload:
         """Bytes of the KV cache of all sequences."""
         tokens = self.batch_size * self.tokens_for(config)
         return tokens * kv_bytes_per_token(config, precision, heads=self.cache_heads)
+
+
+def _check_size(name: str, value: int, least: int = 1) -> None:
+    """Raise WorkbookError unless a size is a whole number of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise WorkbookError(f"{name} must be a whole number of at least {least}, but is {value!r}.")
 
 
 def element_bytes(precision: str) -> int:
@@ -136,22 +149,21 @@ def estimate(
     *,
     mode: str = "inference",
     workload: Workload = Workload(),
-    lora_rank: int = 8,
-    checkpointing: bool = True,
+    training: Training = Training(),
 ) -> MemoryEstimate:
-    """Bytes by part for one kind of work, as a sum over all devices, without the CUDA context.
+    """Bytes by part for one kind of work, as a sum over all devices, without the CUDA context and fragments.
 
     "inference": weights, the KV cache of every sequence, one layer's activations. "full": every parameter trained with
     AdamW in mixed precision, 16 bytes per parameter (2 weight, 2 gradient, 4 master weight, 4 + 4 moments: ZeRO,
     arXiv:1910.02054, section 3.1; fp32 takes 16 as well). "lora" and "qlora": frozen weights, in nf4 or int8 for
-    "qlora", and fp32 adapters of rank ``lora_rank`` on every linear layer, trained with AdamW (arXiv:2106.09685,
-    arXiv:2305.14314). Under ZeRO-3 each of n devices holds an n-th of weights, gradients and optimizer.
-    ``workload.batch_size`` counts the sequences on all devices. With ``checkpointing`` a layer keeps only its input for
-    the backward pass and is computed again. Activations: see ``_activation_bytes``. Raises WorkbookError for an unknown
-    precision or mode, or if the two do not go together.
+    "qlora", and the adapters of ``training``, trained with AdamW (arXiv:2106.09685, arXiv:2305.14314).
+    ``workload.batch_size`` counts the sequences on all devices; ``sharding.shard`` divides the rest. Activations: see
+    ``_activation_bytes``. Raises WorkbookError for an unknown precision or mode, if the two do not go together, and for
+    a rank below 1.
     """
     _check_mode(precision, mode)
-    activations = _activation_bytes(config, precision, mode=mode, workload=workload, checkpointing=checkpointing)
+    _check_size("rank", training.rank)
+    activations = _activation_bytes(config, precision, mode=mode, workload=workload, training=training)
     weights = weight_bytes(config, precision, double_quant=workload.double_quant)
     if mode == "inference":
         cache = workload.cache_bytes(config, precision)
@@ -161,9 +173,19 @@ def estimate(
         gradients = parameters * element_bytes(precision)
         optimizer = 16 * parameters - weights - gradients
     else:
-        adapters = 4 * _adapter_parameters(config, lora_rank)
-        weights, gradients, optimizer = weights + adapters, adapters, 2 * adapters
+        weights += _quantized_head(anatomy(config), precision, workload, training)
+        gradients = training.adapter_bytes * _adapter_parameters(anatomy(config), training)
+        optimizer = 0 if training.paged_optimizer else 2 * gradients
+        weights += gradients
     return MemoryEstimate(precision, mode, weights, activations=activations, gradients=gradients, optimizer=optimizer)
+
+
+def _quantized_head(shape: Anatomy, precision: str, workload: Workload, training: Training) -> int:
+    """What a program that quantizes a separate head too adds to the weights: fewer bytes, so 0 or less."""
+    if not training.code.quantized_head or precision not in QUANTIZED or not shape.head:
+        return 0
+    head = _Linear("head", shape.vocabulary, shape.hidden)
+    return _linear_bytes(head, precision, workload.double_quant) - shape.head * element_bytes(precision)
 
 
 def _check_mode(precision: str, mode: str) -> None:
@@ -176,18 +198,13 @@ def _check_mode(precision: str, mode: str) -> None:
         raise WorkbookError(f"The mode {mode} cannot train {precision} weights. Choose mode='qlora' or bf16.")
 
 
-def _adapter_parameters(config: PretrainedConfig, rank: int) -> int:
-    shape = anatomy(config)
-    return shape.layers * rank * sum(linear.rows + linear.columns for linear in shape.linears)
-
-
 def _activation_bytes(
     config: PretrainedConfig,
     precision: str,
     *,
     mode: str = "inference",
     workload: Workload = Workload(),
-    checkpointing: bool = True,
+    training: Training = Training(),
 ) -> int:
     """Bytes of activations at the peak.
 
@@ -206,16 +223,15 @@ def _activation_bytes(
     backward pass, s tokens, batch b, hidden size h, in 16 bit, with fused attention and no dropout, becomes 28sbh for
     Falcon-180B's parallel block: input 2, two norms 4, the product of the fused matrix 2 (values are read there),
     rotated queries 2, attention's result 2, MLP 8 + 8, and 0.2 for the few keys and values. The library's own keeps
-    30sbh: for the product 4 of keys and values copied to all heads. With checkpointing a layer keeps only its input
-    (2sbh) and one layer at a time is computed again, with the gradients of its MLP beside it. The other peak of
-    training is the loss: 12 bytes for each token and word of the vocabulary (logits and their gradient in 16 bit,
-    log-probabilities and their gradient in fp32). nf4 adds one matrix of weights unpacked to 16 bit; the library's
-    Falcon of the old architecture scores of 4as²b each.
+    30sbh: for the product 4 of keys and values copied to all heads. A frozen layer keeps less, but its adapters keep
+    their inputs: ``step._step_bytes`` counts both, checkpointing, and the loss. nf4 adds one matrix of weights unpacked
+    to 16 bit; the library's Falcon of the old architecture scores of 4as²b each.
     """
     shape, context = anatomy(config, workload.cache_heads), workload.tokens_for(config)
     if mode != "inference":
-        tokens = workload.batch_size * context
-        return _training_bytes(shape, precision, tokens, context, adapters=mode != "full", checkpointing=checkpointing)
+        batch = _Batch(workload.batch_size * context, context, element_bytes(precision))
+        step = _step_bytes(shape, batch, training, adapters=mode != "full")
+        return step + (_unpacked(shape, training.code) if precision == "nf4" else 0)
     # After the layers, only the last token's logits are computed: in 16 bit, and copied to fp32 for sampling.
     logits = workload.batch_size * shape.vocabulary * 6
     return max(_prefill_bytes(shape, precision, workload.batch_size * context, context), logits)
@@ -240,7 +256,7 @@ def _quantized_mlp_bytes(shape: Anatomy, precision: str, tokens: int) -> int:
     # One of the two widest tensors does not exist yet while a matrix is multiplied.
     others = tokens * size * (counts.prefill - 2 * width)
     if precision == "nf4":
-        return others + tokens * size * width + _unpacked_bytes(shape, precision)
+        return others + tokens * size * width + _unpacked(shape, _Code())
     if precision != "int8":
         return 0
     # The products in 32 and in 16 bit, beside the inputs in 8 bit.
@@ -249,32 +265,3 @@ def _quantized_mlp_bytes(shape: Anatomy, precision: str, tokens: int) -> int:
     # the marks of the outliers.
     inputs = tokens * size * (counts.prefill - counts.wide_tensors * width) + tokens * 8 * width
     return max(products, inputs)
-
-
-def _unpacked_bytes(shape: Anatomy, precision: str) -> int:
-    """bitsandbytes unpacks one nf4 matrix at a time to 16 bit; the largest decides."""
-    if precision != "nf4":
-        return 0
-    return 2 * max(linear.weights for linear in shape.linears)
-
-
-def _training_bytes(
-    shape: Anatomy, precision: str, tokens: int, context: int, *, adapters: bool, checkpointing: bool
-) -> int:
-    """The peak of a training step over ``tokens``, in sequences of ``context`` tokens each."""
-    size, counts = element_bytes(precision), shape.activations
-    scores = 4 * counts.scores * context
-    kept_by_layer = tokens * (size * counts.kept + scores)
-    backward = tokens * max(size * counts.returned, 2 * scores)
-    if adapters:
-        # Adapters compute in fp32, so what enters them is copied.
-        backward += tokens * 4 * sum(linear.columns for linear in shape.linears)
-    if checkpointing:
-        # Every layer keeps its input alone; the one whose backward pass runs is computed again.
-        kept = shape.layers * tokens * size * shape.hidden
-        backward += kept_by_layer
-    else:
-        kept = shape.layers * kept_by_layer
-    loss = tokens * shape.vocabulary * (2 * size + 8)
-    # The loss is done before the first layer's backward pass begins, so the larger of the two is the peak.
-    return kept + max(backward, loss) + _unpacked_bytes(shape, precision)

@@ -61,12 +61,20 @@ class Placement:
 class Devices:
     """Where models may go: the bytes of each GPU, and those of host memory and the disk for what the GPUs cannot hold.
 
-    Without GPUs the models run in host memory.
+    Without GPUs the models run in host memory. Raises WorkbookError for sizes that are negative or not finite, and for
+    a GPU of 0 bytes.
     """
 
     gpus: tuple[float, ...] = ()
     cpu_bytes: float = 0.0
     disk: bool = False
+
+    def __post_init__(self) -> None:
+        for size in self.gpus:
+            if not 0 < size < math.inf:
+                raise WorkbookError(f"A GPU must have a finite size above 0 bytes, but has {size}.")
+        if not 0 <= self.cpu_bytes < math.inf:
+            raise WorkbookError(f"Host memory must have a finite size of at least 0 bytes, but has {self.cpu_bytes}.")
 
     @classmethod
     def free(cls, machine: Machine, *, offload: bool = False) -> Devices:

@@ -10,10 +10,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from helpers.base.units import GIB
+from helpers.base.errors import WorkbookError
+from helpers.base.units import GIB, QUANTIZED
 from helpers.machine.anatomy import anatomy, published_config
-from helpers.machine.memory import Workload, _layer_bytes, estimate
-from helpers.machine.placement import RESERVED, Devices, Placement, Resident, Shortfall, least_gpus
+from helpers.machine.memory import Workload, _layer_bytes, _linear_bytes, element_bytes, estimate
+from helpers.machine.placement import Devices, Placement, Resident, Shortfall, least_gpus
+from helpers.machine.step import Training, _reserved
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,24 +29,65 @@ A100_PEAK = 312e12  # bf16 FLOP/s, dense: NVIDIA A100 data sheet
 
 
 def shard(
-    config: PretrainedConfig, precision: str, gpus: Sequence[float], *, mode: str, workload: Workload = Workload()
+    config: PretrainedConfig,
+    precision: str,
+    gpus: Sequence[float],
+    *,
+    mode: str,
+    workload: Workload = Workload(),
+    training: Training = Training(),
 ) -> Placement:
-    """Training spread evenly over equal devices, as ZeRO-3 does (Rajbhandari et al. 2020, arXiv:1910.02054).
+    """Training spread evenly over equal devices, as ZeRO-3 and FSDP do (Rajbhandari et al. 2020, arXiv:1910.02054).
 
-    Weights, gradients and optimizer are divided; each device works on its share of the sequences and has free bytes
-    for one gathered layer. ``RESERVED`` of each device is kept free. There is no ``device_map``: every device holds a
-    part of every layer. Raises WorkbookError if precision and mode do not go together.
+    Weights, gradients and optimizer are divided. Each device works on its share of the sequences; on several, it also
+    holds what ``_gathered`` counts. The result counts what torch's allocator reserves for all of that (``_reserved``),
+    which may be all of the device. There is no ``device_map``: every device holds a part of every layer. Raises
+    WorkbookError if precision and mode do not go together, and without a device of more than 0 bytes.
     """
+    devices = Devices(tuple(gpus))
+    if not gpus:
+        raise WorkbookError("Training needs at least one device. Give the bytes of each, such as [80e9, 80e9].")
     share = replace(workload, batch_size=math.ceil(workload.batch_size / len(gpus)))
-    training = estimate(config, precision, mode=mode, workload=share)
-    divided = math.ceil((training.total - training.activations) / len(gpus))
-    gathered = _layer_bytes(anatomy(config), precision, workload.double_quant)
-    held = divided + training.activations + gathered
+    plan = estimate(config, precision, mode=mode, workload=share, training=training)
+    moving = plan.gradients / len(gpus) + plan.activations
+    whole = 0
+    if len(gpus) > 1:
+        moving += _gathered(config, precision, mode, share)
+        whole = _quantization_state(config, precision, share)
+    staying = (plan.weights + plan.optimizer - whole) / len(gpus) + whole
+    held = math.ceil(_reserved(staying, moving))
     used: dict[Device, int] = dict.fromkeys(range(len(gpus)), held)
-    missing = held - min(gpus) * (1 - RESERVED)
+    missing = held - min(gpus)
     if missing <= 0:
         return Placement({}, used)
-    return Placement({}, used, Shortfall(math.ceil(missing), f"each of {Devices(tuple(gpus)).text}"))
+    return Placement({}, used, Shortfall(math.ceil(missing), f"each of {devices.text}"))
+
+
+def _gathered(config: PretrainedConfig, precision: str, mode: str, workload: Workload) -> int:
+    """Whole weights that a device holds for a moment: two layers, and the rest of the model.
+
+    The layer in use and the next, which is fetched meanwhile (FSDP's BACKWARD_PRE, ZeRO-3's prefetching); embeddings,
+    final norm and head stay from the forward to the backward pass (FSDP's outermost unit). If all weights are trained,
+    the gradients of one layer and of the rest are whole too, before they are divided.
+    """
+    shape = anatomy(config)
+    layer = _layer_bytes(shape, precision, workload.double_quant)
+    rest = (shape.embeddings + shape.final_norm + shape.head) * element_bytes(precision)
+    if mode == "full":
+        return 3 * layer + 2 * rest
+    return 2 * layer + rest
+
+
+def _quantization_state(config: PretrainedConfig, precision: str, workload: Workload) -> int:
+    """Bytes of the scales and code tables of all matrices, which are no parameters: every device holds all of them."""
+    if precision not in QUANTIZED:
+        return 0
+    shape, packed = anatomy(config), {"int8": 1.0, "nf4": 0.5}[precision]
+    state = 0
+    for linear in shape.linears:
+        whole = _linear_bytes(linear, precision, workload.double_quant) - linear.biases * element_bytes(precision)
+        state += whole - math.ceil(packed * linear.weights)
+    return shape.layers * state
 
 
 @dataclass(frozen=True)
@@ -72,9 +115,8 @@ def hardware_claims() -> pd.DataFrame:
     """The article's machines for Falcon-180B (A13-A17), the computed bytes, and the smallest machines that will do.
 
     Published sizes are GB as published. Estimates: one sequence of 2048 tokens; training in bf16 (QLoRA in nf4) with
-    gradient checkpointing. The least number of GPUs: for inference whole layers on each (``place``); for training
-    weights, gradients and optimizer spread evenly as ZeRO-3 does, each GPU with a sequence of its own and free bytes
-    for one gathered layer. A sum over devices says nothing about speed.
+    gradient checkpointing. The least number of GPUs: for inference whole layers on each (``place``); for training as
+    ``shard`` spreads it, each GPU with a sequence of its own. A sum over devices says nothing about speed.
     """
     import pandas as pd
 
@@ -101,8 +143,7 @@ def _least_gpus_for(config: PretrainedConfig, claim: _Claim, size: float) -> int
         return least_gpus([Resident(config, claim.precision)], size)
     for count in range(1, 1000):
         # Each GPU trains on a sequence of its own.
-        workload = Workload(batch_size=count)
-        if shard(config, claim.precision, [size] * count, mode=claim.mode, workload=workload).fits:
+        if shard(config, claim.precision, [size] * count, mode=claim.mode, workload=Workload(count)).fits:
             return count
     return None
 

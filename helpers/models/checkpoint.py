@@ -145,6 +145,18 @@ def _read_tensor(folder: Path, name: str) -> torch.Tensor:
     return tensor
 
 
+def content_hashes(folder: Path) -> dict[str, str]:
+    """The hash of each file that decides what a model computes: weights, configuration, tokenizer; by file name.
+
+    In the Hugging Face cache it is the name of the blob, which was compared when it was downloaded; elsewhere the
+    SHA-256 of the file.
+    """
+    names = {"config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"}
+    files = [file for file in sorted(folder.iterdir()) if file.suffix == ".safetensors" or file.name in names]
+    blobs = _blob_hashes(folder)
+    return {file.name: blobs.get(file.name) or file_hash(file) for file in files}
+
+
 def _git_hash(file: Path) -> str:
     from huggingface_hub.utils.sha import git_hash
 

@@ -80,13 +80,13 @@ def prepare(profile: Profile, *, roles: Collection[str] | None = None, verify: b
     minutes to load take a fraction of that to hash. Returns the commit of each model of a hub, by its id. Raises
     LoadError.
     """
-    from rich.console import Console
+    from helpers.base.terminal import Terminal
 
-    console = Console()
+    console = Terminal()
     commits = {}
     for ref in _wanted(profile, roles):
         started = time.perf_counter()
-        console.print(f"{ref.label}: getting it ready ...", highlight=False, soft_wrap=True)
+        console.print(f"{ref.label}: getting it ready ...", soft_wrap=True)
         folder = resolve(ref, verify=verify)
         _checked(folder, None)
         size = human(sum(file.stat().st_size for file in folder.iterdir()))
@@ -95,7 +95,7 @@ def prepare(profile: Profile, *, roles: Collection[str] | None = None, verify: b
         if ref.source == "hub":
             line += f", {_describe_commit(ref, folder)}"
             commits[ref.id] = folder.name
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     return commits
 
 

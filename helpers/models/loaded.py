@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.base import settings
+from helpers.base.errors import WorkbookError
 from helpers.base.units import human
 from helpers.machine.memory import kv_bytes_per_token
 from helpers.models.devices import _device_of
@@ -190,13 +191,22 @@ def _note_load(ref: ModelRef, precision: str, checkpoint: Path) -> None:
 
 
 def read_loads(run: Path, notebook: str) -> list[Load]:
-    """Return what a notebook of a run loaded, in order and each load once."""
+    """Return what a notebook of a run loaded, in order and each load once.
+
+    Raises WorkbookError, naming file and line, if the notes are damaged.
+    """
     file = _file(run, notebook)
     if not file.exists():
         return []
     loads: dict[Load, None] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        loads[Load(**json.loads(line))] = None
+    # By the line's end alone: a text within a line may hold other characters that end one.
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+        if not line:
+            continue
+        try:
+            loads[Load(**json.loads(line))] = None
+        except (ValueError, TypeError, RecursionError) as error:
+            raise WorkbookError(f"{file}, line {number} is not the note of a load. Run the notebook again.") from error
     return list(loads)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from helpers.base import settings
 from helpers.base.errors import WorkbookError, choose
-from helpers.base.files import ROOT
+from helpers.base.files import ROOT, read_yaml
 from helpers.base.hub_variables import check_hub_variables
 from helpers.base.settings import DEFAULT_PROFILE
 from helpers.base.units import gib
@@ -109,15 +109,17 @@ def table(profile: Profile) -> pd.DataFrame:
 
 def _read(file: Path) -> Profile:
     """The profile in a file, with the file's name. Raises ProfileError naming the file and the wrong key."""
-    import yaml
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     strict = TypeAdapter(dict[str, Profile], config=ConfigDict(extra="forbid"))
     try:
-        fields = yaml.safe_load(file.read_text(encoding="utf-8"))
+        fields = read_yaml(file)
+    except WorkbookError as error:
+        raise ProfileError(f"{error} Correct the profile, or restore it with git.") from error
+    if not isinstance(fields, dict):
+        raise ProfileError(f"{file.name} is not a YAML mapping. Correct the profile, or restore it with git.")
+    try:
         profile = strict.validate_python({file.stem: {"name": file.stem, **fields}})[file.stem]
-    except (yaml.YAMLError, TypeError) as error:
-        raise ProfileError(f"{file.name} is not a YAML mapping: {error}") from error
     except ValidationError as error:
         mistakes = []
         for mistake in error.errors():
@@ -126,6 +128,12 @@ def _read(file: Path) -> Profile:
         raise ProfileError(f"{file.name}: {'; '.join(mistakes)}") from error
     if set(chain.from_iterable(profile.resident)) != set(profile.models):
         raise ProfileError(f"{file.name}: resident: Name each of {', '.join(profile.models)}, and nothing else.")
+    for role, ref in profile.models.items():
+        if ref.published_format not in (None, ref.format):
+            raise ProfileError(
+                f"{file.name}: {role}.format: {ref.id} was trained on the chat format {ref.published_format!r}, not on "
+                f"{ref.format!r}, and answers badly in another. Change the format."
+            )
     return profile
 
 

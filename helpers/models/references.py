@@ -5,10 +5,21 @@ Sizes are bytes and times are seconds. ``profiles`` reads these from env/profile
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from helpers.base.units import Precision
+
+ChatFormatName = Literal["falcon-chat", "falcon-instruct", "llama-2", "chatml", "plain"]
+
+# The format that the makers of a chat model published for it, by a pattern of its name.
+_PUBLISHED_FORMATS: tuple[tuple[str, ChatFormatName], ...] = (
+    (r"falcon-(7b|40b)-instruct", "falcon-instruct"),
+    (r"falcon-180b-chat|falcon-mini-chat", "falcon-chat"),
+    (r"llama-2-\d+b-chat(-hf)?", "llama-2"),
+    (r"smollm2-.+-instruct", "chatml"),
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +32,7 @@ class ModelRef:
 
     id: str
     family: Literal["falcon", "llama"]
-    format: Literal["falcon-chat", "llama-2", "chatml", "plain"]
+    format: ChatFormatName
     source: Literal["embedded", "package", "hub"] = "hub"
     revision: str | None = None
     file: str | None = None
@@ -42,6 +53,14 @@ class ModelRef:
         return self.id.rstrip("/").split("/")[-1]
 
     @property
+    def published_format(self) -> ChatFormatName | None:
+        """The chat format that this model was trained on; None if the workbook does not know it."""
+        for pattern, form in _PUBLISHED_FORMATS:
+            if re.fullmatch(pattern, self.name, re.IGNORECASE):
+                return form
+        return None
+
+    @property
     def label(self) -> str:
         """The name for titles and tables, which says if the model is a stand-in or only rehearsed."""
         if self.rehearsed:
@@ -53,11 +72,24 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class Budget:
-    """The time one notebook may take; ``cell_seconds`` limits each single cell."""
+    """The time one notebook may take; ``cell_seconds`` limits each single cell.
+
+    Raises ValueError for a time that is not above 0, or longer than a month, which the libraries below cannot wait.
+    """
+
+    MOST_SECONDS: ClassVar[int] = 31 * 24 * 3600
 
     seconds: float
     cell_seconds: float
     expected_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("seconds", "cell_seconds", "expected_seconds"):
+            time = getattr(self, name)
+            if time is None and name == "expected_seconds":
+                continue
+            if isinstance(time, bool) or not 0 < time <= self.MOST_SECONDS:
+                raise ValueError(f"{name} must be above 0 and at most {self.MOST_SECONDS}, but is {time!r}.")
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def _played_html(chat: Chat, script: Sequence[str]) -> _Html:
     from helpers.generation.chat import play
 
     replies = play(chat, script)
-    transcript = _transcript_html(chat.messages, _assistant_name(chat), _played_summary(replies))
+    transcript = _transcript_html(chat.transcript, _assistant_name(chat), _played_summary(replies))
     return _render("played.j2", label=chat.loaded.ref.label, transcript=transcript, prompt=_prompt_view(chat, ""))
 
 
@@ -63,10 +63,9 @@ def _assistant_name(chat: Chat) -> str:
 
 
 def _prompt_view(chat: Chat, text: str) -> _Html:
-    from helpers.models.formats import encode
-
     prompt = chat.prompt(text)
-    return _prompt_html(prompt, chat.loaded.format.name, len(encode(chat.loaded.tokenizer, prompt)))
+    form = chat.loaded.format
+    return _prompt_html(prompt, form.name, len(form.tokens(chat.loaded.tokenizer, prompt)))
 
 
 def _space_left(chat: Chat) -> str:
@@ -145,7 +144,7 @@ class _ChatPanel(_QuestionPanel):
 
     def _draw(self, question: str | None = None, reply: str = "") -> None:
         """Show the conversation, with the turn in progress if there is one."""
-        messages = self.chat.messages
+        messages = self.chat.transcript
         if question is not None:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         self.conversation.value = _scrolled(_transcript_html(messages, _assistant_name(self.chat)))

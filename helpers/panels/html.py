@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from transformers import PreTrainedTokenizerBase
 
-    from helpers.evaluation.comparison import Comparison, Item
+    from helpers.evaluation.comparison import Comparison
+    from helpers.evaluation.data import Item
     from helpers.generation.sampling import Reply
     from helpers.models.formats import Message
     from helpers.training.conversations import Example
@@ -59,6 +60,7 @@ _ROLE_LOOKS = {
 }
 _ROLE_TAGS = {
     "falcon-chat": r"^(?:System|User|Falcon):",
+    "falcon-instruct": r"^(?:User|Assistant):",
     "llama-2": r"</?s>|\[/?INST\]|<</?SYS>>",
     "chatml": r"<\|im_start\|>(?:system|user|assistant)|<\|im_end\|>",
 }

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from helpers.base.files import ROOT
+from helpers.base.text import shell_word
 from helpers.base.units import gib
 from helpers.machine import hardware
 from helpers.machine.driver import DriverError, ask_driver
@@ -257,7 +258,7 @@ def _check_models(profile: Profile, left: int) -> Iterator[Finding]:
     # What is left is computed from sizes alone, so one file too many may hide that another is missing.
     if incomplete and not left:
         found = f"{', '.join(incomplete)}: not all files are here, though their sizes add up"
-        yield Finding("models", "warn", found, f"Fetch them: workbook fetch --profile {profile.name}")
+        yield Finding("models", "warn", found, f"Fetch them: workbook fetch --profile {shell_word(profile.name)}")
         return
     state = "here"
     if left:

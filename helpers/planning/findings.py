@@ -7,11 +7,10 @@ product with quantized weights on each device.
 from __future__ import annotations
 
 import importlib.metadata
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from helpers.base.files import ROOT
+from helpers.base.installed import compare_packages
 from helpers.base.units import QUANTIZED
 from helpers.models.workarounds import bitsandbytes_messages
 from helpers.models.workarounds.falcon_linear import needs_repair
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from helpers.models.references import Profile
 
 Status = Literal["ok", "warn", "fail", "skipped"]
-_LOCKS = ROOT / "env" / "requirements"
 # How far a product with quantized weights may be from the fp32 product, relative, in 2-norms, for normal weights and
 # inputs of width 256. Measured on a CPU: nf4 0.091, int8 0.0075. Nearer than the lower bound: nothing was quantized.
 PRODUCT_ERRORS = {"nf4": (0.06, 0.12), "int8": (0.004, 0.015)}
@@ -44,44 +42,20 @@ class Finding:
 
 
 def _check_versions(lock: Path | None = None) -> Iterator[Finding]:
-    """Check the installed packages against the lock of this build: cpu.txt or gpu.txt."""
-    if lock is None:
-        lock = _LOCKS / "gpu.txt"
-        if _cpu_build():
-            lock = _LOCKS / "cpu.txt"
-    pins = _locked_versions(lock.read_text(encoding="utf-8"))
-    missing, others = [], []
-    for name, pin in pins.items():
-        installed = _installed(name)
-        if installed is None:
-            missing.append(f"{name} {pin} is not installed")
-        elif installed != pin:
-            others.append(f"{name} {installed}, not {pin}")
-    differences = [*missing, *others]
-    if not differences:
-        yield Finding("versions", "ok", f"{len(pins)} packages as in {lock.name}")
+    """Check the installed packages as make setup does, against the lock of this build: cpu.txt or gpu.txt."""
+    compared = compare_packages(lock)
+    if not compared.differences:
+        yield Finding("versions", "ok", f"{compared.pins} packages as in {compared.lock}")
         return
+    # Another version may do; a missing or damaged package cannot.
+    others = [one.found for one in compared.differences if one.kind == "other"]
+    broken = [one.found for one in compared.differences if one.kind != "other"]
+    differences = [*broken, *others]
     found = ", ".join(differences[:_DIFFERENCES])
     if len(differences) > _DIFFERENCES:
         found += f" and {len(differences) - _DIFFERENCES} more"
-    # Another version may do; a missing package cannot.
-    status: Status = "fail" if missing else "warn"
-    yield Finding("versions", status, found, f"Install the packages of {lock.name}: make setup")
-
-
-def _locked_versions(text: str) -> dict[str, str]:
-    """Package -> version that a lock's text pins for this Python and system."""
-    from packaging.requirements import Requirement as Pin
-
-    versions = {}
-    for line in text.splitlines():
-        requirement = line.split("#")[0].strip()
-        # Lines that begin with a dash are options of pip, such as an index.
-        if requirement and not requirement.startswith("-"):
-            pin = Pin(requirement)
-            if pin.marker is None or pin.marker.evaluate():
-                versions[pin.name] = next(iter(pin.specifier)).version
-    return versions
+    status: Status = "fail" if broken else "warn"
+    yield Finding("versions", status, found, f"Install the packages of {compared.lock}: make setup")
 
 
 def _check_quantization(profile: Profile, devices: Sequence[str]) -> Iterator[Finding]:
@@ -159,15 +133,3 @@ def _quantized_linear(precision: str, weight: torch.Tensor) -> nn.Module:
         layer = bnb.nn.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=6.0)
     layer.load_state_dict({"weight": weight})
     return layer
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_build() -> bool:
-    # macOS has one build of torch, and only the CPU's lock serves it.
-    return sys.platform == "darwin" or "+cpu" in (_installed("torch") or "")

@@ -138,6 +138,8 @@ def _heading(plan: _Plan) -> RenderableType:
 
 
 def _needs_table(plan: _Plan) -> RenderableType:
+    from rich.text import Text
+
     count_gpus = any(need.least_gpus is not None for need in plan.needs)
     numbers = ["weights", "KV cache", "activations", "sum"]
     if count_gpus:
@@ -150,9 +152,9 @@ def _needs_table(plan: _Plan) -> RenderableType:
         cells = [_gib(size) for size in (*need.parts.values(), need.total)]
         if count_gpus:
             cells.append(str(need.least_gpus or "none"))
-        fits = "[green]yes[/]"
+        fits = Text("yes", "green")
         if need.shortfall:
-            fits = f"[red]{need.shortfall.bytes / GIB:.1f} missing[/]"
+            fits = Text(f"{need.shortfall.bytes / GIB:.1f} missing", "red")
         table.add_row(name, need.precision, *cells, fits)
     notes = ["Activations: the peak while the prompt is read; every device needs these bytes."]
     if count_gpus:
@@ -172,12 +174,12 @@ def _by_model(rows: Sequence[Row]) -> Iterator[tuple[str, Row | None]]:
 
 
 def _devices_table(group: _Group) -> RenderableType:
+    from rich.text import Text
+
     table = _table(["device"], [*map(_part_name, PARTS), "sum", "limit", "free"])
     for device in group.devices:
         parts = [_gib(size) for size in (device.weights, device.kv_cache, device.activations, device.reserved)]
-        free = _gib(device.free)
-        if device.free < 0:
-            free = f"[red]{free}[/]"
+        free = Text(_gib(device.free), "red" if device.free < 0 else "")
         table.add_row(device.name, *parts, _gib(device.held), _gib(device.limit), free)
     notes = [f"Reserved: {placement.RESERVED:.0%} of each device, for the CUDA context and fragments."]
     if group.devices[0].name == "memory":

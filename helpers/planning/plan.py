@@ -63,7 +63,7 @@ def _sold_as(gpus: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class _Here:
-    """What was measured on this machine: ``disk_free`` in bytes, ``memory_bandwidth`` in bytes per second.
+    """What was measured on this machine: ``disk_free`` in bytes, and ``memory_bandwidth``.
 
     ``disk`` is None, and ``disk_problem`` says why, if it could not be measured; the bandwidth is None unless a plan
     without GPUs asked for it.
@@ -73,7 +73,7 @@ class _Here:
     disk_free: int
     disk: hardware.DiskSpeed | None
     disk_problem: str = ""
-    memory_bandwidth: float | None = None
+    memory_bandwidth: hardware.Bandwidth | None = None
 
 
 @dataclass(frozen=True)

@@ -304,7 +304,8 @@ def _bandwidths(devices: Devices, here: _Here) -> Iterator[tuple[Sequence[_Card]
     """The cards that the devices may be, a kind for each size, with the bandwidth of each device."""
     if not devices.gpus:
         if here.memory_bandwidth:
-            yield [_Card("this machine", 0, 0, "measured here by copying")], {"cpu": here.memory_bandwidth}
+            measured = here.memory_bandwidth
+            yield [_Card("this machine", 0, 0, f"measured here: {measured}")], {"cpu": measured.best}
         return
     sizes = list(dict.fromkeys(devices.gpus))
     choices: list[list[_Card]] = []

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from helpers.base.files import ROOT
 from helpers.runs import store
+from helpers.runs.holding import _status_now
 from helpers.runs.schema import _Claim, _RecordedValue
-from helpers.runs.store import _read_claims_file, _read_results, _read_status
+from helpers.runs.store import _read_claims_file, _read_results
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -77,7 +78,7 @@ def _ledger(run_dir: Path) -> list[_JudgedClaim]:
 
     Raises RunFolderError if there is no run in the folder.
     """
-    return _judged_claims(_read_status(run_dir), store.read_manifest(run_dir), _read_results(run_dir))
+    return _judged_claims(_status_now(run_dir), store.read_manifest(run_dir), _read_results(run_dir))
 
 
 def _judged_claims(status: _Status, manifest: _Manifest, recorded: _Results) -> list[_JudgedClaim]:
@@ -174,8 +175,8 @@ def _unmeasured(claim: _Claim, status: _Status, manifest: _Manifest) -> _Verdict
     """Why there is no value for a claim."""
     if claim.test == "citation":
         return _Verdict("not testable: cited", "untested", claim.why)
-    falcon = manifest.models["falcon"]
-    if claim.test == "real model" and (falcon.stand_in_for or falcon.rehearsed):
+    falcon = manifest.models.get("falcon")
+    if falcon is not None and claim.test == "real model" and (falcon.stand_in_for or falcon.rehearsed):
         where = "in a rehearsal" if falcon.rehearsed else f"on the profile {manifest.profile}"
         return _Verdict(f"not testable {where}", "untested", claim.why)
     reasons = [_without_value(number, status) for number in claim.notebooks]

@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError
-from helpers.base.units import duration, gib
+from helpers.base.units import duration
 from helpers.runs import store
 from helpers.runs.claims import _ledger
 from helpers.runs.difference_values import _Line, _lines, _Run
 from helpers.runs.execution import NOTEBOOKS
-from helpers.runs.pages import ROLES, _machine
-from helpers.runs.schema import _UnknownHardware
-from helpers.runs.store import _read_results, _read_status
+from helpers.runs.expected import _lost
+from helpers.runs.holding import _status_now
+from helpers.runs.origins import _code_text, _commit, _machine, _machine_facts, _origin, _source_notes, _value_origins
+from helpers.runs.pages import ROLES
+from helpers.runs.store import _read_results
 
 if TYPE_CHECKING:
-    from helpers.runs.schema import _Manifest, _ModelFacts
+    from helpers.runs.schema import _Manifest, _ModelFacts, _Origin
 
 _NONE = "–"
 
@@ -117,7 +119,7 @@ def compare_runs(run_a: Path, run_b: Path, *, strict_times: bool = False) -> _Ru
 
 
 def _read(folder: Path) -> _Run:
-    manifest, status = store.read_manifest(folder), _read_status(folder)
+    manifest, status = store.read_manifest(folder), _status_now(folder)
     expected = store.read_expected(NOTEBOOKS / "expected" / f"{manifest.profile}.json")
     return _Run(folder, manifest, status, _read_results(folder).values, expected)
 
@@ -151,14 +153,26 @@ def _warnings(first: _Run, second: _Run) -> Iterator[str]:
     yield from _unfinished("B", second)
     yield from _alone("A", first, second)
     yield from _alone("B", second, first)
+    yield from _changed_in_place(first, second)
+
+
+def _changed_in_place(first: _Run, second: _Run) -> Iterator[str]:
+    """Say it if the code may differ, although the commit is the same."""
     git_a, git_b = first.manifest.git, second.manifest.git
-    if git_a.commit == git_b.commit and (git_a.dirty or git_b.dirty):
+    if git_a.commit != git_b.commit or not (git_a.dirty or git_b.dirty):
+        return
+    known = [(a.code, b.code) for a, b in _origins_of(first, second, _shared_notebooks(first, second))]
+    if any(code_a is None or code_b is None for code_a, code_b in known):
         yield "the commit is the same, with uncommitted changes: the code may still differ"
+    elif any(code_a != code_b for code_a, code_b in known):
+        yield "the commit is the same, with uncommitted changes: the code differs"
 
 
 def _unfinished(letter: str, run: _Run) -> Iterator[str]:
     if run.status.state != "finished":
-        yield f"{letter} did not finish: it is {run.status.state}"
+        yield f"{letter} did not finish: it is {run.status.state_text}"
+    for note in (*_lost(run.status, _read_results(run.folder)), *_source_notes(run.manifest)):
+        yield f"{letter}: {note}"
 
 
 def _alone(letter: str, own: _Run, other: _Run) -> Iterator[str]:
@@ -168,23 +182,22 @@ def _alone(letter: str, own: _Run, other: _Run) -> Iterator[str]:
 
 
 def _facts(run: _Run) -> dict[str, str]:
-    manifest, hardware, git = run.manifest, run.manifest.hardware, run.manifest.git
-    commit = git.commit[:12] if git.commit else "not a git checkout"
-    facts = {
+    manifest = run.manifest
+    return {
         "Profile": manifest.profile,
         "Started": manifest.started,
-        "State": run.status.state,
-        "Commit": f"{commit}, with changes" if git.dirty else commit,
-        "Python": manifest.python,
-        "Machine": _machine(hardware),
+        "State": run.status.state_text,
+        "Commit": _of_all(run, "Commit", _commit(manifest.git)),
+        "Python": _of_all(run, "Python", manifest.python),
+        "Machine": _machine(manifest.hardware),
+        **_machine_facts(manifest.hardware),
     }
-    if isinstance(hardware, _UnknownHardware):
-        return facts
-    return facts | {
-        "CPU": f"{hardware.cpu_name}, {hardware.cpu_count} cores",
-        "Memory": gib(hardware.ram_bytes),
-        "System": hardware.system,
-    }
+
+
+def _of_all(run: _Run, what: str, last: str) -> str:
+    """A fact of a run; if its values are of several origins, what each of them has."""
+    texts = dict.fromkeys(source.facts.get(what, last) for source in _value_origins(run.manifest))
+    return " and ".join(texts) or last
 
 
 def _states(run: _Run) -> dict[str, str]:
@@ -206,7 +219,8 @@ def _changes(first: _Run, second: _Run, shared: Sequence[str]) -> dict[str, tupl
         "Parameters": _pairs(_parameters(manifest_a, shared), _parameters(manifest_b, shared)),
         "Notebooks": tuple(_source(name, first, second) for name in shared),
         "Models": _models(manifest_a.models, manifest_b.models),
-        "Packages": _pairs(manifest_a.packages, manifest_b.packages),
+        "Packages": _packages(first, second, shared),
+        "Code": _code(first, second, shared),
     }
     changes = {}
     for group, pairs in groups.items():
@@ -218,16 +232,47 @@ def _changes(first: _Run, second: _Run, shared: Sequence[str]) -> dict[str, tupl
 def _parameters(manifest: _Manifest, notebooks: Iterable[str]) -> dict[str, str]:
     parameters = {}
     for notebook in notebooks:
-        for name, value in manifest.notebooks[notebook].parameters.items():
+        facts = manifest.notebooks.get(notebook)
+        for name, value in (facts.parameters if facts else {}).items():
             parameters[f"{notebook}: {name}"] = str(value)
     return parameters
+
+
+def _origins_of(first: _Run, second: _Run, shared: Iterable[str]) -> list[tuple[_Origin, _Origin]]:
+    """Where the values of each notebook come from in both runs; a notebook that did not start has no origin."""
+    origins = []
+    for notebook in shared:
+        origin_a, origin_b = _origin(first.manifest, notebook), _origin(second.manifest, notebook)
+        if origin_a is not None and origin_b is not None:
+            origins.append((origin_a, origin_b))
+    return origins
+
+
+def _packages(first: _Run, second: _Run, shared: Iterable[str]) -> tuple[_Pair, ...]:
+    """The packages that the values of both runs come from, and not those of the last start alone."""
+    pairs: dict[_Pair, None] = {}
+    for origin_a, origin_b in _origins_of(first, second, shared):
+        pairs |= dict.fromkeys(_pairs(origin_a.packages, origin_b.packages))
+    return tuple(pairs)
+
+
+def _code(first: _Run, second: _Run, shared: Sequence[str]) -> tuple[_Pair, ...]:
+    """Commit and code of each notebook, if a run has several: otherwise they are among the facts of the run."""
+    if not (_value_origins(first.manifest) or _value_origins(second.manifest)):
+        return ()
+    pairs = []
+    for notebook in shared:
+        origins = _origin(first.manifest, notebook), _origin(second.manifest, notebook)
+        pairs.append(_Pair(notebook, *(_NONE if origin is None else _code_text(origin) for origin in origins)))
+    return tuple(pairs)
 
 
 def _source(name: str, first: _Run, second: _Run) -> _Pair:
     """The files of a notebook in both runs."""
     # ``inputs`` is a hash of the cells, parameters and models; the file's own changes with the outputs saved in it.
     same_inputs = first.status.notebooks[name].inputs == second.status.notebooks[name].inputs
-    hash_a, hash_b = first.manifest.notebooks[name].sha256[:12], second.manifest.notebooks[name].sha256[:12]
+    facts_a, facts_b = first.manifest.notebooks.get(name), second.manifest.notebooks.get(name)
+    hash_a, hash_b = (facts.sha256[:12] if facts else _NONE for facts in (facts_a, facts_b))
     remark = " (same cells, other saved outputs)" if same_inputs else ""
     return _Pair(f"{name}.ipynb{remark}", hash_a, hash_b)
 

@@ -4,44 +4,60 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import threading
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
 from helpers.base.hashes import share_hashes
+from helpers.base.terminal import Terminal
+from helpers.base.text import one_line, shell_word, shortened
+from helpers.base.units import PRECISIONS
 from helpers.models.checkpoint import LoadError
 from helpers.models.finding import check_files
 from helpers.models.loaded import forget_loads, read_loads
 from helpers.runs import store
 from helpers.runs.child import _Job
 from helpers.runs.display import _display
+from helpers.runs.document import UsageError
 from helpers.runs.fetching import fetch
 from helpers.runs.folder import (
-    _build_manifest,
     _executed_notebook,
+    _git_state,
     _held,
     _hub_commit,
-    _merge_manifests,
+    _notebook,
+    _observed,
+    _outline,
+    _seeds,
     _utc_now,
 )
-from helpers.runs.notebook import _loaded_models, _parse_parameters, _plan_run, _roles_to_fetch, _undeclared
+from helpers.runs.holding import _interrupted
+from helpers.runs.interrupts import _Stop, interruptible
+from helpers.runs.notebook import (
+    _loaded_models,
+    _roles_to_fetch,
+    _undeclared,
+)
+from helpers.runs.origins import _code_hash, _last_origin, _place
+from helpers.runs.parameters import _parse_parameters
 from helpers.runs.recording import _forget
-from helpers.runs.redaction import _find_secrets, _redact, _sweep
-from helpers.runs.request import Request, _check_machine, _chosen_profile, _resumed, _target
-from helpers.runs.schema import _NotebookStatus, _RehearsalFacts, _Status
-from helpers.runs.store import _read_status, _write_manifest, _write_status
+from helpers.runs.redaction import _redact
+from helpers.runs.request import Request, _check_combination, _check_machine, _chosen_profile, _plans, _resumed, _target
+from helpers.runs.resuming import _first_status, _merge_manifests, _of_another_origin, _pending
+from helpers.runs.schema import _NotebookStatus, _RehearsalFacts
+from helpers.runs.secrecy import _find_secrets
+from helpers.runs.store import _read_results, _write_manifest, _write_status
 from helpers.runs.supervision import _environment, _supervise
+from helpers.runs.sweeping import _sweep
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
+
+    from rich.console import Console
 
     from helpers.models.references import Profile
     from helpers.planning.rehearsal import Rehearsal
@@ -49,8 +65,10 @@ if TYPE_CHECKING:
     from helpers.runs.notebook import _Plan
     from helpers.runs.schema import _Manifest
     from helpers.runs.supervision import _Progress
+    from helpers.runs.sweeping import Seen
 
 NOTEBOOKS = ROOT / "notebooks"
+_LONGEST_REASON, _LONGEST_LINE = 2000, 200  # characters
 
 
 class RunError(WorkbookError):
@@ -59,14 +77,24 @@ class RunError(WorkbookError):
     exit_code = 1
 
 
+class InterruptedRunError(RunError):
+    """A run that was interrupted before it had a folder: there is nothing to resume."""
+
+    exit_code = 130
+
+
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended: its folder, and the notebooks asked for that passed and that failed (with the reason)."""
+    """How a run ended: its folder, and the notebooks asked for that passed and that failed (with the reason).
+
+    ``kept`` are those that passed earlier, under other code, packages, models or on another machine.
+    """
 
     folder: Path
     passed: tuple[str, ...]
     failed: dict[str, str]
     interrupted: bool = False
+    kept: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -85,7 +113,30 @@ def run(request: Request, *, command: Sequence[str] = (), console: Console | Non
     Raises UsageError before anything runs, RunFolderError if the folder cannot be used, RunError on a full disk or
     if a model cannot be downloaded, RehearsalError if a model would not fit on the profile's machine.
     """
-    console = console or Console()
+    result = None
+    try:
+        with interruptible() as stop:
+            shown = console or Terminal()
+            raw, asked, profile, plans = _planned(request, shown)
+            target = _target(asked, profile)
+            secrets = _secrets(raw, profile, plans, target)
+            with _held(target):
+                rehearsal = _prepared(profile, target / "rehearsal", shown) if asked.rehearse else None
+                session = _Session(target, profile, plans, secrets, rehearsal)
+                session.redo = asked.redo
+                result = session.run(shown, raw, command, stop)
+    except KeyboardInterrupt as error:
+        if result is None:
+            raise InterruptedRunError(
+                "Interrupted before the run began: nothing was run, and nothing is lost. Start it again with the same "
+                "command."
+            ) from error
+    return result
+
+
+def _planned(request: Request, console: Console) -> tuple[dict[str, str], Request, Profile, list[_Plan]]:
+    """The parameters, the request with what a resumed run adds, the profile and the plans."""
+    _check_combination(request)
     raw = _parse_parameters(request.parameters)
     earlier: dict[str, str] = {}
     if request.resume is not None:
@@ -93,18 +144,19 @@ def run(request: Request, *, command: Sequence[str] = (), console: Console | Non
         request = _resumed(manifest, request, raw)
         earlier = manifest.parameters
     profile = _chosen_profile(request)
-    plans = _plan_run(profile, request.notebooks or NOTEBOOKS, request.only, raw, earlier)
+    plans, remarks = _plans(profile, request, NOTEBOOKS, raw, earlier)
     if not request.rehearse:
         _check_machine(profile)
-    raw, target = earlier | raw, _target(request, profile)
-    with _held(target):
-        rehearsal = _prepared(profile, target / "rehearsal", console) if request.rehearse else None
-        session = _Session(target, profile, plans, _find_secrets({**os.environ, **raw}), rehearsal)
-        return session.run(console, raw, command)
+    for remark in remarks:
+        console.print(one_line(remark), markup=False, highlight=False, soft_wrap=True)
+    return earlier | raw, request, profile, plans
 
 
 class _Session:
-    """One run in its folder, which this process holds."""
+    """One run in its folder, which this process holds.
+
+    ``redo``: what passed under other code, packages or models, or on another machine, runs again.
+    """
 
     def __init__(
         self,
@@ -116,103 +168,138 @@ class _Session:
     ) -> None:
         self.folder, self.profile, self.plans, self.secrets = folder, profile, plans, secrets
         self.rehearsal = rehearsal
-        self.resumed = (folder / "status.json").exists()
-        self.status = self._first_status()
-        self.manifest: _Manifest | None = None  # until _describe, which takes seconds to hash the models
-        self.commits = store.read_manifest(folder).commits if self.resumed else {}
+        self.swept: Seen = {}
+        self.redo = False
+        self.manifest: _Manifest | None = None  # until _describe
+        self.earlier = store.read_manifest(folder) if (folder / "manifest.json").exists() else None
+        self.commits = self.earlier.commits if self.earlier else {}
+        self.code = _code_hash()
+        self.status = _first_status(folder, plans)
+        self.kept: tuple[str, ...] = ()
+        self.stop = _Stop()
 
-    def run(self, console: Console, raw: Mapping[str, str], command: Sequence[str]) -> RunResult:
-        """Run what is pending, and leave the folder complete."""
+    def run(self, console: Console, raw: Mapping[str, str], command: Sequence[str], stop: _Stop) -> RunResult:
+        """Run what is pending, and leave the folder complete, however it ends."""
+        self.stop = stop
         try:
-            with _interruptible():
-                self._describe(raw, command)
-                interrupted = self._run_pending(console)
-                self._finish(interrupted)
-        except OSError as error:
-            with suppress(OSError):
-                self._finish(interrupted=True)
-            raise RunError(
-                f"The run stopped: {error}. Fix this, then resume with: workbook run --resume {self.folder}"
-            ) from error
-        except LoadError as error:
-            self._finish(interrupted=True)
-            raise RunError(f"{error} Then resume with: workbook run --resume {self.folder}") from error
+            interrupted = self._attempt(console, raw, command)
+        except (OSError, LoadError) as error:
+            told = str(error).rstrip(".")
+            resume = f"workbook run --resume {shell_word(self.folder)}"
+            raise RunError(f"The run stopped: {told}. Then resume with: {resume}") from error
         return self._result(interrupted)
 
-    def _first_status(self) -> _Status:
-        """The status at the start; of an earlier run in this folder, what still holds."""
-        if not self.resumed:
-            return _Status(state="running", notebooks={plan.name: _pending(plan) for plan in self.plans})
-        earlier = _read_status(self.folder)
-        entries = dict(earlier.notebooks)
-        for plan in self.plans:
-            entry = entries.get(plan.name)
-            if entry is None or not self._still_holds(plan, entry):
-                entries[plan.name] = _pending(plan)
-        return _Status(state="running", peak_bytes=earlier.peak_bytes, notebooks=dict(sorted(entries.items())))
-
-    def _still_holds(self, plan: _Plan, entry: _NotebookStatus) -> bool:
-        executed = _executed_notebook(self.folder, plan.name).exists()
-        return entry.status == "passed" and entry.inputs == plan.inputs and executed
+    def _attempt(self, console: Console, raw: Mapping[str, str], command: Sequence[str]) -> bool:
+        """Describe the run, run what is pending, and finish the status in any case; True if it was interrupted."""
+        interrupted = False
+        try:
+            self._describe(raw, command)
+            self._run_pending(console)
+        except KeyboardInterrupt:
+            interrupted = True
+        except BaseException:
+            with suppress(OSError):
+                self._finish(interrupted=True)
+            raise
+        try:
+            self._finish(interrupted)
+        except KeyboardInterrupt:  # only the first signal raises it
+            self._finish(interrupted)
+        return interrupted
 
     def _describe(self, raw: Mapping[str, str], command: Sequence[str]) -> None:
-        manifest = _build_manifest(self.profile, self.plans, raw, command)
+        """Write the manifest and the status. What takes seconds comes last: a run that ends then can be resumed."""
+        manifest = _outline(self.profile, self.plans, raw, command)
         if self.rehearsal:
             manifest.rehearsal = _RehearsalFacts.model_validate(self.rehearsal.described())
-        if self.resumed:
-            manifest = _merge_manifests(store.read_manifest(self.folder), manifest)
+        if self.earlier is None:
+            self.manifest = manifest
+            self._save_manifest()
+        self._save_status()
+        manifest = _observed(manifest, self.profile)
+        if self.earlier is not None:
+            manifest = _merge_manifests(self.earlier, manifest)
         self.manifest = manifest
         share_hashes(self.folder)  # the notebooks load the models that the manifest has just hashed
+        self._judge_kept(manifest)
         self._save_manifest()
         self._save_status()
 
-    def _run_pending(self, console: Console) -> bool:
-        """Run the pending notebooks; True when a person or the system interrupted this."""
-        try:
-            self._fetch()
-            with _display(console) as show:
-                for plan in self.plans:
-                    show(self.status)
-                    if self.status.notebooks[plan.name].status == "pending":
-                        self._run_notebook(plan, show)
+    def _judge_kept(self, manifest: _Manifest) -> None:
+        """What passed under another origin is kept and named, or runs again if that was asked for."""
+        now = _last_origin(manifest, self.code)
+        plans = _of_another_origin(manifest, self.status, self.plans, now)
+        if self.redo:
+            self.status.notebooks |= {plan.name: _pending(plan) for plan in plans}
+        else:
+            self.kept = tuple(plan.name for plan in plans)
+
+    def _run_pending(self, console: Console) -> None:
+        self._fetch()
+        with _display(console) as show:
+            for plan in self.plans:
+                self.stop.check()
                 show(self.status)
-        except KeyboardInterrupt:
-            return True
-        return False
+                if self.status.notebooks[plan.name].status == "pending":
+                    self._run_notebook(plan, show)
+            show(self.status)
 
     def _fetch(self) -> None:
         """Check and fetch the models that the pending notebooks declare, while no budget runs; note their commits."""
         pending = [plan for plan in self.plans if self.status.notebooks[plan.name].status == "pending"]
-        roles = _roles_to_fetch(model for plan in pending for model in plan.models)
+        roles = _roles_to_fetch(model for plan in pending for model in plan.models or ())
         if self.rehearsal or not roles:
             return
         check_files(self.profile, roles)
-        if self.profile.offline:
-            return
-        self.commits |= fetch(self.profile, roles, self.commits)
-        self._save_manifest()
+        if not self.profile.offline:
+            self.commits |= fetch(self.profile, roles, self.commits)
+            self._save_manifest()
 
     def _run_notebook(self, plan: _Plan, show: Show) -> None:
         entry = _pending(plan).model_copy(update={"status": "running", "started": _utc_now()})
         self.status.notebooks[plan.name] = entry
         self._save_status()
+        # In this order: values never stand under an origin that they are not of.
         _forget(self.folder, plan.name)
         forget_loads(self.folder, plan.name)
         _executed_notebook(self.folder, plan.name).unlink(missing_ok=True)
+        self._note_origin(plan)
         try:
             log = self.folder / "logs" / f"{plan.name}.log"
             progress = _supervise(self._job(plan), self._environment(plan), log, partial(self._follow, entry, show))
-            progress.reason = progress.reason or _undeclared(read_loads(self.folder, plan.name), plan.models)
-            self._take(entry, progress)
-            entry.status = "failed" if progress.reason else "passed"
+            self._judge(plan, entry, progress)
         except BaseException:
-            entry.status, entry.reason = "failed", f"interrupted at cell {entry.cell}"
+            entry.status, entry.reason = "failed", _interrupted(entry)
             raise
         finally:
-            _sweep(self.folder, self.secrets)
+            _sweep(self.folder, self.secrets, self.swept)
             self._save_status()
 
+    def _judge(self, plan: _Plan, entry: _NotebookStatus, progress: _Progress) -> None:
+        """Take in how a notebook ended, and what it left in the run's files."""
+        try:
+            if plan.models is not None:
+                progress.reason = progress.reason or _undeclared(read_loads(self.folder, plan.name), plan.models)
+            entry.recorded = len(_read_results(self.folder).values.get(plan.name, {}))
+        except WorkbookError as error:
+            progress.reason = progress.reason or str(error)
+        self._take(entry, progress)
+        entry.status = "failed" if progress.reason else "passed"
+
+    def _note_origin(self, plan: _Plan) -> None:
+        """Note in the manifest with what a notebook starts, in case somebody changed it since the run began."""
+        if self.manifest is None:
+            return
+        code = _code_hash()
+        if code != self.code:
+            self.code, self.manifest.git = code, _git_state(ROOT)
+        place = _place(self.manifest.origins, _last_origin(self.manifest, code, _utc_now()))
+        self.manifest.notebooks[plan.name] = _notebook(plan).model_copy(update={"origin": place})
+        self.manifest.seeds |= _seeds([plan])
+        self._save_manifest()
+
     def _follow(self, entry: _NotebookStatus, show: Show, progress: _Progress) -> None:
+        self.stop.check()
         moved = progress.cell != entry.cell
         self._take(entry, progress)
         # This is called four times a second; the file changes with each cell.
@@ -222,8 +309,9 @@ class _Session:
 
     def _take(self, entry: _NotebookStatus, progress: _Progress) -> None:
         # Blanked here too, because the terminal shows these texts before any file does.
-        entry.reason = progress.reason and _redact(progress.reason, self.secrets)
-        entry.line = _redact(progress.line, self.secrets)
+        # And cut only then, because the rest of a token that was cut through is not known as one.
+        entry.reason = progress.reason and shortened(_redact(progress.reason, self.secrets), _LONGEST_REASON)
+        entry.line = shortened(_redact(progress.line, self.secrets), _LONGEST_LINE)
         entry.cell, entry.cells = progress.cell, progress.cells
         entry.seconds = round(progress.seconds, 2)
         entry.peak_bytes = progress.peak_bytes
@@ -248,22 +336,22 @@ class _Session:
         }
         if self.rehearsal:  # nobody knows what tiny random models should give
             workbook["EXPECTED"] = str(self.rehearsal.folder / "no_expected_values.json")
-            return _environment({**os.environ, **self.rehearsal.environment()}, True, workbook)
+            return _environment(os.environ, True, workbook) | self.rehearsal.environment()
         if self.commits:
             workbook["REVISIONS"] = json.dumps(self.commits)
         return _environment(os.environ, self.profile.offline, workbook)
 
     def _finish(self, interrupted: bool) -> None:
         self.status.state = "interrupted" if interrupted else "finished"
+        self._save_status()
         # A full disk may have stopped the run before it was described.
         if self.manifest is not None:
             self.manifest.finished = _utc_now()
             self.manifest.loaded = _loaded_models(self.folder, self.status.notebooks, self.profile)
             if not self.rehearsal:
                 self._note_commits(self.manifest)
-        self._save_status()
         self._save_manifest()
-        _sweep(self.folder, self.secrets)
+        _sweep(self.folder, self.secrets, self.swept)
 
     def _note_commits(self, manifest: _Manifest) -> None:
         for role, model in manifest.models.items():
@@ -291,35 +379,18 @@ class _Session:
                 passed.append(plan.name)
             else:
                 failed[plan.name] = entry.reason or "not run"
-        return RunResult(self.folder, tuple(passed), failed, interrupted)
+        return RunResult(self.folder, tuple(passed), failed, interrupted, self.kept)
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Within the block the first SIGINT, SIGTERM or SIGHUP raises KeyboardInterrupt, so that cleaning up runs.
-
-    Further ones are ignored to the block's end, so that nothing cuts the cleaning up short. A signal that was ignored
-    before (by nohup, say) stays ignored.
-    """
-    # Python lets only the main thread set handlers.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in stops if signal.getsignal(number) != signal.SIG_IGN}
-
-    def interrupt(*_: object) -> None:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    for number in before:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _secrets(raw: Mapping[str, str], profile: Profile, plans: Sequence[_Plan], folder: Path) -> tuple[str, ...]:
+    """What must stand in no file of the run. Raises UsageError if the folder's own name holds a secret."""
+    public = [profile.name, *PRECISIONS, *(model.id for model in profile.models.values())]
+    for plan in plans:
+        public += [plan.name, *plan.effective]
+    secrets = _find_secrets({**os.environ, **raw}, public)
+    if _redact(folder.name, secrets) != folder.name:
+        raise UsageError("The name of the run folder holds a token or a password. Name another folder with --folder.")
+    return secrets
 
 
 def _prepared(profile: Profile, folder: Path, console: Console) -> Rehearsal:
@@ -327,12 +398,3 @@ def _prepared(profile: Profile, folder: Path, console: Console) -> Rehearsal:
 
     with console.status("Planning at the true size, and making the small checkpoints"):
         return prepare(profile, folder)
-
-
-def _pending(plan: _Plan) -> _NotebookStatus:
-    return _NotebookStatus(
-        status="pending",
-        budget_seconds=plan.budget.seconds,
-        expected_seconds=plan.budget.expected_seconds,
-        inputs=plan.inputs,
-    )

@@ -7,18 +7,24 @@ runs show it in the same way.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
 from helpers.runs import store
-from helpers.runs.schema import _ExpectedValue
-from helpers.runs.store import ResultError, _read_results, _read_status
+from helpers.runs.holding import _status_now
+from helpers.runs.origins import _commit, _origin, _same_code, _same_models, _source_notes
+from helpers.runs.schema import _ExpectedValue, _Origin, _RecordedValue
+from helpers.runs.store import ResultError, _read_results
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from helpers.runs.schema import Value, _RecordedValue
+    from helpers.runs.schema import Value, _Manifest, _Results, _Status
+
+    # The parameters that each notebook has if nobody gives one, by notebook.
+    Usual = Mapping[str, Mapping[str, object]]
 
 FLOAT_FLOOR = 0.01  # another CPU rounds differently: floats are never expected closer than 1%
 _TIME_UNITS = frozenset({"s", "ms", "µs", "us", "min", "h", "seconds", "minutes", "hours"})
@@ -30,13 +36,15 @@ class _Judgement:
     """A run's values compared with the expected ones: how many are within tolerance, and a line for each other.
 
     ``missing`` are expected values that the run did not record; ``unmeasured`` counts recorded ones with nothing to
-    compare with, which says nothing for or against them.
+    compare with, which says nothing for or against them. ``notes`` are what a reader has to know before: where the
+    values come from, other parameters, a run that did not finish.
     """
 
     within: int
     differing: tuple[str, ...]
     missing: tuple[str, ...]
     unmeasured: int
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -50,13 +58,15 @@ class _Judgement:
         )
 
 
-def judge(run_dir: Path, expected: Mapping[str, _ExpectedValue]) -> _Judgement:
+def judge(run_dir: Path, expected: Mapping[str, _ExpectedValue], usual: Usual | None = None) -> _Judgement:
     """Compare what a run recorded with the expected values, for the notebooks that the run is made of.
+
+    ``usual`` are the parameters that expected values belong to: a run that was given others is named as one.
 
     Raises ResultError for a rehearsal, whose models are random.
     """
-    _profile_of(run_dir)
-    notebooks = _read_status(run_dir).notebooks
+    manifest, status = _real_run(run_dir), _status_now(run_dir)
+    notebooks = status.notebooks
     values = dict(_values_by_key(run_dir))
     within, differing, missing = 0, [], []
     for key, entry in expected.items():
@@ -69,15 +79,56 @@ def judge(run_dir: Path, expected: Mapping[str, _ExpectedValue]) -> _Judgement:
             within += 1
         else:
             differing.append(_difference(key, values[key], entry))
-    return _Judgement(within, tuple(differing), tuple(missing), len(values.keys() - expected.keys()))
+    notes = tuple(f"Note: {note}." for note in _notes(manifest, status, _read_results(run_dir), usual or {}))
+    return _Judgement(within, tuple(differing), tuple(missing), len(values.keys() - expected.keys()), notes)
 
 
-def _profile_of(run: Path) -> str:
-    """The profile of a run. Raises ResultError for a rehearsal: nobody knows what its models should give."""
+def _notes(manifest: _Manifest, status: _Status, recorded: _Results, usual: Usual) -> Iterator[str]:
+    if status.state != "finished":
+        yield f"The run did not finish: it is {status.state_text}"
+    yield from _lost(status, recorded)
+    yield from _source_notes(manifest)
+    for notebook in status.notebooks:
+        if others := _other_parameters(manifest, notebook, usual):
+            yield f"{notebook} ran with other parameters than those of the expected values: {', '.join(others)}"
+
+
+def _lost(status: _Status, recorded: _Results) -> list[str]:
+    """The notebooks of which results.json holds fewer values than they recorded, a sentence each."""
+    notes = []
+    for name, entry in status.notebooks.items():
+        there = len(recorded.values.get(name, {}))
+        if entry.recorded is not None and there < entry.recorded:
+            notes.append(
+                f"{name} recorded {entry.recorded} values, and results.json holds {there} of them. Resume the run: "
+                f"the notebook runs again"
+            )
+    return notes
+
+
+def _other_parameters(manifest: _Manifest, notebook: str, usual: Usual) -> list[str]:
+    """The parameters of a notebook that are not the usual ones, such as "seed = 5 (usually 0)"."""
+    facts = manifest.notebooks.get(notebook)
+    if facts is None or notebook not in usual:
+        return []
+    others = []
+    for name, value in usual[notebook].items():
+        if name in facts.parameters and facts.parameters[name] != value:
+            others.append(f"{name} = {facts.parameters[name]!r} (usually {value!r})")
+    return others
+
+
+def _real_run(run: Path) -> _Manifest:
+    """The manifest of a run. Raises ResultError for a rehearsal: nobody knows what its models should give.
+
+    Raises it for a run of a reader's own notebooks too.
+    """
     manifest = store.read_manifest(run)
     if manifest.rehearsal is not None:
         raise ResultError(f"{run} is a rehearsal, whose values say nothing about the models. Give a real run.")
-    return manifest.profile
+    if manifest.of_own_notebooks:
+        raise ResultError(f"{run} is a run of your own notebooks, for which there are no expected values.")
+    return manifest
 
 
 def _values_by_key(run: Path) -> Iterator[tuple[str, _RecordedValue]]:
@@ -92,28 +143,40 @@ def _difference(key: str, entry: _RecordedValue, expected: _ExpectedValue) -> st
     return f"differs: {key} is {recorded}, expected {wanted} ({expected.source})"
 
 
-def expected_from_runs(run_dirs: Sequence[Path]) -> dict[str, _ExpectedValue]:
+@dataclass(frozen=True)
+class _Observed:
+    """A recorded value with the run that it is of, and where it comes from."""
+
+    run: Path
+    entry: _RecordedValue
+    origin: _Origin | None
+
+
+def expected_from_runs(run_dirs: Sequence[Path], usual: Usual | None = None) -> dict[str, _ExpectedValue]:
     """Return the expected values that several finished runs of one profile agree on.
 
     The value is the median. The tolerance of a float is twice the range over the runs, and at least 1% of the value,
     because another CPU rounds differently; integers that agree in all runs are exact, others get twice their range.
     Neither is under the tolerance that the notebook gave when it recorded the value. Texts and bools are kept if all
     runs agree. Times and speeds (units such as s or tokens/s) are left out: they belong to the machine. Only notebooks
-    that passed count.
+    that passed count. The source of a value names the runs, and the commit that gave it.
 
-    Raises ResultError if the runs are of different profiles, hold no value, or one is a rehearsal.
+    ``usual`` are the parameters of runs that were given none. Raises ResultError if the runs are of different profiles,
+    hold no value, or one is a rehearsal, lost values or had other parameters; and if a notebook's values come from
+    different code or models, which a tolerance must not hide.
     """
     runs = [Path(run) for run in run_dirs]
-    if len({_profile_of(run) for run in runs}) != 1:
+    if len({_real_run(run).profile for run in runs}) != 1:
         raise ResultError("Expected values come from runs of one profile. Give runs of the same profile.")
-    observed: dict[str, list[_RecordedValue]] = {}
+    observed: dict[str, list[_Observed]] = {}
     for run in runs:
-        for key, entry in _reproducible(run):
-            observed.setdefault(key, []).append(entry)
-    source = "run " + ", ".join(run.name for run in runs)
+        _check_whole(run, usual or {})
+        for key, value in _reproducible(run):
+            observed.setdefault(key, []).append(value)
     entries = {}
     for key in sorted(observed):
-        summary = _summary(observed[key], source)
+        _check_origins(key, observed[key])
+        summary = _summary([value.entry for value in observed[key]], _source(runs, observed[key]))
         if summary is not None:
             entries[key] = summary
     if not entries:
@@ -121,14 +184,97 @@ def expected_from_runs(run_dirs: Sequence[Path]) -> dict[str, _ExpectedValue]:
     return entries
 
 
-def _reproducible(run: Path) -> Iterator[tuple[str, _RecordedValue]]:
+def _check_whole(run: Path, usual: Usual) -> None:
+    """Raise ResultError for a run that lost values, or had other parameters than a run that is given none."""
+    manifest, status = store.read_manifest(run), _status_now(run)
+    for note in _lost(status, _read_results(run)):
+        raise ResultError(f"{run}: {note}.")
+    for notebook in status.notebooks:
+        if others := _other_parameters(manifest, notebook, usual):
+            raise ResultError(
+                f"{run}: {notebook} ran with {', '.join(others)}. Expected values are those of the usual parameters: "
+                "give a run without -p."
+            )
+
+
+def _check_origins(key: str, observed: Sequence[_Observed]) -> None:
+    """Raise ResultError if the runs' values come from different code or models, as far as that is known."""
+    first = observed[0]
+    for other in observed[1:]:
+        if first.origin is None or other.origin is None:
+            continue
+        code = _same_code(first.origin, other.origin)
+        if code and _same_models(first.origin, other.origin):
+            continue
+        what = "files of the models" if code else f"code ({_commit(first.origin.git)} and {_commit(other.origin.git)})"
+        raise ResultError(
+            f"{key} comes from different {what} in {first.run} and {other.run}. Give runs of the same, or run again "
+            "what is older: workbook run --resume RUN --redo."
+        )
+
+
+def _source(runs: Sequence[Path], observed: Sequence[_Observed]) -> str:
+    """Where an expected value comes from: the runs, and the commits that their values are of if they are known."""
+    origins = [value.origin for value in observed if value.origin is not None and value.origin.git.commit]
+    commits = dict.fromkeys(_commit(origin.git) for origin in origins)
+    at = f" (commit {', '.join(commits)})" if commits else ""
+    return "run " + ", ".join(run.resolve().name for run in runs) + at
+
+
+def _reproducible(run: Path) -> Iterator[tuple[str, _Observed]]:
     """What notebooks that passed recorded, and another machine could record too."""
-    notebooks = _read_status(run).notebooks
+    manifest, notebooks = store.read_manifest(run), _status_now(run).notebooks
     for key, entry in _values_by_key(run):
-        status = notebooks.get(key.partition("/")[0])
-        passed = status is not None and status.status == "passed"
+        notebook = key.partition("/")[0]
+        passed = notebook in notebooks and notebooks[notebook].status == "passed"
         if passed and not _is_timing(entry.unit):
-            yield key, entry
+            yield key, _Observed(run, entry, _origin(manifest, notebook))
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """The expected values after an update, and a line for each that was added, changed or dropped."""
+
+    values: Mapping[str, _ExpectedValue]
+    lines: tuple[str, ...]
+    measured: int
+    runs: int
+    kept: int
+    cited: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.measured} values from {self.runs} run{'s' if self.runs > 1 else ''}, {self.kept} kept of other "
+            f"notebooks, {self.cited} from citations"
+        )
+
+
+def merge_expected(
+    earlier: Mapping[str, _ExpectedValue], measured: Mapping[str, _ExpectedValue], runs: Sequence[Path]
+) -> _Merged:
+    """The earlier expected values, updated by what runs gave.
+
+    Values from citations are kept, and so are those of notebooks that did not pass in these runs. A notebook that did
+    pass has the values that it recorded now: what it no longer records, or the runs do not agree on, is dropped.
+    """
+    again = {key.partition("/")[0] for run in runs for key, _ in _reproducible(Path(run))}
+    cited = {key: entry for key, entry in earlier.items() if entry.cited}
+    kept = {key: entry for key, entry in earlier.items() if key.partition("/")[0] not in again and key not in cited}
+    values = {**kept, **measured, **cited}
+    lines = []
+    for key in sorted({*earlier, *values}):
+        before, after = earlier.get(key), values.get(key)
+        if after is None and before is not None:
+            lines.append(f"dropped: {key}, which these runs do not record or do not agree on, was {_shown(before)}")
+        elif before is None and after is not None:
+            lines.append(f"added: {key}, {_shown(after)}")
+        elif before is not None and after is not None and _shown(before) != _shown(after):
+            lines.append(f"changed: {key}, from {_shown(before)} to {_shown(after)}")
+    return _Merged(values, tuple(lines), len(measured.keys() - cited.keys()), len(runs), len(kept), len(cited))
+
+
+def _shown(entry: _ExpectedValue) -> str:
+    return _with_tolerance(entry.value, entry.tolerance, "")
 
 
 def _summary(entries: Sequence[_RecordedValue], source: str) -> _ExpectedValue | None:

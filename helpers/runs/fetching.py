@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
+from helpers.base.isolation import isolated
 from helpers.base.parent import Parent
 from helpers.base.processes import ChildProcess
 from helpers.models.checkpoint import LoadError
@@ -44,7 +45,7 @@ def fetch(
         answer = Path(folder, "answer.json")
         wanted = None if roles is None else sorted(roles)
         job = {"profile": asdict(profile), "roles": wanted, "answer": str(answer)}
-        code = _run_to_end(job, {**os.environ, "WORKBOOK_REVISIONS": json.dumps(dict(commits or {}))})
+        code = _run_to_end(job, {**isolated(os.environ), "WORKBOOK_REVISIONS": json.dumps(dict(commits or {}))})
         if not answer.exists():
             raise LoadError(
                 f"The download of the models of {profile.name} ended unexpectedly (exit code {code}). Try again."

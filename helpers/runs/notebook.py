@@ -1,43 +1,37 @@
 """What a notebook declares, and what a run gives it: its parameters, models, time and identity.
 
-A notebook is read as plain JSON. One cell, tagged ``parameters``, holds the names and default values of what may be
-set from outside; ``workbook: models:`` in the metadata names the models that the notebook loads. From these, the
-profile and the command line, ``_plan_run`` makes one ``_Plan`` per notebook, and refuses what cannot work before
-anything runs.
+``workbook: models:`` in a notebook's metadata names the models that it loads, ``workbook: parameters:`` the limits of
+its parameters. From these, the profile and the command line, ``_plan_run`` makes one ``_Plan`` per notebook of the
+workbook, and ``_plan_own`` one per notebook of a reader's own; both refuse what cannot work before anything runs.
 """
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError, choose
 from helpers.base.settings import DEFAULT_PROFILE
+from helpers.base.text import shell_word
 from helpers.base.units import PRECISIONS
 from helpers.models.loaded import read_loads
 from helpers.models.profiles import available, load_profile
 from helpers.models.references import Budget, ModelRef
+from helpers.runs.document import UsageError, _cells_hash, _check_kernel, _hash_of, _metadata, _read_notebook
+from helpers.runs.parameters import _declared_parameters
 from helpers.runs.schema import _LoadedModel
 
 if TYPE_CHECKING:
-    from nbformat import NotebookNode
-
     from helpers.models.loaded import Load
     from helpers.models.references import Profile
+    from helpers.runs.document import _Document
+    from helpers.runs.parameters import _Parameter
 
-_Document = Mapping[str, Any]  # a notebook's JSON
-_Cell = Mapping[str, Any]
-_WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
-_KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}
-
-
-class UsageError(WorkbookError):
-    """A request that cannot be run as it stands: an unknown notebook, parameter, type or profile."""
+# What a reader's own notebook may take that declares no budget.
+OWN_BUDGET = Budget(seconds=3600, cell_seconds=3600)
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,11 @@ class _DeclaredModel:
 
 @dataclass(frozen=True)
 class _Plan:
-    """One notebook of a run: where it is, what it is given, its time, and the models that it declares."""
+    """One notebook of a run: where it is, what it is given, its time, and the models that it declares.
+
+    ``own``: it is a reader's, and not one of the workbook. ``models`` is None for an own notebook that declares none:
+    it may load any. ``remark`` says what a reader should know before it runs.
+    """
 
     name: str
     path: Path
@@ -59,173 +57,216 @@ class _Plan:
     effective: dict[str, object]
     budget: Budget
     inputs: str
-    models: tuple[_DeclaredModel, ...]
+    models: tuple[_DeclaredModel, ...] | None
+    own: bool = False
+    remark: str = ""
 
 
 def _plan_run(
     profile: Profile, folder: Path, only: Sequence[str], raw: Mapping[str, str], earlier: Mapping[str, str]
 ) -> list[_Plan]:
-    """Plan the notebooks of ``folder`` with their parameters: the profile's, overridden by ``raw`` (YAML texts).
+    """Plan the notebooks of ``folder`` with their parameters: the profile's, overridden by ``raw`` (texts).
 
     ``earlier`` are the texts that a resumed run was given; they apply to the notebooks that have such a parameter.
 
-    Raises UsageError for an unknown notebook or parameter, a value of another type than the notebook's default, a
-    notebook without a parameters cell, or one for which the profile sets no budget.
+    Raises UsageError for an unknown notebook or parameter, a value of another type than the notebook's default or
+    beyond its limits, a notebook without a parameters cell, or one for which the profile sets no budget.
     """
     documents: dict[Path, _Document] = {}
-    defaults: dict[Path, dict[str, object]] = {}
-    for path in _select(folder, only):
+    declared: dict[Path, dict[str, _Parameter]] = {}
+    for path in _select(folder, only, profile):
         documents[path] = _read_notebook(path)
-        defaults[path] = _declared_parameters(documents[path], path.name)
-    _check_names(raw, defaults.values())
+        _check_kernel(documents[path], path)
+        declared[path] = _declared_parameters(documents[path], path.name)
+    _check_names(raw, declared.values())
     # Only ``raw`` is checked: the resumed run may have been given parameters of notebooks that are not chosen now.
     texts = {**earlier, **raw}
-    return [_plan(profile, path, document, defaults[path], texts) for path, document in documents.items()]
+    return [_plan(profile, path, document, declared[path], texts) for path, document in documents.items()]
 
 
-def _select(folder: Path, only: Sequence[str]) -> list[Path]:
-    """Return the notebooks of a folder in order; with ``only``, those whose names start with one of these texts.
+def _plan_own(
+    profile: Profile, paths: Sequence[Path], raw: Mapping[str, str], earlier: Mapping[str, str]
+) -> list[_Plan]:
+    """Plan a reader's own notebooks, which may lie anywhere and need no parameters cell, budget or declared models.
 
-    Raises UsageError when a text fits no notebook, or the folder holds none.
+    Raises UsageError as ``_plan_run`` does, and for a file that is not a notebook in Python, or whose name is taken.
     """
-    notebooks = sorted(folder.glob("*.ipynb"))
-    if not notebooks:
+    documents: dict[Path, _Document] = {}
+    declared: dict[Path, dict[str, _Parameter]] = {}
+    for path in _different(paths):
+        documents[path] = _read_notebook(path, "Open it in Jupyter and save it again.")
+        _check_kernel(documents[path], path)
+        declared[path] = _declared_parameters(documents[path], path.name, own=True)
+    _check_names(raw, declared.values())
+    texts = {**earlier, **raw}
+    return [_plan_one_own(profile, path, document, declared[path], texts) for path, document in documents.items()]
+
+
+def _different(paths: Sequence[Path]) -> list[Path]:
+    """The absolute paths. Raises UsageError for what is not a file, and for two notebooks of one name."""
+    seen: dict[str, Path] = {}
+    for path in map(Path.absolute, paths):
+        if not path.is_file():
+            what = "is not a file" if path.exists() else "does not exist"
+            raise UsageError(f"{str(path)!r} {what}. Name a notebook's .ipynb file.")
+        if not path.stem.isprintable():
+            raise UsageError(f"The name {path.name!r} holds characters that cannot be shown. Rename the notebook.")
+        # Of another case is the same name on some systems, and it names files of the run.
+        name = path.stem.casefold()
+        if name in seen:
+            raise UsageError(f"{path} and {seen[name]} have the same name. Rename one, or run them apart.")
+        seen[name] = path
+    return list(seen.values())
+
+
+def _select(folder: Path, only: Sequence[str], profile: Profile) -> list[Path]:
+    """Return the notebooks of a folder that have a budget; with ``only``, those whose names start with one of these.
+
+    Raises UsageError when a text is blank or fits no notebook, or a notebook with a budget is not there.
+    """
+    found = {path.stem: path for path in sorted(folder.glob("*.ipynb"))}
+    if not found:
         raise UsageError(f"There are no notebooks in {folder}. Generate them with 'workbook render'.")
-    names = [path.stem for path in notebooks]
+    names = [name for name, path in found.items() if name in profile.budgets and path.is_file()]
     for prefix in only:
-        if not any(name.startswith(prefix) for name in names):
-            choose(prefix, names, "notebook whose name starts with", UsageError)
-    if not only:
-        return notebooks
-    return [path for path in notebooks if path.stem.startswith(tuple(only))]
+        _check_prefix(prefix, names, found, profile)
+    if only:
+        return [found[name] for name in names if name.startswith(tuple(only))]
+    if gone := [name for name in profile.budgets if name not in names]:
+        raise UsageError(
+            f"Profile {profile.name} has a budget for {', '.join(gone)}, but {folder} has no such notebook. "
+            "Restore it with 'workbook render', or choose others with --only."
+        )
+    return [found[name] for name in names]
 
 
-def _read_notebook(path: Path) -> dict[str, Any]:
-    """Return a notebook's JSON, unvalidated (nbformat takes seconds to import). Raises UsageError when damaged."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is not valid JSON. Generate it again with 'workbook render'.") from error
-    if not isinstance(document, dict) or not isinstance(document.get("cells"), list):
-        raise UsageError(f"{path} is not a notebook. Generate it again with 'workbook render'.")
-    return document
+def _check_prefix(prefix: str, names: Sequence[str], found: Mapping[str, Path], profile: Profile) -> None:
+    if not prefix.strip():
+        raise UsageError("--only needs the start of a notebook's name, such as 02. Leave it out to run all notebooks.")
+    if any(name.startswith(prefix) for name in names):
+        return
+    for name, path in found.items():
+        if name.startswith(prefix) and path.is_file():
+            raise UsageError(
+                f"Profile {profile.name} sets no time budget for {name}. Add one to the profile's file, or run the "
+                f"notebook as your own: workbook run --notebook {shell_word(path)}"
+            )
+    choose(prefix, names, "notebook whose name starts with", UsageError)
 
 
-def _check_names(raw: Mapping[str, str], defaults: Iterable[Mapping[str, object]]) -> None:
+def _left_out(folder: Path, profile: Profile) -> str | None:
+    """Say which notebooks of a folder a run leaves out because the profile has no budget for them."""
+    others = [path.name for path in sorted(folder.glob("*.ipynb")) if path.stem not in profile.budgets]
+    if not others:
+        return None
+    return (
+        f"Not run: {', '.join(map(repr, others))}. Profile {profile.name} has no budget for them; "
+        "run one with --notebook."
+    )
+
+
+def _check_names(raw: Mapping[str, str], declared: Iterable[Mapping[str, object]]) -> None:
     known: dict[str, None] = {}
-    for names in defaults:
+    for names in declared:
         known |= dict.fromkeys(names)
     for name in raw:
+        if not known:
+            raise UsageError(f"There is no parameter {name!r}: no notebook has a cell tagged 'parameters'.")
         choose(name, known, "parameter", UsageError)
 
 
 def _plan(
-    profile: Profile, path: Path, document: _Document, defaults: Mapping[str, object], texts: Mapping[str, str]
+    profile: Profile, path: Path, document: _Document, declared: Mapping[str, _Parameter], texts: Mapping[str, str]
 ) -> _Plan:
-    given = _given(profile, path.stem, defaults, texts)
-    if path.stem not in profile.budgets:
-        raise UsageError(f"Profile {profile.name} sets no time budget for {path.stem}. Add one to the profile's file.")
-    # Neither budgets nor other notebooks' parameters change what this notebook computes: a change runs nothing again.
-    models = asdict(profile)
-    del models["budgets"], models["parameters"]
+    given = _given(profile, path.stem, declared, texts)
     return _Plan(
         name=path.stem,
         path=path,
         given=given,
-        effective={**defaults, **given},
+        effective={**_defaults(declared), **given},
         budget=profile.budgets[path.stem],
-        inputs=_hash_of([_cells_hash(document), given, models]),
+        inputs=_inputs(document, given, profile),
         models=_declared_models(document, profile, path.name),
     )
 
 
+def _plan_one_own(
+    profile: Profile, path: Path, document: _Document, declared: Mapping[str, _Parameter], texts: Mapping[str, str]
+) -> _Plan:
+    given = _from_texts(declared, texts)
+    if "profile" in declared:
+        given = _with_profile(profile, given)
+    budget = _declared_budget(document, path.name)
+    return _Plan(
+        name=path.stem,
+        path=path,
+        given=given,
+        effective={**_defaults(declared), **given},
+        budget=budget or OWN_BUDGET,
+        inputs=_inputs(document, given, profile),
+        models=_declared_models(document, profile, path.name) if "models" in _metadata(document) else None,
+        own=True,
+        remark=_remark(path, declared, budget),
+    )
+
+
+def _remark(path: Path, declared: Mapping[str, object], budget: Budget | None) -> str:
+    """What a reader should know of their own notebook before it runs: which file, and which defaults apply."""
+    words = f"{path.stem} is {path}"
+    if not declared:
+        words += "; it has no cell tagged 'parameters', so nothing is set in it"
+    if budget is None:
+        words += f"; it declares no budget, so it may take {OWN_BUDGET.seconds:g} s"
+    return f"{words}."
+
+
+def _declared_budget(document: _Document, title: str) -> Budget | None:
+    """The time that an own notebook declares, ``workbook: {budget: {seconds: 60}}``; None if it declares none."""
+    declared = _metadata(document).get("budget")
+    if declared is None:
+        return None
+    try:
+        return Budget(**{"cell_seconds": declared["seconds"], **declared})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{title}: `workbook: budget:` needs seconds, and may have cell_seconds, each above 0 and at most "
+            f"{Budget.MOST_SECONDS}."
+        ) from error
+
+
+def _defaults(declared: Mapping[str, _Parameter]) -> dict[str, object]:
+    return {name: parameter.default for name, parameter in declared.items()}
+
+
+def _inputs(document: _Document, given: Mapping[str, object], profile: Profile) -> str:
+    # Neither budgets nor other notebooks' parameters change what a notebook computes: a change runs nothing again.
+    models = asdict(profile)
+    del models["budgets"], models["parameters"]
+    return _hash_of([_cells_hash(document), given, models])
+
+
 def _given(
-    profile: Profile, notebook: str, defaults: Mapping[str, object], texts: Mapping[str, str]
+    profile: Profile, notebook: str, declared: Mapping[str, _Parameter], texts: Mapping[str, str]
 ) -> dict[str, object]:
     """What a notebook is given: the profile's name, what the profile sets for it, then what the command line says."""
     given: dict[str, object] = {}
-    if "profile" in defaults:
-        given["profile"] = profile.name
     for name, value in profile.parameters.get(notebook, {}).items():
-        if name not in defaults:
-            known = ", ".join(defaults) or "none"
+        if name not in declared:
+            known = ", ".join(declared) or "none"
             raise UsageError(f"Profile {profile.name} sets {name!r} for {notebook}, whose parameters are: {known}.")
-        given[name] = _same_type(name, value, defaults[name])
-    for name in texts.keys() & defaults.keys():
-        given[name] = _same_type(name, _parse(texts[name], defaults[name]), defaults[name])
+        given[name] = declared[name].take(value, f"Profile {profile.name} sets {name} for {notebook}")
+    given |= _from_texts(declared, texts)
+    return _with_profile(profile, given) if "profile" in declared else given
+
+
+def _from_texts(declared: Mapping[str, _Parameter], texts: Mapping[str, str]) -> dict[str, object]:
+    return {name: declared[name].read(texts[name]) for name in texts if name in declared}
+
+
+def _with_profile(profile: Profile, given: Mapping[str, object]) -> dict[str, object]:
     if given.get("profile", profile.name) != profile.name:
         raise UsageError("The profile is not a parameter. Choose it with --profile.")
-    return given
-
-
-def _parse_parameters(options: Iterable[str]) -> dict[str, str]:
-    """``["seed=1"]`` -> ``{"seed": "1"}``. Raises UsageError for a text without name and equals sign."""
-    texts = {}
-    for option in options:
-        name, equals, value = option.partition("=")
-        if not equals or not name.strip().isidentifier():
-            raise UsageError(f"Write a parameter as name=value, not {name!r}.")
-        texts[name.strip()] = value
-    return texts
-
-
-def _parse(text: str, default: object) -> object:
-    import yaml
-
-    try:
-        value: object = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"The value {text!r} cannot be read. Quote it.") from error
-    if isinstance(default, float) and isinstance(value, str):
-        try:
-            return float(value)  # YAML 1.1 takes 1e-4, without a dot, for text
-        except ValueError:
-            return value
-    return value
-
-
-def _same_type(name: str, value: object, default: object) -> object:
-    """The value, an integer made a float if the default is one. Raises UsageError for another type."""
-    if default is None or type(value) is type(default):
-        return value
-    if isinstance(default, float) and type(value) is int:
-        return float(value)
-    wanted = _KINDS.get(type(default), type(default).__name__)
-    hint = ""
-    if isinstance(default, str):
-        hint = f" A text that looks like something else needs quotes: {name}='\"{value}\"'."
-    raise UsageError(f"The parameter {name} must be {wanted}, such as {default!r}, not {value!r}.{hint}")
-
-
-def _declared_parameters(notebook: _Document, title: str) -> dict[str, Any]:
-    """Return the names and default values of the cell tagged ``parameters``.
-
-    Raises UsageError when there is no such cell, or a default is not a literal (papermill would not compute it).
-    """
-    cells = [cell for cell in notebook["cells"] if "parameters" in _tags(cell)]
-    if len(cells) != 1:
-        raise UsageError(
-            f"{title} needs exactly one cell tagged 'parameters', and has {len(cells)}. Correct its source."
-        )
-    defaults = {}
-    for statement in ast.parse(_source(cells[0])).body:
-        name, value = _assignment(statement)
-        if name is None or value is None:
-            continue
-        try:
-            defaults[name] = ast.literal_eval(value)
-        except ValueError as error:
-            raise UsageError(f"{title}: the parameter {name} must be a plain value, not a computed one.") from error
-    return defaults
-
-
-def _assignment(statement: ast.stmt) -> tuple[str | None, ast.expr | None]:
-    """The name and value of an assignment to one name; None for any other statement."""
-    if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-        return statement.targets[0].id, statement.value
-    if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-        return statement.target.id, statement.value
-    return None, None
+    return {"profile": profile.name, **given}
 
 
 def _declared_models(notebook: _Document, profile: Profile, title: str) -> tuple[_DeclaredModel, ...]:
@@ -234,7 +275,7 @@ def _declared_models(notebook: _Document, profile: Profile, title: str) -> tuple
     A role that the profile leaves open, such as falcon_draft, is left out. Raises UsageError if the declaration has
     another form, and for a role or precision that does not exist.
     """
-    declaration = notebook.get("metadata", {}).get("workbook", {}).get("models", {})
+    declaration = _metadata(notebook).get("models", {})
     if not isinstance(declaration, dict):
         raise UsageError(f"{title}: `workbook: models:` must name roles, each with a list of precisions.")
     models = []
@@ -304,10 +345,16 @@ def _undeclared(loads: Iterable[Load], models: Iterable[_DeclaredModel]) -> str 
 
 
 def _loaded_models(run: Path, notebooks: Iterable[str], profile: Profile) -> list[_LoadedModel]:
-    """What the notebooks of a run really loaded, for its manifest: each ``Load`` with its notebook and role."""
+    """What the notebooks of a run really loaded, for its manifest: each ``Load`` with its notebook and role.
+
+    A notebook whose notes are damaged, as by its being killed, has none here.
+    """
     entries = []
     for notebook in notebooks:
-        for load in read_loads(run, notebook):
+        loads: list[Load] = []
+        with suppress(WorkbookError):
+            loads = read_loads(run, notebook)
+        for load in loads:
             entries.append(_LoadedModel(notebook=notebook, role=_role_of(load, profile), **asdict(load)))
     return entries
 
@@ -320,44 +367,3 @@ def _role_of(load: Load, profile: Profile) -> str | None:
             if ref is not None and ref.id == load.model:
                 return prefix + role
     return None
-
-
-def _cells_hash(notebook: _Document) -> str:
-    """SHA-256 over the cells' types, tags and texts; outputs, ids and other metadata do not count."""
-    described = []
-    for cell in notebook["cells"]:
-        # Without spaces at the end: jupytext drops them on its way through a source.
-        described.append([cell["cell_type"], sorted(_tags(cell)), _source(cell).rstrip()])
-    return _hash_of(described)
-
-
-def _hash_of(value: object) -> str:
-    """SHA-256 of a value as JSON, the same whatever the order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _tags(cell: _Cell) -> list[str]:
-    tags: list[str] = cell.get("metadata", {}).get("tags", [])
-    return tags
-
-
-def _source(cell: _Cell) -> str:
-    """A cell's text, which the format allows to be a list of lines."""
-    return "".join(cell["source"])
-
-
-def _make_portable(notebook: NotebookNode) -> None:
-    """Remove papermill's records and live widgets, which would need a kernel or a CDN to show."""
-    _drop_records(notebook.metadata)
-    for cell in notebook.cells:
-        _drop_records(cell.metadata)
-        # papermill adds an empty list of tags to every cell that has none.
-        if not cell.metadata.get("tags", True):
-            del cell.metadata["tags"]
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if _WIDGET_VIEW not in output.get("data", {})]
-
-
-def _drop_records(metadata: NotebookNode) -> None:
-    for key in ("papermill", "widgets", "execution"):
-        metadata.pop(key, None)

@@ -1,4 +1,4 @@
-"""HTML pages of a run: how a template is filled, a page per executed notebook, and the words for times and machines.
+"""HTML pages of a run: how a template is filled, a page per executed notebook, and the words for the roles of models.
 
 The report and the comparison of two runs are made with the same templates, in the folder ``templates``.
 """
@@ -6,15 +6,14 @@ The report and the comparison of two runs are made with the same templates, in t
 from __future__ import annotations
 
 import re
-from collections import Counter
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helpers.base.errors import WorkbookError
 from helpers.base.files import write_text
-from helpers.base.units import gib
-from helpers.runs.execution import NOTEBOOKS
 from helpers.runs.folder import _executed_notebook
-from helpers.runs.schema import _UnknownHardware
+from helpers.runs.outputs import _presentable
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping
@@ -22,12 +21,10 @@ if TYPE_CHECKING:
     from nbconvert import HTMLExporter
     from nbformat import NotebookNode
 
-    from helpers.runs.schema import _Hardware
-
 ROLES = {"falcon": "Falcon, base", "falcon_chat": "Falcon, chat", "llama_chat": "Llama, chat"}
 _TEMPLATES = Path(__file__).parent / "templates"
-# Of what an output offers, the first of these is shown. Widgets and scripts would need a kernel or a network.
-_SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
+# The forms of an output that ``outputs`` leaves.
+_SHOWN = ["text/html", "image/png", "image/jpeg", "text/plain"]
 _NOTEBOOK_LINK = re.compile(r"\]\(([\w.-]+)\.ipynb(#[^)\s]*)?\)")
 
 
@@ -40,11 +37,12 @@ def _render_page(template: str, content: Mapping[str, object]) -> str:
     return environment.get_template(template).render(content)
 
 
-def _write_pages(run_dir: Path, notebooks: Iterable[str]) -> dict[str, str]:
+def _write_pages(run_dir: Path, notebooks: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """Write ``html/<notebook>.html`` for each executed notebook that is newer than its page.
 
     If a page is new, all are written: links to it led elsewhere before. Returns the pages' paths, relative to the
-    run folder, by notebook; a notebook that never started has none.
+    run folder, by notebook, and a sentence for each page that could not be made; a notebook that never started has
+    neither.
     """
     executed: dict[str, Path] = {}
     pages: dict[str, str] = {}
@@ -55,12 +53,18 @@ def _write_pages(run_dir: Path, notebooks: Iterable[str]) -> dict[str, str]:
     new = any(not (run_dir / page).exists() for page in pages.values())
     stale = [name for name, path in executed.items() if new or _is_newer(path, run_dir / pages[name])]
     if not stale:
-        return pages
-    (run_dir / "html").mkdir(exist_ok=True)
-    exporter = _exporter()
+        return pages, []
+    exporter, problems = _exporter(), []
     for name in stale:
-        write_text(run_dir / pages[name], _page(exporter, executed[name], run_dir.resolve().name, pages))
-    return pages
+        try:
+            (run_dir / "html").mkdir(exist_ok=True)
+            write_text(run_dir / pages[name], _page(exporter, executed[name], run_dir.resolve().name, pages))
+        except Exception as error:  # whatever a library makes of a notebook, the report and the other pages go on
+            told = str(error) if isinstance(error, WorkbookError) else f"{type(error).__name__}: {error}"
+            problems.append(f"The page of {name} cannot be made: {' '.join(told.split())[:500]}")
+            if not (run_dir / pages[name]).exists():
+                del pages[name]
+    return pages, problems
 
 
 def _is_newer(source: Path, page: Path) -> bool:
@@ -71,23 +75,29 @@ def _exporter() -> HTMLExporter:
     from nbconvert import HTMLExporter
     from traitlets.config import Config
 
-    return HTMLExporter(
+    exporter = HTMLExporter(
         config=Config(NbConvertBase={"display_data_priority": _SHOWN}),
         extra_template_paths=[str(_TEMPLATES)],
         template_file="notebook.html.j2",
-        embed_images=True,
-        exclude_anchor_links=True,
     )
+    # ``outputs`` has made it HTML.
+    exporter.register_filter("markdown2html", _unchanged)
+    return exporter
+
+
+def _unchanged(text: str) -> str:
+    return text
 
 
 def _page(exporter: HTMLExporter, path: Path, run: str, pages: Container[str]) -> str:
     import nbformat
 
-    notebook = _linked(nbformat.read(path, as_version=4), pages)
-    # Images are embedded from where the committed notebook lies, not from the run folder.
-    resources = {"metadata": {"name": path.stem, "path": str(NOTEBOOKS)}, "run": run}
+    with warnings.catch_warnings():  # such as of two cells of one id, which no page shows
+        warnings.simplefilter("ignore")
+        notebook = _linked(nbformat.read(path, as_version=4), pages)
+    resources = {"metadata": {"name": path.stem}, "run": run}
     page: str
-    page, _ = exporter.from_notebook_node(notebook, resources=resources)
+    page, _ = exporter.from_notebook_node(_presentable(notebook, path.stem), resources=resources)
     return page
 
 
@@ -108,16 +118,3 @@ def _link_to_pages(markdown: str, pages: Container[str]) -> str:
         return "](../report.html#notebooks)"
 
     return _NOTEBOOK_LINK.sub(address, markdown)
-
-
-def _machine(hardware: _Hardware | _UnknownHardware) -> str:
-    """Describe the machine of a run in half a sentence."""
-    if isinstance(hardware, _UnknownHardware):
-        return "an unknown machine"
-    return _gpus(hardware) or f"{hardware.cpu_count} CPU cores without a GPU"
-
-
-def _gpus(hardware: _Hardware) -> str:
-    """List the GPUs of a machine, equal ones together; empty if there is none."""
-    counts = Counter(f"{gpu.name} ({gib(gpu.total_bytes)})" for gpu in hardware.gpus)
-    return ", ".join(f"{count} × {name}" for name, count in counts.items())

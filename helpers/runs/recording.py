@@ -8,6 +8,7 @@ without a run, values are compared and shown, and kept only in memory.
 
 from __future__ import annotations
 
+import hashlib
 import html
 import math
 import re
@@ -20,7 +21,7 @@ from helpers.base import settings
 from helpers.base.stats import Measured
 from helpers.runs import store
 from helpers.runs.expected import _is_number, _matches, _with_tolerance, _with_unit
-from helpers.runs.schema import AS_EXPECTED, DIFFERS, UNMEASURED, _RecordedValue
+from helpers.runs.schema import AS_EXPECTED, DIFFERS, UNMEASURED, _plain_value, _RecordedValue
 from helpers.runs.store import ResultError, _changed_results, _read_results
 
 if TYPE_CHECKING:
@@ -150,8 +151,9 @@ def record_figure(name: str, figure: Figure) -> Figure:
     """Save a figure as ``figures/<notebook>_<name>.png`` of the run and return it, so that the cell shows it."""
     folder, notebook = settings.run_folder(), settings.notebook_name()
     if folder is not None:
-        path = folder / "figures" / f"{notebook}_{re.sub(r'[^a-zA-Z0-9.-]+', '-', name)}.png"
+        path = folder / "figures" / f"{notebook}_{_file_part(name)}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # it may be a link, or another name of a file elsewhere
         # Without the name of the software, which holds matplotlib's version, equal figures are equal files.
         figure.savefig(path, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None})
         with _changed_results(folder) as results:
@@ -160,6 +162,17 @@ def record_figure(name: str, figure: Figure) -> Figure:
         # Otherwise the inline backend shows a pyplot figure a second time.
         pyplot.close(figure)
     return figure
+
+
+def _file_part(name: str) -> str:
+    """A name as a part of a file name, another one for every name, also where case or accents do not count.
+
+    Small letters, digits, dots and underscores stay, with "-" for "_". Other names end with a part of their hash.
+    """
+    plain = re.sub(r"[^a-z0-9.]+", "-", name.lower())[:80]
+    if re.fullmatch(r"[a-z0-9._]{1,80}", name):
+        return name.replace("_", "-")
+    return f"{plain}~{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:10]}"
 
 
 def recorded() -> DataFrame:
@@ -245,7 +258,10 @@ def _plain(name: str, value: Recordable) -> Value:
         raise ResultError(f"{name!r} is a {kind}. Record a number, a text or a bool, one at a time.")
     if isinstance(item, float) and not math.isfinite(item):
         raise ResultError(f"{name!r} is {item}. Record a finite number, or a text that says why there is none.")
-    return item
+    try:
+        return _plain_value(item)
+    except ValueError as error:
+        raise ResultError(f"{name!r} cannot be kept in a file: {error}.") from error
 
 
 def _keep(entries: Sequence[_Record]) -> None:

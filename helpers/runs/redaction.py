@@ -1,52 +1,70 @@
-"""Keep secrets out of every file of a run: tokens and passwords in the environment and in parameters.
+"""Keep secrets out of texts and of JSON-like data: tokens and passwords read ``[redacted]``.
 
-``_find_secrets`` says which values are secret, ``_redact`` blanks them in texts and JSON-like data, and ``_sweep`` in
-the files of a folder, whoever wrote them.
+``secrecy`` says what a secret is. Known secrets are hidden in every way of writing them (JSON, HTML, an address,
+base64); a token of a well-known form, a password in an address or a header, and a private key are hidden even if nobody
+knows whose they are. Numbers and structure are never touched. ``sweeping`` does the same to the files of a folder.
 """
 
 from __future__ import annotations
 
+import base64
+import functools
 import html
 import json
-import mmap
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
-from urllib.parse import quote, unquote
+from urllib.parse import quote, quote_plus
 
-from helpers.base.files import write_json
-from helpers.runs.schema import REDACTED
-
-SHORTEST = 6
-_SECRET_NAME = re.compile(
-    r"(TOKEN|SECRET|KEY|PASSWORD|PASSWD|(?<!^)(?<!^OLD)PWD|PASS|PASSPHRASE|CREDENTIAL|AUTH|PAT)S?\d*(_|$)", re.I
+from helpers.runs.secrecy import (
+    _LONG_WORD,
+    _NAMED,
+    _TOKEN,
+    REDACTED,
+    TOKENS_OF_A_LENGTH,
+    _find_secrets,
+    _is_token,
+    _looks_secret,
 )
-# Not as a part of a path: a folder may be called hf_downloads.
-_SECRET_VALUE = re.compile(
-    r"(?<![\w./-])(hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[abprs]-|AKIA|ASIA|AIza|eyJ)[\w.-]{6,}(?![\w./-])"
+
+_ENCODED_FROM = 8  # characters: the base64 of fewer may stand in other data by chance
+# What begins a form of _TOKEN or of _PLACES. To search for this first is faster than for all of them.
+_HINT = re.compile(
+    r"hf[_-]|api_org_|gh[pousr]_|github_pat_|gl[a-z]{2,5}-|[srp]k[-_]|A[KSBC][IC]A|AIza|ya29|GOCSPX|xox[a-z]-|xapp-"
+    r"|npm_|pypi-|SG\.|do[opr]_v1|dckr_|dapi|hv[sbr]\.|r8_|gsk_|xai-|nvapi-|pplx-|ATATT3|lsv2_|eyJ|aGZf|://|[?&;]\w"
+    r"|PRIVATE KEY|uthorization|UTHORIZATION|[Bb]earer|BEARER|-[Kk]ey|-KEY|-[Tt]oken|-TOKEN|password"
 )
-_USER_INFO = re.compile(r"://([^/?#\s]*)@")
-_JSON_SUFFIXES = {".json", ".ipynb"}
-
-
-def _find_secrets(named: Mapping[str, object]) -> tuple[str, ...]:
-    """Return the values among ``named`` (the environment, or parameters) that look like a token, longest first.
-
-    A value counts when its name ends in or contains a word such as TOKEN, SECRET, KEY or PASSWORD. Of any value, what
-    has the form of a well-known token (``hf_...``) counts, and the password inside an address, decoded too. Values
-    under six characters and paths that exist do not count: blanking them everywhere would only spoil the files.
-    """
-    candidates: set[str] = set()
-    for name, value in named.items():
-        text = str(value)
-        if _SECRET_NAME.search(name):
-            candidates.add(text)
-        candidates.update(match.group() for match in _SECRET_VALUE.finditer(text))
-        candidates.update(_in_addresses(text))
-    # The longest first: a secret that holds another one must be blanked whole.
-    return tuple(sorted(filter(_worth_hiding, candidates), key=len, reverse=True))
+_EXACT = re.compile(r"hf_[A-Za-z0-9]{34}|gh[pousr]_[A-Za-z0-9]{36}")
+_KEY_BEGIN = re.compile(r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
+_KEY_END = re.compile(r"-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
+_LONGEST_KEY = 20_000
+# What follows the first line of a key whose last line was cut off.
+_KEY_LINES = re.compile(r"(?:(?:\s|\\[nr])*+[A-Za-z0-9+/=]{16,}+)++")
+_ADDRESS = re.compile(r"(://[^\s/?#:@\"'<>\\]{0,256}:)([^\s/?#\"'<>\\]{1,512})(?=@)")
+_USER = re.compile(r"(://)([^\s/?#:@\"'<>\\]{20,256})(?=@)")
+_LOGIN = re.compile(r"(\blogin\s{1,8}\S{1,128}\s{1,8}password\s{1,8})(\S{1,512})")
+_QUERY_KEY = re.compile(
+    r"([?&;](?:key|sig|auth|[\w-]{0,20}signature|[\w-]{0,20}credential)=)([^&\s\"'<>#\\]{8,4096})", re.I
+)
+# Each with the text before the secret, and the secret: an address's parameter, a header.
+_PLACES = (
+    re.compile(
+        r"([?&;](?:[\w-]{0,20}token|api[_-]?key|password|passwd|pwd|(?:client_)?secret)=)([^&\s\"'<>#\\]{6,4096})", re.I
+    ),
+    re.compile(r"(authorization[\"']?\s{0,4}[:=,]\s{0,4}b?[\"']?(?:bearer|token)\s{1,4})([\w.~+/=-]{6,8192})", re.I),
+    re.compile(r"(\bbearer\s{1,4})([\w.~+/=-]{16,8192})", re.I),
+    re.compile(
+        r"(\b(?:x-)?(?:api-key|auth-token|private-token)[\"']?\s{0,4}[:=]\s{0,4}[\"']?)([\w.~+/=-]{6,8192})", re.I
+    ),
+)
+_BASIC = re.compile(r"(authorization[\"']?\s{0,4}[:=,]\s{0,4}b?[\"']?basic\s{1,4})([\w+/=-]{6,8192})", re.I)
+# What stands for a password in an example or in code.
+_PLACEHOLDER = re.compile(r"\[redacted\]|\{[^{}]*\}|\$\w+|\$\{\w+\}|\*+|%s|<[^<>]*>|\.\.\.|…")
+# An escape sequence ends where the secret begins: \n, \x0a, \u000a, %0A or the colour of a terminal.
+_ESCAPE_END = re.compile(r"(?:\\[nrtbf]|\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|%[0-9a-fA-F]{2}|\[[\d;]{0,12}m)$")
+# In base64 anything may stand by chance, and an image holds no text.
+_IMAGE_DATA = re.compile(r"[A-Za-z0-9+/=\s]*")
 
 
 @overload
@@ -62,87 +80,202 @@ def _redact(value: object, secrets: Iterable[str]) -> object: ...
 
 
 def _redact(value: object, secrets: Iterable[str]) -> object:
-    """Return a copy of JSON-like data (or a text) in which every occurrence of a secret reads ``[redacted]``."""
-    secrets = tuple(secrets)
+    """Return a copy of JSON-like data (or a text) in which every occurrence of a secret reads ``[redacted]``.
+
+    Numbers stay as they are. A key is changed only if it holds a token or a long secret, which no structure does.
+    """
+    return _cleaned(value, _hider(tuple(secrets)))
+
+
+def _for_screen(text: str) -> str:
+    """Return a text without the secrets of this process's environment, for a message on the terminal."""
+    return _redact(text, _own_secrets())
+
+
+@functools.cache
+def _own_secrets() -> tuple[str, ...]:
+    return _find_secrets(os.environ)
+
+
+class _Hider:
+    """Hides certain secrets, and what has the form of one, in texts."""
+
+    def __init__(self, secrets: tuple[str, ...]) -> None:
+        self._long: list[str] = []
+        self._short: list[str] = []
+        self._named: list[tuple[str, re.Pattern[str]]] = []
+        for secret in secrets:
+            name, named, value = secret.partition(_NAMED)
+            if named:
+                self._named.append((name, _beside(name, value)))
+            elif _is_long(secret):
+                self._long.extend(_forms(secret))
+            else:
+                self._short.extend(_forms(secret))
+
+    def certain(self, text: str) -> str:
+        """The text without tokens and long secrets: nothing else has their form."""
+        for form in self._long:
+            if form in text:
+                text = text.replace(form, REDACTED)
+        if _HINT.search(text):
+            text = _TOKEN.sub(_hidden_token, text)
+        return text
+
+    def everything(self, text: str) -> str:
+        """The text without any secret."""
+        for form in self._long:
+            if form in text:
+                text = text.replace(form, REDACTED)
+        for form in self._short:
+            if form in text:
+                text = _replace_words(text, form)
+        for name, pattern in self._named:
+            if name in text:
+                text = pattern.sub(rf"\g<1>{REDACTED}", text)
+        if _HINT.search(text):
+            text = _without_shapes(text)
+        return text
+
+    @functools.cached_property
+    def in_binary(self) -> re.Pattern[bytes]:
+        """What no binary file may hold: long secrets, and tokens."""
+        literal = [re.escape(form).encode() for form in self._long if len(form) >= _LONG_WORD]
+        return re.compile(b"|".join([*literal, *TOKENS_OF_A_LENGTH]))
+
+
+@functools.lru_cache(maxsize=8)
+def _hider(secrets: tuple[str, ...]) -> _Hider:
+    return _Hider(secrets)
+
+
+def _cleaned(value: object, hider: _Hider) -> object:
     if isinstance(value, str):
-        return _redact_text(value, secrets)
+        return hider.everything(value)
     if isinstance(value, Mapping):
-        return {_redact(key, secrets): _redact(item, secrets) for key, item in value.items()}
+        return _cleaned_mapping(value, hider)
     if isinstance(value, list | tuple):
-        return [_redact(item, secrets) for item in value]
-    # A secret of digits alone may be stored as a number.
-    if isinstance(value, int | float) and any(secret in str(value) for secret in secrets):
-        return REDACTED
+        return [_cleaned(item, hider) for item in value]
     return value
 
 
-def _sweep(folder: Path, secrets: Iterable[str]) -> list[Path]:
-    """Redact every file below ``folder`` that still holds a secret, and return the files that were changed.
-
-    Binary files keep their length: a secret there is overwritten with asterisks.
-    """
-    secrets = tuple(secrets)
-    if not secrets:
-        return []
-    forms: list[bytes] = []
-    for secret in secrets:
-        forms.extend(form.encode() for form in _forms(secret))
-    changed = [path for path in sorted(folder.rglob("*")) if _holds_any(path, forms)]
-    for path in changed:
-        _clean(path, secrets, forms)
-    return changed
+def _cleaned_mapping(value: Mapping[str, object], hider: _Hider) -> dict[str, object]:
+    result: dict[str, object] = {}
+    for key, item in value.items():
+        shown, number = hider.certain(key), 1
+        # Two keys that held secrets are still two.
+        while shown in result:
+            number += 1
+            shown = f"{hider.certain(key)} {number}"
+        result[shown] = item if _is_image(key, item) else _cleaned(item, hider)
+    return result
 
 
-def _redact_text(text: str, secrets: tuple[str, ...]) -> str:
-    for secret in secrets:
-        for form in _forms(secret):
-            text = text.replace(form, REDACTED)
-    return text
+def _is_image(key: str, value: object) -> bool:
+    is_type = key.startswith(("image/", "audio/", "video/", "application/pdf")) and not key.startswith("image/svg")
+    return is_type and isinstance(value, str) and _IMAGE_DATA.fullmatch(value) is not None
+
+
+def _is_long(secret: str) -> bool:
+    """True for a secret that stands nowhere by chance, not even within a longer word."""
+    return len(secret) >= _LONG_WORD or not secret.isalnum()
 
 
 def _forms(secret: str) -> tuple[str, ...]:
-    """The secret itself, and as JSON, HTML, a Python literal and an address would write it."""
-    forms = (secret, json.dumps(secret)[1:-1], html.escape(secret), repr(secret)[1:-1], quote(secret, safe=""))
-    return tuple(dict.fromkeys(forms))
+    """The secret itself, and as JSON, HTML, a Python literal, an address, a file's name and base64 would write it."""
+    addressed = quote(secret, safe="")
+    forms = [secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1], html.escape(secret)]
+    forms += [forms[-1].replace("&quot;", "&#34;").replace("&#x27;", "&#39;")]  # as jinja writes it
+    forms += [repr(secret)[1:-1], addressed, addressed.replace("%2F", "/"), quote_plus(secret)]
+    forms += [re.sub(r"%[0-9A-F]{2}", lambda code: code[0].lower(), addressed)]
+    if _is_long(secret):
+        forms.append(re.sub(r"[^a-zA-Z0-9.-]+", "-", secret))
+    if len(secret) >= _ENCODED_FROM:
+        forms += [secret.encode("utf-8", "surrogatepass").hex(), *_base64_forms(secret)]
+    return tuple(dict.fromkeys(form for form in forms if len(form) >= min(len(secret), _ENCODED_FROM)))
 
 
-def _in_addresses(text: str) -> Iterator[str]:
-    """The passwords of the addresses in a text, as they stand and decoded, and users' names that are tokens."""
-    for match in _USER_INFO.finditer(text):
-        user, _, password = match.group(1).partition(":")
-        yield from (password, unquote(password))
-        if _SECRET_VALUE.fullmatch(user):
-            yield user
+def _base64_forms(secret: str) -> Iterable[str]:
+    """How base64 writes the secret within a longer text: it begins at one of three places in a group of four."""
+    content = secret.encode("utf-8", "surrogatepass")
+    for before in range(3):
+        # Characters that also hold bits of what stands before or behind are left out.
+        first, last = -(-before * 8 // 6), (before + len(content)) * 8 // 6
+        encoded = base64.b64encode(b"\0" * before + content).decode()[first:last]
+        yield from (encoded, encoded.replace("+", "-").replace("/", "_"))
 
 
-def _worth_hiding(text: str) -> bool:
-    if len(text) < SHORTEST:
-        return False
-    try:
-        return not (text.startswith("/") and Path(text).exists())
-    except OSError:  # longer than any path, so it is none
+def _beside(name: str, value: str) -> re.Pattern[str]:
+    quotes = r"[\"']?"
+    return re.compile(
+        rf"(\b{re.escape(name)}{quotes}\]?\s{{0,4}}[:=,]\s{{0,4}}b?{quotes}){re.escape(value)}(?![A-Za-z0-9_])"
+    )
+
+
+def _replace_words(text: str, form: str) -> str:
+    """Hide a short secret where it is a word of its own: not the digits of a number, not a part of a name."""
+
+    def hidden(match: re.Match[str]) -> str:
+        end = text[match.end() : match.end() + 1]
+        alone = not (end.isalnum() or end == "_") and _begins_word(text, match.start())
+        return REDACTED if alone else match.group()
+
+    return re.sub(re.escape(form), hidden, text)
+
+
+def _begins_word(text: str, start: int) -> bool:
+    before = text[start - 1 : start]
+    if not (before.isalnum() or before == "_"):
         return True
+    return _ESCAPE_END.search(text[max(0, start - 16) : start]) is not None
 
 
-def _holds_any(path: Path, forms: list[bytes]) -> bool:
-    if path.is_symlink() or not path.is_file() or path.stat().st_size == 0:
-        return False
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return any(content.find(form) >= 0 for form in forms)
+def _without_shapes(text: str) -> str:
+    """The text without what has the form of a secret, whoever's it is."""
+    if "PRIVATE KEY" in text:
+        text = _without_private_keys(text)
+    text = _TOKEN.sub(_hidden_token, text)
+    if "://" in text:
+        text = _ADDRESS.sub(_hidden_after(lambda password: not _PLACEHOLDER.fullmatch(password)), text)
+        text = _USER.sub(_hidden_after(lambda user: _looks_secret(user, sure=False)), text)
+    if "password" in text:
+        text = _LOGIN.sub(_hidden_after(lambda password: not _PLACEHOLDER.fullmatch(password)), text)
+    text = _BASIC.sub(rf"\g<1>{REDACTED}", text)
+    if "=" in text:
+        text = _QUERY_KEY.sub(_hidden_after(lambda key: _looks_secret(key, sure=False)), text)
+    for pattern in _PLACES:
+        text = pattern.sub(_hidden_after(_looks_secret), text)
+    return text
 
 
-def _clean(path: Path, secrets: tuple[str, ...], forms: list[bytes]) -> None:
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError:
-        for form in forms:
-            # Of equal length, so that offsets inside the file, as in a zip or a SQLite file, still fit.
-            content = content.replace(form, b"*" * len(form))
-        path.write_bytes(content)
-        return
-    if path.suffix in _JSON_SUFFIXES:
-        with suppress(ValueError, RecursionError):  # a damaged file, or one that holds NaN, is text like any other
-            write_json(path, _redact(json.loads(text), secrets))
-            return
-    path.write_text(_redact_text(text, secrets), encoding="utf-8")
+def _hidden_token(match: re.Match[str]) -> str:
+    # Within a longer word, as in base64, it is there by chance, but for a token of exactly this length.
+    whole = _EXACT.fullmatch(match.group()) or _begins_token(match.string, match.start())
+    if whole and _is_token(match.group()):
+        return REDACTED
+    return match.group()
+
+
+def _begins_token(text: str, start: int) -> bool:
+    # A name may stand before it, as in a file's name: run_hf_...
+    return text[start - 1 : start] == "_" or _begins_word(text, start)
+
+
+def _hidden_after(is_secret: Callable[[str], bool]) -> Callable[[re.Match[str]], str]:
+    def hidden(match: re.Match[str]) -> str:
+        return match[1] + REDACTED if is_secret(match[2]) else match.group()
+
+    return hidden
+
+
+def _without_private_keys(text: str) -> str:
+    parts, done = [], 0
+    for begin in _KEY_BEGIN.finditer(text):
+        if begin.start() < done:
+            continue
+        end = _KEY_END.search(text, begin.end(), begin.end() + _LONGEST_KEY) or _KEY_LINES.match(text, begin.end())
+        if end is None:  # somebody writes about keys
+            continue
+        parts += [text[done : begin.start()], REDACTED]
+        done = end.end()
+    return "".join([*parts, text[done:]])

@@ -13,13 +13,12 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from helpers.base.files import ROOT, write_text
 from helpers.base.settings import DEFAULT_PROFILE
+from helpers.base.terminal import Terminal
+from helpers.runs.document import UsageError, _make_portable
 from helpers.runs.execution import NOTEBOOKS, run
 from helpers.runs.folder import _executed_notebook
-from helpers.runs.notebook import _make_portable
 from helpers.runs.request import Request
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def render(
     """Write the notebooks again from their sources, run them, and keep the outputs of those that passed."""
     _sync(notebooks)
     request = Request(profile, notebooks=notebooks, folder=folder)
-    result = run(request, command=("workbook", "render"), console=Console())
+    result = run(request, command=("workbook", "render"), console=Terminal())
     for name in result.passed:
         notebook = _source_notebook(notebooks / "source" / f"{name}.py")
         _copy_outputs(_clean(_read(_executed_notebook(result.folder, name))), notebook)
@@ -47,15 +46,39 @@ def render(
 
 
 def _sync(notebooks: Path = NOTEBOOKS) -> list[Path]:
-    """Write each notebook again from ``source/``, keeping the outputs of cells that did not change."""
-    written = []
+    """Write each notebook again from ``source/``, keeping the outputs of cells that did not change.
+
+    Raises UsageError, before anything is written, if a notebook has what its source does not have.
+    """
+    made: dict[Path, NotebookNode] = {}
     for source in sorted((notebooks / "source").glob("*.py")):
         target = notebooks / f"{source.stem}.ipynb"
-        notebook = _source_notebook(source)
+        made[target] = _source_notebook(source)
         if target.exists():
-            _copy_outputs(_read(target), notebook)
-        written.append(_write(target, notebook))
-    return written
+            earlier = _read(target)
+            _check_nothing_is_lost(earlier, made[target], target)
+            _copy_outputs(earlier, made[target])
+    return [_write(target, notebook) for target, notebook in made.items()]
+
+
+def _check_nothing_is_lost(earlier: NotebookNode, notebook: NotebookNode, target: Path) -> None:
+    """Raise UsageError if somebody has written into the earlier notebook, and not into its source.
+
+    The id of a rendered cell follows from its text, so a cell whose id does not was added or changed by hand.
+    """
+    sources = {cell.source.rstrip() for cell in notebook.cells}
+    additions = []
+    for number, cell in enumerate(earlier.cells, 1):
+        if cell.get("attachments"):
+            additions.append(f"an attachment in cell {number}")
+        rendered = cell.get("id", "").partition("-")[0] == _digest(cell)
+        if cell.source.strip() and not rendered and cell.source.rstrip() not in sources:
+            additions.append(f"cell {number} ({cell.source.strip().splitlines()[0][:60]!r})")
+    if additions:
+        raise UsageError(
+            f"{target} has what its source does not have: {'; '.join(additions)}. Rendering would erase it. Move it to "
+            f"source/{target.stem}.py, or delete the notebook."
+        )
 
 
 def _source_notebook(source: Path) -> NotebookNode:
@@ -77,11 +100,15 @@ def _name_cells(notebook: NotebookNode) -> None:
     """Give each cell an id that follows from its text: a cell that did not change keeps its outputs."""
     seen: Counter[str] = Counter()
     for cell in notebook.cells:
-        digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:12]
+        digest = _digest(cell)
         seen[digest] += 1
         cell.id = digest
         if seen[digest] > 1:
             cell.id = f"{digest}-{seen[digest]}"
+
+
+def _digest(cell: NotebookNode) -> str:
+    return hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:12]
 
 
 def _copy_outputs(executed: NotebookNode, notebook: NotebookNode) -> None:
@@ -143,7 +170,10 @@ def _paths() -> dict[str, str]:
 def _read(path: Path) -> NotebookNode:
     import nbformat
 
-    notebook: NotebookNode = nbformat.read(path, as_version=4)
+    try:
+        notebook: NotebookNode = nbformat.read(path, as_version=4)
+    except (nbformat.reader.NotJSONError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path} is not a whole notebook. Restore it, or delete it to have it made again.") from error
     return notebook
 
 

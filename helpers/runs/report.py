@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,10 +13,12 @@ from helpers.base.files import write_text
 from helpers.base.units import GIB, duration, gib
 from helpers.runs import store
 from helpers.runs.claims import _judged_claims, _stand_ins
-from helpers.runs.expected import _with_tolerance, _with_unit
-from helpers.runs.pages import ROLES, _gpus, _machine, _render_page, _write_pages
-from helpers.runs.schema import AS_EXPECTED, DIFFERS, UNMEASURED, _NotebookStatus, _RecordedValue, _UnknownHardware
-from helpers.runs.store import _read_results, _read_status
+from helpers.runs.expected import _lost, _with_tolerance, _with_unit
+from helpers.runs.holding import _status_now
+from helpers.runs.origins import _commit, _machine, _machine_facts, _source_notes, _value_origins
+from helpers.runs.pages import ROLES, _render_page, _write_pages
+from helpers.runs.schema import AS_EXPECTED, DIFFERS, UNMEASURED, _NotebookStatus, _RecordedValue
+from helpers.runs.store import _read_results
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -72,12 +75,17 @@ class _ValueRow:
 
 @dataclass(frozen=True)
 class _NotebookRow:
-    """A notebook as the report shows it; ``page`` is the relative address of its own page, if it has one."""
+    """A notebook as the report shows it.
+
+    ``page`` is the relative address of its own page, if it has one. ``origin`` is the number of the origin of its
+    values; 0 if the whole run has one.
+    """
 
     name: str
     entry: _NotebookStatus
     page: str
     values: tuple[_ValueRow, ...]
+    origin: int = 0
 
     @property
     def status(self) -> str:
@@ -110,8 +118,8 @@ class _NotebookRow:
     @property
     def share(self) -> int:
         """Percent of the budget."""
-        # A notebook that was killed may have run over, and the bar must not.
-        return min(100, round(100 * self.entry.seconds / self.entry.budget_seconds))
+        # A notebook that was killed may have run over, and the bar must not; a blanked budget reads 0.
+        return min(100, round(100 * self.entry.seconds / (self.entry.budget_seconds or 1)))
 
     @property
     def memory(self) -> str:
@@ -134,8 +142,9 @@ class _ValueSource:
 def write_report(run_dir: Path) -> Path:
     """Write ``report.html`` and its notebooks' pages (``html/``) into a run folder and return the report's path.
 
-    A notebook's page is written again only if the executed notebook is newer. Raises RunFolderError if there is no run
-    in the folder.
+    A notebook's page is written again only if the executed notebook is newer. A page or a figure that cannot be made is
+    a line of the report. Raises RunFolderError if there is no run in the folder, ResultError for a damaged file, and
+    FileError if the report cannot be written.
     """
     target = run_dir / "report.html"
     write_text(target, _render_page("report.html.j2", _content(run_dir)))
@@ -144,9 +153,14 @@ def write_report(run_dir: Path) -> Path:
 
 def _content(run_dir: Path) -> dict[str, object]:
     """What the page shows. Writes the notebooks' pages that are missing or old, to link to them."""
-    status, manifest, recorded = _read_status(run_dir), store.read_manifest(run_dir), _read_results(run_dir)
-    notebooks = _notebook_rows(status, recorded, _write_pages(run_dir, status.notebooks))
-    claims = _judged_claims(status, manifest, recorded)
+    status, manifest, recorded = _status_now(run_dir), store.read_manifest(run_dir), _read_results(run_dir)
+    pages, problems = _write_pages(run_dir, status.notebooks)
+    sources = _value_origins(manifest)
+    numbers = {name: source.number for source in sources for name in source.notebooks}
+    notebooks = _notebook_rows(status, recorded, pages, numbers)
+    figures = _figures(run_dir, recorded, notebooks, problems)
+    # A reader's own notebooks are not asked about the article.
+    claims = [] if manifest.of_own_notebooks else _judged_claims(status, manifest, recorded)
     return {
         "name": run_dir.resolve().name,
         "manifest": manifest,
@@ -157,7 +171,7 @@ def _content(run_dir: Path) -> dict[str, object]:
         "stand_ins": _stand_ins(manifest),
         "rehearsal": _rehearsal(manifest),
         "tiles": _tiles(status, claims, _verdicts(notebooks)),
-        "facts": _facts(manifest),
+        "facts": _facts(manifest, mixed=bool(sources)),
         "models": [_model(role, ref) for role, ref in manifest.models.items()],
         "loaded": _loaded_rows(manifest.loaded),
         "notebooks": notebooks,
@@ -165,17 +179,22 @@ def _content(run_dir: Path) -> dict[str, object]:
         "judged": Counter(claim.verdict.mark for claim in claims),
         "in_part": Counter(claim.confirmed_in_part for claim in claims)[True],
         "verdicts": _verdicts(notebooks),
-        "figures": _figures(run_dir, recorded, notebooks),
+        "figures": figures,
+        "notes": [*_lost(status, recorded), *_source_notes(manifest)],
+        "problems": problems,
+        "sources": sources,
         "packages": {name: manifest.packages[name] for name in _MAIN_PACKAGES if name in manifest.packages},
         "hashes": _hashes(manifest),
     }
 
 
-def _notebook_rows(status: _Status, recorded: _Results, pages: Mapping[str, str]) -> list[_NotebookRow]:
+def _notebook_rows(
+    status: _Status, recorded: _Results, pages: Mapping[str, str], origins: Mapping[str, int]
+) -> list[_NotebookRow]:
     rows = []
     for name, entry in status.notebooks.items():
         values = tuple(_ValueRow(key, value) for key, value in recorded.values.get(name, {}).items())
-        rows.append(_NotebookRow(name, entry, pages.get(name, ""), values))
+        rows.append(_NotebookRow(name, entry, pages.get(name, ""), values, origins.get(name, 0)))
     return rows
 
 
@@ -183,7 +202,7 @@ def _outcome(status: _Status) -> dict[str, str]:
     total = len(status.notebooks)
     passed = _passed(status)
     if status.state != "finished":
-        return {"mark": "failed", "text": f"{status.state}: {passed} of {total} notebooks passed"}
+        return {"mark": "failed", "text": f"{status.state_text}: {passed} of {total} notebooks passed"}
     if passed == total:
         return {"mark": "passed", "text": f"all {total} notebooks passed"}
     return {"mark": "failed", "text": f"{total - passed} of {total} notebooks did not pass"}
@@ -218,7 +237,8 @@ def _tiles(status: _Status, claims: Sequence[_JudgedClaim], verdicts: Mapping[st
         ("total time", duration(sum(entry.seconds for entry in entries)), "notebooks", ""),
         ("peak memory", gib(peak) if peak else "–", "notebooks", ""),
     )
-    return [{"label": label, "value": value, "to": to, "mark": mark} for label, value, to, mark in rows]
+    tiles = [{"label": label, "value": value, "to": to, "mark": mark} for label, value, to, mark in rows]
+    return [tile for tile in tiles if claims or tile["to"] != "claims"]
 
 
 def _rehearsal(manifest: _Manifest) -> dict[str, object] | None:
@@ -267,34 +287,39 @@ def _loaded_rows(loads: Iterable[_LoadedModel]) -> list[dict[str, str]]:
     return rows
 
 
-def _facts(manifest: _Manifest) -> dict[str, str]:
-    """What ran and where, by label."""
-    hardware, git = manifest.hardware, manifest.git
-    changed = " with uncommitted changes" if git.dirty else ""
+def _facts(manifest: _Manifest, mixed: bool) -> dict[str, str]:
+    """What ran and where, by label; ``mixed``: values have several origins, and these facts are the last start's."""
     facts = {
         "Profile": f"{manifest.profile}: {manifest.description}",
         "Started": _moment(manifest.started),
         "Finished": _moment(manifest.finished),
-        "Command": " ".join(manifest.command) or "–",
-        "Commit": f"{git.commit[:12]}{changed}" if git.commit else "not a git checkout",
-        "Python": manifest.python,
+        "Command": shlex.join(manifest.command) or "–",
     }
-    if isinstance(hardware, _UnknownHardware):
-        return facts | {"Machine": f"unknown ({hardware.error})"}
-    return facts | {
-        "CPU": f"{hardware.cpu_name}, {hardware.cpu_count} cores",
-        "Memory": gib(hardware.ram_bytes),
-        "GPUs": _gpus(hardware) or "none",
-        "System": hardware.system,
-    }
+    if manifest.resumed:
+        facts["Resumed"] = ", ".join(map(_moment, manifest.resumed))
+    last = {"Commit": _commit(manifest.git), "Python": manifest.python, **_machine_facts(manifest.hardware)}
+    facts |= {f"{label}, last start" if mixed else label: text for label, text in last.items()}
+    if manifest.clean_start:
+        facts["Kept out of the kernels"] = ", ".join(manifest.clean_start)
+    return facts
 
 
-def _figures(run_dir: Path, recorded: _Results, notebooks: Iterable[_NotebookRow]) -> list[dict[str, object]]:
-    """The figures in the order of the notebooks, each as a data URI with what its caption says."""
+def _figures(
+    run_dir: Path, recorded: _Results, notebooks: Iterable[_NotebookRow], problems: list[str]
+) -> list[dict[str, object]]:
+    """The figures in the order of the notebooks, each as a data URI with what its caption says.
+
+    One whose file cannot be read is noted in ``problems``.
+    """
     figures: list[dict[str, object]] = []
     for notebook in notebooks:
         for name, path in recorded.figures.get(notebook.name, {}).items():
-            figures.append({"notebook": notebook, "name": name.replace("_", " "), "uri": _data_uri(run_dir / path)})
+            try:
+                uri = _data_uri(run_dir / path)
+            except OSError as error:
+                problems.append(f"The figure {name} of {notebook.name} cannot be read: {path} ({error.strerror})")
+                continue
+            figures.append({"notebook": notebook, "name": name.replace("_", " "), "uri": uri})
     return figures
 
 

@@ -7,15 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helpers.base.errors import WorkbookError, choose
 from helpers.base.settings import DEFAULT_PROFILE
+from helpers.base.text import shell_word, well_formed
 from helpers.models.references import Profile
+from helpers.runs.document import UsageError
 from helpers.runs.folder import _new_folder
-from helpers.runs.notebook import UsageError
-from helpers.runs.schema import REDACTED
+from helpers.runs.notebook import _left_out, _plan_own, _plan_run
+from helpers.runs.secrecy import REDACTED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from helpers.runs.notebook import _Plan
     from helpers.runs.schema import _Manifest
 
 
@@ -26,8 +30,9 @@ class Request:
     ``profile`` is a Profile or its name; None means laptop, or the resumed run's. ``only`` holds the starts of
     notebooks' names, ``parameters`` texts such as "seed=1". ``resume`` is the folder of a run: what passed there, and
     has the same source, parameters and profile now, is not run again. ``folder`` is where a new run goes, ``notebooks``
-    the folder of the notebooks. ``rehearse`` runs them without the profile's machine and models: see
-    ``helpers.planning.rehearsal``; a resumed rehearsal stays one.
+    the folder of the notebooks; ``own`` are a reader's own notebooks, to run in their place. ``rehearse`` runs them
+    without the profile's machine and models: see ``helpers.planning.rehearsal``; a resumed rehearsal stays one.
+    ``redo``: in a resumed run, what passed under other code, packages or models, or on another machine, runs again.
     """
 
     profile: Profile | str | None = None
@@ -36,7 +41,9 @@ class Request:
     resume: Path | None = None
     folder: Path | None = None
     notebooks: Path | None = None
+    own: Sequence[Path] = ()
     rehearse: bool = False
+    redo: bool = False
 
 
 def _resumed(manifest: _Manifest, request: Request, raw: Mapping[str, str]) -> Request:
@@ -54,8 +61,56 @@ def _resumed(manifest: _Manifest, request: Request, raw: Mapping[str, str]) -> R
     for parameter, value in manifest.parameters.items():
         if REDACTED in value and parameter not in raw:
             raise UsageError(f"Secret values are not stored in the run folder. Pass them again: -p {parameter}=...")
-    only = request.only or list(manifest.notebooks)
-    return replace(request, profile=profile, only=only, rehearse=rehearsal)
+    again = replace(request, profile=profile, rehearse=rehearsal)
+    own = {notebook: facts.own for notebook, facts in manifest.notebooks.items() if facts.own}
+    if own or request.own:
+        return replace(again, own=_own_again(own, request), only=())
+    return replace(again, only=request.only or list(manifest.notebooks))
+
+
+def _own_again(earlier: Mapping[str, str], request: Request) -> list[Path]:
+    """The reader's own notebooks of the earlier run, where they are now.
+
+    Raises UsageError for a notebook that the run does not have, and for one that is not there any more.
+    """
+    paths = {name: Path(path) for name, path in earlier.items()}
+    for path in request.own:
+        if path.stem not in paths:
+            raise UsageError(f"This run has no notebook of your own called {path.stem!r}. Start a new run for it.")
+        paths[path.stem] = path
+    for prefix in request.only:
+        if not prefix.strip() or not any(name.startswith(prefix) for name in paths):
+            choose(prefix, paths, "notebook whose name starts with", UsageError)
+    chosen = [path for name, path in paths.items() if not request.only or name.startswith(tuple(request.only))]
+    for path in chosen:
+        if not path.is_file():
+            raise UsageError(
+                f"The notebook {path} of this run is not there any more. If it moved, say where it is: "
+                f"workbook run --resume {shell_word(request.resume)} --notebook PATH"
+            )
+    return chosen
+
+
+def _check_combination(request: Request) -> None:
+    """Raise UsageError for options that contradict each other."""
+    if request.own and request.only and request.resume is None:
+        raise UsageError("--only chooses notebooks of the workbook. Leave it out, or leave out --notebook.")
+
+
+def _plans(
+    profile: Profile, request: Request, notebooks: Path, raw: Mapping[str, str], earlier: Mapping[str, str]
+) -> tuple[list[_Plan], list[str]]:
+    """The planned notebooks, and what to say of them before they run.
+
+    ``notebooks`` is the folder of the workbook's, if the request names no other.
+    """
+    if request.own:
+        plans = _plan_own(profile, request.own, raw, earlier)
+        return plans, [plan.remark for plan in plans]
+    folder = request.notebooks or notebooks
+    plans = _plan_run(profile, folder, request.only, raw, earlier)
+    left_out = None if request.only else _left_out(folder, profile)
+    return plans, [left_out] if left_out else []
 
 
 def _chosen_profile(request: Request) -> Profile:
@@ -82,14 +137,37 @@ def _check_machine(profile: Profile) -> None:
     if missing := profiles.missing(profile, hardware.detect_apart(), profiles.downloaded_bytes(profile)):
         needs = "; ".join(missing)
         raise UsageError(
-            f"Profile {profile.name} cannot run here: {needs}. Run workbook plan --profile {profile.name} to see why."
+            f"Profile {profile.name} cannot run here: {needs}. "
+            f"Run workbook plan --profile {shell_word(profile.name)} to see why."
         )
 
 
 def _target(request: Request, profile: Profile) -> Path:
     """The folder of a run. Raises UsageError if a new run would go into that of another."""
     folder = request.folder
-    if folder and (folder / "status.json").exists():
+    if folder and request.resume:
+        raise UsageError(f"A resumed run stays in its folder, {request.resume}. Leave out --folder, or --resume.")
+    if request.redo and not request.resume:
+        raise UsageError("Only a resumed run has something to redo. Name it with --resume, or leave out --redo.")
+    if folder and any((folder / name).exists() for name in ("manifest.json", "status.json")):
         raise UsageError(f"{folder} already holds a run. Resume it with --resume, or name another folder.")
     name = f"{profile.name}-rehearsal" if request.rehearse else profile.name
-    return (request.resume or folder or _new_folder(name)).absolute()
+    target = (request.resume or folder or _new_folder(name)).resolve()
+    # The run's files are in UTF-8, and name their folder.
+    if not well_formed(str(target)):
+        raise UsageError(f"The folder {target} has bytes in its name that are not UTF-8. Name another folder.")
+    return target
+
+
+def usual_parameters(profile: str, notebooks: Path) -> dict[str, dict[str, object]]:
+    """What each notebook of a folder runs with if nobody gives a parameter, by notebook; empty if nobody can tell.
+
+    The notebooks may be damaged, or the profile gone: that is no reason not to judge a run.
+    """
+    from helpers.models.profiles import load_profile
+
+    try:
+        plans = _plan_run(load_profile(profile), notebooks, (), {}, {})
+    except WorkbookError:
+        return {}
+    return {plan.name: plan.effective for plan in plans}

@@ -2,7 +2,8 @@
 
 ``store`` reads and writes them. A run folder, ``runs/<UTC time>-<profile>/``, holds::
 
-    manifest.json   _Manifest: what ran, where, with which versions, models, seeds and parameters (by the runner)
+    manifest.json   _Manifest: what ran, where, with which versions, models, seeds and parameters (by the runner), and
+                    the origin of each notebook's values: code, packages, machine and models that they came from
     status.json     _Status: the state of each notebook, kept up to date while it runs (by the runner)
     results.json    _Results: what the notebooks recorded (by ``recording``)
     notebooks/      the executed notebooks            figures/   <notebook>_<name>.png
@@ -14,57 +15,92 @@ Beside the notebooks lie ``expected/<profile>.json`` (_ExpectedValue by "<notebo
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Literal
+from datetime import datetime
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
-# What the runner writes in the place of a secret. A number may hold a secret's digits by chance, and is replaced too.
-REDACTED = "[redacted]"
+from helpers.runs.secrecy import REDACTED
+
 Value = bool | int | float | str
 Verdict = Literal["as expected", "differs", "unmeasured"]
 AS_EXPECTED: Verdict = "as expected"
 DIFFERS: Verdict = "differs"
 UNMEASURED: Verdict = "unmeasured"
 NotebookState = Literal["pending", "running", "passed", "failed"]
+# A count of bytes, cells or cores; and what a float can hold, for an integer of any length is valid JSON.
+_LARGEST_COUNT = 2**63
+_LARGEST = 10**308
 
 
 def _plain_value(value: object) -> Value:
     # pydantic's own union would turn "1" or True into a number, which is another value.
-    if isinstance(value, bool | int | float | str):
+    if isinstance(value, str) and not _is_whole(value):
+        raise ValueError("a text of whole letters is needed")
+    if isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | float) and abs(value) <= _LARGEST:
         return value
     raise ValueError("a number, a text, true or false is needed")
+
+
+def _is_whole(text: str) -> bool:
+    # Half a letter, a lone surrogate, can be in a text of Python's but in no file.
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _distance(value: object) -> int | float | None:
     if value is None or value == REDACTED:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
         raise ValueError("a number from 0 up, or null, is needed")
     return value
 
 
 def _zero_if_redacted(value: object) -> object:
-    # One blanked number must not make a whole run unreadable.
+    # Earlier workbooks blanked numbers too, and one must not make a whole run unreadable.
     return 0 if value == REDACTED else value
+
+
+def _moment(value: str) -> str:
+    datetime.fromisoformat(value)
+    return value
+
+
+def _file_name(value: str) -> str:
+    # The names of notebooks and profiles become parts of paths, which must not lead anywhere else.
+    if value in ("", ".", "..") or "/" in value or not value.isprintable():
+        raise ValueError("the name of a file is needed, without a folder")
+    return value
+
+
+def _figure_path(value: str) -> str:
+    folder, _, name = value.partition("/")
+    if folder != "figures":
+        raise ValueError("a file in the folder figures is needed")
+    _file_name(name)
+    return value
 
 
 _AnyValue = Annotated[Value, PlainValidator(_plain_value)]
 _Distance = Annotated[int | float | None, PlainValidator(_distance)]
-_Count = Annotated[int, BeforeValidator(_zero_if_redacted)]
-_Seconds = Annotated[float, BeforeValidator(_zero_if_redacted)]
+_Count = Annotated[int, BeforeValidator(_zero_if_redacted), Field(ge=0, le=_LARGEST_COUNT)]
+_Seconds = Annotated[float, BeforeValidator(_zero_if_redacted), Field(ge=0, le=_LARGEST_COUNT)]
+_Moment = Annotated[str, AfterValidator(_moment)]
+_FileName = Annotated[str, AfterValidator(_file_name)]
+_FigurePath = Annotated[str, AfterValidator(_figure_path)]
 
 
 class _Part(BaseModel):
     """A part of a file. A field that it does not know is an error: somebody wrote something else."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class _Mirror(BaseModel):
     """A part that repeats a dataclass of the package. What the dataclass gains later is kept as it is."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
 
 class _RecordedValue(_Part):
@@ -91,8 +127,8 @@ class _RecordedValue(_Part):
 class _Results(_Part):
     """``results.json``: values and the paths of figures, both by notebook and name, in the order of recording."""
 
-    values: dict[str, dict[str, _RecordedValue]] = Field(default_factory=dict)
-    figures: dict[str, dict[str, str]] = Field(default_factory=dict)
+    values: dict[_FileName, dict[str, _RecordedValue]] = Field(default_factory=dict)
+    figures: dict[_FileName, dict[str, _FigurePath]] = Field(default_factory=dict)
 
 
 class _ExpectedValue(_Part):
@@ -126,7 +162,8 @@ class _NotebookStatus(_Part):
 
     ``cell`` counts the code cells of the executed notebook from 1, injected parameters included, as ``In [n]`` does;
     ``line`` is that cell's first line. ``peak_bytes`` is the most resident memory of the notebook's processes together,
-    looked at each second. ``inputs`` is a hash of source, parameters and profile.
+    looked at each second. ``inputs`` is a hash of source, parameters and profile. ``recorded`` is how many values it
+    had recorded at its end, by which a loss is found later (None: an earlier run, which did not count them).
     """
 
     status: NotebookState
@@ -135,22 +172,30 @@ class _NotebookStatus(_Part):
     cells: _Count = 0
     line: str = ""
     seconds: _Seconds = 0.0
-    started: str | None = None
+    started: _Moment | None = None
     budget_seconds: _Seconds
     expected_seconds: _Seconds | None = None
     peak_bytes: _Count = 0
     inputs: str
+    recorded: _Count | None = Field(default=None, exclude_if=lambda count: count is None)
 
 
 class _Status(_Part):
     """``status.json``. ``peak_bytes`` is the most memory of all processes of the run, the runner's own included.
 
-    Pages that processes share count in each. 0: an earlier run, which did not record it.
+    Pages that processes share count in each. 0: an earlier run, which did not record it. ``abandoned`` is never in the
+    file: whoever reads it finds out, see ``folder._status_now``.
     """
 
     state: Literal["running", "finished", "interrupted"]
     peak_bytes: _Count = 0
-    notebooks: dict[str, _NotebookStatus]
+    notebooks: dict[_FileName, _NotebookStatus]
+    abandoned: bool = Field(default=False, exclude=True)
+
+    @property
+    def state_text(self) -> str:
+        """The state in words."""
+        return f"{self.state}: nobody runs it" if self.abandoned else self.state
 
 
 class _GpuFacts(_Mirror):
@@ -177,10 +222,17 @@ class _UnknownHardware(_Part):
 
 
 class _NotebookFacts(_Part):
-    """The file of a notebook (SHA-256) and the parameters that it ran with."""
+    """The file of a notebook (SHA-256), the parameters that it ran with, and its place in the manifest's ``origins``.
+
+    A notebook's values, figures and page are all of one execution, and so of one origin. None: it has not started, or
+    an earlier workbook ran it, which did not keep origins. ``own`` is the path of a reader's own notebook; None for one
+    of the workbook.
+    """
 
     sha256: str
     parameters: dict[str, object]
+    own: str | None = Field(default=None, exclude_if=lambda path: path is None)
+    origin: _Count | None = Field(default=None, exclude_if=lambda origin: origin is None)
 
 
 class _ModelFacts(_Mirror):
@@ -219,6 +271,23 @@ class _GitState(_Part):
     dirty: bool | None
 
 
+class _Origin(_Part):
+    """What values come from, besides their notebook and its parameters.
+
+    ``since`` is when the run first had it. ``code`` is the SHA-256 of the package and of the notebooks' data, which
+    tells two sets of uncommitted changes apart. ``models`` holds the SHA-256 of files by model; those of a hub are
+    known by their commit, to which a whole run keeps.
+    """
+
+    since: _Moment
+    git: _GitState
+    code: str | None = None
+    python: str
+    packages: dict[str, str]
+    hardware: _Hardware | _UnknownHardware
+    models: dict[str, dict[str, str]] = Field(default_factory=dict)
+
+
 class _PlannedModel(_Mirror):
     """A model planned at its true size in a rehearsal, see ``planning.rehearsal._Planned``."""
 
@@ -250,17 +319,19 @@ class _Manifest(_Part):
 
     ``parameters`` are what the command line gave, ``notebooks`` hold the effective ones. ``finished`` is None until the
     end. ``loaded`` are the models that its notebooks loaded. ``resumed`` lists the times of later starts. ``commits``
-    are those that the run keeps to, by repository.
+    are those that the run keeps to, by repository. ``git``, ``python``, ``packages``, ``hardware`` and the hashes of
+    ``models`` are those of the last start; ``origins`` are those that values came from. ``clean_start`` lists what the
+    kernels were kept from: start-up files and variables of the user's own.
     """
 
-    profile: str
+    profile: _FileName
     description: str
     command: list[str]
-    started: str
-    finished: str | None = None
+    started: _Moment
+    finished: _Moment | None = None
     parameters: dict[str, str]
     seeds: dict[str, object]
-    notebooks: dict[str, _NotebookFacts]
+    notebooks: dict[_FileName, _NotebookFacts]
     models: dict[str, _ModelFacts]
     git: _GitState
     python: str
@@ -268,5 +339,19 @@ class _Manifest(_Part):
     hardware: _Hardware | _UnknownHardware
     loaded: list[_LoadedModel] = Field(default_factory=list, exclude_if=lambda loads: not loads)
     rehearsal: _RehearsalFacts | None = Field(default=None, exclude_if=lambda facts: facts is None)
-    resumed: list[str] = Field(default_factory=list, exclude_if=lambda starts: not starts)
+    resumed: list[_Moment] = Field(default_factory=list, exclude_if=lambda starts: not starts)
     commits: dict[str, str] = Field(default_factory=dict, exclude_if=lambda commits: not commits)
+    origins: list[_Origin] = Field(default_factory=list, exclude_if=lambda origins: not origins)
+    clean_start: list[str] = Field(default_factory=list, exclude_if=lambda dropped: not dropped)
+
+    @model_validator(mode="after")
+    def _known_origins(self) -> Self:
+        for name, facts in self.notebooks.items():
+            if facts.origin is not None and facts.origin >= len(self.origins):
+                raise ValueError(f"the origin of {name} is not in the list of origins")
+        return self
+
+    @property
+    def of_own_notebooks(self) -> bool:
+        """True if the run is of a reader's own notebooks."""
+        return any(notebook.own for notebook in self.notebooks.values())

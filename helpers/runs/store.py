@@ -14,7 +14,8 @@ from filelock import FileLock
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from helpers.base.errors import WorkbookError
-from helpers.base.files import read_json, write_json
+from helpers.base.files import FileError, read_json, read_yaml, write_json
+from helpers.runs.paths import _check_links, _check_names, _inside
 from helpers.runs.schema import _Claim, _ExpectedValue, _Manifest, _Results, _Status
 
 if TYPE_CHECKING:
@@ -24,6 +25,20 @@ VERSION = 2
 _UNNUMBERED = 1  # what a file without a version is
 _READABLE = (_UNNUMBERED, VERSION)
 _File = TypeVar("_File")
+_SHOWN = 100  # letters of a field's name in a message: a damaged file may hold a name of any length
+# What to do about a file that cannot be read. Nothing is ever to be deleted: what is damaged may still hold values.
+_ADVICE = {
+    "results.json": (
+        "Restore it from a copy. If there is none, move it out of the folder and keep it, then resume the run: the "
+        "notebooks whose values were in it run again."
+    ),
+    "status.json": (
+        "Restore it from a copy. If there is none, move it out of the folder and keep it, then resume the run: its "
+        "notebooks run again."
+    ),
+    "manifest.json": "Restore it from a copy. If there is none, start a new run, and keep this folder for its values.",
+}
+_OTHER_ADVICE = "Correct the file, or restore it with git."
 # A function that blanks secrets in JSON-like data before it reaches the disk.
 Redact = Callable[[object], object]
 
@@ -38,18 +53,30 @@ class RunFolderError(WorkbookError):
 
 def read_manifest(folder: Path) -> _Manifest:
     """Read ``manifest.json``. Raises RunFolderError if the folder holds no run, ResultError for a damaged file."""
-    return _read(_required(folder / "manifest.json"), _Manifest)
+    path = _required(folder / "manifest.json")
+    manifest = _read(path, _Manifest)
+    _check_names([manifest.profile, *manifest.notebooks], path)
+    return manifest
 
 
 def _read_status(folder: Path) -> _Status:
     """Read ``status.json``. Raises RunFolderError if the folder holds no run, ResultError for a damaged file."""
-    return _read(_required(folder / "status.json"), _Status)
+    path = _required(folder / "status.json")
+    status = _read(path, _Status)
+    _check_names(status.notebooks, path)
+    return status
 
 
 def _read_results(folder: Path) -> _Results:
     """Read ``results.json``; empty if nothing was recorded. Raises ResultError for a damaged file."""
     path = folder / "results.json"
-    return _read(path, _Results) if path.exists() else _Results()
+    _check_links(folder)
+    results = _read(path, _Results) if path.exists() else _Results()
+    _check_names([*results.values, *results.figures], path)
+    for figures in results.figures.values():
+        for figure in figures.values():
+            _inside(folder, figure, path)
+    return results
 
 
 def read_expected(path: Path, *, required: bool = False) -> dict[str, _ExpectedValue]:
@@ -57,21 +84,16 @@ def read_expected(path: Path, *, required: bool = False) -> dict[str, _ExpectedV
 
     Raises ResultError for a damaged file, and for a missing one that is required.
     """
-    if not required and not path.exists():
+    if not path.exists():
+        if required:
+            raise ResultError(f"The file {path} is missing. Restore it with git, or make it with workbook expect.")
         return {}
     return _read(path, dict[str, _ExpectedValue])
 
 
 def _read_claims_file(path: Path) -> dict[str, _Claim]:
     """Read the article's statements, by number. Raises ResultError for a damaged file."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ResultError(f"{path} is not valid YAML ({reason}). Correct the file.") from error
-    return _validated(path, content, dict[str, _Claim])
+    return _read(path, dict[str, _Claim], read_yaml)
 
 
 def _write_manifest(folder: Path, manifest: _Manifest, redact: Redact | None = None) -> None:
@@ -104,45 +126,62 @@ def _changed_results(folder: Path) -> Iterator[_Results]:
 
 
 def _required(path: Path) -> Path:
-    if not path.is_file():
-        raise RunFolderError(f"{path.parent} is not a run folder: it has no {path.name}.")
+    _check_links(path.parent)
+    if not path.exists() and not path.parent.exists():
+        raise RunFolderError(f"There is no run folder {path.parent}. Name the folder of a run.")
+    if not path.exists():
+        raise RunFolderError(f"{path.parent} is not a run folder: it has no {path.name}. {_advice(path)}")
     return path
 
 
-def _read(path: Path, kind: type[_File]) -> _File:
+def _read(path: Path, kind: type[_File], read: Callable[[Path], object] = read_json) -> _File:
     try:
-        content = read_json(path)
-    except WorkbookError as error:
+        content = read(path)
+    except FileError as error:  # it says what to do
         raise ResultError(str(error)) from error
+    except WorkbookError as error:
+        raise ResultError(f"{error} {_advice(path)}") from error
     return _validated(path, content, kind)
+
+
+def _advice(path: Path) -> str:
+    return _ADVICE.get(path.name, _OTHER_ADVICE)
 
 
 def _validated(path: Path, content: object, kind: type[_File]) -> _File:
     if not isinstance(content, dict):
-        raise ResultError(f"{path} holds no fields. Delete the file or restore it.")
+        raise ResultError(f"{path} holds no fields. {_advice(path)}")
     version = content.pop("version", _UNNUMBERED)
     # True == 1 in Python, so the type is looked at too.
     if type(version) is not int or version not in _READABLE:
         raise ResultError(
-            f"{path}: the field version is {version!r}, but this workbook reads versions up to {VERSION}. "
-            "Use the workbook that wrote the file, or run the notebooks again."
+            f"{path}: the field version is {_short(repr(version))}, but this workbook reads versions up to {VERSION}. "
+            "Use the workbook that wrote the file."
         )
     try:
-        return TypeAdapter(kind).validate_python(content)
+        return TypeAdapter(kind).validate_python(content, strict=True)
     except ValidationError as error:
-        raise ResultError(f"{path}: {_complaint(error)}. Restore the file, or run the notebooks again.") from error
+        raise ResultError(f"{path}: {_complaint(error)}. {_advice(path)}") from error
 
 
 def _complaint(error: ValidationError) -> str:
     """The first thing that is wrong: which field, and why."""
     first = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in first["loc"])
+    field = _short(".".join(str(part) for part in first["loc"]))
+    message = first["msg"].removeprefix("Value error, ")
+    if not field:  # what is wrong is between two fields
+        return message
     if first["type"] == "missing":
         return f"the field {field} is missing"
     if first["type"] == "extra_forbidden":
         return f"the field {field} is unknown"
-    message = first["msg"].removeprefix("Value error, ")
     return f"the field {field} is not valid ({message[0].lower()}{message[1:]})"
+
+
+def _short(text: str) -> str:
+    """A text of a damaged file, fit for one line of a message."""
+    shown = text if text.isprintable() else ascii(text)[1:-1]
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
 
 
 def _dumped(model: BaseModel) -> dict[str, object]:

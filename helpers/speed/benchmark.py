@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import os
 import statistics
 import sys
@@ -39,13 +40,18 @@ _BATCH_SIZES = (1, 4, 16)
 class SpeedSettings:
     """What one run does: exactly ``new_tokens`` after a prompt of exactly ``prompt_tokens``, ``repeats`` times.
 
-    bandwidth: bytes per second of the memory that holds the weights; None: measured.
+    bandwidth: bytes per second of the memory that holds the weights; None: measured. Raises WorkbookError if it is not
+    finite and above 0.
     """
 
     prompt_tokens: int = 64
     new_tokens: int = 32
     repeats: int = 3
     bandwidth: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.bandwidth is not None and not 0 < self.bandwidth < math.inf:
+            raise WorkbookError(f"The bandwidth must be finite and above 0, but is {self.bandwidth}.")
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ def measure(
     models = [loaded] if isinstance(loaded, Loaded) else list(loaded)
     chosen = settings or SpeedSettings()
     _check(models, batch_sizes, chosen)
-    bandwidth = chosen.bandwidth or hardware.memory_bandwidth(device=str(input_device(models[0].model)))
+    bandwidth = chosen.bandwidth or hardware.memory_bandwidth(device=str(input_device(models[0].model))).best
     rows_by_model: list[list[_SpeedRow]] = [[] for _ in models]
     runs = len(models) * len(batch_sizes) * (1 + chosen.repeats)
     with tqdm(total=runs, desc="speed", unit="run", delay=2, leave=False) as bar:
@@ -118,7 +124,12 @@ class _Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> _Spread:
-        """The spread of at least one value."""
+        """The spread of at least one value. Raises WorkbookError for a value that is not finite and above 0."""
+        for value in values:
+            if not 0 < value < math.inf:
+                raise WorkbookError(
+                    f"A measured time or speed is {value}. It must be finite and above 0: measure again."
+                )
         return cls(statistics.median(values), min(values), max(values))
 
     def text(self, scale: float = 1.0) -> str:
@@ -248,6 +259,7 @@ def _once(row: _SpeedRow, loaded: Loaded, *, untimed: bool) -> tuple[_SpeedRow, 
 
 def _timed(row: _SpeedRow, times: Sequence[tuple[float, float]]) -> _SpeedRow:
     first, after = zip(*times, strict=True)
+    _Spread.of([*first, *after])  # refuses times by which nothing can be divided
     tokens = row.batch_size * (row.new_tokens - 1)
     return replace(
         row,

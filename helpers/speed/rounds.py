@@ -7,6 +7,7 @@ From the top: ``_rows`` takes the cases one after the other, ``_round`` lets the
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import statistics
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.base.files import ROOT
+from helpers.base.isolation import isolated
 from helpers.engines.catalogue import OWN, EngineError, Job, Kind
 from helpers.engines.child import Child, WorkerEndedError, WorkerLateError
 from helpers.machine import memory
@@ -211,6 +213,8 @@ class _Measurement:
         with self._giving_up():
             first = self.seat.ask({"do": "run", "new_tokens": 1}, self.case)["seconds"]
             whole = self.seat.ask({"do": "run", "new_tokens": self.case.new_tokens}, self.case)["seconds"]
+            if not (0 < first < math.inf and 0 < whole < math.inf):
+                raise EngineError(f"it reported runs of {first} and {whole} seconds, which cannot be")
             self.times.append((first, whole))
 
     def finished(self) -> _Row:
@@ -372,4 +376,4 @@ def _environment(kind: Kind, setup: _Setup) -> dict[str, str]:
     # the converter of llama.cpp brings another version of gguf than the workbook's, and needs its own
     if kind.name not in OWN and kind.name != "vllm":
         paths.insert(0, str(setup.peers))
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    return isolated(os.environ) | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}

@@ -144,13 +144,14 @@ def _setup(wish: Wish, conditions: _Conditions, machine: Machine, folder: Path, 
         bar.update(runs)
 
     bandwidth = hardware.memory_bandwidth(device="cuda" if machine.gpus else "cpu")
-    conditions.bandwidth_bytes_per_second.append(bandwidth)
+    conditions.bandwidth_bytes_per_second.append(bandwidth.best)
+    conditions.slowest_copy_bytes_per_second.append(bandwidth.slowest)
     conditions.threads = torch.get_num_threads()
     return _Setup(
         precision=conditions.precision,
         repeats=conditions.repeats,
         threads=conditions.threads,
-        bandwidth=bandwidth,
+        bandwidth=bandwidth.best,
         machine=machine,
         cache=ROOT / ".cache" / "bench",
         logs=folder / "logs",
@@ -165,7 +166,8 @@ def _setup(wish: Wish, conditions: _Conditions, machine: Machine, folder: Path, 
 class _Conditions:
     """What the figures depend on: machine, precision, versions, date and command.
 
-    ``bandwidth_bytes_per_second`` is measured before each model; ``finished`` and ``interrupted`` are set at the end.
+    ``bandwidth_bytes_per_second`` is measured before each model, the best of several copies; the slowest of them says
+    how busy the machine was. ``finished`` and ``interrupted`` are set at the end.
     """
 
     device: str
@@ -180,6 +182,7 @@ class _Conditions:
     repeats: int
     versions: dict[str, str]
     bandwidth_bytes_per_second: list[float] = field(default_factory=list)
+    slowest_copy_bytes_per_second: list[float] = field(default_factory=list)
     threads: int | None = None
     finished: str = ""
     interrupted: bool = False
@@ -235,7 +238,8 @@ def _titles() -> dict[str, str]:
 def _page(conditions: _Conditions, rows: Sequence[_Row]) -> str:
     """The tables as Markdown: one for each model, followed by the engines without figures and the reasons."""
     versions = ", ".join(f"{name} {version}" for name, version in conditions.versions.items())
-    bandwidths = ", ".join(f"{speed / 1e9:.1f}" for speed in conditions.bandwidth_bytes_per_second)
+    measured = zip(conditions.bandwidth_bytes_per_second, conditions.slowest_copy_bytes_per_second, strict=True)
+    bandwidths = ", ".join(f"{best / 1e9:.1f} (slowest copy {slowest / 1e9:.1f})" for best, slowest in measured)
     parts = [
         "# Engines side by side",
         f"{conditions.subject}; {conditions.date}; `{conditions.command}`",

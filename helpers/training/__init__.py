@@ -5,8 +5,9 @@ from helpers.base.lazy import face
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
-        "conversations": ["examples", "read_conversations", "token_counts"],
-        "finetuning": ["finetune", "merge", "reload"],
-        "recipe": ["FinetuneError", "Finetuned", "Point", "Recipe", "TARGETS"],
+        "adapters": ["merge", "reload"],
+        "conversations": ["Conversations", "examples", "read_conversations", "token_counts"],
+        "finetuning": ["finetune"],
+        "recipe": ["FinetuneError", "Finetuned", "Point", "Recipe", "TARGETS", "TrainingStoppedError"],
     },
 )

@@ -6,14 +6,17 @@ everything before the reply is only read.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from helpers.models.formats import Message, encode
+from helpers.base.errors import WorkbookError
+from helpers.base.jsonl import scan_records
+from helpers.base.text import is_blank
+from helpers.models.formats import FORMATS, Message, MessageError, format_for
 from helpers.models.loaded import context_tokens
+from helpers.models.tokens import continuation_ids
 from helpers.training.recipe import FinetuneError
 
 if TYPE_CHECKING:
@@ -21,7 +24,9 @@ if TYPE_CHECKING:
 
     from pandas import DataFrame
 
+    from helpers.base.jsonl import BadRow
     from helpers.models.loaded import Loaded
+    from helpers.models.tokens import Token
 
 TRAINED_ROLES = ("reply", "end")
 Conversation = Sequence[Message]
@@ -48,45 +53,107 @@ class Example:
         return {"input_ids": list(self.input_ids), "completion_mask": list(map(int, self.trained))}
 
 
-def read_conversations(path: Path) -> list[list[Message]]:
-    """The conversations of a JSON Lines file: each line holds a list ``messages``.
+class Conversations(list[list[Message]]):
+    """The valid conversations of a file. ``dropped`` are its bad rows, which were left out because that was asked for.
 
-    Raises FinetuneError, naming the line, if one is not valid.
+    ``blank_replies`` counts the replies in which nothing can be seen: they are not trained on.
     """
-    conversations = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            conversation = json.loads(line)["messages"]
-            _check_conversations([conversation])
-        except (ValueError, KeyError, TypeError, FinetuneError) as error:
-            raise FinetuneError(
-                f"{path.name}, line {number} is not a conversation: {error} "
-                'Each line must be a JSON object with a list "messages".'
-            ) from error
-        conversations.append(conversation)
+
+    dropped: tuple[BadRow, ...] = ()
+    blank_replies: int = 0
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """The examples of some conversations, and how many replies gave none: blank ones, and those that do not fit."""
+
+    examples: list[Example]
+    blank: int
+    too_long: int
+
+
+def read_conversations(path: Path, *, skip_bad_rows: bool = False) -> Conversations:
+    """The conversations of a JSON Lines file: each row holds a list ``messages``; other keys are ignored.
+
+    Every row is checked: the roles, their order, the contents, whether there is a reply and no question is blank.
+    Raises FinetuneError, which lists the bad rows with line and reason, unless ``skip_bad_rows`` drops and counts them;
+    and always if no reply to train on is left.
+    """
+    conversations = Conversations()
+    try:
+        records = scan_records(path)
+        for line, row, record in records.valid:
+            if reason := _fault(record.get("messages"), '"messages" must be a list of messages'):
+                records.reject(line, row, reason)
+            else:
+                conversations.append(cast("list[Message]", record["messages"]))
+        if not skip_bad_rows:
+            advice = "Correct or remove them, or leave them out with skip_bad_rows=True (--skip-bad-rows)."
+            records.refuse_bad('conversations, such as {"messages": [{"role": "user", "content": "Hi"}, ...]}', advice)
+    except WorkbookError as error:
+        raise FinetuneError(str(error)) from error
+    conversations.dropped = tuple(records.bad)
+    replies = [message["content"] for conversation in conversations for message in _replies(conversation)]
+    conversations.blank_replies = sum(map(_is_silent, replies))
+    if conversations.blank_replies == len(replies):
+        raise FinetuneError(
+            f"{path} has no reply to train on: {records.total} rows, {len(records.bad)} of them not valid, and "
+            f"{len(replies)} replies, all of them blank. Give another file."
+        )
     return conversations
 
 
 def examples(loaded: Loaded, conversations: Sequence[Conversation]) -> list[Example]:
     """One example for each reply, in the model's chat format, with the end token after that reply only.
 
-    Prompt and reply are tokenized separately, as they are when the model is asked. Examples longer than the context are
-    left out. Raises FinetuneError if none is left or if the argument is not a list of conversations, MessageError for
-    malformed messages.
+    Prompt and reply are tokenized separately, as they are when the model is asked. White space around a reply and the
+    format's control strings at its end, such as an end token written out, are not part of it. Turns whose reply is
+    blank, and examples longer than the context, are left out. Raises FinetuneError if none is left, if the argument is
+    not a list of conversations, or if some of them are not valid, naming these by number.
     """
+    return _select(loaded, conversations).examples
+
+
+def _select(loaded: Loaded, conversations: Sequence[Conversation]) -> _Selected:
+    """The examples of conversations with the count of what was left out. Raises as ``examples`` does."""
     _check_conversations(conversations)
-    made = []
-    for conversation in conversations:
-        for position, message in enumerate(conversation):
-            if message["role"] == "assistant":
-                made.append(_example(loaded, conversation[: position + 1]))
+    closers = (*loaded.format.control_strings, loaded.tokenizer.eos_token or "")
     limit = context_tokens(loaded)
-    fitting = [example for example in made if len(example.input_ids) <= limit]
-    if not fitting:
+    most = limit * max(map(len, loaded.tokenizer.get_vocab()))  # characters, if every token were the longest one
+    made: list[Example] = []
+    blank = too_long = 0
+    for conversation in conversations:
+        spoken = _spoken(conversation, closers)
+        blank += len(_replies(conversation)) - len(_replies(spoken))
+        fitting = _fitting(loaded, spoken, limit, most)
+        too_long += len(_replies(spoken)) - len(fitting)
+        made += fitting
+    if not made:
         raise FinetuneError(
-            f"None of the {len(made)} replies fits the context of {limit} tokens. Give shorter conversations."
+            f"None of the {too_long + blank} replies fits the context of {limit} tokens: {too_long} are longer with "
+            f"what comes before them, and {blank} are blank. Give other conversations."
         )
-    return fitting
+    return _Selected(made, blank, too_long)
+
+
+def _fitting(loaded: Loaded, conversation: Conversation, limit: int, most: int) -> list[Example]:
+    """The examples of a conversation's replies, up to the first one that does not fit the context of ``limit`` tokens.
+
+    What has more than ``most`` characters cannot fit, and is not even encoded: megabytes would take a minute.
+    """
+    made: list[Example] = []
+    characters = 0
+    for position, message in enumerate(conversation):
+        characters += len(message["content"])
+        if characters > most:
+            break
+        if message["role"] == "assistant":
+            example = _example(loaded, conversation[: position + 1])
+            # What follows is longer still: to encode it would cost the square of a long conversation.
+            if len(example.input_ids) > limit:
+                break
+            made.append(example)
+    return made
 
 
 def token_counts(rows: Sequence[Example]) -> DataFrame:
@@ -99,14 +166,22 @@ def token_counts(rows: Sequence[Example]) -> DataFrame:
 
 
 def _check_conversations(conversations: Sequence[Conversation]) -> None:
-    """Raise FinetuneError unless this is a list of conversations with a reply."""
+    """Raise FinetuneError unless this is a list of valid conversations with a reply in each."""
     valid = isinstance(conversations, Sequence) and all(map(_is_conversation, conversations))
     if not valid:
         raise FinetuneError(
             'Give a list of conversations, each a list of messages: [[{"role": "user", "content": "Hi"}, '
             '{"role": "assistant", "content": "Hello."}], ...].'
         )
-    if _reply_count(conversations) == 0:
+    faults = []
+    for number, conversation in enumerate(conversations, 1):
+        if reason := _fault(conversation):
+            faults.append(f"conversation {number}: {reason}")
+    if faults:
+        rest = [f"and {len(faults) - 5} more"] if len(faults) > 5 else []
+        count = f"{len(faults)} of {len(conversations)} conversations cannot be trained on"
+        raise FinetuneError("\n  ".join([f"{count}:", *faults[:5], *rest]))
+    if not conversations:
         raise FinetuneError('There is no reply to train on. Add messages with the role "assistant".')
 
 
@@ -117,14 +192,60 @@ def _is_conversation(value: object) -> bool:
     return all(isinstance(message, Mapping) and "role" in message for message in value)
 
 
-def _reply_count(conversations: Sequence[Conversation]) -> int:
-    """Number of replies: messages with the role "assistant"."""
-    count = 0
-    for conversation in conversations:
-        for message in conversation:
-            if message["role"] == "assistant":
-                count += 1
-    return count
+def _fault(conversation: object, no_list: str = "It must be a list of messages") -> str | None:
+    """What is wrong with a conversation, or None. What every format asks for is asked for here, before any is known."""
+    if not isinstance(conversation, Sequence) or isinstance(conversation, str) or not conversation:
+        return f'{no_list}, for example [{{"role": "user", "content": "Hi"}}, ...].'
+    try:
+        format_for("plain").check(conversation)
+    except MessageError as error:
+        return str(error)
+    for position, message in enumerate(conversation):
+        if message["role"] == "user" and is_blank(message["content"]):
+            return f"Message {position}, a question, is blank."
+    if not _replies(conversation):
+        return 'There is no reply to train on: no message has the role "assistant".'
+    return None
+
+
+def _replies(conversation: Conversation) -> list[Message]:
+    return [message for message in conversation if message["role"] == "assistant"]
+
+
+def _is_silent(reply: str) -> bool:
+    """Whether nothing of a reply would be left in any format: its model is not known yet."""
+    controls = [control for form in FORMATS.values() for control in form.control_strings]
+    return is_blank(_without_closers(reply, controls))
+
+
+def _spoken(conversation: Conversation, closers: Sequence[str]) -> list[Message]:
+    """The conversation with its replies stripped, without the turns whose reply is blank."""
+    kept: list[Message] = []
+    for message in conversation:
+        content = message["content"]
+        if message["role"] != "assistant":
+            kept.append(message)
+            continue
+        reply = _without_closers(content, closers)
+        if is_blank(reply):
+            kept.pop()  # the question
+        else:
+            kept.append({"role": "assistant", "content": reply})
+    return kept
+
+
+def _without_closers(reply: str, closers: Sequence[str]) -> str:
+    """A reply without white space around it and without the control strings that close it, however many there are."""
+    end = len(reply)
+    while True:
+        # What nobody can see may stand behind a closing string; at the end of words it may belong to an emoji.
+        visible = end
+        while visible > 0 and is_blank(reply[visible - 1]):
+            visible -= 1
+        closer = next((text for text in closers if text and reply.endswith(text, 0, visible)), None)
+        if closer is None:
+            return reply[:end].strip()
+        end = visible - len(closer)
 
 
 def _example(loaded: Loaded, messages: Conversation) -> Example:
@@ -134,30 +255,29 @@ def _example(loaded: Loaded, messages: Conversation) -> Example:
     end = loaded.tokenizer.eos_token
     # some formats end a reply with the end token themselves: it must come once, as a token of its own
     reply = whole[len(prompt) :].rstrip().removesuffix(end)
-    before = _prompt_roles(loaded, prompt, messages[:-1])
-    reply_ids = loaded.tokenizer(reply, add_special_tokens=False)["input_ids"]
-    ids = (*encode(loaded.tokenizer, prompt), *reply_ids, loaded.tokenizer.eos_token_id)
-    return Example(ids, (*before, *["reply"] * len(reply_ids), "end"))
+    before = loaded.format.tokens(loaded.tokenizer, prompt)
+    reply_ids = continuation_ids(loaded.tokenizer, reply)
+    ids = (*[token.id for token in before], *reply_ids, loaded.tokenizer.eos_token_id)
+    contents = [(loaded.format.escape(message["content"]).strip(), message["role"]) for message in messages[:-1]]
+    roles = _prompt_roles(prompt, before, contents)
+    return Example(ids, (*roles, *["reply"] * len(reply_ids), "end"))
 
 
-def _prompt_roles(loaded: Loaded, prompt: str, messages: Conversation) -> list[str]:
-    """The role of each token of the prompt: that of the message whose content it overlaps, or "format"."""
+def _prompt_roles(prompt: str, tokens: Sequence[Token], contents: Sequence[tuple[str, str]]) -> list[str]:
+    """The role of each token of the prompt: that of the content, as it stands there, that it overlaps, or "format"."""
     spans: list[tuple[int, int, str]] = []
     position = 0
-    for message in messages:
-        start = prompt.find(message["content"], position)
-        if start >= 0:
-            position = start + len(message["content"])
-            spans.append((start, position, message["role"]))
-    offsets = loaded.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    # a begin token, which some tokenizers add, has no characters in the prompt
-    begin = len(encode(loaded.tokenizer, prompt)) - len(offsets)
-    return ["format"] * begin + [_role_at(start, end, spans) for start, end in offsets]
-
-
-def _role_at(start: int, end: int, spans: Sequence[tuple[int, int, str]]) -> str:
-    """The role of the first span that overlaps the characters from ``start`` to ``end``."""
-    for low, high, role in spans:
-        if low < end and start < high:
-            return role
-    return "format"
+    for content, role in contents:
+        start = prompt.find(content, position)
+        if content and start >= 0:
+            position = start + len(content)
+            spans.append((start, position, role))
+    roles = []
+    number = 0
+    for token in tokens:
+        # both are in the order of the text, so one pass is enough
+        while number < len(spans) and spans[number][1] <= token.start:
+            number += 1
+        inside = number < len(spans) and spans[number][0] < token.end
+        roles.append(spans[number][2] if inside else "format")
+    return roles

@@ -1,25 +1,23 @@
-"""Fine-tune with LoRA or QLoRA (peft and trl): train an adapter, load it again, merge it into the weights.
+"""Fine-tune with LoRA or QLoRA (peft and trl): train an adapter and save it.
 
 LoRA adds two small matrices, an adapter, to each linear layer and trains only those. With a quantized base this is
-QLoRA. ``finetune`` writes the adapter to a folder, with a file that names base, recipe and data. ``reload`` and
-``merge`` read that file, so that an adapter always meets the base that it was trained on.
+QLoRA. ``finetune`` writes the adapter to a folder (``adapters``) and, on the way, checkpoints (``checkpoints``).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-from helpers.models import loading
-from helpers.models.references import ModelRef
 from helpers.models.workarounds.nf4_repacking import may_repack
 from helpers.models.workarounds.trl_training import float_adapters, trained_positions_alone
-from helpers.training.conversations import _reply_count, examples
+from helpers.training.adapters import _Identity, _quiet_libraries, _save_adapter
+from helpers.training.checkpoints import _STATE, _careful, _explained, _is_finished, _last_whole
+from helpers.training.conversations import _select
 from helpers.training.recipe import TARGETS, Finetuned, FinetuneError, Point
 
 if TYPE_CHECKING:
@@ -32,8 +30,6 @@ if TYPE_CHECKING:
     from helpers.models.loaded import Loaded
     from helpers.training.conversations import Conversation, Example
     from helpers.training.recipe import Recipe
-
-IDENTITY_FILE = "fine_tune.json"
 
 
 def finetune(
@@ -52,71 +48,41 @@ def finetune(
     ``out_dir/checkpoints`` and loses at most a tenth of the steps. For several processes, start the program with
     torchrun. Like transformers' trainer, it sets the global random seeds, to ``recipe.seed``. Raises FinetuneError if
     nf4 weights may be repacked during training (load with ``unpacked=True``), if the model already has adapters, or if
-    ``out_dir`` holds a fine-tune with another recipe, base or data.
+    ``out_dir`` holds a fine-tune with another recipe, base or data; TrainingStoppedError if a loss, gradient or weight
+    is not finite, or if a file cannot be written: what was saved before is kept.
     """
     out_dir = Path(out_dir)
     _check_base(loaded.model)
-    training = examples(loaded, dataset)
-    measured = examples(loaded, held_out) if held_out else []
-    identity = _Identity.of(loaded, recipe, (training, measured))
+    selected = _select(loaded, dataset)
+    measured = _select(loaded, held_out).examples if held_out else []
+    identity = _Identity.of(loaded, recipe, (selected.examples, measured), _processes())
     identity.check_folder(out_dir)
     history: list[Point] = []
     with _quiet_libraries(), _adapters(loaded, recipe) as model:
-        checkpoint = _last_checkpoint(out_dir)
+        checkpoint = _last_whole(out_dir / "checkpoints", identity.label)
         config = _config(recipe, out_dir, evaluates=bool(measured), starts=checkpoint is None)
-        trainer = _trainer(model, loaded, config, training, measured)
+        trainer = _trainer(model, loaded, config, selected.examples, measured)
+        trainer.add_callback(_careful(identity.label))
         trainer.add_callback(_watch(history, on_point))
         # of several processes one writes
         if trainer.is_world_process_zero():
             identity.write(out_dir)
         with trained_positions_alone(trainer.args.device):
-            seconds = _train(trainer, checkpoint, out_dir)
+            seconds = _train(trainer, checkpoint, out_dir, history)
+        if trainer.is_world_process_zero():
+            _save_adapter(trainer.accelerator.unwrap_model(trainer.model), identity, out_dir)
+        trainer.accelerator.wait_for_everyone()
     return Finetuned(
         loaded=replace(loaded, model=cast("PreTrainedModel", model)),
         adapter_dir=out_dir,
         history=tuple(history),
         trainable_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        examples=len(training),
-        left_out=_reply_count(dataset) - len(training),
+        examples=len(selected.examples),
+        left_out=selected.too_long,
+        blank_replies=selected.blank,
         seconds=seconds,
         processes=trainer.args.world_size,
     )
-
-
-def reload(adapter_dir: Path) -> Loaded:
-    """The base model in the precision it was trained in, with the adapter of a folder.
-
-    Raises FinetuneError if the folder holds no adapter.
-    """
-    from peft import PeftModel
-
-    loaded = _load_base(adapter_dir)
-    with _quiet_libraries():
-        model = PeftModel.from_pretrained(loaded.model, adapter_dir)
-    model.eval()
-    # a PeftModel is no PreTrainedModel, but passes all calls on to the one inside it
-    return replace(loaded, model=cast("PreTrainedModel", model))
-
-
-def merge(adapter_dir: Path, out_dir: Path) -> ModelRef:
-    """Add an adapter to its base model's weights and save the sum in bf16; return the entry to load it with.
-
-    A quantized base is dequantized first, so that the adapter is added to the very weights it was trained on; merging
-    into 4-bit weights would round the sum again. Raises FinetuneError if the folder holds no adapter.
-    """
-    import torch
-    from peft import PeftModel
-
-    loaded = _load_base(adapter_dir)
-    with _quiet_libraries():
-        model = loaded.model.dequantize() if loaded.report.quantized_layers else loaded.model
-        merged = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload().to(torch.bfloat16)
-        merged.save_pretrained(out_dir)
-    loaded.tokenizer.save_pretrained(out_dir)
-    # unload frees the memory only if nothing else holds the weights
-    del model, merged
-    loading.unload(loaded)
-    return replace(loaded.ref, id=str(Path(out_dir).resolve()), source="embedded", revision=None, file=None)
 
 
 @contextmanager
@@ -164,18 +130,41 @@ def _trainer(
     return trainer
 
 
-def _train(trainer: SFTTrainer, checkpoint: str | None, out_dir: Path) -> float:
-    """Train, save the adapter and leave the model ready for inference; return the seconds of the training."""
+def _train(trainer: SFTTrainer, checkpoint: Path | None, out_dir: Path, history: list[Point]) -> float:
+    """Train and leave the model ready for inference; return the seconds of the training."""
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        if checkpoint is not None and _is_finished(checkpoint):
+            # the trainer would take one more step when it resumes after the last one
+            history.extend(_restore(trainer, checkpoint))
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except FinetuneError:
+        raise
+    # The libraries raise all kinds of errors for a full disk, among them the plainest.
+    except Exception as error:
+        if explained := _explained(error, out_dir / "checkpoints"):
+            raise explained from error
+        raise
     seconds = time.perf_counter() - started
     # training in bf16 wraps the model's forward pass in autocast, which would change later inference
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    model.eval()
-    if trainer.is_world_process_zero():
-        model.save_pretrained(out_dir)
-    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     return seconds
+
+
+def _restore(trainer: SFTTrainer, checkpoint: Path) -> list[Point]:
+    """Give the adapter the weights of a finished training's checkpoint; return its losses."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+    from transformers import TrainerState
+
+    set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device=str(trainer.args.device)))
+    state = TrainerState.load_from_json(str(checkpoint / _STATE))
+    return [_point(row) for row in state.log_history if _is_point(row)]
+
+
+def _processes() -> int:
+    """The number of processes that train together; torchrun tells it to each."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def _config(recipe: Recipe, out_dir: Path, *, evaluates: bool, starts: bool) -> SFTConfig:
@@ -193,8 +182,8 @@ def _config(recipe: Recipe, out_dir: Path, *, evaluates: bool, starts: bool) -> 
         completion_only_loss=True, packing=False, max_length=None,
         eval_strategy="steps" if evaluates else "no", eval_steps=recipe.evaluate_every,
         eval_on_start=evaluates and starts,
-        # a checkpoint after every tenth of the steps; older ones are deleted
-        output_dir=str(out_dir / "checkpoints"), save_steps=max(1, recipe.steps // 10), save_total_limit=1,
+        # a checkpoint after every tenth of the steps; the callback deletes older ones when the new one is whole
+        output_dir=str(out_dir / "checkpoints"), save_steps=max(1, recipe.steps // 10), save_total_limit=None,
         bf16=gpu, use_cpu=not gpu, dataloader_pin_memory=gpu,
         # nothing is sent anywhere, and a loss that is not a number is shown, not hidden
         logging_steps=recipe.log_every, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True,
@@ -249,28 +238,6 @@ def _loss(row: Mapping[str, float], name: str) -> float | None:
     return None if loss is None else float(loss)
 
 
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Hide the libraries' bars, log lines and deprecations. Warnings of possible errors are still shown."""
-    import warnings
-
-    import datasets
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if not bars:
-            datasets.enable_progress_bars()
-
-
 def _check_base(model: PreTrainedModel) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -281,72 +248,3 @@ def _check_base(model: PreTrainedModel) -> None:
         )
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise FinetuneError("This model has adapters already. Load it again with models.load(..., unpacked=True).")
-
-
-@dataclass(frozen=True)
-class _Identity:
-    """What a fine-tune is made of: recipe, base model and data. It is saved beside the adapter."""
-
-    recipe: dict[str, Any]
-    base: dict[str, Any]
-    precision: str
-    double_quant: bool
-    data_sha256: str
-
-    @classmethod
-    def of(cls, loaded: Loaded, recipe: Recipe, data: Sequence[Sequence[Example]]) -> _Identity:
-        """The identity of a fine-tune; ``data``: the examples to train on, and those held out."""
-        quantization = getattr(loaded.model.config, "quantization_config", None)
-        ids = []
-        for part in data:
-            ids.append([example.input_ids for example in part])
-        return cls(
-            recipe=asdict(recipe),
-            base=asdict(loaded.ref),
-            precision=loaded.report.precision,
-            double_quant=bool(getattr(quantization, "bnb_4bit_use_double_quant", False)),
-            data_sha256=hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
-        )
-
-    def check_folder(self, out_dir: Path) -> None:
-        """Raise FinetuneError if a folder holds a fine-tune that differs in some part."""
-        path = out_dir / IDENTITY_FILE
-        if not path.exists():
-            return
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        different = [name for name, value in asdict(self).items() if saved.get(name) != value]
-        if different:
-            raise FinetuneError(
-                f"{out_dir} holds a fine-tune with another {' and '.join(different)}. Choose or empty another folder."
-            )
-
-    def write(self, out_dir: Path) -> None:
-        """Save the identity in a folder, whole or not at all: another process may be reading it."""
-        path = out_dir / IDENTITY_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
-        part.replace(path)
-
-
-def _last_checkpoint(out_dir: Path) -> str | None:
-    """The newest complete checkpoint, or None."""
-    # transformers writes its state file last: a folder without one was cut off
-    states = (out_dir / "checkpoints").glob("checkpoint-*/trainer_state.json")
-    folders = [state.parent for state in states]
-    if not folders:
-        return None
-    # by number: in the order of text, 100 comes before 20
-    return str(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2])))
-
-
-def _load_base(adapter_dir: Path) -> Loaded:
-    """The base model of an adapter, loaded as it was for training."""
-    path = Path(adapter_dir) / IDENTITY_FILE
-    if not path.is_file():
-        raise FinetuneError(
-            f"{adapter_dir} holds no adapter of this workbook: {IDENTITY_FILE} is missing. Give another folder."
-        )
-    data = json.loads(path.read_text(encoding="utf-8"))
-    options = loading.LoadOptions(double_quant=data["double_quant"])
-    return loading.load(ModelRef(**data["base"]), data["precision"], unpacked=True, options=options)

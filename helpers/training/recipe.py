@@ -18,6 +18,12 @@ class FinetuneError(WorkbookError):
     """A fine-tune that is not possible, or an adapter that cannot be read."""
 
 
+class TrainingStoppedError(FinetuneError):
+    """A training that cannot go on: a number is not finite, or a checkpoint cannot be written."""
+
+    exit_code = 1
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to train. LoRA adds B·A·alpha/rank to each linear layer of the decoder (Hu et al., arXiv 2106.09685).
@@ -41,8 +47,17 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "rank", "alpha", "log_every", "evaluate_every"):
-            if getattr(self, name) < 1:
+            if not getattr(self, name) >= 1:
                 raise FinetuneError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        # "not ... <" would let a nan pass
+        if not 0 < self.learning_rate <= 1:
+            raise FinetuneError(f"learning_rate must be more than 0 and at most 1, but is {self.learning_rate}.")
+        if not 0 <= self.dropout < 1:
+            raise FinetuneError(f"dropout must be at least 0 and less than 1, but is {self.dropout}.")
+        if not self.warmup_steps >= 0:
+            raise FinetuneError(f"warmup_steps must be at least 0, but is {self.warmup_steps}.")
+        if not 0 <= self.seed < 2**32:
+            raise FinetuneError(f"seed must be at least 0 and less than 2**32, but is {self.seed}.")
 
 
 @dataclass(frozen=True)
@@ -58,8 +73,9 @@ class Point:
 class Finetuned:
     """A trained adapter: on the model in memory, and in a folder.
 
-    ``examples`` counts the replies trained on; ``left_out`` those longer than the context. ``seconds`` is the time of
-    this call, without that of an interrupted call before. ``processes`` is the number that really trained.
+    ``examples`` counts the replies trained on; ``left_out`` those longer than the context, ``blank_replies`` those in
+    which nothing can be seen. ``seconds`` is the time of this call, without that of an interrupted call before.
+    ``processes`` is the number that really trained.
     """
 
     loaded: Loaded
@@ -68,5 +84,6 @@ class Finetuned:
     trainable_parameters: int
     examples: int
     left_out: int
+    blank_replies: int
     seconds: float
     processes: int

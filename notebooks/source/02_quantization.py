@@ -5,6 +5,17 @@
 #       falcon: [precisions]
 #       llama_chat: [precisions]
 #       laptop/falcon: [bf16, int8, nf4]
+#     parameters:
+#       seed: {least: 0, most: 4294967295}
+#       texts_falcon: {least: 2, most: 100000}
+#       texts_llama: {least: 2, most: 100000}
+#       items_falcon: {least: 2, most: 100000}
+#       items_llama: {least: 2, most: 100000}
+#       prompt_tokens: {least: 1, most: 100000}
+#       new_tokens: {least: 2, most: 100000}
+#       prompt_tokens_llama: {least: 1, most: 100000}
+#       new_tokens_llama: {least: 2, most: 100000}
+#       repeats: {least: 1, most: 1000}
 # ---
 
 # %% [markdown]
@@ -46,6 +57,7 @@ from tempfile import TemporaryDirectory
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from helpers import evaluation, exercises, figures, machine, models, runs, speed
 
+notebook_name = "02_quantization"  # recorded and expected values are found by this name
 models.tidy_output()
 settings = models.load_profile(profile)
 models.table(settings)
@@ -65,7 +77,7 @@ weights = {p: machine.weight_bytes(published, p) for p in ("fp32", "bf16", "int8
 weights["nf4, scales quantized too"] = machine.weight_bytes(published, "nf4", double_quant=True)
 rows = [(p, f"{n / 2**30:.1f}", f"{n / weights['bf16']:.0%}") for p, n in weights.items()]
 display(pd.DataFrame(rows, columns=["precision", "weights, GiB", "of bf16"]).set_index("precision"))
-texts = pd.read_json("data/perplexity_texts.jsonl", lines=True)["text"].tolist()
+texts = evaluation.read_texts(Path("data/perplexity_texts.jsonl"))
 mini = models.load_profile("laptop").falcon
 full = models.load(mini, "bf16")
 ids = full.tokenizer(texts[0], return_tensors="pt")["input_ids"].to(full.model.device)
@@ -205,9 +217,10 @@ runs.record_all(values)
 # ## 7 · The price in quality
 #
 # *Perplexity* is the exponential of the mean negative log-likelihood of a token: 10 means that the model is as unsure as if it
-# chose among 10 tokens. *Bits per byte* divides by the bytes of the text instead, so it can compare models with different
-# vocabularies. In a *task* the model chooses an ending: the one it finds most likely (notebook 04 does one item by hand). The
-# first cell measures a story on which falcon-mini was not trained, in plain PyTorch.
+# chose among 10 tokens. Each text follows the token that began a document in training. *Bits per byte* divides by the bytes of the
+# text instead, so it can compare models with different vocabularies. In a *task* the model chooses an ending: the one it finds most
+# likely (notebook 04 does one item by hand). The first cell measures a story on which falcon-mini was not trained, in plain
+# PyTorch.
 #
 # `evaluation.evaluate` runs EleutherAI's lm-evaluation-harness on the first items of `story_endings` and `short_facts`.
 # `evaluation.measure_precisions` measures bytes, logits, texts, tasks and the speeds of section 8 for every precision of this

@@ -4,6 +4,10 @@
 #     models:
 #       falcon: [profile]
 #       falcon_chat: [profile]
+#     parameters:
+#       seed: {least: 0, most: 4294967295}
+#       question: {blank: false}
+#       max_new_tokens: {least: 1, most: 100000}
 # ---
 
 # %% [markdown]
@@ -34,6 +38,7 @@ from helpers import exercises, generation, models, panels, runs
 from helpers.generation import Sampling
 from helpers.runs import Measured
 
+notebook_name = "03_chat_prompting"  # recorded and expected values are found by this name
 models.tidy_output()
 settings = models.load_profile(profile)
 models.table(settings)
@@ -113,10 +118,11 @@ if tokenizer.chat_template:
 print(repr(rendered))
 
 # %% [markdown]
-# The model reads tokens. Hover over a token to see its id.
+# The model reads tokens. `encode` gives the ids of a conversation: the text's, except that nothing a user writes becomes a control
+# token such as `<|endoftext|>`. Hover over a token to see its id.
 
 # %%
-panels.tokens_html(tokenizer, tokenizer(rendered)["input_ids"])
+panels.tokens_html(tokenizer, chat_model.format.encode(tokenizer, messages))
 
 # %% tags=["record"]
 if templated is not None:
@@ -185,7 +191,7 @@ print(falcon.render([*conversation, {"role": "user", "content": saddle}]))
 # %%
 greedy = Sampling(temperature=0, max_new_tokens=40)
 prompts = {"wrong": wrong(question, history=[], system_prompt="You are a friendly falcon.")}
-prompts["right"] = falcon.render([messages[0], {"role": "user", "content": question}])
+prompts["right"] = chat_model.format.render([messages[0], {"role": "user", "content": question}])
 for name, text in prompts.items():
     reply = generation.generate(chat_model, text, greedy)
     print(f"{name} prompt: {text!r}\n       reply: {reply.text!r}\n")
@@ -198,13 +204,13 @@ values["published_asks_times"] = Measured(asked, "times", "A22", agrees=asked ==
 runs.record_all(values)
 
 # %% [markdown]
-# ## 4 · One conversation, four formats
+# ## 4 · One conversation, five formats
 #
-# Every family of models was trained on its own format. A format that the model never saw raises no error. This is what the chat
-# model of this profile replies to each.
+# Every family of models was trained on its own format; falcon-7b-instruct, from the same makers, on another than the 180B. A
+# format that the model never saw raises no error. This is what the chat model of this profile replies to each.
 
 # %%
-for name in ("falcon-chat", "llama-2", "chatml", "plain"):
+for name in ("falcon-chat", "falcon-instruct", "llama-2", "chatml", "plain"):
     text = models.format_for(name).render(messages)
     reply = generation.generate(chat_model, text, greedy)
     print(f"--- {name} " + "-" * (60 - len(name)))
@@ -214,8 +220,8 @@ for name in ("falcon-chat", "llama-2", "chatml", "plain"):
 # ## 5 · Where to stop
 #
 # Falcon-180B-Chat's history has no end token between turns, so a model may continue and write the user's next line itself. A
-# *stop string* prevents this: generation ends as soon as `\nUser:` appears, and the string is cut from the reply. A stream holds
-# back the first characters of a possible stop string until it is clear whether the rest follows.
+# *stop string* prevents this: generation ends as soon as `\nUser:` appears, and the string is cut from the reply, with the white
+# space before it. A stream holds back what may still be cut until it is clear what follows.
 
 # %%
 print("stop strings:", chat_model.format.stop_strings)

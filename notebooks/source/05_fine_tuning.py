@@ -4,6 +4,13 @@
 #     models:
 #       falcon_chat: [nf4]
 #       laptop/falcon_chat: [bf16]
+#     parameters:
+#       seed: {least: 0, most: 4294967295}
+#       steps: {least: 1, most: 1000000}
+#       batch_size: {least: 1, most: 100000}
+#       learning_rate: {above: 0, most: 1}
+#       rank: {least: 1, most: 4096}
+#       questions_at_once: {least: 1, most: 100000}
 # ---
 
 # %% [markdown]
@@ -45,6 +52,7 @@ from helpers import base, evaluation, exercises, figures, models, panels, runs, 
 from helpers.generation import Sampling
 from helpers.runs import Measured
 
+notebook_name = "05_fine_tuning"  # recorded and expected values are found by this name
 models.tidy_output()
 settings = models.load_profile(profile)
 models.table(settings)
@@ -126,9 +134,7 @@ before = evaluation.compare(items, {"before": loaded}, short, batch_size=questio
 before.scores().round(3)
 
 # %%
-import pandas as pd
-
-texts = pd.read_json("data/perplexity_texts.jsonl", lines=True)["text"].tolist()
+texts = evaluation.read_texts(Path("data/perplexity_texts.jsonl"))
 bits_before = evaluation.perplexity(loaded, texts).bits_per_byte
 print(f"{bits_before:.3f} bits per byte on {len(texts)} stories")
 

@@ -12,7 +12,8 @@ from helpers.base.files import ROOT
 from helpers.base.hashes import file_hash
 from helpers.models import load_profile
 from helpers.runs import rendering
-from helpers.runs.notebook import _cells_hash, _declared_models
+from helpers.runs.document import _cells_hash
+from helpers.runs.notebook import _declared_models
 
 SOURCES = sorted((ROOT / "notebooks" / "source").glob("*.py"))
 NOTEBOOKS = [ROOT / "notebooks" / f"{path.stem}.ipynb" for path in SOURCES]

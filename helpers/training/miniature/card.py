@@ -13,7 +13,7 @@ from helpers.figures.style import png
 from helpers.models.loading import load, unload
 from helpers.models.references import ModelRef
 from helpers.training.miniature.quality import _chat_replies, _fluency, _follows_the_thread, _two_choices
-from helpers.training.miniature.texts import _read_text, _read_texts
+from helpers.training.miniature.texts import _read_rows, _read_text, _read_texts
 from helpers.training.miniature.training import HELD_OUT, LOG
 
 if TYPE_CHECKING:
@@ -128,8 +128,7 @@ def _curve(log: Path, subject: str) -> Figure:
     """The training log as a figure, one phase after the other. Raises WorkbookError if the log is missing."""
     points: list[_CurvePoint] = []
     phase, before, last = "", 0, 0
-    for line in _read_text(log).splitlines():
-        row = json.loads(line)
+    for row in cast("list[dict[str, Any]]", _read_rows(log, "phase", "step")):
         # each phase counts its steps from 0
         if row["phase"] != phase:
             phase, before = row["phase"], last

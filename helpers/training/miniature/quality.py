@@ -14,7 +14,7 @@ from helpers.evaluation.comparison import names
 from helpers.evaluation.likelihood import Question, multiple_choice
 from helpers.generation.generating import generate_batch
 from helpers.generation.sampling import Reply, Sampling
-from helpers.models.formats import encode
+from helpers.models.tokens import encode
 from helpers.training.miniature.talk import _with_article
 from helpers.training.miniature.texts import END, _read_nouns
 

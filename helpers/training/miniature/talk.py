@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import re
 from collections import Counter
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from helpers.base.files import ROOT
-from helpers.training.miniature.texts import END, _frozen_nouns, _read_text, _records, _training_stories
+from helpers.training.miniature.texts import END, _frozen_nouns, _read_rows, _records, _training_stories
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -74,12 +73,12 @@ def _conversations(path: Path) -> Iterator[Turns]:
 
 
 def _instructions(path: Path) -> Iterator[Turns]:
-    for line in _read_text(path).splitlines():
-        row = json.loads(line)
-        question = row["prompt"]
+    for row in _read_rows(path, "prompt", "response"):
+        question = str(row["prompt"])
         if row.get("context"):
             question = f"{row['context']} {question}"
-        yield [*(row.get("turns") or [question]), row["response"]]
+        turns = cast("list[str] | None", row.get("turns"))
+        yield [*(turns or [question]), str(row["response"])]
 
 
 def _dialogues(path: Path) -> Iterator[Turns]:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
+from helpers.base.jsonl import read_records
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from helpers.base.jsonl import Record
     from helpers.training.miniature.recipe import _Recipe
 
 END = "<|endoftext|>"
@@ -22,7 +24,7 @@ NOUNS = ROOT / "notebooks" / "data" / "animal_nouns.jsonl"
 
 
 class _DataError(WorkbookError):
-    """A text file of the recipe that is missing."""
+    """A text file of the recipe that is missing or damaged."""
 
 
 def _frozen_nouns() -> re.Pattern[str]:
@@ -35,7 +37,7 @@ def _frozen_nouns() -> re.Pattern[str]:
 
 def _read_nouns() -> list[dict[str, str]]:
     """The nouns of the animal test, each with its plural and kind."""
-    return [json.loads(line) for line in NOUNS.read_text(encoding="utf-8").splitlines()]
+    return [{name: str(value) for name, value in row.items()} for _, row in read_records(NOUNS)]
 
 
 def _records(path: Path) -> list[str]:
@@ -45,13 +47,32 @@ def _records(path: Path) -> list[str]:
 
 
 def _read_text(path: Path) -> str:
-    """The text of a data file. Raises WorkbookError if the file is missing."""
+    """The text of a data file. Raises WorkbookError if the file is missing or not UTF-8."""
+    _check_there(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _DataError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
+
+
+def _read_rows(path: Path, *keys: str) -> list[Record]:
+    """The rows of a JSON Lines file. Raises WorkbookError if it is missing, or a row is not valid or without a key."""
+    _check_there(path)
+    rows = []
+    for line, row in read_records(path):
+        missing = [key for key in keys if key not in row]
+        if missing:
+            raise _DataError(f"{path}, line {line} has no {missing[0]!r}. Restore the file or correct the line.")
+        rows.append(row)
+    return rows
+
+
+def _check_there(path: Path) -> None:
     if not path.is_file():
         raise _DataError(
             f"{path} is missing. The recipe names the files of the training texts, and the model card says where they "
             "come from. Files beside the weights are written by workbook train-mini."
         )
-    return path.read_text(encoding="utf-8")
 
 
 def _held_out_stories(data: Path, recipe: _Recipe) -> list[str]:
@@ -79,7 +100,7 @@ def _write_texts(path: Path, texts: Sequence[str]) -> None:
 
 def _read_texts(path: Path) -> list[str]:
     """The texts that ``_write_texts`` wrote. Raises WorkbookError if the file is missing."""
-    return [json.loads(line)["text"] for line in _read_text(path).splitlines()]
+    return [str(row["text"]) for row in _read_rows(path, "text")]
 
 
 def _pretraining_texts(data: Path, recipe: _Recipe, without: Sequence[str] = ()) -> list[str]:

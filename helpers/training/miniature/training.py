@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from helpers.base.errors import WorkbookError, choose
-from helpers.base.files import ROOT
+from helpers.base.files import ROOT, write_text
 from helpers.base.hashes import write_hashes
+from helpers.training.checkpoints import _STATE, _careful, _is_finished, _last_whole
 from helpers.training.miniature.talk import _chat_examples, _chat_pairs, _held_out_talks
 from helpers.training.miniature.texts import END, _held_out_stories, _pretraining_texts, _write_texts
 
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 RECIPE = ROOT / "env" / "models" / "falcon-mini" / "recipe.yaml"
 STAGES = ("tokenizer", "base", "chat")
 _CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m['role']=='system' %}{{ 'System: ' + m['content'] + '\\n' }}"
+    "{% for m in messages %}{% if m['role']=='system' %}{% if m['content'].strip() %}"
+    "{{ 'System: ' + m['content'] + '\\n' }}{% endif %}"
     "{% elif m['role']=='user' %}{{ 'User: ' + m['content'] + '\\n' }}"
     "{% elif m['role']=='assistant' %}{{ 'Falcon: ' + m['content'] + '\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Falcon:' }}{% endif %}"
@@ -292,7 +294,7 @@ def _arguments(settings: _TrainingSettings, recipe: _Recipe, work: Path) -> Trai
         use_cpu=not gpu,
         logging_steps=10,
         save_steps=recipe["save_steps"],
-        save_total_limit=1,
+        save_total_limit=None,  # the callback deletes older ones when the new one is whole
         eval_strategy="steps",
         eval_steps=recipe["save_steps"],
         report_to=[],
@@ -314,11 +316,10 @@ def _fit(
 ) -> list[dict[str, float]]:
     """Train or resume in place; return steps and losses. The loss on ``measured`` is taken at every checkpoint."""
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainerState
-    from transformers.trainer import TRAINER_STATE_NAME
-    from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+    from transformers.trainer_utils import IntervalStrategy
 
     work = Path(str(arguments.output_dir))
-    _check_same_training(model, rows, work)
+    of = _check_same_training(model, rows, work)
     if not measured:
         arguments.eval_strategy = IntervalStrategy.NO
     trainer = Trainer(
@@ -329,14 +330,15 @@ def _fit(
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         optimizers=(_muon(model, settings), None),
         compute_loss_func=_unlikelihood_loss(settings.get("unlikelihood", 0), tokenizer.eos_token_id),
+        callbacks=[_careful(of)],
     )
-    last = get_last_checkpoint(work)
-    if last and _is_finished(Path(last)):
+    last = _last_whole(work, of)
+    if last and _is_finished(last):
         # Trainer would take one more step when it resumes after the last one
         model.load_state_dict(type(model).from_pretrained(last).state_dict())
-        trainer.state = TrainerState.load_from_json(str(Path(last) / TRAINER_STATE_NAME))
+        trainer.state = TrainerState.load_from_json(str(last / _STATE))
     else:
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return _losses(trainer.state.log_history)
 
 
@@ -353,18 +355,11 @@ def _losses(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
     return losses
 
 
-def _is_finished(checkpoint: Path) -> bool:
-    """Whether a training reached its last step."""
-    from transformers import TrainerState
-    from transformers.trainer import TRAINER_STATE_NAME
+def _check_same_training(model: FalconForCausalLM, rows: Sequence[Row], work: Path) -> str:
+    """What the checkpoints of a training are of.
 
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    finished: bool = state.global_step >= state.max_steps
-    return finished
-
-
-def _check_same_training(model: FalconForCausalLM, rows: Sequence[Row], work: Path) -> None:
-    """Raise WorkbookError if ``work`` holds checkpoints of other texts, another tokenizer or other first weights."""
+    Raises WorkbookError if ``work`` holds checkpoints of other texts, another tokenizer or other first weights.
+    """
     digest = hashlib.sha256(json.dumps([row["input_ids"] for row in rows]).encode())
     digest.update(_embedding(model).detach().cpu().numpy().tobytes())
     mark = work / "trained_on.sha256"
@@ -374,7 +369,8 @@ def _check_same_training(model: FalconForCausalLM, rows: Sequence[Row], work: Pa
             "changed. Delete that folder, or choose another with --work."
         )
     work.mkdir(parents=True, exist_ok=True)
-    mark.write_text(digest.hexdigest())
+    write_text(mark, digest.hexdigest())
+    return f"training {digest.hexdigest()}"
 
 
 def _save(model: FalconForCausalLM, log: Sequence[_LogRow], out: Path) -> None:

@@ -119,9 +119,9 @@ def test_orphans_of_the_session_are_killed_though_never_seen(sleeper):
 
 def test_a_marked_process_kills_the_others_and_lives(sleeper):
     code = (
-        "import subprocess\nfrom helpers.base import processes\nfrom helpers.base.parent import Parent\n"
+        "import subprocess\nfrom helpers.base import families\nfrom helpers.base.parent import Parent\n"
         "parent = Parent()\nmark = parent.receive()['mark']\n"
-        "with processes.ending_descendants(mark):\n"
+        "with families.ending_descendants(mark):\n"
         f"    subprocess.Popen(['setsid', 'sleep', '{sleeper}'])\n"
         f"    subprocess.Popen(['sleep', '{sleeper}'], env={{}})\n"
         "    print('noise')\n    parent.send({})\n    parent.receive()\n"

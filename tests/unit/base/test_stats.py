@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize_scalar
 
 from helpers import base
 
@@ -106,6 +107,82 @@ def test_outcomes_that_never_differ_leave_less_than_four_over_their_number():
     found = base.paired_difference([1, 0] * 50, [1, 0] * 50)
     assert (found.low, found.estimate, found.high) == pytest.approx((-most, 0, most))
     assert most < 4 / 100
+
+
+def likeliest(only_first, only_second, pairs, difference):
+    """The share of pairs that only the second gets right, by searching for the most likely one."""
+    tied = pairs - only_first - only_second
+
+    def unlikelihood(share):
+        return -sum(
+            count * math.log(chance) if count else 0
+            for count, chance in (
+                (only_first, share + difference), (only_second, share), (tied, 1 - 2 * share - difference),
+            )
+        )  # fmt: skip
+
+    low, high = max(0, -difference), (1 - difference) / 2
+    return minimize_scalar(unlikelihood, (low, high), bounds=(low + 1e-12, high - 1e-12), method="bounded").x
+
+
+@pytest.mark.parametrize("counts", [(12, 2, 56), (4, 1, 10), (3, 1, 20), (9, 1, 10), (1, 1, 12)])
+def test_the_score_interval_ends_where_the_score_test_rejects(counts):
+    """B3: Tango 1998. (b - c - n d)² / (n (2 q + d (1 - d))) is 1.96² at both ends, q by numerical search."""
+    only_first, only_second, pairs = counts
+    tied = [1] * (pairs - only_first - only_second)
+    first, second = [1] * only_first + [0] * only_second + tied, [0] * only_first + [1] * only_second + tied
+    found = base.paired_difference(first, second)
+    assert found.low < found.estimate < found.high
+    for end in (found.low, found.high):
+        share = likeliest(only_first, only_second, pairs, end)
+        variance = pairs * (2 * share + end * (1 - end))
+        assert (only_first - only_second - pairs * end) ** 2 / variance == pytest.approx(1.96**2, rel=1e-3)
+
+
+@pytest.mark.parametrize("pairs", [2, 12, 100])
+def test_outcomes_that_all_differ_leave_a_width(pairs):
+    """B3: only the first is right, every time. By hand: the score test, q = (1 - d) / 2, ends at 1 - 2z²/(n + z²)."""
+    low = 1 - 2 * 1.959964**2 / (pairs + 1.959964**2)
+    found = base.paired_difference([1] * pairs, [0] * pairs)
+    assert (found.low, found.estimate, found.high) == pytest.approx((low, 1, 1), abs=1e-4)
+    found = base.paired_difference([0] * pairs, [1] * pairs)
+    assert (found.low, found.estimate, found.high) == pytest.approx((-1, -1, -low), abs=1e-4)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_the_mean_of_outcomes_that_are_all_alike_leaves_a_width(value):
+    """B3: Student's t would give a point; Wilson's interval at 0 or 12 of 12 is z²/(n + z²) wide."""
+    found = base.mean([value] * 12)
+    assert found.high - found.low == pytest.approx(1.959964**2 / (12 + 1.959964**2))
+    assert found.estimate == value
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda bad: base.mean([1.0, bad]),
+        lambda bad: base.ratio([1.0, bad], [1.0, 2.0]),
+        lambda bad: base.ratio([1.0, 2.0], [1.0, bad]),
+        lambda bad: base.ratio_error([1.0, bad], [1.0, 2.0]),
+        lambda bad: base.paired_difference([1.0, bad], [1.0, 2.0]),
+        lambda bad: base.paired_difference([1.0, 2.0], [1.0, bad]),
+        lambda bad: base.paired_difference([1.0, 2.0], [1.0, 3.0], [1.0, bad]),
+        lambda bad: base.Interval(0.5, bad, 1.0),
+    ],
+)
+def test_no_statistic_takes_a_value_that_is_not_finite(ask, bad):
+    """B1: McNemar's p was 1.0 and the accuracy 0.5 of a model that computed NaN."""
+    with pytest.raises(base.WorkbookError, match=str(bad)):
+        ask(bad)
+
+
+def test_a_value_or_why_there_is_none():
+    """B4"""
+    assert base.known(3.14159, "no time", 2) == 3.14
+    assert base.known(2.0, "no time") == 2.0
+    assert base.known(math.nan, "no time", 2) == "no time"
+    assert base.known(math.inf, "no time") == "no time"
 
 
 def test_a_paired_difference_refuses_what_has_no_pairs():

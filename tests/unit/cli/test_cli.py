@@ -227,7 +227,7 @@ def test_the_version_is_that_of_the_module():
 def test_the_help_tells_users_commands_from_maintainers():
     users, maintainers = workbook("--help").stdout.split("For maintainers")
     for text, names in [
-        (users, "doctor plan fetch run report check diff lab leaderboard bench"),
+        (users, "doctor plan fetch run report check diff lab leaderboard bench finetune"),
         (maintainers, "render expect train-mini evaluate-mini"),
     ]:
         listed = [line.split()[1] for line in text.splitlines() if line.startswith("│ ") and line[2] not in " -"]

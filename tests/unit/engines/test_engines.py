@@ -533,6 +533,7 @@ def test_rows_are_told_apart_in_the_table():
         device="CPU: x", cpus=2, ram_bytes=2**33, system="Linux", date="today", command="workbook", profile="laptop",
         precision="fp32", quick=False, repeats=1, versions={"torch": "2"}, threads=2,
         bandwidth_bytes_per_second=[1.5e10],
+        slowest_copy_bytes_per_second=[1.2e10],
     )  # fmt: skip
     text = session._page(conditions, [full, *lacking])
     cells = (
@@ -540,7 +541,7 @@ def test_rows_are_told_apart_in_the_table():
     )
     assert cells in text
     assert "- vllm, context 20, batch 3; context 40, batch 3: not installed" in text
-    assert "15.0 GB/s" in text
+    assert "15.0 (slowest copy 12.0) GB/s" in text
 
 
 def test_the_figure_shows_each_engine_with_its_spread_and_the_limit():

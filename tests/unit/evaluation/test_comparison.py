@@ -4,11 +4,10 @@ import dataclasses
 import json
 import math
 
-import numpy as np
 import pytest
 
 from helpers import evaluation
-from helpers.base import WorkbookError
+from helpers.base import WorkbookError, paired_difference, proportion
 from helpers.base.files import ROOT
 from helpers.evaluation import Comparison, Item, compare
 from helpers.generation import Reply, Sampling, generate
@@ -97,13 +96,7 @@ def test_the_paired_difference_by_hand():
     assert difference.interval.estimate == pytest.approx(0.3)
     # exact binomial, 1 of 5: 2 * (1 + 5) / 32
     assert difference.p_value == pytest.approx(2 * 6 / 32)
-    # the differences: four 1, one -1, five 0. All sums of ten draws from them, with their probabilities:
-    sums = np.array([1.0])
-    for _ in range(10):
-        sums = np.convolve(sums, [0.1, 0.5, 0.4])
-    below = np.cumsum(sums)
-    by_hand = [(int(np.searchsorted(below, tail)) - 10) / 10 for tail in (0.025, 0.975)]
-    assert [difference.interval.low, difference.interval.high] == pytest.approx(by_hand)
+    assert difference.interval == paired_difference([1] * 4 + [0] + [1] * 5, [0] * 4 + [1] + [1] * 5)
 
 
 def test_two_sides_that_never_differ_still_leave_a_width():
@@ -117,6 +110,15 @@ def test_the_win_rate_counts_correct_before_concise_and_ties_half():
     test = table([GOAT] * 4, falcon=["goat", "goat", "saddle", "saddle"], llama=["saddle", long, "goat", wrong])
     assert test.win_rate().estimate == pytest.approx((1 + 1 + 0 + 0.5) / 4)
     assert test.win_rate("llama", "falcon").estimate == pytest.approx(1 - 2.5 / 4)
+
+
+def test_a_win_rate_of_all_or_of_ties_alone_says_how_little_is_known():
+    """B3: Student's t gave an interval of no width for both."""
+    won = table([GOAT] * 12, falcon=["goat"] * 12, llama=["saddle"] * 12).win_rate()
+    assert won == proportion(12, 12)
+    tied = table([GOAT] * 12, falcon=["goat"] * 12, llama=["goat"] * 12).win_rate()
+    most = 1 - 0.025 ** (1 / 12)  # Clopper and Pearson
+    assert (tied.low, tied.estimate, tied.high) == pytest.approx((0.5 - most / 2, 0.5, 0.5 + most / 2))
 
 
 def test_what_cannot_be_compared_is_said():
@@ -226,14 +228,72 @@ def test_intervals_stay_within_what_is_possible():
     few = table([GOAT] * 2, falcon=["goat", "saddle"], llama=["saddle", "saddle"])
     win, difference = few.win_rate(), few.difference("falcon", "llama").interval
     assert (win.low, win.high) == (0, 1)
-    assert (difference.low, difference.high) == (0, 1)  # no draw of a gain and a tie is a loss
-    with pytest.raises(ValueError, match="not a list of words"):
+    assert -1 <= difference.low < 0 < difference.high <= 1
+    with pytest.raises(ValueError, match="must be a list of words"):
         Item("1", "fact", "?", answer="Paris")
 
 
-@pytest.mark.parametrize("second", ['{"kind": "list"}', '{"id": "2", "kind": "a", "question": "?", "answer": "Paris"}'])
-def test_a_line_that_is_no_item_is_named(second, tmp_path):
+GOOD = {"id": "1", "kind": "list", "question": "?", "answer": ["C++"], "others": ["Java"]}
+
+
+def items_file(tmp_path, *rows: dict | str):
     path = tmp_path / "items.jsonl"
-    path.write_text(json.dumps({"id": "1", "kind": "list", "question": "?"}) + f"\n{second}\n")
-    with pytest.raises(WorkbookError, match=r"items\.jsonl, line 2 is not a valid item"):
-        evaluation.read_items(path)
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        ({"kind": "list"}, "id must be a text, but is missing or null."),
+        (GOOD, "line 1 has the id '1' already."),
+        ({**GOOD, "id": 1}, "line 1 has the id '1' already."),
+        ('{"id": "2", "id": "3", "kind": "list", "question": "?"}', "The key 'id' is there twice."),
+        ({**GOOD, "id": "2", "answer": {"goat": 1}}, "answer must be a list of words, but is a mapping."),
+        ({**GOOD, "id": "2", "answer": "Paris"}, "answer must be a list of words, but is a text."),
+        ({**GOOD, "id": "2", "answer": ["a", 1]}, "answer is not a list of words: a word must be a text, but is int."),
+        ({**GOOD, "id": "2", "others": ["\u200b"]}, "others is not a list of words: a word is blank."),
+        ({**GOOD, "id": "2", "others": ["saddle "]}, "others has spaces around the word 'saddle '."),
+        ({**GOOD, "id": "2", "others": ["c++"]}, "No reply can be right: c++ is in both answer and others."),
+        ({**GOOD, "id": "2", "question": " \u00a0"}, "question is blank."),
+        ({**GOOD, "id": "2", "anser": ["Paris"]}, "An item has no key 'anser'."),
+    ],
+)  # fmt: skip
+def test_a_row_that_is_no_item_is_named(second, reason, tmp_path):
+    """A12 A3"""
+    with pytest.raises(WorkbookError) as refusal:
+        evaluation.read_items(items_file(tmp_path, GOOD, second))
+    assert "items.jsonl: 1 of 2 rows cannot be used as items." in str(refusal.value)
+    assert f"line 2 (row 2): {reason}" in str(refusal.value)
+
+
+def test_all_bad_rows_are_named_in_their_order(tmp_path):
+    """A6"""
+    bad = items_file(tmp_path, {**GOOD, "kind": None}, "x", GOOD, "{}")
+    with pytest.raises(WorkbookError) as refusal:
+        evaluation.read_items(bad)
+    assert [line.split(":")[0] for line in str(refusal.value).splitlines()[1:-1]] == [
+        "  line 1 (row 1)", "  line 2 (row 2)", "  line 4 (row 4)",
+    ]  # fmt: skip
+
+
+def test_a_word_that_ends_with_a_sign_is_found():
+    assert evaluation.names("It is written in C++.", "C++")
+    assert not evaluation.names("It is written in C++11.", "C++")
+
+
+def test_two_items_with_one_id_or_a_blank_prompt_are_refused_before_a_model_is_loaded():
+    """A12 A3: the models are not even there."""
+    ref = dataclasses.replace(load_profile("laptop").falcon, id="env/models/no-such-model")
+    with pytest.raises(WorkbookError, match="the same id: 1"):
+        compare([GOAT, dataclasses.replace(LIST, id="1")], {"a": ref})
+    with pytest.raises(WorkbookError, match="Prompt 2 cannot be asked: question is blank"):
+        compare(["Hi", "\u200b"], {"a": ref})
+
+
+def test_texts_are_read_from_their_key_and_blank_ones_named(tmp_path):
+    """A5 A3"""
+    path = items_file(tmp_path, {"text": "a\u2028b", "source": "x"}, {"text": "c"})
+    assert evaluation.read_texts(path) == ["a\u2028b", "c"]
+    with pytest.raises(WorkbookError, match=r"line 2 \(row 2\): text is blank"):
+        evaluation.read_texts(items_file(tmp_path, {"text": "a"}, {"text": "\ufeff"}))

@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from helpers.base import WorkbookError, proportion
 from helpers.base.files import ROOT
 from helpers.evaluation import Question, evaluate, multiple_choice, perplexity
+from helpers.evaluation.harness_model import _harness_model
 from helpers.evaluation.likelihood import _MultipleChoice, _windows
-from helpers.models import format_for, load, load_profile
+from helpers.generation import Sampling, generate
+from helpers.models import PromptTooLong, format_for, load, load_profile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PERPLEXITY_TEXTS = ROOT / "notebooks/data/perplexity_texts.jsonl"
@@ -210,15 +212,28 @@ def test_nothing_to_score_is_refused(tiny_loaded, texts):
         perplexity(tiny_loaded, texts)
 
 
-def test_impossible_limits_and_tokenizers_are_refused(tiny_loaded):
+def test_an_impossible_limit_is_refused(tiny_loaded):
     with pytest.raises(WorkbookError, match="max_tokens"):
         perplexity(tiny_loaded, TEXTS, max_tokens=0)
-    bare = copy.deepcopy(tiny_loaded.tokenizer)
-    bare.bos_token = bare.eos_token = None
-    with pytest.raises(WorkbookError, match="neither a begin nor an end token"):
-        perplexity(replace(tiny_loaded, tokenizer=bare), TEXTS)
-    bare.eos_token = "<|endoftext|>"
-    assert perplexity(replace(tiny_loaded, tokenizer=bare), TEXTS) == perplexity(tiny_loaded, TEXTS)
+
+
+def test_without_a_token_that_begins_documents_the_first_token_is_only_read(tiny_loaded):
+    """B5"""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    renamed = tiny_loaded.tokenizer.backend_tokenizer.to_str().replace("<|endoftext|>", "<|other|>")
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(renamed))
+    loaded, text = replace(tiny_loaded, tokenizer=bare), TEXTS[0]
+    ids = bare.encode(text)
+    with torch.no_grad():
+        logs = tiny_loaded.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    found = perplexity(loaded, [text])
+    assert found.nll[0] == pytest.approx(-sum(float(logs[n, token]) for n, token in enumerate(ids[1:])), rel=1e-4)
+    first = len(bare.decode(ids[:1]).encode())
+    assert (found.begins_with, found.tokens, found.bytes) == ("", len(ids) - 1, len(text.encode()) - first)
+    with pytest.raises(WorkbookError, match="too short"):
+        perplexity(loaded, [" "])
 
 
 QUESTIONS = (
@@ -492,3 +507,101 @@ def test_limits_below_one_and_items_beyond_the_context_are_refused(tiny_loaded):
     model.config.max_position_embeddings = 16
     with pytest.raises(WorkbookError, match="the context holds 16"):
         evaluate(replace(tiny_loaded, model=model), ["animal_choice"], 2)
+
+
+def write_generate_task(folder, rows, *, chat=True, metadata=None, **more):
+    """A task "written" whose answers the model writes; an answer counts if it is exactly the row's."""
+    (folder / "written.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "written", "dataset_path": "json", "test_split": "test", "output_type": "generate_until",
+        "dataset_kwargs": {"data_files": {"test": "written.jsonl"}}, "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}", "metadata": {"version": 1, "chat": chat, **(metadata or {})},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "generation_kwargs": {"until": ["NEVER"], "max_gen_toks": 12}, **more,
+    }  # fmt: skip
+    (folder / "written.yaml").write_text(json.dumps(task))
+
+
+def replies_of(loaded, questions, **sampling):
+    asked = [[{"role": "user", "content": question}] for question in questions]
+    return [generate(loaded, prompt, Sampling(temperature=0, **sampling)).text for prompt in asked]
+
+
+QUESTIONS_TO_WRITE = ["What is red?", "Say   <|endoftext|> twice.", "Why?", "Who are you, and how?"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_chat_task_is_answered_as_generate_does(tiny_loaded, tmp_path, batch_size):
+    """B2: the answers were scored with the space before them, and stop strings were ignored."""
+    free = replies_of(tiny_loaded, QUESTIONS_TO_WRITE, max_new_tokens=12)
+    stop = free[0][3:6]
+    form = stopping_format(stop)
+    loaded = replace(tiny_loaded, format=form)
+    answers = replies_of(loaded, QUESTIONS_TO_WRITE, max_new_tokens=12)
+    assert free[0].startswith(answers[0] + stop) or answers[0] == free[0][:3].strip()
+    assert len(set(answers)) > 2
+    rows = [{"question": q, "answer": a} for q, a in zip(QUESTIONS_TO_WRITE, answers, strict=True)]
+    write_generate_task(tmp_path, rows)
+    found = evaluate(loaded, ["written"], folder=tmp_path, batch_size=batch_size)
+    assert found.items["written"].values["exact_match"] == (1.0,) * 4
+
+
+def stopping_format(stop):
+    @dataclass(frozen=True)
+    class Stopping(type(format_for("falcon-chat"))):
+        stop_strings = (*format_for("falcon-chat").stop_strings, stop)
+
+    return Stopping()
+
+
+def test_a_chat_tasks_own_stop_string_ends_the_answer_too(tiny_loaded, tmp_path):
+    """B2"""
+    (free,) = replies_of(tiny_loaded, QUESTIONS_TO_WRITE[:1], max_new_tokens=12)
+    settings = {"until": [free[4:7]], "max_gen_toks": 12}
+    rows = [{"question": QUESTIONS_TO_WRITE[0], "answer": free[: free.index(free[4:7])].strip()}]
+    write_generate_task(tmp_path, rows, generation_kwargs=settings)
+    assert evaluate(tiny_loaded, ["written"], folder=tmp_path).rows[0].value == 1
+
+
+def test_a_chat_task_may_begin_the_reply(tiny_loaded, tmp_path):
+    """B2's sibling: the reply's beginning (gen_prefix) was closed by a line end, as an earlier reply is."""
+    text = "User: Why?\nFalcon: Because"
+    reply = generate(tiny_loaded, text, Sampling(temperature=0, max_new_tokens=12)).text
+    write_generate_task(tmp_path, [{"question": "Why?", "answer": reply.strip()}], gen_prefix="Because")
+    assert evaluate(tiny_loaded, ["written"], folder=tmp_path).rows[0].value == 1
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_long_prompt_of_a_writing_task_is_refused_or_counted(tiny_loaded, tmp_path, chat):
+    """B2's sibling: the harness shortens such prompts without a word."""
+    rows = [{"question": "word " * 120, "answer": "x"}, {"question": "q", "answer": "x"}]
+    write_generate_task(tmp_path, rows, chat=chat)
+    with pytest.raises(PromptTooLong, match="room for 116"):
+        evaluate(tiny_loaded, ["written"], folder=tmp_path)
+    assert evaluate(tiny_loaded, ["written"], folder=tmp_path, truncate=True).truncated == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"max_gen_toks": 128}, "128 new tokens"), ({"max_gen_toks": 4, "num_beams": 3}, "num_beams")],
+)
+def test_a_writing_task_that_cannot_be_asked_is_refused(tiny_loaded, tmp_path, settings, words):
+    write_generate_task(tmp_path, [{"question": "q", "answer": "x"}], generation_kwargs={"until": ["\n"], **settings})
+    with pytest.raises(WorkbookError, match=words):
+        evaluate(tiny_loaded, ["written"], folder=tmp_path)
+
+
+def test_perplexity_begins_with_the_token_that_began_documents(tiny_loaded):
+    """B5: and says which; the harness takes the same."""
+    assert perplexity(tiny_loaded, TEXTS[:1]).begins_with == "<|endoftext|>"
+    chat = replace(tiny_loaded, tokenizer=copy.deepcopy(tiny_loaded.tokenizer))
+    chat.tokenizer.add_special_tokens({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
+    named = perplexity(chat, TEXTS[:1])
+    assert named == perplexity(tiny_loaded, TEXTS[:1])
+    assert _harness_model(chat, False, 1, False).prefix_token_id == 0
+
+
+def test_nothing_in_a_scored_text_is_a_control_token(tiny_loaded):
+    """A10"""
+    found = perplexity(tiny_loaded, ["one<|endoftext|>two"])
+    assert found.tokens == len(tiny_loaded.tokenizer.encode("one<|endoftext|>two", split_special_tokens=True)) > 5

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from helpers import figures
-from helpers.base import GIB, Interval
+from helpers.base import GIB, Interval, WorkbookError
 from helpers.generation import Candidate
 from helpers.machine import MemoryEstimate, Placement, Shortfall, parameter_table, published_config
 from helpers.models import NF4_TAIL, LayerError, ModelRef, nf4_code
@@ -283,6 +283,23 @@ def test_layer_errors_are_grouped_by_kind():
     assert [list(values) for values in curves] == [[0.2, 0.4], [0.2, 0.4]]
     assert all(math.isnan(y) for line in weights.lines if line.get_color() == figures.BLUE for y in line.get_ydata())
     assert weights.get_yscale() == outputs.get_yscale() == "log"
+
+
+def test_a_reply_without_tokens_or_without_time_between_them_has_a_figure():
+    """B4: a model that answers nothing; and tokens that were accepted together."""
+    (axis,) = figures.token_times([], SUBJECT).axes
+    assert [text.get_text() for text in axis.texts] == ["no token arrived"]
+    (axis,) = figures.token_times([0.1, 0.1, 0.1], SUBJECT).axes
+    assert any("median of the others: 0 ms" in label for label in axis.get_legend_handles_labels()[1])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_figure_with_a_value_that_is_not_finite_is_refused(bad):
+    """B1: matplotlib leaves such a point out without a word."""
+    with pytest.raises(WorkbookError, match="The figure token_times has a value that is not finite"):
+        figures.token_times([0.1, bad], SUBJECT)
+    with pytest.raises(WorkbookError, match="layer_errors"):
+        figures.layer_errors({"nf4": errors_of(bad, 0.2)}, SUBJECT)
 
 
 def test_logarithmic_ticks_are_plain_numbers():

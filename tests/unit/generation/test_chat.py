@@ -1,9 +1,11 @@
 """The conversation: what the model is shown, what is kept, what is saved."""
 
+import copy
 import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from helpers.base import WorkbookError
 from helpers.generation import Chat, Sampling, generate, play
@@ -111,7 +113,7 @@ def test_a_system_prompt_is_optional(tiny_loaded):
     chat = Chat(tiny_loaded)
     assert chat.messages == []
     assert chat.prompt("Hi") == "User: Hi\nFalcon:"
-    assert Chat(tiny_loaded, system="").prompt() == "System: \nUser: \nFalcon:"
+    assert Chat(tiny_loaded, system="").prompt() == "User: \nFalcon:"  # A9
 
 
 def test_the_inspector_shows_the_very_prompt_and_counts_the_tokens_left(chat, tiny_loaded):
@@ -194,3 +196,88 @@ def test_play_shows_each_reply_as_it_comes(chat):
     shown = []
     replies = play(chat, ["One?", "Two?"], lambda question, reply: shown.append((question, reply, len(chat.messages))))
     assert shown == [("One?", replies[0], 3), ("Two?", replies[1], 5)]
+
+
+def writing(loaded, *texts):
+    """The model, whose logits are forced so that it writes these texts, one for each prompt."""
+    model = copy.deepcopy(loaded.model)
+    rows = iter([[*loaded.tokenizer.encode(text, split_special_tokens=True), 0] for text in texts])
+    left = []
+
+    def force(_module, _inputs, options, output):
+        if options["input_ids"].shape[1] > 1:  # a prompt is read
+            left[:] = next(rows)
+        output.logits = torch.full_like(output.logits, -1e4)
+        output.logits[:, -1, left.pop(0)] = 0
+        return output
+
+    model.register_forward_hook(force, with_kwargs=True)
+    return replace(loaded, model=model)
+
+
+GREEDY = Sampling(temperature=0, max_new_tokens=12)
+
+
+def test_the_history_holds_what_the_format_was_trained_on(tiny_loaded):
+    """A4"""
+    chat = Chat(writing(tiny_loaded, " Fine.\n\nUser: x", "\n I see. "), sampling=GREEDY)
+    assert chat.ask("How are you?").text == "Fine."
+    assert "".join(chat.stream("And now?")) == "I see."
+    assert chat.prompt("So?") == "User: How are you?\nFalcon: Fine.\nUser: And now?\nFalcon: I see.\nUser: So?\nFalcon:"
+
+
+@pytest.mark.parametrize("nothing", ["\nUser: x", "", " \n ", "\u200b", "\u00a0\nUser:"])
+def test_a_blank_reply_is_kept_in_the_transcript_and_not_shown_to_the_model(tiny_loaded, tmp_path, nothing):
+    """A3, A4: and the seeds count it, so that the same question is not drawn alike for ever."""
+    chat = Chat(writing(tiny_loaded, " Fine.", nothing), system="S", sampling=GREEDY)
+    chat.ask("One?")
+    chat.ask("Two?")
+    assert chat.prompt("Three?") == "System: S\nUser: One?\nFalcon: Fine.\nUser: Three?\nFalcon:"
+    assert [message["content"] for message in chat.messages] == ["S", "One?", "Fine."]
+    assert [message["content"] for message in chat.transcript][:4] == ["S", "One?", "Fine.", "Two?"]
+    assert chat._turn_sampling().seed == GREEDY.seed + 2
+    chat.save(tmp_path / "chat.json")
+    assert Chat.load(tmp_path / "chat.json", tiny_loaded).transcript == chat.transcript
+
+
+def test_turns_with_a_blank_reply_are_not_shown_to_the_model(tiny_loaded):
+    """A3: also in messages that a caller keeps."""
+    question = {"role": "user", "content": "Two?"}
+    blank = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "\u200b"}, question]
+    assert generate(tiny_loaded, blank, GREEDY).prompt_tokens == generate(tiny_loaded, [question], GREEDY).prompt_tokens
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n\t", "\u00a0", "\u200b", "\ufeff\u2060"])
+def test_a_blank_question_is_refused(tiny_loaded, blank):
+    """A3"""
+    with pytest.raises(WorkbookError, match="blank"):
+        Chat(tiny_loaded).ask(blank)
+    with pytest.raises(WorkbookError, match="blank"):
+        generate(tiny_loaded, [{"role": "user", "content": blank}], GREEDY)
+
+
+@pytest.mark.parametrize("fault", ["a half character", "a folder in its place", "no folder"])
+def test_what_cannot_be_saved_leaves_the_earlier_file_as_it_was(fault, tiny_loaded, tmp_path):
+    """A7"""
+    path = tmp_path / "chat.json"
+    Chat(tiny_loaded, system="Be brief.", sampling=SAMPLING).save(path)
+    earlier = path.read_bytes()
+    system, target = "Be brief.", path
+    if fault == "a half character":
+        system = "Be \ud83d."
+    elif fault == "a folder in its place":
+        target = tmp_path
+    else:
+        target = tmp_path / "none" / "chat.json"
+    with pytest.raises(WorkbookError, match=r"was not saved to|Cannot write"):
+        Chat(tiny_loaded, system=system, sampling=SAMPLING).save(target)
+    assert path.read_bytes() == earlier
+    assert [file.name for file in tmp_path.iterdir()] == ["chat.json"]
+
+
+def test_a_half_character_is_refused_with_a_sentence(chat):
+    """A7: a message, a raw prompt."""
+    for ask in (lambda: chat.ask("Hi \udc80"), lambda: generate(chat.loaded, "Hi \udc80")):
+        with pytest.raises(WorkbookError, match="half of a surrogate pair"):
+            ask()
+    assert len(chat.messages) == 1

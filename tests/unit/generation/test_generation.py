@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from helpers.base import WorkbookError
 from helpers.generation import Reply, Sampling, generate, generate_batch, generating, next_token_probabilities, stream
-from helpers.generation.generating import _prompt_text
+from helpers.generation.generating import _fitting
 from helpers.generation.sampling import _processors
 from helpers.generation.stops import _StopFilter
 from helpers.models import MessageError, PromptTooLong, context_tokens, encode, format_for
@@ -64,13 +64,13 @@ def test_greedy_equals_transformers_and_a_loop_without_cache(tiny_loaded):
     assert (reply.tokens, reply.prompt_tokens, reply.finish_reason) == (16, ids.shape[1], "length")
 
 
-def test_messages_are_rendered_and_lose_one_leading_space(tiny_loaded):
+def test_a_reply_to_messages_is_stripped_and_one_to_a_text_is_not(tiny_loaded):
     text = tiny_loaded.format.render(ASK)
     tries = [replace(HOT, max_new_tokens=3, seed=seed) for seed in range(30)]
     spaced = next(sampling for sampling in tries if generate(tiny_loaded, text, sampling).text.startswith(" "))
     completion, reply = (generate(tiny_loaded, prompt, spaced) for prompt in (text, ASK))
     assert reply.token_ids == completion.token_ids
-    assert " " + reply.text == completion.text
+    assert reply.text == completion.text.strip()
     assert "".join(stream(tiny_loaded, ASK, spaced)) == reply.text
     assert "".join(stream(tiny_loaded, text, spaced)) == completion.text
 
@@ -213,7 +213,7 @@ def test_the_context_limits_the_reply(tiny_loaded):
 def test_messages_leave_room_for_the_reply(tiny_loaded):
     turn = [{"role": "user", "content": "a b c d e f g"}, {"role": "assistant", "content": "h i j k l"}]
     messages = [{"role": "system", "content": "S"}, *turn * 9, *ASK]
-    text = _prompt_text(tiny_loaded, messages, max_new_tokens=40)
+    text = tiny_loaded.format.render(_fitting(tiny_loaded, messages, max_new_tokens=40))
     size, one_turn = (
         len(encode(tiny_loaded.tokenizer, part)) for part in (text, tiny_loaded.format.render(turn, False))
     )
@@ -221,7 +221,7 @@ def test_messages_leave_room_for_the_reply(tiny_loaded):
     assert text.startswith("System: S\nUser: a b")
     assert text.endswith("User: Tell me a story\nFalcon:")
     assert generate(tiny_loaded, messages, replace(GREEDY, max_new_tokens=40)).prompt_tokens == size
-    greedy_for_room = _prompt_text(tiny_loaded, messages, max_new_tokens=1000)
+    greedy_for_room = tiny_loaded.format.render(_fitting(tiny_loaded, messages, max_new_tokens=1000))
     assert 64 - one_turn < len(encode(tiny_loaded.tokenizer, greedy_for_room)) <= 64
 
 
@@ -269,7 +269,7 @@ def test_a_stream_gives_the_whole_reply_in_pieces(tiny_loaded, sampling):
 def answer_of(loaded, ids, **changes):
     """What the reply and its pieces are when the model generates these tokens."""
     limit = changes.pop("limit", len(ids))
-    answer = generating._Answer(loaded, [5, 6, 7], limit, changes.pop("strip_space", False))
+    answer = generating._Answer(loaded, [5, 6, 7], limit, strip=changes.pop("strip", False))
     pieces = [answer.add(token, 0.1 * (n + 1)) for n, token in enumerate(ids)]
     return pieces, answer.reply()
 
@@ -280,34 +280,81 @@ def test_characters_split_over_tokens_arrive_whole(tiny_loaded, text, strip):
     """Byte-level tokens cut é, 🦅 and 日 in pieces: joined they are the text, and none is ever half a character."""
     loaded = stopping_at(tiny_loaded, "\nUser:")
     ids = loaded.tokenizer.encode(text)
-    pieces, reply = answer_of(loaded, [*ids, 0], strip_space=strip)
+    pieces, reply = answer_of(loaded, [*ids, 0], strip=strip)
     expected = text.split("\nUser:")[0]
-    assert "".join(pieces) == reply.text == (expected.removeprefix(" ") if strip else expected)
+    assert "".join(pieces) == reply.text == (expected.strip() if strip else expected)
     assert "\ufffd" not in reply.text
     assert reply.finish_reason == ("stop" if "\nUser:" in text else "end")
 
 
-def test_a_character_that_never_completes_is_shown_once_at_the_end(tiny_loaded):
-    eagle = tiny_loaded.tokenizer.encode("🦅")
+@pytest.mark.parametrize("end", [[], [0]], ids=["cut at the limit", "end token"])
+@pytest.mark.parametrize("strip", [True, False])
+def test_a_character_that_never_completes_is_left_out(tiny_loaded, strip, end):
+    """A4"""
+    before, eagle = tiny_loaded.tokenizer.encode(" Fine"), tiny_loaded.tokenizer.encode("🦅")
     assert len(eagle) > 1
-    pieces, reply = answer_of(tiny_loaded, eagle[:-1])
-    assert pieces[:-1] == [""] * (len(eagle) - 2)
-    assert reply.text == pieces[-1] == tiny_loaded.tokenizer.decode(eagle[:-1])
-    assert (reply.finish_reason, reply.tokens) == ("length", len(eagle) - 1)
+    pieces, reply = answer_of(tiny_loaded, [*before, *eagle[:-1], *end], strip=strip)
+    assert "".join(pieces) == reply.text == ("Fine" if strip else " Fine")
+    assert reply.tokens == len(before) + len(eagle) - 1 + len(end)
 
 
-def test_a_continuation_keeps_the_space_that_sentencepiece_decoders_drop():
-    from tokenizers import Tokenizer, decoders, models
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        (" Fine.\n\nUser: x", "Fine."),
+        ("\nUser: x", ""),
+        (" \n \nUser:", ""),
+        ("\n\nFine,\n  thank you. \n\n", "Fine,\n  thank you."),
+        ("\u00a0Fine.\u3000", "Fine."),
+        (" Fine. User: x", "Fine."),
+        (" Fine.\n### Response", "Fine."),
+    ],
+)
+def test_a_reply_is_what_the_format_was_trained_on(tiny_loaded, written, kept):
+    """A4, A9: stripped, and nothing of what follows a stop string."""
+    pieces, reply = answer_of(tiny_loaded, [*tiny_loaded.tokenizer.encode(written), 0], strip=True)
+    assert "".join(pieces) == reply.text == kept
+
+
+def test_a_broken_character_before_a_stop_string_is_left_out(tiny_loaded):
+    """A4"""
+    encode = tiny_loaded.tokenizer.encode
+    ids = [*encode(" Fine"), *encode("🦅")[:-1], *encode("\nUser:")]
+    assert "\ufffd" in tiny_loaded.tokenizer.decode(ids)
+    pieces, reply = answer_of(tiny_loaded, ids, strip=True)
+    assert "".join(pieces) == reply.text == "Fine"
+
+
+def byte_fallback_tokenizer():
+    """A tokenizer as Llama-2's, with three words and all bytes: every other character is several tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<unk>", "▁live", "▁in", "▁Portugal", *(f"<0x{byte:02X}>" for byte in "🦅".encode())]
+    words = ["<unk>", "▁live", "▁in", "▁Portugal", "▁", "a", *(f"<0x{byte:02X}>" for byte in range(256))]
     core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     core.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+
+
+def test_a_continuation_keeps_the_space_that_sentencepiece_decoders_drop():
+    tokenizer = byte_fallback_tokenizer()
     assert tokenizer.decode([3]) == "Portugal"
-    assert generating._continuation(tokenizer, [1, 2], [3, 4, 5, 6, 7]) == " Portugal🦅"
+    eagle = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in "🦅".encode()])
+    assert generating._continuation(tokenizer, [1, 2], [3, *eagle]) == " Portugal🦅"
+
+
+@pytest.mark.parametrize("text", ["a🦅", "🦅🦅", "é" * 9, "a日", "日本語", "a\ufffd\ufffd", "\ufffd" * 4, "🦅a", "é"])
+@pytest.mark.parametrize("follows", ["🦅 x", "é", "日本", " a", "a", "\ufffd.", "\n🦅"])
+def test_a_continuation_is_decoded_from_a_token_that_begins_a_character(tiny_loaded, text, follows):
+    """A8: bytes after one that is inside a character were all taken for broken ones."""
+    for tokenizer in (byte_fallback_tokenizer(), tiny_loaded.tokenizer):
+        prompt = tokenizer.encode(text, add_special_tokens=False)
+        after = tokenizer.encode(text + follows, add_special_tokens=False)[len(prompt) :]
+        context = generating._decoding_context(tokenizer, prompt)
+        assert generating._continuation(tokenizer, context, after) == follows
 
 
 def test_an_error_in_the_thread_reaches_the_consumer(tiny_loaded):

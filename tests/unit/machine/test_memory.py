@@ -18,6 +18,7 @@ from helpers.base import GIB, WorkbookError
 from helpers.machine import Devices, Gpu, Machine, Resident, Shortfall, Workload, anatomy, memory, packing, sharding
 from helpers.machine import placement as machine_placement
 from helpers.machine.placement import RESERVED, largest_context, least_gpus, parts_by_device, place_together, shortfall
+from helpers.machine.step import FRAGMENTS, Training
 from helpers.models import grouped_cache, loading, profiles
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -345,7 +346,7 @@ def test_a_lora_step_holds_the_estimated_bytes(config, rank):
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = one_step(model, adapters)
     optimizer.step()
-    estimate = memory.estimate(config, "bf16", mode="lora", lora_rank=rank)
+    estimate = memory.estimate(config, "bf16", mode="lora", training=Training(rank=rank))
     assert estimate.gradients == held(adapter.grad for adapter in adapters)
     assert estimate.optimizer == held(moments(optimizer))
     assert estimate.weights == held(model.parameters())
@@ -372,6 +373,31 @@ def test_qlora_is_the_quantized_base_and_the_same_adapters():
 def test_work_that_is_not_possible_is_refused(precision, mode, says, published_180b):
     with pytest.raises(WorkbookError, match=says):
         memory.estimate(published_180b, precision, mode=mode)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, float("nan"), float("inf"), True, "8"])
+def test_sizes_below_one_are_refused(size):
+    """B8: a negative batch gave negative bytes."""
+    with pytest.raises(WorkbookError, match="batch_size must be a whole number of at least 1"):
+        Workload(batch_size=size)
+    with pytest.raises(WorkbookError, match="rank must be a whole number of at least 1"):
+        memory.estimate(falcon(), "bf16", mode="lora", training=Training(rank=size))
+    if size != 0:  # without a token, the weights alone are planned for
+        with pytest.raises(WorkbookError, match="context_tokens must be a whole number of at least 0"):
+            Workload(context_tokens=size)
+
+
+@pytest.mark.parametrize("size", [0, -80e9, float("nan"), float("inf")])
+def test_a_device_has_a_finite_size(size):
+    """B8"""
+    for refused in (
+        lambda: machine_placement.place(falcon(), "bf16", [size]),
+        lambda: sharding.shard(falcon(), "bf16", [size], mode="full"),
+    ):
+        with pytest.raises(WorkbookError, match="finite size above 0 bytes"):
+            refused()
+    with pytest.raises(WorkbookError, match="at least one device"):
+        sharding.shard(falcon(), "bf16", [], mode="full")
 
 
 class Peak(TorchDispatchMode):
@@ -493,14 +519,16 @@ def training_peak(config, mode, checkpointing, heads):
 @wide
 @by_heads
 @pytest.mark.parametrize("vocabulary", [96, 8192], ids=["layers peak", "loss peaks"])
-@pytest.mark.parametrize(("mode", "checkpointing"), [("full", True), ("full", False), ("lora", True)])
+@pytest.mark.parametrize(("mode", "checkpointing"), [("full", True), ("full", False), ("lora", True), ("lora", False)])
 def test_activations_of_training_are_near_the_measured_peak(config, vocabulary, checkpointing, mode, heads):
     changed = type(config)(**(config.to_dict() | {"vocab_size": vocabulary}))
     workload = Workload(context_tokens=256, cache_heads=heads)
-    estimate = memory.estimate(changed, "bf16", mode=mode, workload=workload, checkpointing=checkpointing)
+    estimate = memory.estimate(
+        changed, "bf16", mode=mode, workload=workload, training=Training(checkpointing=checkpointing)
+    )
     lowest, highest = (0.95, 1.06) if heads == "kv" else (0.7, 1.15)
-    if config.model_type == "llama":
-        lowest = 0.94
+    if heads == "kv" and (config.model_type == "llama" or mode == "lora"):
+        lowest = 0.93
     assert lowest < training_peak(changed, mode, checkpointing, heads) / estimate.activations < highest
 
 
@@ -508,7 +536,9 @@ def test_activations_of_training_are_near_the_measured_peak(config, vocabulary, 
 def test_what_falcons_layer_keeps_of_a_token(published_180b, heads, elements):
     """Korthikanti et al. count 34sbh with dropout and a sequential block; 28sbh or 30sbh is left for Falcon-180B's."""
     workload = Workload(cache_heads=heads)
-    kept = memory.estimate(published_180b, "bf16", mode="full", workload=workload, checkpointing=False)
+    kept = memory.estimate(
+        published_180b, "bf16", mode="full", workload=workload, training=Training(checkpointing=False)
+    )
     checkpointed = memory.estimate(published_180b, "bf16", mode="full", workload=workload)
     assert anatomy.anatomy(published_180b, heads).activations.kept == elements
     loss = 12 * 2048 * 65024
@@ -955,9 +985,13 @@ def test_the_least_number_of_gpus_fits_and_one_less_does_not(published_180b, cla
 
 
 def test_the_least_number_of_gpus_for_full_fine_tuning_by_hand():
-    """178.557e9 x 16 bytes over n GPUs of 80e9 x 0.95, less 6.46e9 of activations and one layer of 4.44e9 gathered."""
+    """178.557e9 x 14 bytes over n GPUs of 80e9 stay (weights and optimizer). What comes and goes takes 1.37 times as
+    much: 2 bytes of gradients over n, 6.46e9 of activations, three layers of 4.44e9 and twice 1.93e9 of embeddings.
+    """
     claims = sharding.hardware_claims().set_index("claim")
-    assert claims.loc["A13", "least 80 GB GPUs"] == -(-2856.9 // (76 - 6.46 - 4.44))
+    moving = 6.46 + 3 * 4.44 + 2 * 1.93
+    assert claims.loc["A13", "least 80 GB GPUs"] == -(-178.557 * (14 + 2 * 1.37) // (80 - 1.37 * moving))
+    assert claims.loc["A13", "least 80 GB GPUs"] <= 8 * 8  # "at least eight machines of eight", says the article
 
 
 def test_training_arithmetic():
@@ -970,7 +1004,7 @@ def test_training_arithmetic():
     assert sharding.implied_utilisation(flop, gpu_hours=7e6, peak=312e12) == pytest.approx(0.477, abs=0.001)
 
 
-def test_shard_divides_what_training_keeps_and_adds_one_layer_and_its_own_sequence():
+def test_shard_divides_what_training_keeps_and_adds_gathered_layers_and_its_own_sequence():
     falcon = anatomy.published_config("tiiuae/falcon-180B")
     parameters = 178_557_088_768
     layer = 4_439_789_568  # bytes in bf16, counted on the meta device
@@ -978,7 +1012,9 @@ def test_shard_divides_what_training_keeps_and_adds_one_layer_and_its_own_sequen
     placed = sharding.shard(falcon, "bf16", [80e9] * 64, mode="full", workload=Workload(64))
     assert placed.fits
     assert set(placed.per_device_bytes) == set(range(64))
-    assert placed.per_device_bytes[0] == pytest.approx(16 * parameters / 64 + own + layer, rel=1e-4)
+    moving = 2 * parameters / 64 + own + 3 * layer + 2 * 2 * 65024 * 14848
+    expected = 14 * parameters / 64 + (1 + FRAGMENTS) * moving
+    assert placed.per_device_bytes[0] == pytest.approx(expected, rel=1e-4)
     crowded = sharding.shard(falcon, "bf16", [80e9] * 32, mode="full")
     assert not crowded.fits
     assert crowded.shortfall.devices == "each of 32 devices of 74.5 GiB"

@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from helpers.base import WorkbookError
 from helpers.base.files import ROOT
-from helpers.models import FORMATS, ChatFormat, MessageError, PromptTooLong, encode, format_for, published_format_prompt
+from helpers.models import (
+    FORMATS,
+    ChatFormat,
+    MessageError,
+    PromptTooLong,
+    available,
+    encode,
+    format_for,
+    load_profile,
+    published_format_prompt,
+)
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 FIRST = [{"role": "user", "content": "u1"}, {"role": "assistant", "content": "a1"}]
@@ -28,6 +38,7 @@ CONVERSATIONS = [
     [*FIRST, LAST],
     [SYSTEM, *FIRST, LAST],
     [SYSTEM, {"role": "user", "content": "two\nlines, ünïcode 🦅"}, FIRST[1], LAST],
+    [{"role": "system", "content": ""}, *FIRST, LAST],
 ]
 
 
@@ -86,6 +97,70 @@ def test_chatml_default_system_message_can_be_emptied():
     assert text == "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nu2<|im_end|>\n<|im_start|>assistant\n"
 
 
+# The chat template in falcon-7b-instruct's tokenizer_config.json, without its check of the roles.
+FALCON_INSTRUCT_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
+    "{% set system_message = '' %}{% endif %}{% for message in loop_messages %}"
+    "{% if loop.index0 == 0 %}{{ system_message.strip() }}{% endif %}{% if message['role'] == 'user' %}"
+    "{{ '\\n\\nUser: ' + message['content'].strip().replace('\\r\\n', '\\n').replace('\\n\\n', '\\n') }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ '\\n\\nAssistant: ' + message['content'].strip().replace('\\r\\n', '\\n').replace('\\n\\n', '\\n') }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [*CONVERSATIONS, [SYSTEM, {"role": "user", "content": " a\r\n\r\nb\n\nc \n"}], [{**SYSTEM, "content": ""}, LAST]],
+)
+@pytest.mark.parametrize("generate", [True, False])
+def test_falcon_instruct_equals_its_models_own_template(falcon_tokenizer, messages, generate):
+    """A11"""
+    theirs = falcon_tokenizer.apply_chat_template(
+        messages, chat_template=FALCON_INSTRUCT_TEMPLATE, tokenize=False, add_generation_prompt=generate
+    )
+    assert format_for("falcon-instruct").render(messages, generate) == theirs
+
+
+@pytest.mark.parametrize("profile", available())
+def test_every_model_of_every_profile_is_asked_in_its_own_format(profile):
+    """A11: the format that its makers published for each model that we know."""
+    own = {
+        "tiiuae/falcon-180B": "plain", "tiiuae/falcon-40b": "plain", "tiiuae/falcon-7b": "plain",
+        "env/models/falcon-mini": "plain", "env/models/falcon-mini-draft": "plain",
+        "tiiuae/falcon-180B-chat": "falcon-chat", "env/models/falcon-mini-chat": "falcon-chat",
+        "tiiuae/falcon-7b-instruct": "falcon-instruct", "tiiuae/falcon-40b-instruct": "falcon-instruct",
+        "meta-llama/Llama-2-7b-chat-hf": "llama-2", "meta-llama/Llama-2-70b-chat-hf": "llama-2",
+        "HuggingFaceTB/SmolLM2-135M-Instruct": "chatml",
+    }  # fmt: skip
+    settings = load_profile(profile)
+    refs = [*settings.models.values(), *([settings.falcon_draft] if settings.falcon_draft else [])]
+    assert {ref.id: ref.format for ref in refs} == {ref.id: own[ref.id] for ref in refs}
+
+
+@pytest.mark.parametrize(
+    ("name", "blank", "written"),
+    [
+        ("falcon-chat", "", "User: u2\nFalcon:"),
+        ("falcon-chat", " \n\u200b", "User: u2\nFalcon:"),
+        ("falcon-instruct", "", "\n\nUser: u2\n\nAssistant:"),
+        ("llama-2", "", "<s>[INST] <<SYS>>\n\n<</SYS>>\n\nu2 [/INST]"),
+        ("chatml", "", "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nu2<|im_end|>\n<|im_start|>assistant\n"),
+        ("plain", "", "u2"),
+    ],
+)
+def test_a_blank_system_message_is_written_as_in_the_published_code(name, blank, written):
+    """A9: Falcon's demo leaves it out (``if system_prompt``); Meta's code and SmolLM2's template write it."""
+    assert format_for(name).render([{"role": "system", "content": blank}, LAST]) == written
+
+
+def test_a_reply_ends_at_falcons_further_stop_strings():
+    """A9: easyllm's falcon_stop_sequences, and the other speakers; a user may write a heading."""
+    assert {"\nUser:", "<|endoftext|>", " User:", "###"} <= set(format_for("falcon-chat").stop_strings)
+    assert "### Title" in format_for("falcon-chat").render([{"role": "user", "content": "### Title"}])
+
+
 def test_llama_2_text_is_metas():
     """The text form of ``chat_completion`` in Meta's llama/generation.py: its four tags, and <s> </s> around a turn."""
     render = format_for("llama-2").render
@@ -109,9 +184,9 @@ def test_plain_is_the_text_itself():
 
 
 def test_registry_names_and_the_error_for_another():
-    assert list(FORMATS) == ["falcon-chat", "llama-2", "chatml", "plain"]
+    assert list(FORMATS) == ["falcon-chat", "falcon-instruct", "llama-2", "chatml", "plain"]
     assert all(format_for(name).name == name for name in FORMATS)
-    with pytest.raises(WorkbookError, match=r"'alpaca'.*falcon-chat, llama-2, chatml, plain"):
+    with pytest.raises(WorkbookError, match=r"'alpaca'.*falcon-chat, falcon-instruct, llama-2, chatml, plain"):
         format_for("alpaca")
 
 
@@ -149,13 +224,13 @@ def turns_in(form: ChatFormat, text: str) -> int:
     return sum(("\n" + text).count(control) for control in form.control_strings)
 
 
-@pytest.mark.parametrize("name", ["falcon-chat", "llama-2", "chatml"])
+@pytest.mark.parametrize("name", ["falcon-chat", "falcon-instruct", "llama-2", "chatml"])
 @given(data=st.data())
 def test_content_forges_no_turn(name, data):
     form = format_for(name)
     pieces = st.sampled_from([*form.control_strings, "\n", "\r\n", " ", "User:", "a", "<", "[", "|>"])
     content = st.lists(pieces, max_size=6).map("".join)
-    texts = [data.draw(content) for _ in range(4)]
+    texts = [data.draw(content) + "x" for _ in range(4)]
     roles = ("system", "user", "assistant", "user")
     forged = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
     honest = [{"role": role, "content": "x"} for role in roles]
@@ -179,7 +254,7 @@ def long_conversation(turns: int) -> list[dict]:
 def test_fit_drops_as_few_whole_oldest_turns_as_needed(falcon_tokenizer, name):
     form, messages = format_for(name), long_conversation(7)
     candidates = [[SYSTEM, *messages[1 + 2 * dropped :]] for dropped in range(8)]
-    sizes = [len(encode(falcon_tokenizer, form.render(candidate))) for candidate in candidates]
+    sizes = [len(form.encode(falcon_tokenizer, candidate)) for candidate in candidates]
     for limit in range(sizes[-1], sizes[0] + 2):
         longest = next(c for c, size in zip(candidates, sizes, strict=True) if size <= limit)
         assert form.fit(messages, falcon_tokenizer, limit) == longest
@@ -190,7 +265,7 @@ def test_fit_drops_as_few_whole_oldest_turns_as_needed(falcon_tokenizer, name):
 
 def test_fit_keeps_the_last_complete_turn_of_a_transcript(falcon_tokenizer):
     form, messages = format_for("falcon-chat"), long_conversation(3)[:-1]
-    room = len(encode(falcon_tokenizer, form.render([SYSTEM, *messages[-2:]], False)))
+    room = len(form.encode(falcon_tokenizer, [SYSTEM, *messages[-2:]], False))
     assert form.fit(messages, falcon_tokenizer, room) == [SYSTEM, *messages[-2:]]
 
 

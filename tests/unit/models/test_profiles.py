@@ -126,6 +126,9 @@ def test_an_unknown_profile_lists_the_known_ones(name):
 @pytest.mark.parametrize(
     ("key", "edit"),
     [
+        ("falcon_chat.format", lambda f: f["falcon_chat"].update(format="falcon-instruct")),  # A11, as the next two
+        ("falcon_chat.format", lambda f: f["falcon_chat"].update(id="tiiuae/falcon-40b-instruct")),
+        ("llama_chat.format", lambda f: f["llama_chat"].update(id="meta-llama/Llama-2-13b-chat-hf")),
         ("falcon.licnce", lambda f: f["falcon"].update(licnce="x")),
         ("precisoin", lambda f: f.update(precisoin="bf16")),
         ("precision", lambda f: f.update(precision="bf17")),

@@ -117,6 +117,7 @@ def test_neighbouring_tokens_differ_in_colour(falcon):
     ("name", "tags"),
     [
         ("falcon-chat", ["System:", "User:", "Falcon:", "User:", "Falcon:"]),
+        ("falcon-instruct", ["User:", "Assistant:", "User:", "Assistant:"]),
         ("llama-2", ["<s>", "[INST]", "<<SYS>>", "<</SYS>>", "[/INST]", "</s>", "<s>", "[INST]", "[/INST]"]),
         ("chatml", ["<|im_start|>system", "<|im_end|>", "<|im_start|>user", "<|im_end|>", "<|im_start|>assistant"] * 2),
         ("plain", []),

@@ -16,12 +16,12 @@ from helpers import evaluation, machine, models, planning
 from helpers.base import GIB, WorkbookError
 from helpers.base.files import ROOT
 from helpers.cli import app
-from helpers.machine import memory
+from helpers.machine import Bandwidth, memory
 from helpers.planning import output, planner, request
 from helpers.planning.plan import _Here
 
 HERE = _Here("/cache", 10**12, machine.DiskSpeed(2e9, 2**28, "/cache", True))
-LAPTOP = replace(HERE, memory_bandwidth=20e9)
+LAPTOP = replace(HERE, memory_bandwidth=Bandwidth(20e9, 15e9, 9))
 LAYER, EMBEDDINGS, NORM = 4_439_789_568, 65024 * 14848 * 2, 2 * 14848 * 2  # bytes of Falcon-180B's in bf16
 CACHE = 163_840 // 80  # bytes a token and layer
 PROFILES = models.available()
@@ -114,7 +114,7 @@ def test_work_on_nothing_is_refused(work):
         lambda: planner._plan_profile(profile, HERE, work_of(**work)),
         lambda: planning.suggest(ref, work_of(**work)),
     ):
-        with pytest.raises(WorkbookError, match="at least one sequence and one token"):
+        with pytest.raises(WorkbookError, match=r"at least (one sequence and one token|1, but is 0|0, but is -5)"):
             refused()
 
 
@@ -199,7 +199,7 @@ def test_what_the_notebooks_do_beyond_the_plan_is_said(plans):
     reply = int(re.search(r"short = Sampling\(temperature=0, max_new_tokens=(\d+)", source)[1])
     items = evaluation.read_items(ROOT / "notebooks" / "data" / "animal_items.jsonl")
     here = AutoTokenizer.from_pretrained(models.resolve(models.load_profile("laptop").llama_chat))
-    sizes = {"falcon-chat": str.encode, "llama-2": str.encode, "chatml": here.encode}
+    sizes = {"falcon-chat": str.encode, "falcon-instruct": str.encode, "llama-2": str.encode, "chatml": here.encode}
     for form, tokens in sizes.items():
         asked = [models.format_for(form).render([{"role": "user", "content": item.question}]) for item in items]
         longest = max(len(tokens(text)) for text in asked)
@@ -370,7 +370,7 @@ def test_this_machine_is_measured(monkeypatch, tmp_path):
     here = planner._measure(cpu=True)
     assert here.disk_folder == here.disk.folder == str(tmp_path)
     assert 1e6 < here.disk.bytes_per_second < 1e11
-    assert 1e8 < here.memory_bandwidth < 1e13
+    assert 1e8 < here.memory_bandwidth.slowest <= here.memory_bandwidth.best < 1e13
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc takes no file")

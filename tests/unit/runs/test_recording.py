@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 
 import numpy as np
 import pytest
@@ -246,10 +247,40 @@ def test_figure_is_saved_listed_and_returned(run):
     figure.subplots().plot([1, 2])
     assert recording.record_figure("loss / step", figure) is figure
     path = stored(run)["figures"]["01_x"]["loss / step"]
-    assert path == "figures/01_x_loss-step.png"
+    assert re.fullmatch(r"figures/01_x_loss-step~[0-9a-f]{10}\.png", path)
     assert (run / path).read_bytes().startswith(b"\x89PNG")
     recording._forget(run, "01_x")
     assert not (run / path).exists()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("loss a", "loss-a", "loss_a", "loss/a", "loss:a", "Loss a", "LOSS_A", "loss\na"),
+        ("ä", "ö", "a\u0308", "-", "", " ", "日本", "中国"),
+        ("x" * 300, "x" * 299 + "y"),
+        ("\ud800", "\ud801"),
+    ],
+)
+def test_every_figure_has_a_file_of_its_own(run, names):
+    """B6: the second figure took the first one's file."""
+    from matplotlib.figure import Figure
+
+    for number, name in enumerate(names):
+        figure = Figure(figsize=(1, 1))
+        figure.subplots().plot([number, 1])
+        recording.record_figure(name, figure)
+    paths = list((run / "figures").iterdir())
+    # "Loss a" and "loss a" are one file where the file system ignores case
+    assert len({path.name.casefold() for path in paths}) == len(names)
+    assert all(path.name.isascii() and len(path.name) < 128 for path in paths)
+
+
+def test_an_ordinary_name_keeps_a_plain_file_name(run):
+    from matplotlib.figure import Figure
+
+    recording.record_figure("cache_growth", Figure(figsize=(1, 1)))
+    assert stored(run)["figures"]["01_x"]["cache_growth"] == "figures/01_x_cache-growth.png"
 
 
 def test_damaged_results_are_named(run):

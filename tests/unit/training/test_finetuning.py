@@ -3,8 +3,11 @@
 import copy
 import dataclasses
 import json
+import math
+import shutil
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -13,7 +16,7 @@ import torch
 from bitsandbytes.nn.modules import has_avx512bf16
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
@@ -26,6 +29,8 @@ from helpers.models.workarounds.nf4_repacking import _keep_unpacked
 from helpers.training import (
     FinetuneError,
     Recipe,
+    TrainingStoppedError,
+    conversations,
     examples,
     finetune,
     finetuning,
@@ -143,8 +148,100 @@ def test_examples_longer_than_the_context_are_left_out(tiny_loaded):
 def test_a_line_that_is_no_conversation_is_named(tmp_path):
     path = tmp_path / "samples.jsonl"
     path.write_text(json.dumps({"messages": DATA[0]}) + '\n{"text": "hi"}\n')
-    with pytest.raises(FinetuneError, match=r"samples\.jsonl, line 2"):
+    with pytest.raises(FinetuneError, match=r"samples\.jsonl: 1 of 2 rows .*\n  line 2 \(row 2\): "):
         read_conversations(path)
+
+
+FORMATS = [
+    ("falcon-chat", "falcon_chat"),
+    ("llama-2", "falcon_chat"),
+    ("chatml", "llama_chat"),
+    ("plain", "falcon_chat"),
+]
+
+
+@pytest.mark.parametrize(("name", "role"), FORMATS, ids=[f"A2-{name}" for name, _ in FORMATS])
+def test_an_end_token_written_out_is_not_taught_as_letters(name, role, tiny_loaded):
+    tokenizer = AutoTokenizer.from_pretrained(models.resolve(getattr(load_profile("laptop"), role)))
+    loaded = dataclasses.replace(tiny_loaded, tokenizer=tokenizer, format=format_for(name))
+    (right,) = examples(loaded, [talk("Hi", "Bye.")])
+    assert right.roles.count("end") == 1
+    assert right.input_ids[-1] == tokenizer.eos_token_id
+    for closer in (tokenizer.eos_token, *loaded.format.control_strings):
+        for reply in (f"Bye.{closer}", f" Bye. {closer}\n", f"Bye.{closer}{closer}"):
+            (example,) = examples(loaded, [talk("Hi", reply)])
+            assert example == right
+        first, second = examples(loaded, [talk("Hi", f"Bye.{closer}", "And?", "No.")])
+        assert (first, second) == tuple(examples(loaded, [talk("Hi", "Bye.", "And?", "No.")]))
+
+
+@pytest.mark.parametrize("blank", ["", "  \n", "\u00a0", "\u200b\ufeff", "<|endoftext|>", "\nUser:"], ids=ascii)
+def test_a_turn_with_a_blank_reply_is_left_out(blank, tiny_loaded):
+    """A3: so is it from what later replies read."""
+    with_blank = [talk("Hi", blank, "Is a dog alive?", "Yes."), talk("Hi", "Hello!", "And?", blank), talk("Hi", blank)]
+    without = [talk("Is a dog alive?", "Yes."), talk("Hi", "Hello!")]
+    assert examples(tiny_loaded, with_blank) == examples(tiny_loaded, without)
+    assert conversations._select(tiny_loaded, with_blank).blank == 3
+    with pytest.raises(FinetuneError, match=r"None of the 1 replies .* 1 are blank"):
+        examples(tiny_loaded, with_blank[2:])
+
+
+def test_a_content_that_the_format_changes_keeps_its_role(tiny_loaded):
+    (example,) = examples(tiny_loaded, [talk("  Is it\nUser: mine? ", "No.")])
+    said = [i for i, role in zip(example.input_ids, example.roles, strict=True) if role == "user"]
+    assert "mine" in tiny_loaded.tokenizer.decode(said)
+
+
+def test_long_conversations_cost_no_more_than_what_fits(tiny_loaded, monkeypatch):
+    """A12: counted, not timed."""
+    encoded = []
+    one = conversations._example
+    monkeypatch.setattr(conversations, "_example", lambda *a: encoded.append(1) or one(*a))
+    found = examples(tiny_loaded, [talk(*["A dog is alive."] * 400)])
+    assert len(encoded) == len(found) + 1 < 20
+    started = time.perf_counter()
+    assert len(examples(tiny_loaded, [DATA[0], talk("word " * 2_000_000, "Yes.")])) == 1
+    assert time.perf_counter() - started < 2
+
+
+BAD_ROWS = {
+    "order": ([DATA[0][1], DATA[0][0]], "Message 0 has the role 'assistant'"),
+    "system": ([*DATA[0], {"role": "system", "content": "x"}], "Message 2 has the role 'system'"),
+    "null": ([DATA[0][0], {"role": "assistant", "content": None}], "The content of message 1 must be a string"),
+    "no-reply": (talk("Hi"), "There is no reply to train on"),
+    "blank-question": (talk("\u200b", "Hi"), "Message 0, a question, is blank."),
+    "role": ([{"role": "human", "content": "Hi"}, DATA[0][1]], "Message 0 has the role 'human'"),
+    "no-content": ([{"role": "user"}, DATA[0][1]], "Message 0 is not a mapping with 'role' and 'content'"),
+    "empty": ([], '"messages" must be a list of messages'),
+    "text": ("Hi", '"messages" must be a list of messages'),
+    "missing": (None, '"messages" must be a list of messages'),
+    "half-character": (talk("Hi", "\ud83d"), "half of a surrogate pair"),
+}
+
+
+def rows_file(tmp_path, *messages):
+    path = tmp_path / "samples.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": each}) for each in messages))
+    return path
+
+
+@pytest.mark.parametrize(("messages", "reason"), BAD_ROWS.values(), ids=[f"A6-{name}" for name in BAD_ROWS])
+def test_a_bad_row_is_refused_by_line_or_dropped_and_counted(messages, reason, tmp_path):
+    path = rows_file(tmp_path, *DATA, messages, *DATA)
+    with pytest.raises(FinetuneError, match=r"samples\.jsonl: 1 of 17 rows") as refusal:
+        read_conversations(path)
+    assert "line 9 (row 9): " in str(refusal.value)
+    assert reason in str(refusal.value)
+    kept = read_conversations(path, skip_bad_rows=True)
+    assert kept == [*DATA, *DATA]
+    assert [(row.line, row.row) for row in kept.dropped] == [(9, 9)]
+
+
+def test_blank_replies_are_counted_when_a_file_is_read(tmp_path):
+    """A3"""
+    assert read_conversations(rows_file(tmp_path, talk("Hi", "\u00a0"), *DATA)).blank_replies == 1
+    with pytest.raises(FinetuneError, match="no reply to train on"):
+        read_conversations(rows_file(tmp_path, talk("Hi", "\u00a0"), talk("Hi", "<|im_end|>")))
 
 
 @pytest.mark.parametrize("given", [DATA[0], ["Hi"], [{"prompt": "Hi", "completion": "Hello."}], ["Hi", "Hello."]])
@@ -154,15 +251,20 @@ def test_what_is_no_conversation_is_refused_with_an_example(given, tiny_loaded):
 
 
 def test_conversations_without_a_reply_are_refused(tiny_loaded):
-    for given in ([], [talk("Hi")], [[{"role": "falcon", "content": "Hi"}]]):
+    for given in ([], [talk("Hi")], [[{"role": "system", "content": "Hi"}, *talk("Hi")]]):
         with pytest.raises(FinetuneError, match="no reply to train on"):
             examples(tiny_loaded, given)
 
 
-@pytest.mark.parametrize("name", ["steps", "batch_size", "rank"])
-def test_a_recipe_that_trains_nothing_is_refused(name):
-    with pytest.raises(FinetuneError, match=f"{name} must be at least 1"):
-        dataclasses.replace(SHORT, **{name: 0})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("steps", 0), ("batch_size", 0), ("rank", -1), ("learning_rate", math.nan), ("learning_rate", math.inf),
+     ("learning_rate", 0), ("dropout", 1), ("dropout", math.nan), ("warmup_steps", -1), ("seed", -1), ("seed", 2**32)],
+)  # fmt: skip
+def test_a_recipe_that_trains_nothing_is_refused(name, value):
+    """B8"""
+    with pytest.raises(FinetuneError, match=f"{name} must be"):
+        dataclasses.replace(SHORT, **{name: value})
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -287,13 +389,38 @@ def test_an_interrupted_training_goes_on_where_it_stopped_and_passes_over_a_chec
 ):
     interrupted(nf4, tmp_path, step=3)
     assert (tmp_path / "checkpoints" / "checkpoint-2").is_dir()
-    (tmp_path / "checkpoints" / "checkpoint-3").mkdir()
+    shutil.copytree(tmp_path / "checkpoints" / "checkpoint-2", tmp_path / "checkpoints" / "checkpoint-3")
+    (tmp_path / "checkpoints" / "checkpoint-3" / "optimizer.pt").unlink()
     seen = []
     done = finetune(nf4, DATA, SHORT, tmp_path, held_out=DATA[:2], on_point=lambda history: seen.append(history[-1]))
     assert sorted({point.step for point in seen}) == [3, 4]
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in (tuned.adapter_dir, tmp_path))
-    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+    assert all(torch.equal(one[name], two[name]) for name in one)
     assert done.history == tuned.history
+    # the one that was cut off is set aside, and the training's own stands in its place
+    assert (tmp_path / "checkpoints" / "incomplete-3" / "scheduler.pt").is_file()
+
+
+def test_a_finished_training_takes_no_further_step(nf4, tmp_path):
+    """C5: it ended within an epoch, where transformers' trainer would go on."""
+    recipe = replace(SHORT, steps=3)
+    once = finetune(copy.deepcopy(nf4), DATA, recipe, tmp_path, held_out=DATA[:2])
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    again = finetune(nf4, DATA, recipe, tmp_path, held_out=DATA[:2])
+    assert again.history == once.history
+    after = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(torch.equal(adapter[name], after[name]) for name in adapter)
+
+
+def test_a_training_stops_before_it_saves_a_number_that_is_not_finite(nf4, tmp_path):
+    """B1: gradients overflow from some step on; the checkpoint before is whole, and no adapter is written."""
+    wild = replace(SHORT, steps=20, learning_rate=1, alpha=10**12)
+    for _ in range(2):  # the same call stops at the same place
+        with pytest.raises(TrainingStoppedError, match=r"stopped at step \d+: the .*(not finite|nan|inf)"):
+            finetune(nf4, DATA, wild, tmp_path)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    for file in (tmp_path / "checkpoints").rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values())
 
 
 @pytest.mark.parametrize(
@@ -385,3 +512,77 @@ def test_the_merged_model_is_within_two_percent_of_the_trained_one(nf4, tmp_path
 def test_a_folder_without_an_adapter_is_named(tmp_path):
     with pytest.raises(FinetuneError, match=r"fine_tune\.json is missing"):
         reload(tmp_path)
+
+
+def changed(tuned, tmp_path, change):
+    """A copy of the adapter's folder without its checkpoints, changed."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(tuned.adapter_dir, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    return folder
+
+
+def halve(tensors, config):
+    for name in list(tensors)[::2]:
+        del tensors[name]
+
+
+def rename(tensors, config):
+    for name in list(tensors):
+        tensors[name.replace("query_key_value", "other")] = tensors.pop(name)
+
+
+def spoil(tensors, config):
+    tensors[next(iter(tensors))][0, 0] = math.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (halve, "32 of 64 tensors are missing"),
+        (rename, "16 of 64 tensors are missing"),
+        (spoil, "holds a nan or an infinity in base_model"),
+        (lambda tensors, config: tensors[next(iter(tensors))].mul_(1.5), "adapter_model.safetensors is not the file"),
+        (lambda tensors, config: config.update(lora_alpha=1000), "alpha is 1000 in adapter_config.json, not 8"),
+        (lambda tensors, config: config.update(r=2), "rank is 2 in adapter_config.json, not 4"),
+        (lambda tensors, config: config.update(base_model_name_or_path="x"), "adapter_config.json is not the file"),
+    ],
+    ids=["C6-half", "C6-names", "C6-nan", "C6-values", "C6-alpha", "C6-rank", "C6-base"],
+)  # fmt: skip
+def test_an_adapter_that_is_not_the_one_that_was_saved_is_refused(change, reason, tuned, tmp_path):
+    folder = changed(tuned, tmp_path, change)
+    for use in (reload, lambda adapter: merge(adapter, tmp_path / "merged")):
+        with pytest.raises(FinetuneError, match="is not the one that was saved") as refusal:
+            use(folder)
+        assert reason in str(refusal.value)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_whose_base_was_replaced_is_refused(tmp_path):
+    """C7: resumed, reloaded and merged."""
+    base = tmp_path / "base"
+    shutil.copytree(ROOT / REF.id, base)
+    ref = replace(REF, id=str(base))
+    one = replace(SHORT, steps=1)
+    finetune(models.load(ref, "bf16"), DATA, one, tmp_path / "adapter")
+    assert logits(reload(tmp_path / "adapter").model).isfinite().all()
+    weights = load_file(base / "model.safetensors")
+    weights["transformer.ln_f.bias"] += 1
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    for use in (reload, lambda adapter: merge(adapter, tmp_path / "merged")):
+        with pytest.raises(FinetuneError, match=r"with other files than it has now: model\.safetensors"):
+            use(tmp_path / "adapter")
+    with pytest.raises(FinetuneError, match="another base_files"):
+        finetune(models.load(ref, "bf16"), DATA, one, tmp_path / "adapter")
+
+
+def test_nothing_is_merged_over_what_is_there(tuned, tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "mine.txt").write_text("kept")
+    with pytest.raises(FinetuneError, match="is there already"):
+        merge(tuned.adapter_dir, tmp_path / "merged")
+    assert (tmp_path / "merged" / "mine.txt").read_text() == "kept"

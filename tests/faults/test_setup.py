@@ -1,0 +1,463 @@
+"""make setup: what is installed against the locks, who owns .venv, where the checkout lies, what pip is told.
+
+The real env/setup.sh and real pip work on a small project with locks of three tiny packages, from a folder of wheels.
+"""
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from base64 import urlsafe_b64encode
+from pathlib import Path
+
+import pytest
+
+from helpers.base.files import ROOT
+from helpers.planning.findings import _check_versions
+
+from .judge import Fault, Outcome, kept, no_survivor, refused, same
+
+VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
+PACKAGES = f".venv/lib/python{VERSION}/site-packages"
+# Builds the editable wheel of the small project without setuptools, which a new environment need not have.
+BACKEND = """
+import shutil
+from pathlib import Path
+def get_requires_for_build_editable(settings=None): return []
+def build_editable(folder, settings=None, metadata=None):
+    wheel = next(Path.cwd().glob("falcon_180b_workbook-*.whl"))
+    shutil.copy(wheel, folder)
+    return wheel.name
+"""
+CPU, CUDA = "debug = False\ncuda: Optional[str] = None\n", "debug = False\ncuda: Optional[str] = '13.0'\n"
+
+
+def wheel(folder: Path, name: str, version: str, files: dict[str, str]) -> Path:
+    """A wheel as pip takes it, with the hash and length of each file in its RECORD."""
+    info = f"{name}-{version}.dist-info"
+    files = files | {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = ""
+    for path, text in files.items():
+        digest = urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).decode().rstrip("=")
+        record += f"{path},sha256={digest},{len(text.encode())}\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(target, "w") as archive:
+        for path, text in (files | {f"{info}/RECORD": f"{record}{info}/RECORD,,\n"}).items():
+            archive.writestr(path, text)
+    return target
+
+
+def make_wheels(folder: Path) -> Path:
+    for version in ("1.0", "2.0"):
+        wheel(folder, "one", version, {"one/__init__.py": f"version = {version!r}\n", "one/rest.py": "a = 1\n" * 9})
+        wheel(folder, "two", version, {"two.py": f"version = {version!r}\n"})
+    wheel(folder, "tool", "1.0", {"tool.py": "1\n"})
+    wheel(folder, "torch", "2.0+cpu", {"torch/__init__.py": "", "torch/version.py": CPU})
+    return folder
+
+
+def make_project(folder: Path) -> Path:
+    """The checkout's set-up, with small locks and a small package."""
+    (folder / "env" / "requirements").mkdir(parents=True)
+    for name in ("env/setup.py", "env/installed.py", "env/setup.sh", "Makefile"):
+        shutil.copy(ROOT / name, folder / name)
+    for name, text in {"cpu": "one==1.0  # via x\ntorch==2.0+cpu\ntwo==1.0\n", "gpu": "one==1.0\ntorch==2.0\n",
+                       "dev": "tool==1.0\n", "models": ""}.items():  # fmt: skip
+        (folder / "env" / "requirements" / f"{name}.txt").write_text(f"# head\n{text}")
+    helpers = folder / "helpers"
+    helpers.mkdir()
+    (helpers / "__init__.py").write_text("")
+    (helpers / "models.py").write_text("def load_profile(name): return name\ndef prepare(profile): pass\n")
+    (helpers / "cli.py").write_text("def app():\n    print(__file__)\n")
+    (folder / "backend.py").write_text(BACKEND)
+    (folder / "pyproject.toml").write_text(
+        "[build-system]\nrequires = []\nbuild-backend = 'backend'\nbackend-path = ['.']\n"
+    )
+    editable = {"__editable__.falcon_180b_workbook-0.pth": f"{folder}\n"}
+    wheel(folder, "falcon_180b_workbook", "0", editable)
+    # A free disk of gibibytes is not what is tried here.
+    setup = folder / "env" / "setup.py"
+    setup.write_text(setup.read_text().replace('{"cpu": 3 * GIB, "gpu": 10 * GIB}', '{"cpu": 0, "gpu": 0}'))
+    return folder
+
+
+def environment(wheels: Path | None, **more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON"))}
+    own = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)} if wheels else {}
+    return kept | {"PIP_CONFIG_FILE": os.devnull} | own | more
+
+
+def make_setup(project: Path, wheels: Path | None, *words: str, answer: str = "", **more: str) -> Outcome:
+    done = subprocess.run(
+        ["make", "-C", str(project), "setup", f"PYTHON={sys.base_prefix}/bin/python{VERSION}", *words],
+        env=environment(wheels, **more), input=answer, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    return Outcome(done.returncode, done.stdout + done.stderr)
+
+
+def installed(project: Path) -> list[str]:
+    return sorted(path.name.removesuffix(".dist-info") for path in (project / PACKAGES).glob("*.dist-info")
+                  if path.name.startswith(("one", "two", "tool", "torch")))  # fmt: skip
+
+
+ALL = ["one-1.0", "tool-1.0", "torch-2.0+cpu", "two-1.0"]
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory):
+    return make_wheels(tmp_path_factory.mktemp("wheels"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, wheels):
+    """A project that is set up, in a folder whose name has all that a path may have. Each case leaves it whole."""
+    project = make_project(tmp_path_factory.mktemp("setup") / "a [b] wörk%d #1 'x' $HOME")
+    make_setup(project, wheels).ends(0, "Ready after")
+    same(installed(project), ALL)
+    return project
+
+
+def whole_again(project: Path, wheels: Path, *words: str) -> None:
+    """Judge that make setup repairs with these words, and then finds nothing more."""
+    make_setup(project, wheels).ends(0, "Repairing:", *words)
+    same(installed(project), ALL)
+    make_setup(project, wheels).ends(0, "as locked")
+
+
+def pip(project: Path, wheels: Path, *words: str) -> None:
+    command = [str(project / ".venv/bin/python"), "-m", "pip", *words]
+    subprocess.run(command, env=environment(wheels), capture_output=True, check=True)
+
+
+# --- what is installed ------------------------------------------------------------------------------------------------
+
+
+def upgraded(project: Path, wheels: Path) -> None:
+    pip(project, wheels, "install", "--no-deps", "one==2.0", "two==2.0")
+
+
+def uninstalled(project: Path, wheels: Path) -> None:
+    pip(project, wheels, "uninstall", "-y", "one", "tool")
+
+
+def file_gone(project: Path, wheels: Path) -> None:
+    (project / PACKAGES / "one" / "rest.py").unlink()
+
+
+def file_cut(project: Path, wheels: Path) -> None:
+    (project / PACKAGES / "two.py").write_text("")
+
+
+def folder_gone(project: Path, wheels: Path) -> None:
+    shutil.rmtree(project / PACKAGES / "one")
+
+
+def records_gone(project: Path, wheels: Path) -> None:
+    (project / PACKAGES / "one-1.0.dist-info" / "RECORD").unlink()
+    (project / PACKAGES / "two-1.0.dist-info" / "METADATA").unlink()
+
+
+def twice(project: Path, wheels: Path) -> None:
+    shutil.copytree(project / PACKAGES / "one-1.0.dist-info", project / PACKAGES / "one-0.9.dist-info")
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (upgraded, ("one 2.0, not 1.0", "two 2.0, not 1.0")),
+        (uninstalled, ("one 1.0 is not installed", "tool 1.0 is not installed")),
+        (file_gone, ("one 1.0 is damaged: one/rest.py is missing",)),
+        (file_cut, ("two 1.0 is damaged: two.py has another length",)),
+        (folder_gone, ("one 1.0 is damaged: one/",)),
+        (records_gone, ("one 1.0 is damaged", "two 1.0 is damaged")),
+        (twice, ("one 0.9 and 1.0, not 1.0",)),
+    ],
+    ids=lambda value: f"F1-{value.__name__}" if callable(value) else "",
+)
+def test_f1_what_differs_is_repaired(harm, words, made, wheels):
+    harm(made, wheels)
+    whole_again(made, wheels, *words)
+
+
+@pytest.mark.whole
+def test_f1_a_repair_without_the_network_says_so_and_works_later(made, wheels):
+    uninstalled(made, wheels)
+    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
+    make_setup(made, None, **nowhere).ends(2, "index could not be reached", "make setup again")
+    whole_again(made, wheels, "one 1.0 is not installed")
+
+
+@pytest.mark.whole
+def test_f13_a_start_up_file_that_prints_confuses_nobody(made, wheels):
+    """F13: a .pth that prints a Python version."""
+    noisy = made / PACKAGES / "noisy.pth"
+    noisy.write_text("import sys; print('3.9')\n")
+    try:
+        done = subprocess.run(
+            ["make", "-C", str(made), "setup"], env=environment(wheels), capture_output=True, text=True, check=False
+        )
+        Outcome(done.returncode, done.stdout + done.stderr).ends(0, "as locked")
+    finally:
+        noisy.unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "status", "words"),
+    [
+        ("none", "ok", "3 packages as in cpu.txt"),
+        ("other", "warn", "one 2.0, not 1.0"),
+        ("missing", "fail", "two 1.0 is not installed"),
+        ("damaged", "fail", "one 1.0 is damaged: one/rest.py has another length"),
+        ("shared", "ok", "3 packages"),
+    ],
+    ids=lambda value: f"F1-{value}",
+)
+def test_f1_doctor_and_set_up_compare_alike(harm, status, words, tmp_path, monkeypatch):
+    """F1: doctor's finding from the set-up's own comparison; a file of two packages is no damage."""
+    packages = tmp_path / "packages"
+    for name in ("one-1.0", "two-1.0", "torch-2.0+cpu"):
+        with zipfile.ZipFile(next(make_wheels(tmp_path / "wheels").glob(f"{name}-*.whl"))) as archive:
+            archive.extractall(packages)
+    if harm == "other":
+        (packages / "one-1.0.dist-info").rename(packages / "one-2.0.dist-info")
+    if harm == "missing":
+        shutil.rmtree(packages / "two-1.0.dist-info")
+    if harm == "damaged":
+        (packages / "one" / "rest.py").write_text("")
+    if harm == "shared":
+        record = packages / "two-1.0.dist-info" / "RECORD"
+        record.write_text(f"{record.read_text()}one/rest.py,sha256=x,1\n")
+    lock = tmp_path / "cpu.txt"
+    lock.write_text("one==1.0\ntwo==1.0 ; python_version > '3'\ntorch==2.0+cpu\nthree==1 ; sys_platform == 'win32'\n")
+    module = load(ROOT / "env" / "installed.py")
+    found = module.compare([lock], packages)
+    answer = json.dumps({"lock": "cpu.txt", "pins": 3, "differences": found})
+    # Only what the answer is about stands in for this Python's own packages.
+    monkeypatch.setattr(sys, "executable", str(script(tmp_path / "python", f"echo noise; echo '{answer}'")))
+    finding = next(iter(_check_versions(lock)))
+    same((finding.status, words in finding.found), (status, True))
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+# --- the build of torch -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("build", ["2.0+cpu", "2.0"], ids=["E7-cpu-build-first", "E7-cpu-build-of-that-name"])
+def test_e7_the_gpu_lock_never_ends_ready_with_a_cpu_build(build, tmp_path):
+    wheels = make_wheels(tmp_path / "wheels")
+    wheel(wheels, "torch", build, {"torch/__init__.py": "", "torch/version.py": CPU})
+    outcome = make_setup(make_project(tmp_path / "project"), wheels, "LOCK=gpu")
+    if outcome.code == 0 or "Ready" in outcome.screen:
+        raise Fault("wrong", outcome.screen)
+    outcome.ends(2, "torch")
+
+
+@pytest.mark.whole
+def test_e7_the_cuda_build_is_taken_kept_and_never_replaced(tmp_path):
+    """E7: though an index offers the CPU build, too; without LOCK later; a CPU build put in by hand is repaired."""
+    wheels, project = make_wheels(tmp_path / "wheels"), make_project(tmp_path / "project")
+    wheel(wheels, "torch", "2.0", {"torch/__init__.py": "", "torch/version.py": CUDA})
+    make_setup(project, wheels, "LOCK=gpu").ends(0, "Ready")
+    pip(project, wheels, "install", "--no-deps", "torch==2.0+cpu")
+    make_setup(project, wheels).ends(0, "torch 2.0+cpu, not 2.0", "Ready")
+    same(installed(project), ["one-1.0", "tool-1.0", "torch-2.0"])
+
+
+# --- where it is, and whose -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """env/setup.py of a small project, as a module."""
+    return load(make_project(tmp_path / "project") / "env" / "setup.py")
+
+
+@pytest.mark.parametrize(
+    "kind", ["somebody-s", "file", "dangling-link", "link-to-somebody-s"], ids=lambda kind: f"F17-{kind}"
+)
+def test_f17_a_venv_of_somebody_s_is_refused_and_kept(kind, setup, tmp_path, monkeypatch):
+    """F17: never deleted without a question; nobody answers here."""
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
+    mine = tmp_path / "mine" if kind == "link-to-somebody-s" else setup.VENV
+    if kind in ("somebody-s", "link-to-somebody-s"):
+        (mine / "bin").mkdir(parents=True)
+        (mine / "pyvenv.cfg").write_text("mine")
+    if kind == "file":
+        setup.VENV.write_text("mine")
+    if kind == "dangling-link":
+        setup.VENV.symlink_to(tmp_path / "nowhere")
+    if kind == "link-to-somebody-s":
+        setup.VENV.symlink_to(mine)
+    refused(lambda: setup.set_up("cpu"), ".venv", error=setup.SetupError)
+    if kind in ("somebody-s", "link-to-somebody-s"):
+        kept(mine / "pyvenv.cfg", b"mine")
+    if kind == "file":
+        kept(setup.VENV, b"mine")
+
+
+def test_f17_a_colon_in_the_path_is_named(tmp_path):
+    """F17: venv refuses it, and the advice is not to install python3-venv."""
+    module = load(make_project(tmp_path / "a:b") / "env" / "setup.py")
+    message = refused(lambda: module.set_up("cpu"), "':'", "Rename", error=module.SetupError)
+    same("apt" in message, False)
+
+
+@pytest.mark.parametrize(
+    "variable",
+    ["PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_REQUIRE_VIRTUALENV", "PIP_PYTHON", "PIP_DRY_RUN",
+     "PIP_CONSTRAINT", "PIP_NO_BINARY", "PIP_PRE", "PIP_REPORT", "PIP_REQUIRE_HASHES", "PIP_IGNORE_INSTALLED",
+     "PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP"],
+)  # fmt: skip
+def test_f17_pip_is_not_told_where_else_to_install(variable, setup, monkeypatch):
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example/simple")
+    same((variable in setup.pip_environment(), "PIP_INDEX_URL" in setup.pip_environment()), (False, True))
+
+
+@pytest.mark.whole
+def test_f17_the_caller_s_settings_of_pip_and_python_change_nothing(tmp_path, wheels):
+    """F17: a whole set-up under all of them, into a link to a larger disk, with Windows line ends."""
+    project, disk = make_project(tmp_path / "project"), tmp_path / "disk"
+    disk.mkdir()
+    (project / ".venv").symlink_to(disk)
+    for path in (project / "env/setup.sh", project / "Makefile", *(project / "env/requirements").iterdir()):
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    settings = dict.fromkeys(("PIP_USER", "PIP_REQUIRE_VIRTUALENV", "PIP_DRY_RUN", "PYTHONDONTWRITEBYTECODE"), "1")
+    settings |= {
+        name: str(tmp_path / name) for name in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PYTHONPATH", "PYTHONHOME")
+    }
+    make_setup(project, wheels, **settings).ends(0, "Ready")
+    same(installed(project), ALL)
+    same((project / ".venv").is_symlink() and (disk / "bin").is_dir(), True)
+    same([path.name for path in tmp_path.iterdir() if path.name.isupper()], [])
+
+
+@pytest.mark.whole
+def test_f17_a_file_of_pip_s_settings_that_sends_packages_elsewhere_is_named(tmp_path, wheels):
+    """F17: what no variable and no option can undo, in pip.conf."""
+    (tmp_path / "pip.conf").write_text(f"[install]\ntarget = {tmp_path / 'elsewhere'}\nuser = true\n")
+    project = make_project(tmp_path / "project")
+    make_setup(project, wheels, PIP_CONFIG_FILE=str(tmp_path / "pip.conf")).ends(
+        2, "is not installed", "pip config list"
+    )
+
+
+@pytest.mark.whole
+def test_f17_a_copy_of_the_checkout_runs_itself(made, wheels, tmp_path):
+    """F17: cp -r; its command is its own at once, and its set-up makes its environment its own."""
+    copy = tmp_path / "copy"
+    shutil.copytree(made, copy, symlinks=True)
+    (tmp_path / "link").symlink_to(copy / ".venv/bin/workbook")
+    (tmp_path / "helpers").mkdir()
+    (tmp_path / "helpers" / "cli.py").write_text("def app(): print('led astray')")
+    for command in (copy / ".venv/bin/workbook", tmp_path / "link"):
+        done = subprocess.run(
+            [command],
+            env=environment(None, PYTHONPATH=str(tmp_path)),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        same(done.stdout.strip(), str(copy / "helpers" / "cli.py"))
+    make_setup(copy, wheels).ends(0, "Making .venv", "Ready")
+    same(str(made) in (copy / ".venv/bin/pip").read_text(), False)
+    make_setup(made, wheels).ends(0, "as locked")
+
+
+def test_f17_text_has_unix_line_ends_wherever_it_is_checked_out(tmp_path):
+    """F17: a clone under core.autocrlf gets the same bytes; models' files and pictures are not touched."""
+    repository = tmp_path / "repository"
+    (repository / "env/models").mkdir(parents=True)
+    shutil.copy(ROOT / ".gitattributes", repository)
+    contents = {"a.sh": b"a\nb\n", "a.py": b"a\nb\n", "env/models/a.json": b"a\r\nb\n", "a.png": b"a\r\nb\n"}
+    for name, content in contents.items():
+        (repository / name).write_bytes(content)
+    for words in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "one"],
+                  ["-c", "core.autocrlf=true", "clone", "-q", str(repository), str(tmp_path / "clone")]):  # fmt: skip
+        subprocess.run(["git", *words], cwd=repository, capture_output=True, check=True)
+    for name, content in contents.items():
+        kept(tmp_path / "clone" / name, content)
+
+
+# --- interrupted, and two at once -------------------------------------------------------------------------------------
+
+
+def begin(project: Path, wheels: Path) -> subprocess.Popen:
+    """A set-up whose output is read line by line, in a session of its own."""
+    return subprocess.Popen(
+        [f"{sys.base_prefix}/bin/python{VERSION}", "-u", str(project / "env/setup.py")], env=environment(wheels),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.whole
+def test_e4_of_two_set_ups_one_waits(tmp_path, wheels):
+    project = make_project(tmp_path / "project")
+    first = begin(project, wheels)
+    line = first.stdout.readline()
+    assert "Making .venv" in line, line
+    make_setup(project, wheels).ends(0, "Another make setup works on this folder. Waiting", "as locked", "Ready")
+    Outcome(first.wait(60), first.communicate()[0]).ends(0, "Ready")
+    same(installed(project), ALL)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda n: f"F17-{n.name}")
+def test_f17_an_interrupted_set_up_is_completed_by_the_next(number, tmp_path, wheels, moments):
+    project = make_project(tmp_path / "project")
+    first = begin(project, wheels)
+    first.stdout.readline()
+    time.sleep(moments.uniform(0, 5))
+    first.send_signal(number)
+    screen = first.communicate(timeout=60)[0]
+    if number != signal.SIGKILL and first.returncode:
+        Outcome(first.returncode, screen).ends(130, "Interrupted. Run it again")
+        no_survivor(str(project), 5)
+    make_setup(project, wheels).ends(0, "Ready")
+    same(installed(project), ALL)
+
+
+def test_e4_the_lock_is_held_and_released(setup):
+    """E4: by this process and by pip, which inherits it; after the block the folder is free."""
+    other = os.open(setup.ROOT, os.O_RDONLY)
+    with setup.alone():
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        same(len(setup.HELD), 1)
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(other)
+
+
+@pytest.mark.parametrize(
+    "stamp", ["", "{", "[]", "null", '{"lock": 3}', '{"lock": "tpu"}', '{"lock": ["cpu"]}', "\u2028"]
+)
+def test_f17_a_damaged_stamp_means_nothing_was_finished(stamp, setup):
+    setup.VENV.mkdir()
+    setup.STAMP.write_text(stamp)
+    same(setup.read_stamp(setup.STAMP), {})
