@@ -84,7 +84,7 @@ class _Html(str):
         return str(self)
 
     def __repr__(self) -> str:
-        return html.unescape(re.sub(r"<[^>]*>", " ", self)).strip()
+        return html.unescape(re.sub(r"<[^<>]*>", " ", self)).strip()
 
 
 class _Views(tuple[object, ...]):

@@ -21,6 +21,7 @@ from helpers.base import settings
 from helpers.base.stats import Measured
 from helpers.runs import store
 from helpers.runs.expected import _is_number, _matches, _with_tolerance, _with_unit
+from helpers.runs.redaction import _redact
 from helpers.runs.schema import AS_EXPECTED, DIFFERS, UNMEASURED, _plain_value, _RecordedValue
 from helpers.runs.store import ResultError, _changed_results, _read_results
 
@@ -156,7 +157,7 @@ def record_figure(name: str, figure: Figure) -> Figure:
         path.unlink(missing_ok=True)  # it may be a link, or another name of a file elsewhere
         # Without the name of the software, which holds matplotlib's version, equal figures are equal files.
         figure.savefig(path, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None})
-        with _changed_results(folder) as results:
+        with _changed_results(folder, _without_tokens) as results:
             results.figures.setdefault(notebook, {})[name] = path.relative_to(folder).as_posix()
     if pyplot := sys.modules.get("matplotlib.pyplot"):
         # Otherwise the inline backend shows a pyplot figure a second time.
@@ -270,5 +271,10 @@ def _keep(entries: Sequence[_Record]) -> None:
     if folder is None:
         _session.setdefault(notebook, {}).update(contents)
         return
-    with _changed_results(folder) as results:
+    with _changed_results(folder, _without_tokens) as results:
         results.values.setdefault(notebook, {}).update(contents)
+
+
+def _without_tokens(content: object) -> object:
+    # At once, because a runner that is killed sweeps no file; what else is secret, only the runner knows.
+    return _redact(content, ())

@@ -44,21 +44,45 @@ _KEY_LINES = re.compile(r"(?:(?:\s|\\[nr])*+[A-Za-z0-9+/=]{16,}+)++")
 _ADDRESS = re.compile(r"(://[^\s/?#:@\"'<>\\]{0,256}:)([^\s/?#\"'<>\\]{1,512})(?=@)")
 _USER = re.compile(r"(://)([^\s/?#:@\"'<>\\]{20,256})(?=@)")
 _LOGIN = re.compile(r"(\blogin\s{1,8}\S{1,128}\s{1,8}password\s{1,8})(\S{1,512})")
-_QUERY_KEY = re.compile(
-    r"([?&;](?:key|sig|auth|[\w-]{0,20}signature|[\w-]{0,20}credential)=)([^&\s\"'<>#\\]{8,4096})", re.I
-)
-# Each with the text before the secret, and the secret: an address's parameter, a header.
-_PLACES = (
-    re.compile(
-        r"([?&;](?:[\w-]{0,20}token|api[_-]?key|password|passwd|pwd|(?:client_)?secret)=)([^&\s\"'<>#\\]{6,4096})", re.I
+# A place where a secret stands: what to look for first, because the search itself is slow; the text before the secret
+# and the secret; and what tells that it is one.
+_PLACES: tuple[tuple[re.Pattern[str], re.Pattern[str], Callable[[str], bool]], ...] = (
+    (
+        re.compile(r"(?:oken|OKEN|ey|EY|assword|asswd|wd|WD|ecret|ECRET)="),
+        re.compile(
+            r"([?&;](?:[\w-]{0,20}token|api[_-]?key|password|passwd|pwd|(?:client_)?secret)=)([^&\s\"'<>#\\]{6,4096})",
+            re.I,
+        ),
+        _looks_secret,
     ),
-    re.compile(r"(authorization[\"']?\s{0,4}[:=,]\s{0,4}b?[\"']?(?:bearer|token)\s{1,4})([\w.~+/=-]{6,8192})", re.I),
-    re.compile(r"(\bbearer\s{1,4})([\w.~+/=-]{16,8192})", re.I),
-    re.compile(
-        r"(\b(?:x-)?(?:api-key|auth-token|private-token)[\"']?\s{0,4}[:=]\s{0,4}[\"']?)([\w.~+/=-]{6,8192})", re.I
+    (
+        re.compile(r"(?:ey|EY|ig|uth|ature|ential)="),
+        re.compile(
+            r"([?&;](?:key|sig|auth|[\w-]{0,20}signature|[\w-]{0,20}credential)=)([^&\s\"'<>#\\]{8,4096})", re.I
+        ),
+        functools.partial(_looks_secret, sure=False),
+    ),
+    (
+        re.compile(r"uthorization|UTHORIZATION"),
+        re.compile(r"(authorization[\"']?\s{0,4}[:=,]\s{0,4}b?[\"']?basic\s{1,4})([\w+/=-]{6,8192})", re.I),
+        bool,
+    ),
+    (
+        re.compile(r"uthorization|UTHORIZATION"),
+        re.compile(
+            r"(authorization[\"']?\s{0,4}[:=,]\s{0,4}b?[\"']?(?:bearer|token)\s{1,4})([\w.~+/=-]{6,8192})", re.I
+        ),
+        _looks_secret,
+    ),
+    (re.compile(r"earer|EARER"), re.compile(r"(\bbearer\s{1,4})([\w.~+/=-]{16,8192})", re.I), _looks_secret),
+    (
+        re.compile(r"-(?:[Kk]ey|KEY|[Tt]oken|TOKEN)"),
+        re.compile(
+            r"(\b(?:x-)?(?:api-key|auth-token|private-token)[\"']?\s{0,4}[:=]\s{0,4}[\"']?)([\w.~+/=-]{6,8192})", re.I
+        ),
+        _looks_secret,
     ),
 )
-_BASIC = re.compile(r"(authorization[\"']?\s{0,4}[:=,]\s{0,4}b?[\"']?basic\s{1,4})([\w+/=-]{6,8192})", re.I)
 # What stands for a password in an example or in code.
 _PLACEHOLDER = re.compile(r"\[redacted\]|\{[^{}]*\}|\$\w+|\$\{\w+\}|\*+|%s|<[^<>]*>|\.\.\.|…")
 # An escape sequence ends where the secret begins: \n, \x0a, \u000a, %0A or the colour of a terminal.
@@ -240,11 +264,9 @@ def _without_shapes(text: str) -> str:
         text = _USER.sub(_hidden_after(lambda user: _looks_secret(user, sure=False)), text)
     if "password" in text:
         text = _LOGIN.sub(_hidden_after(lambda password: not _PLACEHOLDER.fullmatch(password)), text)
-    text = _BASIC.sub(rf"\g<1>{REDACTED}", text)
-    if "=" in text:
-        text = _QUERY_KEY.sub(_hidden_after(lambda key: _looks_secret(key, sure=False)), text)
-    for pattern in _PLACES:
-        text = pattern.sub(_hidden_after(_looks_secret), text)
+    for hint, pattern, is_secret in _PLACES:
+        if hint.search(text):
+            text = pattern.sub(_hidden_after(is_secret), text)
     return text
 
 

@@ -112,23 +112,24 @@ def write_expected(path: Path, values: Mapping[str, _ExpectedValue]) -> None:
 
 
 @contextmanager
-def _changed_results(folder: Path) -> Iterator[_Results]:
+def _changed_results(folder: Path, redact: Redact | None = None) -> Iterator[_Results]:
     """The content of ``results.json``, to be changed in place and written at the end, by one process at a time.
 
-    Nothing is written if the block raises.
+    It goes through ``redact`` if it is given. Nothing is written if the block raises.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _check_links(folder)
     # A notebook may record from several processes (torchrun), and each rewrites the whole file.
     with FileLock(folder / ".results.lock"):
         results = _read_results(folder)
         yield results
-        _write(folder / "results.json", _dumped(results))
+        _write(folder / "results.json", _dumped(results), redact)
 
 
 def _required(path: Path) -> Path:
     _check_links(path.parent)
     if not path.exists() and not path.parent.exists():
-        raise RunFolderError(f"There is no run folder {path.parent}. Name the folder of a run.")
+        raise RunFolderError(f"{path.parent} is not a run folder: it is missing. Name the folder of a run.")
     if not path.exists():
         raise RunFolderError(f"{path.parent} is not a run folder: it has no {path.name}. {_advice(path)}")
     return path

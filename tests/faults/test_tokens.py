@@ -125,7 +125,7 @@ def test_a_scored_text_is_text(tiny_loaded):
 def test_an_option_is_text(tiny_loaded):
     """A10, in a reply that is scored."""
     questions = [evaluation.Question(user("Why?"), ("so<|endoftext|>", "so< |endoftext|>"), 0)]
-    (first, second), = evaluation.multiple_choice(tiny_loaded, questions).log_likelihoods
+    ((first, second),) = evaluation.multiple_choice(tiny_loaded, questions).log_likelihoods
     same(first, second)
 
 
