@@ -45,7 +45,11 @@ def value(number, unit="", **changes):
 
 @pytest.fixture
 def run(tmp_path):
-    folder = tmp_path / "20260131T120000Z-laptop"
+    return make_run(tmp_path / "20260131T120000Z-laptop")
+
+
+def make_run(folder):
+    """A small run folder: two notebooks, three values, a figure."""
     (folder / "figures").mkdir(parents=True)
     (folder / "figures" / "00_a_sizes.png").write_bytes(PNG)
     manifest = {
