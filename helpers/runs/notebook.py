@@ -124,7 +124,7 @@ def _select(folder: Path, only: Sequence[str], profile: Profile) -> list[Path]:
 
     Raises UsageError when a text is blank or fits no notebook, or a notebook with a budget is not there.
     """
-    found = {path.stem: path for path in sorted(folder.glob("*.ipynb")) if path.is_file()}
+    found = _notebooks_in(folder)
     if not found:
         raise UsageError(f"There are no notebooks in {folder}. Generate them with 'workbook render'.")
     names = [name for name in found if name in profile.budgets]
@@ -134,6 +134,10 @@ def _select(folder: Path, only: Sequence[str], profile: Profile) -> list[Path]:
         _check_whole(folder, names, profile)
     starts = tuple(only) or ""  # every name starts with nothing
     return [found[name] for name in names if name.startswith(starts)]
+
+
+def _notebooks_in(folder: Path) -> dict[str, Path]:
+    return {path.stem: path for path in sorted(folder.glob("*.ipynb")) if path.is_file()}
 
 
 def _check_whole(folder: Path, names: Sequence[str], profile: Profile) -> None:
