@@ -2,8 +2,16 @@
 
 # Each of these modules registers its commands when it is imported, and the help lists them in this order.
 # isort: off
-from helpers.cli import machine, run, measure, training, maintainers  # noqa: F401
-from helpers.cli.workbook import app
+try:
+    from helpers.cli import machine, run, measure, training, maintainers  # noqa: F401
+    from helpers.cli.workbook import app
+except Exception as error:
+    # Somebody may have removed by halves a package that every command needs.
+    from helpers.base.installed import damage
+
+    if why := damage():
+        raise SystemExit(f"Error: {type(error).__name__}: {error}. {why}") from error
+    raise
 # isort: on
 
 __all__ = ["app"]

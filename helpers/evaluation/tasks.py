@@ -7,19 +7,21 @@ say ``chat: true`` in their ``metadata`` are kept apart, because they are asked 
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
-from tempfile import TemporaryDirectory
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING, Any
 
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
+from helpers.base.jsonl import read_records
 from helpers.models.workarounds.lm_eval_model import same_random_state
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from types import ModuleType
 
     from lm_eval.tasks import TaskManager
@@ -95,7 +97,7 @@ def _manager(names: Sequence[str], folder: Path, cache: str) -> TaskManager:
             f"Give a list of tasks, of these: {known}, or of the lm-evaluation-harness' own; "
             f"none has the name {', '.join(unknown)}."
         )
-    _find_files(manager, folders, cache)
+    _find_files(manager, folders, cache, _with_members(manager, names))
     return manager
 
 
@@ -127,11 +129,27 @@ def _member_name(member: str | Mapping[str, Any]) -> str:
     return name
 
 
-def _find_files(manager: TaskManager, folders: Sequence[Path], cache: str) -> None:
-    """Make the data files of the folders' tasks absolute; ``datasets`` reads them through a cache of their own."""
+def _with_members(manager: TaskManager, names: Sequence[str]) -> set[str]:
+    """These names, and those of all members of the groups among them."""
+    found: set[str] = set()
+    left = list(names)
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            members = (manager.task_index[name].cfg or {}).get("task")
+            left += map(_member_name, members) if isinstance(members, list) else []
+    return found
+
+
+def _find_files(manager: TaskManager, folders: Sequence[Path], cache: str, wanted: Collection[str]) -> None:
+    """Make the data files of the folders' tasks absolute; ``datasets`` reads them through a cache of their own.
+
+    Raises WorkbookError for a JSON Lines file of a wanted task that is not valid.
+    """
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    for entry in manager.task_index.values():
+    for name, entry in manager.task_index.items():
         if entry.yaml_path is None or not any(map(entry.yaml_path.is_relative_to, folders)):
             continue
         config = load_yaml(entry.yaml_path)
@@ -139,10 +157,19 @@ def _find_files(manager: TaskManager, folders: Sequence[Path], cache: str) -> No
         if "data_files" in options:
             files = {}
             for split, file in options["data_files"].items():
-                files[split] = str(entry.yaml_path.parent / file)
+                path = entry.yaml_path.parent / file
+                files[split] = str(_plain_copy(path, cache) if name in wanted and path.suffix == ".jsonl" else path)
             config["dataset_kwargs"] = {**options, "data_files": files, "cache_dir": cache}
             # With a path, the manager would read the file again; without one it uses the configuration.
             entry.cfg, entry.yaml_path = config, None
+
+
+def _plain_copy(file: Path, cache: str) -> Path:
+    """A copy of a JSON Lines file as every library reads it, with what the project's own reader found in the file."""
+    lines = [json.dumps(record) + "\n" for _, record in read_records(file)]
+    copy = Path(mkdtemp(dir=cache)) / file.name
+    copy.write_text("".join(lines), encoding="utf-8")
+    return copy
 
 
 def _loaded(manager: TaskManager, name: str) -> TaskDict:

@@ -22,7 +22,7 @@ from helpers.machine.anatomy import published_config, published_models
 from helpers.models.checkpoint import LoadError, _checked
 from helpers.models.hub import _describe_commit, _download, _download_config
 from helpers.models.matching import _check_model_type, _check_special_ids, _check_tokenizer
-from helpers.models.unpacking import _from_package
+from helpers.models.unpacking import _from_package, packaged_file
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -97,6 +97,18 @@ def prepare(profile: Profile, *, roles: Collection[str] | None = None, verify: b
             commits[ref.id] = folder.name
         console.print(line, soft_wrap=True)
     return commits
+
+
+def check_files(profile: Profile, roles: Collection[str]) -> None:
+    """Compare the models that come with the project or a package with their records. Raises LoadError.
+
+    Nothing is downloaded or unpacked, and files that were hashed before cost nothing.
+    """
+    for ref in _wanted(profile, roles):
+        if ref.source == "embedded":
+            resolve(ref)
+        elif ref.source == "package":
+            packaged_file(ref)
 
 
 def _wanted(profile: Profile, roles: Collection[str] | None) -> list[ModelRef]:

@@ -122,8 +122,9 @@ def _hash_of(value: object) -> str:
 
 
 def _tags(cell: _Cell) -> list[str]:
-    tags: list[str] = cell.get("metadata", {}).get("tags") or []
-    return tags
+    # Some tools write null where there are none.
+    tags = cell.get("metadata", {}).get("tags")
+    return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
 
 
 def _source(cell: _Cell) -> str:

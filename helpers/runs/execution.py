@@ -17,6 +17,7 @@ from helpers.base.terminal import Terminal
 from helpers.base.text import one_line, shell_word, shortened
 from helpers.base.units import PRECISIONS
 from helpers.models.checkpoint import LoadError
+from helpers.models.finding import check_files
 from helpers.models.loaded import forget_loads, read_loads
 from helpers.runs import store
 from helpers.runs.child import _Job
@@ -36,11 +37,7 @@ from helpers.runs.folder import (
 )
 from helpers.runs.holding import _interrupted
 from helpers.runs.interrupts import _Stop, interruptible
-from helpers.runs.notebook import (
-    _loaded_models,
-    _roles_to_fetch,
-    _undeclared,
-)
+from helpers.runs.notebook import _loaded_models, _roles_to_fetch, _undeclared
 from helpers.runs.origins import _code_hash, _last_origin, _place
 from helpers.runs.parameters import _parse_parameters
 from helpers.runs.recording import _forget
@@ -50,7 +47,7 @@ from helpers.runs.resuming import _first_status, _merge_manifests, _of_another_o
 from helpers.runs.schema import _NotebookStatus, _RehearsalFacts
 from helpers.runs.secrecy import _find_secrets
 from helpers.runs.store import _read_results, _write_manifest, _write_status
-from helpers.runs.supervision import _environment, _supervise
+from helpers.runs.supervision import _environment, _kept_out, _supervise
 from helpers.runs.sweeping import _sweep
 
 if TYPE_CHECKING:
@@ -209,6 +206,7 @@ class _Session:
     def _describe(self, raw: Mapping[str, str], command: Sequence[str]) -> None:
         """Write the manifest and the status. What takes seconds comes last: a run that ends then can be resumed."""
         manifest = _outline(self.profile, self.plans, raw, command)
+        manifest.clean_start = _kept_out(os.environ)
         if self.rehearsal:
             manifest.rehearsal = _RehearsalFacts.model_validate(self.rehearsal.described())
         if self.earlier is None:
@@ -244,10 +242,13 @@ class _Session:
             show(self.status)
 
     def _fetch(self) -> None:
-        """Fetch the models that the pending notebooks declare, while no budget runs, and note at which commits."""
+        """Check and fetch the models that the pending notebooks declare, while no budget runs; note their commits."""
         pending = [plan for plan in self.plans if self.status.notebooks[plan.name].status == "pending"]
         roles = _roles_to_fetch(model for plan in pending for model in plan.models or ())
-        if self.rehearsal or self.profile.offline or not roles:
+        if self.rehearsal or not roles:
+            return
+        check_files(self.profile, roles)
+        if self.profile.offline:
             return
         self.commits |= fetch(self.profile, roles, self.commits)
         self._save_manifest()

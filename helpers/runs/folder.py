@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from helpers.base.files import ROOT
 from helpers.base.hashes import file_hash
-from helpers.base.isolation import without_git
+from helpers.base.isolation import conditions, without_git
 from helpers.base.processes import Command
 from helpers.machine.hardware import DETECT
 from helpers.models.checkpoint import LoadError
@@ -132,6 +132,7 @@ def _outline(profile: Profile, plans: Sequence[_Plan], raw: Mapping[str, str], c
         python=platform.python_version(),
         packages={},
         hardware=_UnknownHardware(error="it was not looked at"),
+        clean_start=conditions(os.environ),
     )
 
 

@@ -20,6 +20,7 @@ import ast
 import json
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -180,12 +181,11 @@ def _declared_parameters(notebook: _Document, title: str, *, own: bool = False) 
 
 
 def _defaults(source: str, title: str, *, own: bool) -> dict[str, object]:
-    # A magic or a shell command is no Python; it assigns nothing.
-    lines = ["" if line.lstrip()[:1] in ("%", "!", "?") else line for line in source.splitlines()]
     try:
-        statements = ast.parse("\n".join(lines)).body
+        statements = _statements(source)
     except (SyntaxError, ValueError) as error:
-        raise UsageError(f"{title}: the cell tagged 'parameters' is not valid Python. Correct it.") from error
+        line = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
+        raise UsageError(f"{title}: the cell tagged 'parameters' is not valid Python{line}. Correct it.") from error
     defaults = {}
     for statement in statements:
         name, value = _assignment(statement)
@@ -197,6 +197,15 @@ def _defaults(source: str, title: str, *, own: bool) -> dict[str, object]:
             if not own:
                 raise UsageError(f"{title}: the parameter {name} must be a plain value, not a computed one.") from error
     return defaults
+
+
+def _statements(source: str) -> list[ast.stmt]:
+    """The statements of a cell, in which IPython's own commands, such as %load_ext, may stand."""
+    with suppress(SyntaxError):
+        return ast.parse(source).body
+    from IPython.core.inputtransformer2 import TransformerManager
+
+    return ast.parse(TransformerManager().transform_cell(source)).body
 
 
 def _assignment(statement: ast.stmt) -> tuple[str | None, ast.expr | None]:

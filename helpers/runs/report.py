@@ -300,7 +300,7 @@ def _facts(manifest: _Manifest, mixed: bool) -> dict[str, str]:
     last = {"Commit": _commit(manifest.git), "Python": manifest.python, **_machine_facts(manifest.hardware)}
     facts |= {f"{label}, last start" if mixed else label: text for label, text in last.items()}
     if manifest.clean_start:
-        facts["Kept out of the kernels"] = ", ".join(manifest.clean_start)
+        facts["Environment of the kernels"] = "; ".join(manifest.clean_start)
     return facts
 
 

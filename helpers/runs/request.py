@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -166,8 +167,10 @@ def usual_parameters(profile: str, notebooks: Path) -> dict[str, dict[str, objec
     """
     from helpers.models.profiles import load_profile
 
-    try:
-        plans = _plan_run(load_profile(profile), notebooks, (), {}, {})
-    except WorkbookError:
-        return {}
-    return {plan.name: plan.effective for plan in plans}
+    usual: dict[str, dict[str, object]] = {}
+    with suppress(WorkbookError):
+        settings = load_profile(profile)
+        for name in settings.budgets:
+            with suppress(WorkbookError):
+                usual |= {plan.name: plan.effective for plan in _plan_run(settings, notebooks, [name], {}, {})}
+    return usual

@@ -321,7 +321,7 @@ class _Manifest(_Part):
     end. ``loaded`` are the models that its notebooks loaded. ``resumed`` lists the times of later starts. ``commits``
     are those that the run keeps to, by repository. ``git``, ``python``, ``packages``, ``hardware`` and the hashes of
     ``models`` are those of the last start; ``origins`` are those that values came from. ``clean_start`` lists what the
-    kernels were kept from: start-up files and variables of the user's own.
+    kernels were kept from, start-up files and variables of the user's own, and what of these stayed.
     """
 
     profile: _FileName

@@ -238,3 +238,9 @@ def _environment(base: Mapping[str, str], offline: bool, workbook: Mapping[str, 
     if offline:
         environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     return environ
+
+
+def _kept_out(base: Mapping[str, str]) -> list[str]:
+    """The names of the caller's variables that a notebook does not get, or gets with another value."""
+    clean = _environment(base, False, {})
+    return sorted(name for name, value in base.items() if clean.get(name) != value)

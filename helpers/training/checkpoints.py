@@ -109,8 +109,8 @@ def _explained(error: Exception, folder: Path) -> TrainingStoppedError | None:
     for checkpoint in unfinished:
         shutil.rmtree(checkpoint, ignore_errors=True)
     return TrainingStoppedError(
-        f"A checkpoint could not be written to {folder}: {error}. Earlier ones are kept. Free some disk space or repair "
-        "the folder, and repeat the call: it continues from the last checkpoint."
+        f"A checkpoint could not be written to {folder}: {error}. Earlier ones are kept. Free some disk space or "
+        "repair the folder, and repeat the call: it continues from the last checkpoint."
     )
 
 

@@ -132,7 +132,7 @@ BAD_ITEMS = {
     "A12-answer-null": ({**ITEM, "id": "2", "answer": None}, "null"),
     "A12-no-reply-can-be-right": ({**ITEM, "id": "2", "others": ["Goat"]}, "both"),
     "A12-word-with-a-space-after-it": ({**ITEM, "id": "2", "answer": ["goat "]}, "spaces"),
-    "A12-misspelt-key": ({**ITEM, "id": "2", "anwser": ["goat"]}, "'anwser'"),
+    "A12-misspelt-key": ({**ITEM, "id": "2", "answers": ["goat"]}, "'answers'"),
     "A3-blank-question": ({**ITEM, "id": "2", "question": "\u3164"}, "blank"),
     "A3-blank-word": ({**ITEM, "id": "2", "answer": ["\ufe0f"]}, "blank"),
     "A6-question-null": ({**ITEM, "id": "2", "question": None}, "null"),

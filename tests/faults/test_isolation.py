@@ -17,7 +17,7 @@ from helpers.base.files import ROOT
 from helpers.base.isolation import conditions, isolated
 from helpers.base.processes import ChildProcess, Command
 from helpers.runs import folder as run_folder
-from helpers.runs.notebook import _declared_parameters
+from helpers.runs.parameters import _declared_parameters
 
 from .judge import Fault, no_survivor, not_executed, refused, same
 
@@ -211,13 +211,14 @@ def test_f13_what_a_start_up_file_prints_does_not_hide_an_answer(monkeypatch):
         "!ls\nseed = 3",
         "?print\nseed = 3",
         "seed: int = 3  # a comment\n%time 1 + 1",
+        'text = """\n%load_ext is no command here\n"""\nseed = 3',
     ],
     ids=lambda source: f"F13-{source.split()[0]}",
 )
 def test_f13_a_parameters_cell_may_hold_commands_of_ipython(source):
     """F13: %load_ext in the parameters cell."""
     cell = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": source}
-    same(_declared_parameters({"cells": [cell]}, "x.ipynb")["seed"], 3)
+    same(_declared_parameters({"cells": [cell]}, "x.ipynb")["seed"].default, 3)
 
 
 def test_f13_a_parameters_cell_that_is_no_python_is_named():
@@ -232,7 +233,7 @@ def test_f13_tags_of_any_kind(metadata):
         {"cell_type": "code", "metadata": metadata, "source": "1"},
         {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": "seed = 3"},
     ]
-    same(_declared_parameters({"cells": cells}, "x.ipynb"), {"seed": 3})
+    same([parameter.default for parameter in _declared_parameters({"cells": cells}, "x.ipynb").values()], [3])
 
 
 # --- the commit -------------------------------------------------------------------------------------------------------

@@ -143,8 +143,8 @@ def test_a_run_over_a_changed_model_is_refused(tmp_path):
     """C1: the whole command, in a checkout of its own."""
     for part in ("helpers", "notebooks", "env"):
         shutil.copytree(ROOT / part, tmp_path / part)
-    flip(tmp_path / "env/models/falcon-mini-chat" / WEIGHTS)
-    run = workbook("run", "--only", "00", "--folder", tmp_path / "run", root=tmp_path)
+    flip(tmp_path / "env/models/falcon-mini" / WEIGHTS)
+    run = workbook("run", "--only", "01", "--folder", tmp_path / "run", root=tmp_path)
     run.ends(1, "model.safetensors is not the file that was recorded", "git -C")
 
 

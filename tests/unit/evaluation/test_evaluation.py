@@ -554,6 +554,19 @@ def stopping_format(stop):
     return Stopping()
 
 
+def test_the_harness_reads_what_the_projects_own_reader_reads(tiny_loaded, tmp_path):
+    """A5: datasets' reader takes no mark before the text, and no UTF-16; of a key that is there twice it takes one."""
+    (answer,) = replies_of(tiny_loaded, QUESTIONS_TO_WRITE[:1], max_new_tokens=12)
+    rows = [{"question": QUESTIONS_TO_WRITE[0], "answer": answer}]
+    write_generate_task(tmp_path, rows)
+    file = tmp_path / "written.jsonl"
+    file.write_bytes((file.read_text() + "\r\n").encode("utf-16"))
+    assert evaluate(tiny_loaded, ["written"], folder=tmp_path).rows[0].value == 1
+    file.write_text('{"question": "a", "question": "b", "answer": "x"}')
+    with pytest.raises(WorkbookError, match=r"line 1 \(row 1\): The key 'question' is there twice"):
+        evaluate(tiny_loaded, ["written"], folder=tmp_path)
+
+
 def test_a_chat_tasks_own_stop_string_ends_the_answer_too(tiny_loaded, tmp_path):
     """B2"""
     (free,) = replies_of(tiny_loaded, QUESTIONS_TO_WRITE[:1], max_new_tokens=12)

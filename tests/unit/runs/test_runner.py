@@ -737,7 +737,7 @@ def test_nothing_is_fetched_for_a_notebook_that_declares_no_model_nor_for_models
     # Named in code and comments, and declared of another profile: neither is a reason to download.
     models = {"laptop/falcon": ["bf16"]} | ({"falcon": ["profile"]} if offline else {})
     make_notebook(tmp_path, "00_a", "settings = None  # settings.falcon, settings.models", models=models)
-    profile = make_profile("00_a") if offline else hub_profile("00_a")
+    profile = make_profile("00_a", model="env/models/falcon-mini-draft") if offline else hub_profile("00_a")
     assert run_notebooks(profile, notebooks=tmp_path, folder=tmp_path / "run", console=quiet()).ok
 
 
