@@ -15,7 +15,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from helpers.base.errors import WorkbookError
 from helpers.base.files import FileError, read_json, read_yaml, write_json
-from helpers.runs.paths import _check_links, _check_names, _inside
+from helpers.runs.paths import _check_links
 from helpers.runs.schema import _Claim, _ExpectedValue, _Manifest, _Results, _Status
 
 if TYPE_CHECKING:
@@ -53,30 +53,19 @@ class RunFolderError(WorkbookError):
 
 def read_manifest(folder: Path) -> _Manifest:
     """Read ``manifest.json``. Raises RunFolderError if the folder holds no run, ResultError for a damaged file."""
-    path = _required(folder / "manifest.json")
-    manifest = _read(path, _Manifest)
-    _check_names([manifest.profile, *manifest.notebooks], path)
-    return manifest
+    return _read(_required(folder / "manifest.json"), _Manifest)
 
 
 def _read_status(folder: Path) -> _Status:
     """Read ``status.json``. Raises RunFolderError if the folder holds no run, ResultError for a damaged file."""
-    path = _required(folder / "status.json")
-    status = _read(path, _Status)
-    _check_names(status.notebooks, path)
-    return status
+    return _read(_required(folder / "status.json"), _Status)
 
 
 def _read_results(folder: Path) -> _Results:
     """Read ``results.json``; empty if nothing was recorded. Raises ResultError for a damaged file."""
     path = folder / "results.json"
     _check_links(folder)
-    results = _read(path, _Results) if path.exists() else _Results()
-    _check_names([*results.values, *results.figures], path)
-    for figures in results.figures.values():
-        for figure in figures.values():
-            _inside(folder, figure, path)
-    return results
+    return _read(path, _Results) if path.exists() else _Results()
 
 
 def read_expected(path: Path, *, required: bool = False) -> dict[str, _ExpectedValue]:
