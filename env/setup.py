@@ -68,6 +68,16 @@ def stamp(lock: str) -> dict[str, str]:
     return {"lock": lock, "python": version, "venv": str(VENV), "files": digest}
 
 
+def runs_in(venv: Path) -> bool:
+    """Return whether the environment's Python runs and is its own: without pyvenv.cfg it would be the system's."""
+    command = [str(PYTHON), "-I", "-c", "import sys; print(); print(sys.prefix)"]
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace")
+        return Path(done.stdout.splitlines()[-1]).samefile(venv)
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
 def lock_files(lock: str) -> list[Path]:
     """Return the files whose pins .venv holds."""
     return [LOCKS / f"{name}.txt" for name in (lock, "dev", "models")]
@@ -80,9 +90,7 @@ def read_stamp(path: Path) -> dict[str, str]:
         chosen = {"lock": made["lock"]} if made["lock"] in NEEDED_BYTES else {}
     except (OSError, ValueError, TypeError, KeyError):
         return {}
-    try:
-        subprocess.run([str(PYTHON), "-I", "-c", ""], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
+    if not runs_in(VENV):
         return chosen
     return made
 

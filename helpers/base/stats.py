@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+_MOST_NATS = 700.0  # e to a little more overflows; a model that guesses has about 11
 _RESAMPLES = 9999  # scipy's default: the percentiles then move by about a hundredth of the interval's width
 
 
@@ -32,7 +33,7 @@ class Interval:
     confidence: float = 0.95
 
     def __post_init__(self) -> None:
-        _check_finite((self.estimate, self.low, self.high), "the estimate and its interval")
+        check_finite((self.estimate, self.low, self.high), "the estimate and its interval")
 
 
 class _Scalar(Protocol):
@@ -66,7 +67,16 @@ def known(value: float, missing: str, digits: int | None = None) -> float | str:
     return value if digits is None else round(value, digits)
 
 
-def _check_finite(values: Sequence[float], what: str) -> None:
+def exp(nats: float) -> float:
+    """e to the power of a loss in nats, a perplexity. Raises WorkbookError if that is more than a float holds."""
+    if not nats < _MOST_NATS:
+        raise WorkbookError(
+            f"The loss is {nats:.3g} nats per token, too much for a perplexity. Check the model's files."
+        )
+    return math.exp(nats)
+
+
+def check_finite(values: Sequence[float], what: str) -> None:
     """Raise WorkbookError that names the first value that is not finite."""
     for number, value in enumerate(values):
         if not math.isfinite(value):
@@ -97,7 +107,7 @@ def mean(values: Sequence[float], confidence: float = 0.95) -> Interval:
 
     if len(values) < 2:
         raise ValueError("An interval of the mean needs at least two values.")
-    _check_finite(values, "the mean")
+    check_finite(values, "the mean")
     if set(values) in ({0}, {1}):
         # Right or wrong, and all alike: Student's t would be sure after two of them.
         return proportion(round(sum(values)), len(values), confidence)
@@ -160,8 +170,8 @@ def ratio_error(numerators: Sequence[float], denominators: Sequence[float]) -> f
 
     if len(numerators) != len(denominators) or len(numerators) < 2:
         raise ValueError("The error of a ratio needs at least two pairs.")
-    _check_finite(numerators, "the numerators")
-    _check_finite(denominators, "the denominators")
+    check_finite(numerators, "the numerators")
+    check_finite(denominators, "the denominators")
     if sum(denominators) <= 0:
         raise WorkbookError("The denominators sum to 0, so there is no ratio. Give pairs with something to divide by.")
     x, y = np.asarray(numerators, float), np.asarray(denominators, float)
@@ -192,9 +202,9 @@ def paired_difference(
         sizes = list(weights)
     if len(differences) < 2 or len(sizes) != len(differences):
         raise ValueError("A paired difference needs at least two pairs, and a weight for each of them.")
-    _check_finite(first, "the first side")
-    _check_finite(second, "the second side")
-    _check_finite(sizes, "the weights")
+    check_finite(first, "the first side")
+    check_finite(second, "the second side")
+    check_finite(sizes, "the weights")
     if sum(sizes) <= 0:
         raise WorkbookError("The weights sum to 0, so there is no mean. Give at least one pair a weight.")
     are_outcomes = set(first) <= {0, 1} and set(sizes) == {1}

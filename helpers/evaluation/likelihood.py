@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 _WINDOW_BATCH = 4  # windows of one forward: with 2048 tokens and a vocabulary of 65024 their logits take a gigabyte
 _OPTION_BATCH = 16  # options of one forward: they are far shorter than windows
-_MOST_NATS = 700.0  # exp of little more overflows; even a model that guesses has about 11
 _Span = tuple[list[int], int]  # the tokens of a window, and how many at its beginning are only context
 _Scored = tuple[tuple[int, ...], tuple[int, ...]]  # the tokens before an option, and the option's own, which are scored
 
@@ -56,10 +55,13 @@ class _Perplexity:
     text_keys: tuple[str, ...]
     begins_with: str = ""
 
+    def __post_init__(self) -> None:
+        stats.check_finite(self.nll, "the texts' log-likelihoods")
+
     @property
     def perplexity(self) -> float:
         """exp(sum of nll / tokens): every token has the same weight. Comparable between models with one tokenizer."""
-        return _exp(math.fsum(self.nll) / self.tokens)
+        return stats.exp(math.fsum(self.nll) / self.tokens)
 
     @property
     def bits_per_byte(self) -> float:
@@ -86,20 +88,12 @@ class _Perplexity:
         Raises ValueError for fewer than two texts.
         """
         mean = stats.ratio(self.nll, self.text_tokens)
-        return Interval(self.perplexity, _exp(mean.low), _exp(mean.high), mean.confidence)
+        return Interval(self.perplexity, stats.exp(mean.low), stats.exp(mean.high), mean.confidence)
 
     @property
     def bits(self) -> tuple[float, ...]:
         """``nll`` in bits."""
         return tuple(value / math.log(2) for value in self.nll)
-
-
-def _exp(nats: float) -> float:
-    if not nats < _MOST_NATS:
-        raise WorkbookError(
-            f"The loss is {nats:.3g} nats per token, too much for a perplexity. Check the model's files."
-        )
-    return math.exp(nats)
 
 
 def perplexity(
@@ -269,6 +263,10 @@ class _MultipleChoice:
     log_likelihoods: tuple[tuple[float, ...], ...]
     answers: tuple[int, ...]
     keys: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # max would take NaN, or leave it, by its place in the row.
+        stats.check_finite([*itertools.chain.from_iterable(self.log_likelihoods)], "the options' log-likelihoods")
 
     @property
     def chosen(self) -> tuple[int, ...]:

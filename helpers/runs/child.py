@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Literal, Required, TypedDict, cast
 
 from helpers.base.families import ending_descendants
 from helpers.base.files import write_text
+from helpers.base.installed import damage
 from helpers.base.parent import Parent
 from helpers.runs.document import _make_runnable
 from helpers.runs.kernel import _kernel_specs
@@ -290,7 +291,7 @@ def _main() -> None:
         try:
             reason = _execute(watcher)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}. {damage()}".removesuffix(". ")
             sys.excepthook(type(error), error, error.__traceback__)
     parent.send({"event": "end", "reason": reason})
 

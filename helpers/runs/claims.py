@@ -83,6 +83,8 @@ def _ledger(run_dir: Path) -> list[_JudgedClaim]:
 
 def _judged_claims(status: _Status, manifest: _Manifest, recorded: _Results) -> list[_JudgedClaim]:
     """Judge all claims in numeric order: each has the run's verdict, or says why there is none."""
+    if manifest.of_own_notebooks:  # they are not asked about the article
+        return []
     by_claim: dict[str, list[_ClaimValue]] = {}
     for notebook in status.notebooks:
         for name, value in recorded.values.get(notebook, {}).items():

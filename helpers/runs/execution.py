@@ -248,10 +248,9 @@ class _Session:
         if self.rehearsal or not roles:
             return
         check_files(self.profile, roles)
-        if self.profile.offline:
-            return
-        self.commits |= fetch(self.profile, roles, self.commits)
-        self._save_manifest()
+        if not self.profile.offline:
+            self.commits |= fetch(self.profile, roles, self.commits)
+            self._save_manifest()
 
     def _run_notebook(self, plan: _Plan, show: Show) -> None:
         entry = _pending(plan).model_copy(update={"status": "running", "started": _utc_now()})

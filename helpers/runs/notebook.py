@@ -124,20 +124,28 @@ def _select(folder: Path, only: Sequence[str], profile: Profile) -> list[Path]:
 
     Raises UsageError when a text is blank or fits no notebook, or a notebook with a budget is not there.
     """
-    found = {path.stem: path for path in sorted(folder.glob("*.ipynb"))}
+    found = _notebooks_in(folder)
     if not found:
         raise UsageError(f"There are no notebooks in {folder}. Generate them with 'workbook render'.")
-    names = [name for name, path in found.items() if name in profile.budgets and path.is_file()]
+    names = [name for name in found if name in profile.budgets]
     for prefix in only:
         _check_prefix(prefix, names, found, profile)
-    if only:
-        return [found[name] for name in names if name.startswith(tuple(only))]
-    if gone := [name for name in profile.budgets if name not in names]:
+    if not only:
+        _check_whole(folder, names, profile)
+    starts = tuple(only) or ""  # every name starts with nothing
+    return [found[name] for name in names if name.startswith(starts)]
+
+
+def _notebooks_in(folder: Path) -> dict[str, Path]:
+    return {path.stem: path for path in sorted(folder.glob("*.ipynb")) if path.is_file()}
+
+
+def _check_whole(folder: Path, names: Sequence[str], profile: Profile) -> None:
+    if gone := ", ".join(name for name in profile.budgets if name not in names):
         raise UsageError(
-            f"Profile {profile.name} has a budget for {', '.join(gone)}, but {folder} has no such notebook. "
+            f"Profile {profile.name} has a budget for {gone}, but {folder} has no such notebook. "
             "Restore it with 'workbook render', or choose others with --only."
         )
-    return [found[name] for name in names]
 
 
 def _check_prefix(prefix: str, names: Sequence[str], found: Mapping[str, Path], profile: Profile) -> None:
@@ -146,7 +154,7 @@ def _check_prefix(prefix: str, names: Sequence[str], found: Mapping[str, Path], 
     if any(name.startswith(prefix) for name in names):
         return
     for name, path in found.items():
-        if name.startswith(prefix) and path.is_file():
+        if name.startswith(prefix):
             raise UsageError(
                 f"Profile {profile.name} sets no time budget for {name}. Add one to the profile's file, or run the "
                 f"notebook as your own: workbook run --notebook {shell_word(path)}"

@@ -116,20 +116,22 @@ def _best(data: Mapping[str, object], page: _Page) -> NotebookNode:
     if form is None:
         plain = _cut(texts.get("text/plain", ""), page.name)
         form = {"text/plain": plain}
-        if long:
-            note = page.left_out(f"An output ({', '.join(long)})", max(long.values()))
+        if note := _why_plain(data, texts, long, page):
             form = {"text/html": f"<pre>{html.escape(plain)}</pre>{note}"}
-        elif _SCRIPT.search(texts.get("text/html", "")) or any(map(_NEEDS_SCRIPTS.match, data)):
-            form = {"text/html": _plain_for_script(plain, data)}
         elif "text/html" in texts:
             form = {"text/html": ""}  # a style sheet, or nothing: Jupyter shows nothing either
     node: NotebookNode = from_dict(form)
     return node
 
 
-def _plain_for_script(text: str, data: Mapping[str, object]) -> str:
-    kinds = ", ".join(sorted(kind for kind in data if kind != "text/plain"))
-    return f"<pre>{html.escape(text)}</pre>" + _note(f"This output ({kinds}) needs scripts; this page runs none.")
+def _why_plain(data: Mapping[str, object], texts: Mapping[str, str], long: Mapping[str, int], page: _Page) -> str:
+    """A note if an output offers more than the plain text that is shown; empty if it does not."""
+    if long:
+        return page.left_out(f"An output ({', '.join(long)})", max(long.values()))
+    if _SCRIPT.search(texts.get("text/html", "")) or any(map(_NEEDS_SCRIPTS.match, data)):
+        kinds = ", ".join(sorted(kind for kind in data if kind != "text/plain"))
+        return _note(f"This output ({kinds}) needs scripts; this page runs none.")
+    return ""
 
 
 def _rich(texts: Mapping[str, str]) -> dict[str, str] | None:

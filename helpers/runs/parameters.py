@@ -164,20 +164,21 @@ def _declared_parameters(notebook: _Document, title: str, *, own: bool = False) 
     Raises UsageError when there is no such cell, a default is not a literal (papermill would not compute it), or a
     limit names no parameter, is not valid or excludes the default.
     """
-    cells = [cell for cell in notebook["cells"] if "parameters" in _tags(cell)]
-    if len(cells) > 1 or not (cells or own):
-        raise UsageError(
-            f"{title} needs exactly one cell tagged 'parameters', and has {len(cells)}. Correct its source."
-        )
-    defaults: dict[str, object] = {}
-    for cell in cells:
-        defaults = _defaults(_source(cell), title, own=own)
+    defaults = _defaults(_parameters_cell(notebook, title, own=own), title, own=own)
     limits = _declared_limits(notebook, defaults, title)
     parameters = {name: _Parameter(name, default, limits[name]) for name, default in defaults.items()}
     for parameter in parameters.values():
         if not own or parameter.limits != _Limits():
             parameter.take(parameter.default, f"{title}, the default of {parameter.name}")
     return parameters
+
+
+def _parameters_cell(notebook: _Document, title: str, *, own: bool) -> str:
+    """The text of the cell tagged ``parameters``; empty if an own notebook has none."""
+    cells = [_source(cell) for cell in notebook["cells"] if "parameters" in _tags(cell)]
+    if len(cells) == 1 or (own and not cells):
+        return "".join(cells)
+    raise UsageError(f"{title} needs exactly one cell tagged 'parameters', and has {len(cells)}. Correct its source.")
 
 
 def _defaults(source: str, title: str, *, own: bool) -> dict[str, object]:
@@ -305,19 +306,23 @@ def _from_json(text: str) -> object:
 
 def _check(value: object) -> None:
     """Raise ValueError for a value that no notebook can use: not finite, beyond 64 bits, half a character, too long."""
-    if isinstance(value, str) and (not well_formed(value) or len(value) > MOST_LETTERS):
-        raise ValueError("not a text")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("not finite")
-    if isinstance(value, int) and not _LEAST_WHOLE <= value <= _MOST_WHOLE:
-        raise ValueError("beyond 64 bits")
     if isinstance(value, list | tuple):
         for item in value:
             _check(item)
-    if isinstance(value, dict):
+    elif isinstance(value, dict):
         for key, item in value.items():
             _check(key)
             _check(item)
+    elif not _is_usable(value):
+        raise ValueError("not usable")
+
+
+def _is_usable(value: object) -> bool:
+    if isinstance(value, str):
+        return well_formed(value) and len(value) <= MOST_LETTERS
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, int) or _LEAST_WHOLE <= value <= _MOST_WHOLE
 
 
 def _check_items(value: object, default: object) -> None:

@@ -159,8 +159,7 @@ def _content(run_dir: Path) -> dict[str, object]:
     numbers = {name: source.number for source in sources for name in source.notebooks}
     notebooks = _notebook_rows(status, recorded, pages, numbers)
     figures = _figures(run_dir, recorded, notebooks, problems)
-    # A reader's own notebooks are not asked about the article.
-    claims = [] if manifest.of_own_notebooks else _judged_claims(status, manifest, recorded)
+    claims = _judged_claims(status, manifest, recorded)
     return {
         "name": run_dir.resolve().name,
         "manifest": manifest,
@@ -237,8 +236,7 @@ def _tiles(status: _Status, claims: Sequence[_JudgedClaim], verdicts: Mapping[st
         ("total time", duration(sum(entry.seconds for entry in entries)), "notebooks", ""),
         ("peak memory", gib(peak) if peak else "–", "notebooks", ""),
     )
-    tiles = [{"label": label, "value": value, "to": to, "mark": mark} for label, value, to, mark in rows]
-    return [tile for tile in tiles if claims or tile["to"] != "claims"]
+    return [{"label": label, "value": value, "to": to, "mark": mark} for label, value, to, mark in rows]
 
 
 def _rehearsal(manifest: _Manifest) -> dict[str, object] | None:

@@ -18,7 +18,7 @@ from helpers.runs.notebook import _left_out, _plan_own, _plan_run
 from helpers.runs.secrecy import REDACTED
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from helpers.runs.notebook import _Plan
     from helpers.runs.schema import _Manifest
@@ -59,30 +59,30 @@ def _resumed(manifest: _Manifest, request: Request, raw: Mapping[str, str]) -> R
     name = profile.name if isinstance(profile, Profile) else profile
     if name != manifest.profile:
         raise UsageError(f"This run is of profile {manifest.profile}, not {name}. Start a new run.")
-    for parameter, value in manifest.parameters.items():
-        if REDACTED in value and parameter not in raw:
-            raise UsageError(f"Secret values are not stored in the run folder. Pass them again: -p {parameter}=...")
+    _check_secrets(manifest, raw)
     again = replace(request, profile=profile, rehearse=rehearsal)
-    own = {notebook: facts.own for notebook, facts in manifest.notebooks.items() if facts.own}
-    if own or request.own:
-        return replace(again, own=_own_again(own, request), only=())
+    if manifest.of_own_notebooks or request.own:
+        return replace(again, own=_own_again(manifest, request), only=())
     return replace(again, only=request.only or list(manifest.notebooks))
 
 
-def _own_again(earlier: Mapping[str, str], request: Request) -> list[Path]:
+def _check_secrets(manifest: _Manifest, raw: Mapping[str, str]) -> None:
+    for parameter, value in manifest.parameters.items():
+        if REDACTED in value and parameter not in raw:
+            raise UsageError(f"Secret values are not stored in the run folder. Pass them again: -p {parameter}=...")
+
+
+def _own_again(manifest: _Manifest, request: Request) -> list[Path]:
     """The reader's own notebooks of the earlier run, where they are now.
 
     Raises UsageError for a notebook that the run does not have, and for one that is not there any more.
     """
-    paths = {name: Path(path) for name, path in earlier.items()}
+    paths = {name: Path(facts.own) for name, facts in manifest.notebooks.items() if facts.own}
     for path in request.own:
         if path.stem not in paths:
             raise UsageError(f"This run has no notebook of your own called {path.stem!r}. Start a new run for it.")
         paths[path.stem] = path
-    for prefix in request.only:
-        if not prefix.strip() or not any(name.startswith(prefix) for name in paths):
-            choose(prefix, paths, "notebook whose name starts with", UsageError)
-    chosen = [path for name, path in paths.items() if not request.only or name.startswith(tuple(request.only))]
+    chosen = [paths[name] for name in _starting_with(request.only, paths)]
     for path in chosen:
         if not path.is_file():
             raise UsageError(
@@ -90,6 +90,15 @@ def _own_again(earlier: Mapping[str, str], request: Request) -> list[Path]:
                 f"workbook run --resume {shell_word(request.resume)} --notebook PATH"
             )
     return chosen
+
+
+def _starting_with(prefixes: Sequence[str], names: Iterable[str]) -> list[str]:
+    """The names that start with one of the prefixes; all without any. Raises UsageError for a prefix of none."""
+    names = list(names)
+    for prefix in prefixes:
+        if not prefix.strip() or not any(name.startswith(prefix) for name in names):
+            choose(prefix, names, "notebook whose name starts with", UsageError)
+    return [name for name in names if not prefixes or name.startswith(tuple(prefixes))]
 
 
 def _check_combination(request: Request) -> None:

@@ -118,7 +118,7 @@ def _changed_results(folder: Path, redact: Redact | None = None) -> Iterator[_Re
 def _required(path: Path) -> Path:
     _check_links(path.parent)
     if not path.exists() and not path.parent.exists():
-        raise RunFolderError(f"There is no run folder {path.parent}. Name the folder of a run.")
+        raise RunFolderError(f"{path.parent} is not a run folder: it is missing. Name the folder of a run.")
     if not path.exists():
         raise RunFolderError(f"{path.parent} is not a run folder: it has no {path.name}. {_advice(path)}")
     return path

@@ -9,6 +9,7 @@ import pytest
 from helpers import base, evaluation, figures, generation, speed
 from helpers.base import Interval
 from helpers.evaluation import Comparison, Item
+from helpers.evaluation.likelihood import _MultipleChoice, _Perplexity
 from helpers.figures import memory_by_precision
 from helpers.generation import Decoding, Reply, Sampling
 from helpers.machine import Devices, Training, Workload, estimate, hardware_claims, place, published_config, shard
@@ -108,6 +109,8 @@ def test_a_number_that_is_not_finite_is_refused(bad):
         lambda: base.ratio([1.0, bad], [1.0, 1.0]),
         lambda: base.paired_difference([bad, 1.0], [1.0, 1.0]),
         lambda: Interval(bad, 0.0, 1.0),
+        lambda: _Perplexity(2, 2, (1.0, bad), (1, 1), (1, 1), ("a", "b")).bits_per_byte,
+        lambda: _MultipleChoice(((-1.0, bad), (bad, -1.0)), (0, 0)).accuracy,
         lambda: recording.record("a value", bad),
         lambda: _Spread.of([1.0, bad]),
         lambda: figures.token_times([0.1, bad], "x"),
@@ -174,6 +177,11 @@ def test_a_bandwidth_that_cannot_be_is_refused(tiny_loaded, bandwidth):
 )
 def test_every_figure_has_its_own_file(names):
     same(len({recording._file_part(name).casefold() for name in names}), len(names))
+
+
+@pytest.mark.parametrize("nats", [1e3, 1e300], ids=["B1-1e3", "B1-1e300"])
+def test_a_loss_too_large_for_a_perplexity_is_said(nats):
+    refused(lambda: _Perplexity(2, 2, (nats, nats), (1, 1), (1, 1), ("a", "b")).perplexity, "too much for a perplexity")
 
 
 def test_b7_the_articles_machines_hold_what_they_were_used_for():

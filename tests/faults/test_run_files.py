@@ -433,3 +433,38 @@ def test_a_folder_in_the_place_of_a_profile_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(profiles, "FOLDER", tmp_path)
     (tmp_path / "laptop.yaml").mkdir()
     refused(profiles.load_profile, "laptop.yaml", "is not a file")
+
+
+def a_cell(kind, source, **more):
+    return {"cell_type": kind, "id": "b", "metadata": {}, "source": source, **more}
+
+
+PAGES = {
+    "attachment": a_cell("markdown", "![x](attachment:gone.png)"),
+    "image": a_cell("markdown", "![x](gone/away.png) and [y](../../../gone.ipynb)"),
+    "output": a_cell("code", "1", execution_count=1, outputs=[{"output_type": "surprise"}]),
+    "png": a_cell("code", "1", execution_count=1,
+                  outputs=[{"output_type": "display_data", "metadata": {}, "data": {"image/png": 5}}]),
+    "source": {"cell_type": "code"},
+    "no-cell": 7,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, id=f"F3-{kind}") for kind in [*PAGES, "cut", "empty", "folder"]])
+def test_a_page_that_cannot_be_made_is_a_line_of_the_report(run, kind):
+    path = run / "notebooks" / f"{NAME}.ipynb"
+    if kind in PAGES:
+        content = json.loads(path.read_text())
+        content["cells"].append(PAGES[kind])
+        path.write_text(json.dumps(content))
+    elif kind == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_text(path.read_text()[:-20] if kind == "cut" else "")
+    edit("results", "figures", value={NAME: {"lost": "figures/lost.png"}})(run)
+    call("report", run).ends(0)
+    page = (run / "report.html").read_text()
+    same(f"The figure lost of {NAME} cannot be read" in page, True)
+    same((run / "html" / f"{NAME}.html").exists() or f"The page of {NAME} cannot be made" in page, True)
+    same("all 1 notebooks passed" in page, True)

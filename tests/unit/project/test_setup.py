@@ -48,9 +48,8 @@ def make_setup(setup, tmp_path: Path, *arguments: str) -> subprocess.CompletedPr
 
 
 def make_venv_of_this_python(setup) -> None:
-    """A .venv whose Python runs, without waiting for a real one."""
-    setup.PYTHON.parent.mkdir(parents=True)
-    setup.PYTHON.symlink_to(sys.executable)
+    """A .venv whose Python runs, empty. (A link to this Python would be this environment, and be repaired.)"""
+    subprocess.run([setup.base_python(), "-m", "venv", "--without-pip", str(setup.VENV)], check=True)
 
 
 def write_stamp(setup, **changes: str) -> None:
@@ -141,16 +140,30 @@ def test_output_is_followed_to_its_end(setup, capsys):
     assert capsys.readouterr().out.startswith("  a step: 0 s")
 
 
-def test_a_finished_setup_is_left_alone(setup, capsys):
+def test_a_finished_setup_is_left_alone(setup, capsys, monkeypatch):
     make_venv_of_this_python(setup)
     write_stamp(setup)
-    before = os.times()
+    monkeypatch.setattr(setup, "differences", lambda lock: [])
     setup.set_up(None)
-    after = os.times()
-    # Of this and the processes that it waited for; a busy machine takes longer by the clock.
-    assert sum(after[:4]) - sum(before[:4]) < 1.5
     assert "as locked" in capsys.readouterr().out
     assert not setup.LOG.exists()
+
+
+def test_comparing_a_whole_environment_takes_less_than_a_second():
+    before = os.times()
+    subprocess.run([sys.executable, "-I", ROOT / "env" / "installed.py"], capture_output=True, check=True)
+    after = os.times()
+    # Of the processor: a busy machine takes longer by the clock.
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1
+
+
+def test_a_python_that_lost_its_environment_is_not_taken_for_it(setup):
+    """F1: without pyvenv.cfg it is the system's, and a repair would change that."""
+    make_venv_of_this_python(setup)
+    write_stamp(setup)
+    assert setup.read_stamp(setup.STAMP) == setup.stamp("cpu")
+    (setup.VENV / "pyvenv.cfg").unlink()
+    assert setup.read_stamp(setup.STAMP) == {"lock": "cpu"}
 
 
 @pytest.mark.parametrize("name", ["cpu.txt", "dev.txt", "models.txt", "../../pyproject.toml"])

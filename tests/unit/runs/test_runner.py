@@ -965,6 +965,39 @@ def test_clean_removes_what_belongs_to_one_run():
 
 
 @pytest.mark.slow
+def test_cells_are_passed_over_or_may_fail_as_they_are_tagged(tmp_path, monkeypatch):
+    """F8: skip-execution, raises-exception, empty and raw cells; the executed notebook holds what ran and no more."""
+    monkeypatch.setattr(folder, "DETECT", "raise SystemExit(1)")
+    path = make_notebook(tmp_path, "00_tags", "1 / 0", "2 / 0", " ", "print('end')")
+    document = json.loads(path.read_text())
+    document["cells"][1]["metadata"]["tags"] = ["skip-execution"]
+    document["cells"][2]["metadata"]["tags"] = ["raises-exception"]
+    document["cells"][3]["metadata"]["tags"] = None
+    document["cells"].append({"cell_type": "raw", "id": "raw", "metadata": {}, "source": "text"})
+    path.write_text(json.dumps(document))
+    result = run_notebooks(make_profile("00_tags"), notebooks=tmp_path, folder=tmp_path / "run", console=quiet())
+    assert result.passed == ("00_tags",)
+    # Of five code cells and the injected one: one is skipped, and one is empty.
+    assert status_of(tmp_path / "run")["notebooks"]["00_tags"]["cells"] == 4
+    cells = json.loads((tmp_path / "run" / "notebooks" / "00_tags.ipynb").read_text())["cells"]
+    assert [cell["cell_type"] for cell in cells] == ["code"] * 6 + ["raw"]
+    kinds = [[output["output_type"] for output in cell.get("outputs", [])] for cell in cells]
+    assert kinds == [[], [], [], ["error"], [], ["stream"], []]
+
+
+def test_rendering_erases_nothing_that_only_a_notebook_has(sources):
+    """F14"""
+    (path,) = rendering._sync(sources)
+    document = json.loads(path.read_text())
+    document["cells"][1]["source"] = "mine = 1"
+    path.write_text(json.dumps(document))
+    with pytest.raises(runs.UsageError, match=r"00_a.ipynb has what its source does not have: cell 2 \('mine = 1'\)"):
+        rendering._sync(sources)
+    (sources / "source" / "00_a.py").write_text(SOURCE + "\n# %%\nmine = 1\n")
+    rendering._sync(sources)
+
+
+@pytest.mark.slow
 def test_render_writes_the_outputs_of_a_run(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "DETECT", "raise SystemExit(1)")
     result = runs.render(make_profile("00_a"), sources, tmp_path / "run")
