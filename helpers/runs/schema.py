@@ -69,7 +69,7 @@ def _moment(value: str) -> str:
 
 def _file_name(value: str) -> str:
     # The names of notebooks and profiles become parts of paths, which must not lead anywhere else.
-    if value in ("", ".", "..") or "/" in value or not value.isprintable():
+    if value in ("", ".", "..") or "/" in value or "\\" in value or not value.isprintable():
         raise ValueError("the name of a file is needed, without a folder")
     return value
 
