@@ -244,6 +244,6 @@ def _without_secrets(error: BaseException) -> str:
 
 
 def _say(text: str) -> None:
-    from rich.console import Console
+    from helpers.base.terminal import Terminal
 
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False)
+    Terminal(stderr=True).print(text, soft_wrap=True)
