@@ -3,7 +3,7 @@
 .PHONY: setup run test faults lint lab render lock
 
 setup:
-	@PYTHON="$(PYTHON)" sh -c "$$(tr -d '\r' < env/setup.sh)" env/setup.sh $(LOCK)
+	@PYTHON="$(PYTHON)" sh -c "$$(tr -d '\r' < env/setup.sh)" env/setup.sh "$(LOCK)"
 run: setup
 	.venv/bin/workbook run --profile laptop
 test: setup

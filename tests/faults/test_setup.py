@@ -256,6 +256,21 @@ def test_f13_a_start_up_file_that_prints_confuses_nobody(made, wheels):
         noisy.unlink()
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize("streams", ["| head -c1", "> /dev/full", ">&- 2>&- <&-"], ids=lambda value: f"F6-{value}")
+def test_f6_a_set_up_goes_on_though_nobody_reads_it(streams, made, wheels):
+    uninstalled(made, wheels)
+    call = ["bash", "-o", "pipefail", "-c", f'"$0" "$1" {streams}', f"{sys.base_prefix}/bin/python{VERSION}"]
+    done = subprocess.run([*call, made / "env/setup"], env=environment(wheels), capture_output=True, check=False)
+    same((done.returncode, done.stderr), (0, b""))
+    same(installed(made), ALL)
+
+
+def test_f1_a_lock_that_is_no_text_is_named(setup):
+    (setup.place.LOCKS / "cpu.txt").write_bytes(b"\xff\xfeone==1.0\n")
+    refused(lambda: setup.packages.install_all("cpu"), "cpu.txt", "UTF-8", "git restore", error=setup.place.SetupError)
+
+
 @pytest.mark.parametrize(
     ("harm", "status", "words"),
     [
