@@ -73,7 +73,7 @@ class RunError(WorkbookError):
     exit_code = 1
 
 
-class InterruptedRunError(RunError):
+class _InterruptedRunError(RunError):
     """A run that was interrupted before it had a folder: there is nothing to resume."""
 
     exit_code = 130
@@ -123,7 +123,7 @@ def run(request: Request, *, command: Sequence[str] = (), console: Console | Non
                 result = session.run(shown, raw, command, stop)
     except KeyboardInterrupt as error:
         if result is None:
-            raise InterruptedRunError(
+            raise _InterruptedRunError(
                 "Interrupted before the run began: nothing was run, and nothing is lost. Start it again with the same "
                 "command."
             ) from error
