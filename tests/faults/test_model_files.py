@@ -387,7 +387,7 @@ def test_a_device_that_is_not_there_is_refused(device_map, tiny):
     ],
 )
 def test_a_variable_that_breaks_the_library_is_named(name, value, monkeypatch):
-    """F13: the hub's library fails when it is imported, or later, with a value that is no number or address."""
+    """F13: times that are no whole number above 0, and addresses that are none."""
     monkeypatch.setenv(name, value)
     refused(check_hub_variables, name)
     refused(models.load_profile, name)
