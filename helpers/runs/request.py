@@ -119,8 +119,7 @@ def _plans(
         return plans, [plan.remark for plan in plans]
     folder = request.notebooks or notebooks
     plans = _plan_run(profile, folder, request.only, raw, earlier)
-    left_out = None if request.only else _left_out(folder, profile)
-    return plans, [left_out] if left_out else []
+    return plans, [] if request.only else _left_out(folder, profile)
 
 
 def _chosen_profile(request: Request) -> Profile:
