@@ -14,6 +14,7 @@ from helpers.base.errors import WorkbookError
 from helpers.base.files import write_text
 from helpers.runs.folder import _executed_notebook
 from helpers.runs.outputs import _presentable
+from helpers.runs.redaction import _for_screen
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping
@@ -34,7 +35,7 @@ def _render_page(template: str, content: Mapping[str, object]) -> str:
 
     loader = jinja2.FileSystemLoader(_TEMPLATES)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template(template).render(content)
+    return _for_screen(environment.get_template(template).render(content))
 
 
 def _write_pages(run_dir: Path, notebooks: Iterable[str]) -> tuple[dict[str, str], list[str]]:
@@ -101,7 +102,8 @@ def _page(exporter: HTMLExporter, path: Path, run: str, pages: Container[str]) -
     resources = {"metadata": {"name": path.stem}, "run": run}
     page: str
     page, _ = exporter.from_notebook_node(_presentable(notebook, path.stem), resources=resources)
-    return page
+    # Once more: as HTML a token may be whole that was written in codes, or that an earlier workbook left.
+    return _for_screen(page)
 
 
 def _linked(notebook: NotebookNode, pages: Container[str]) -> NotebookNode:

@@ -19,7 +19,7 @@ from helpers.base import WorkbookError
 from helpers.base.files import ROOT
 from helpers.base.hub_variables import check_connection_variables, check_hub_variables
 from helpers.machine import anatomy
-from helpers.models import LoadOptions, ModelRef, finding, hub_cache
+from helpers.models import LoadOptions, ModelRef, finding, hub_cache, loading
 
 from .hub import COMMIT, serving
 from .judge import Outcome, kept, refused, same, workbook
@@ -101,6 +101,81 @@ def test_an_embedded_model_that_is_not_the_project_s_is_refused(case, embedded):
     change(embedded)
     for ask in (models.resolve, models.config, models.load):
         refused(lambda ask=ask: ask(DRAFT), words, "estore")
+
+
+def moved_behind_a_link(folder: Path, change=lambda folder: None) -> None:
+    """The folder on a larger disk, and a link in its place."""
+    elsewhere = folder.parents[2] / "disk"
+    shutil.move(folder, elsewhere)
+    folder.symlink_to(elsewhere)
+    change(elsewhere)
+
+
+LINKED = {
+    "C1-link-to-changed": (
+        lambda folder: moved_behind_a_link(folder, lambda there: flip(there / WEIGHTS)),
+        f"{WEIGHTS} is not the file",
+    ),
+    "C1-link-to-another": (
+        lambda folder: [shutil.copytree(MINI, folder.parent / MINI.name), shutil.rmtree(folder),
+                        folder.symlink_to(folder.parent / MINI.name)],
+        "hashes.json is of falcon-mini,",
+    ),
+    "C1-link-to-foreign-weights": (
+        lambda folder: [(folder / WEIGHTS).unlink(), (folder / WEIGHTS).symlink_to(MINI / WEIGHTS)],
+        f"{WEIGHTS} is not the file",
+    ),
+    "C1-link-to-nothing": (
+        lambda folder: [(folder / WEIGHTS).unlink(), (folder / WEIGHTS).symlink_to("nowhere")],
+        f"{WEIGHTS} is missing",
+    ),
+    "C1-record-of-another": (
+        lambda folder: shutil.copy(MINI / "hashes.json", folder),
+        "hashes.json is of falcon-mini,",
+    ),
+    "C1-record-without-a-file": (
+        lambda folder: edit(folder / "hashes.json", sha256={WEIGHTS: "0"}),
+        "config.json does not belong there",
+    ),
+    "C1-templates-beside": (
+        lambda folder: [(folder / "additional_chat_templates").mkdir()],
+        "additional_chat_templates does not belong there",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LINKED)
+def test_an_embedded_model_is_known_by_its_place_and_its_content_behind_links(case, embedded):
+    change, words = LINKED[case]
+    change(embedded)
+    refused(lambda: models.load(DRAFT), words, "estore")
+
+
+def test_c1_an_embedded_model_may_lie_on_another_disk(embedded):
+    moved_behind_a_link(embedded)
+    same(models.resolve(DRAFT), embedded)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param("_check_config", id="C1-changed-before-the-tokenizer"),
+        pytest.param("_check_layers", id="C1-changed-before-the-weights"),
+    ],
+)
+@pytest.mark.parametrize("restored", [False, True], ids=["left", "restored"])
+def test_a_file_that_changes_between_the_check_and_the_load_is_noticed(moment, restored, embedded, monkeypatch):
+    """Somebody else writes there at that moment; a file that was put back in time may have been read meanwhile."""
+    step, wrong = getattr(loading, moment), embedded / WEIGHTS
+
+    def interfere(*arguments):
+        flip(wrong)
+        if restored:
+            flip(wrong)
+        return step(*arguments)
+
+    monkeypatch.setattr(loading, moment, interfere)
+    refused(lambda: models.load(DRAFT), WEIGHTS)
 
 
 HARMLESS = {
