@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from helpers.base import stats
-from helpers.base.errors import WorkbookError
+from helpers.base.errors import WorkbookError, check_whole
 from helpers.base.stats import Interval
 from helpers.models.finite import check_sums, explained
 from helpers.models.formats import Message
@@ -118,7 +118,7 @@ def perplexity(
     reaches the limit is cut there, and later ones are left out.
     Raises WorkbookError for no texts, an empty text, an impossible number, or a text of which no token can be scored.
     """
-    if isinstance(texts, str) or not texts or not all(texts):
+    if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text for text in texts):
         raise WorkbookError("Give a list of texts, none of them empty.")
     context = context_tokens(loaded)
     size = window if window is not None else context
@@ -138,14 +138,11 @@ def perplexity(
 
 
 def _check_sizes(context: int, size: int, step: int, batch_size: int, max_tokens: int | None) -> None:
-    if not 2 <= size <= context:
-        raise WorkbookError(f"window must be from 2 to the model's context of {context} tokens, but is {size}.")
-    if not 1 <= step < size:
-        raise WorkbookError(f"stride must be from 1 to {size - 1}, less than the window, but is {step}.")
-    if batch_size < 1:
-        raise WorkbookError(f"batch_size must be at least 1, but is {batch_size}.")
-    if max_tokens is not None and max_tokens < 1:
-        raise WorkbookError(f"max_tokens must be at least 1, but is {max_tokens}.")
+    check_whole("window", size, 2, context)
+    check_whole("stride", step, 1, size - 1)
+    check_whole("batch_size", batch_size)
+    if max_tokens is not None:
+        check_whole("max_tokens", max_tokens)
 
 
 def _encoded_up_to(
@@ -178,7 +175,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, begin: str | None, m
         return [tokenizer.get_vocab()[begin], *ids], covered
     if len(ids) < 2:
         raise WorkbookError(
-            f"The tokenizer has no token to begin a text with, so the text {text[:40]!r} is too short. Add words."
+            f"The tokenizer has no token to begin a text with, and {text[:40]!r} is too short. Add words."
         )
     return ids, covered[tokens[0].end :]
 
@@ -252,6 +249,22 @@ class Question:
     options: tuple[str, ...]
     answer: int
 
+    def __post_init__(self) -> None:
+        # JSON, which the keys are made of, knows no numbers of numpy.
+        if hasattr(self.answer, "item"):
+            object.__setattr__(self, "answer", self.answer.item())
+
+    def check(self, number: int) -> None:
+        """Raise WorkbookError for what cannot be scored."""
+        if isinstance(self.options, str) or len(self.options) < 2:
+            raise WorkbookError(f"Question {number} has fewer than two options. Give a list of them.")
+        if type(self.answer) is not int or not 0 <= self.answer < len(self.options):
+            raise WorkbookError(f"Question {number} names option {self.answer!r}; they count from 0.")
+        if not all(isinstance(option, str) and option for option in self.options):
+            raise WorkbookError(f"Question {number} has an empty option, or one that is not a text.")
+        if list(self.options).count(self.options[self.answer]) > 1:  # the first of equal ones would be the choice
+            raise WorkbookError(f"Question {number} has its right option twice. Make each option a text of its own.")
+
 
 @dataclass(frozen=True)
 class _MultipleChoice:
@@ -293,15 +306,14 @@ def multiple_choice(
     lm-evaluation-harness (``_encode_pair``), prompt and option are encoded together, white space at the end of the
     prompt belongs to the option, and the option's tokens are those after as many as the prompt has alone. In fp32 the
     values do not depend on ``batch_size``, which counts options.
-    Raises WorkbookError for no questions, fewer than two options, an answer out of range, an empty prompt or option,
-    or more tokens than the context; MessageError for malformed messages.
+    Raises WorkbookError for no questions, fewer than two options, the right one twice, an answer out of range, an empty
+    prompt or option, or more tokens than the context; MessageError for malformed messages.
     """
     from transformers.utils.logging import tqdm
 
     if not questions:
         raise WorkbookError("Give at least one question.")
-    if batch_size < 1:
-        raise WorkbookError(f"batch_size must be at least 1, but is {batch_size}.")
+    check_whole("batch_size", batch_size)
     encoded = [_options(loaded, question, number) for number, question in enumerate(questions)]
     # Equal rows are scored once. The longest come first, so that a batch too large for the memory fails at the start.
     distinct = dict.fromkeys(itertools.chain.from_iterable(encoded))
@@ -321,12 +333,7 @@ def multiple_choice(
 
 def _options(loaded: Loaded, question: Question, number: int) -> list[_Scored]:
     """The options of a question as tokens, each of them checked to be one that can be scored."""
-    if len(question.options) < 2:
-        raise WorkbookError(f"Question {number} has fewer than two options.")
-    if not 0 <= question.answer < len(question.options):
-        raise WorkbookError(f"Question {number} names option {question.answer}; they count from 0.")
-    if not all(question.options):
-        raise WorkbookError(f"Question {number} has an empty option.")
+    question.check(number)
     prompt, options = _asked(loaded, question)
     before = prompt.rstrip()
     if not before:
@@ -392,5 +399,4 @@ def _option_sum(logits: torch.Tensor, option: Sequence[int]) -> float:
 
 
 def _key(question: Question) -> str:
-    text = json.dumps([question.prompt, question.options, question.answer])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([question.prompt, question.options, question.answer]).encode()).hexdigest()[:16]
