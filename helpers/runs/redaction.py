@@ -51,7 +51,7 @@ _LOGIN = re.compile(r"(\blogin\s{1,8}\S{1,128}\s{1,8}password\s{1,8})(\S{1,512})
 # and the secret; and what tells that it is one.
 _PLACES: tuple[tuple[re.Pattern[str], re.Pattern[str], Callable[[str], bool]], ...] = (
     (
-        re.compile(r"(?:oken|OKEN|ey|EY|assword|asswd|wd|WD|ecret|ECRET)="),
+        re.compile(r"(?:oken|OKEN|ey|EY|assword|asswd|wd|WD|ecret|ECRET)="),  # codespell:ignore
         re.compile(
             r"([?&;](?:[\w-]{0,20}token|api[_-]?key|password|passwd|pwd|(?:client_)?secret)=)([^&\s\"'<>#\\]{6,4096})",
             re.I,
@@ -114,7 +114,7 @@ def _redact(value: object, secrets: Iterable[str]) -> object:
     return _cleaned(value, _hider(tuple(secrets)))
 
 
-def _for_screen(text: str) -> str:
+def for_screen(text: str) -> str:
     """Return a text without the secrets of this process's environment, for a message on the terminal."""
     return _redact(text, _own_secrets())
 

@@ -115,11 +115,11 @@ def _looks_secret(value: str, sure: bool = True, public: Iterable[str] = ()) -> 
         return False
     if _NUMBER.fullmatch(value) or _is_path(value):
         return False
-    if not _is_worded(value):
-        return True
-    if not sure or _is_of_workbook(value):
-        return False
-    # "hunter22" and "correct-horse-battery-staple" are passwords, "laptop" and "max-length" may be anything.
+    return not _is_worded(value) or (sure and not _is_of_workbook(value) and _is_worded_password(value))
+
+
+def _is_worded_password(value: str) -> bool:
+    """True for "hunter22" and "correct-horse-battery-staple"; "laptop" and "max-length" may be anything."""
     if value.isalpha():
         return len(value) >= _LONG_WORD
     letters = sum(character.isalpha() for character in value)

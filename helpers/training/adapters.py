@@ -215,19 +215,7 @@ def _load_base(adapter_dir: Path) -> Loaded:
 
 def _checked_identity(adapter_dir: Path) -> _Identity:
     """The identity of the adapter in a folder. Raises FinetuneError unless it is the adapter that was saved."""
-    path = adapter_dir / IDENTITY_FILE
-    if not path.is_file():
-        raise FinetuneError(
-            f"{adapter_dir} holds no adapter of this workbook: {IDENTITY_FILE} is missing. Give another folder."
-        )
-    saved = _read_identity(path)
-    tensors = (saved or {}).pop("tensors", None)
-    try:
-        identity = _Identity(**saved or {})
-    except TypeError as error:
-        raise FinetuneError(
-            f"{path} is damaged or of another version. Restore it, or train the adapter again."
-        ) from error
+    identity, tensors = _saved_identity(adapter_dir)
     if not tensors:
         raise FinetuneError(f"The fine-tune in {adapter_dir} is not finished. Repeat its call, which continues it.")
     found = _damage(adapter_dir)
@@ -240,6 +228,23 @@ def _checked_identity(adapter_dir: Path) -> _Identity:
             "train it again."
         )
     return identity
+
+
+def _saved_identity(adapter_dir: Path) -> tuple[_Identity, _Tensors]:
+    """What the identity file of an adapter says, and its tensors, which there are once the training is finished."""
+    path = adapter_dir / IDENTITY_FILE
+    if not path.is_file():
+        raise FinetuneError(
+            f"{adapter_dir} holds no adapter of this workbook: {IDENTITY_FILE} is missing. Give another folder."
+        )
+    saved = _read_identity(path) or {}
+    tensors = saved.pop("tensors", None) or {}
+    try:
+        return _Identity(**saved), tensors
+    except TypeError as error:
+        raise FinetuneError(
+            f"{path} is damaged or of another version. Restore it, or train the adapter again."
+        ) from error
 
 
 def _weight_faults(adapter_dir: Path, identity: _Identity, tensors: _Tensors) -> list[str]:

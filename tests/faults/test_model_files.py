@@ -205,7 +205,7 @@ def test_a_copy_elsewhere_may_be_changed_freely(embedded, tmp_path):
 
 
 def test_a_published_configuration_that_was_changed_is_refused(tmp_path, monkeypatch):
-    """C1."""
+    """C1: one layer more than the published Falcon-180B has."""
     folder = shutil.copytree(anatomy.CONFIGS, tmp_path / "configs")
     monkeypatch.setattr(anatomy, "CONFIGS", folder)
     anatomy.published_config("tiiuae/falcon-180B")
@@ -415,7 +415,7 @@ def test_a_checkpoint_whose_parts_do_not_fit_is_refused(case, tiny, tmp_path):
 
 @pytest.mark.parametrize(("form", "words"), [("chatml", "<|im_start|>"), ("llama-2", "</s>")])
 def test_a_chat_format_whose_tokens_are_missing_is_refused(form, words, tiny):
-    """C4."""
+    """C4: the tokenizer's vocabulary of 4,096 tokens does not have those of the format."""
     refused(lambda: models.load(at(tiny, format=form)), words, "4,096")
 
 
@@ -462,7 +462,7 @@ def test_a_device_that_is_not_there_is_refused(device_map, tiny):
     ],
 )
 def test_a_variable_that_breaks_the_library_is_named(name, value, monkeypatch):
-    """F13."""
+    """F13: times that are no whole number above 0, and addresses that are none."""
     monkeypatch.setenv(name, value)
     refused(check_hub_variables, name)
     refused(models.load_profile, name)
@@ -481,7 +481,7 @@ def test_a_variable_that_breaks_the_library_is_named(name, value, monkeypatch):
     ],
 )
 def test_a_connection_that_cannot_be_made_is_named(name, value, monkeypatch):
-    """F16."""
+    """F16: a proxy or certificates that cannot be used; the password of the proxy is not shown."""
     monkeypatch.setenv(name, value)
     same("hunter2" in refused(check_connection_variables, name), False)
 
@@ -490,7 +490,7 @@ def test_a_connection_that_cannot_be_made_is_named(name, value, monkeypatch):
 @pytest.mark.parametrize(("name", "value"), [("HF_HUB_DOWNLOAD_TIMEOUT", "abc"), ("HF_ENDPOINT", "http://hub:x")])
 @pytest.mark.parametrize("command", ["run", "fetch", "doctor"])
 def test_every_command_names_it(command, name, value, tmp_path):
-    """F13."""
+    """F13: the whole command, with one variable set."""
     workbook(command, environment={name: value}, folder=tmp_path).ends(2, name)
 
 
@@ -553,7 +553,7 @@ def test_a_hub_that_refuses_is_named(case, tiny, tmp_path):
 @pytest.mark.whole
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_hub_that_recovers_is_waited_for(status, tiny, tmp_path):
-    """F16."""
+    """F16: four refusals, and then the file."""
     with serving(tiny) as (hub, address):
         hub.answers = [(status, NOW, b"")] * 4
         ask(address, tmp_path).ends(0, f"answered {status}", "Trying again", f"snapshots/{COMMIT}")

@@ -20,7 +20,7 @@ from .judge import Fault, kept, no_secret, same, workbook
 # Made up, of the real shapes.
 TOKEN = "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"
 STORED = "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"
-PASSWORD = "n0t-s0-$afe!9x"
+PASSWORD = "n0t-s0-$imple!9x"
 DOCUMENT = {
     "163840": {"weight": [163840, 0.5, True, None], "notebooks": "weight of 163840 in laptop notebooks"},
     "values": {"model.layers.0.weight": {"value": 10.0, "unit": "tokens", "source": "run 20260131T120000Z-laptop"}},

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from helpers.runs.redaction import _for_screen, _redact
+from helpers.runs.redaction import _redact, for_screen
 from helpers.runs.secrecy import _find_secrets
 from helpers.runs.sweeping import _sweep
 
@@ -238,7 +238,7 @@ def test_a_message_on_the_screen_has_no_secret_of_the_environment(monkeypatch):
     from helpers.runs import redaction
 
     redaction._own_secrets.cache_clear()
-    assert _for_screen("cannot reach https://me:hunter22@example.org (hunter22)") == (
+    assert for_screen("cannot reach https://me:hunter22@example.org (hunter22)") == (
         "cannot reach https://me:[redacted]@example.org ([redacted])"
     )
     redaction._own_secrets.cache_clear()
