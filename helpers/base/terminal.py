@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,6 +15,13 @@ if TYPE_CHECKING:
 
     from rich.console import ConsoleOptions, RenderableType
     from rich.segment import Segment
+
+
+def tell(console: Console, text: str) -> None:
+    """Print a line about work that goes on, also if its reader is gone, or the disk of a log is full."""
+    # rich exits when a pipe is closed; a terminal may lack the letters (UnicodeEncodeError).
+    with suppress(OSError, ValueError, SystemExit):
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class Terminal(Console):

@@ -12,7 +12,7 @@ import typer
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
 from helpers.base.terminal import Terminal
-from helpers.cli.workbook import _command, _print_result, _ProfileOption, _RunFolder, _say
+from helpers.cli.workbook import _command, _echo, _print_result, _ProfileOption, _RunFolder, _say
 
 
 @_command("fetch")
@@ -23,8 +23,10 @@ def _fetch(profile: _ProfileOption = "laptop") -> None:
     """
     from helpers.models import profiles
     from helpers.runs import fetching
+    from helpers.runs.interrupts import interruptible
 
-    fetching.fetch(profiles.load_profile(profile))
+    with interruptible():
+        fetching.fetch(profiles.load_profile(profile))
 
 
 @_command("run")
@@ -78,7 +80,7 @@ def _run(
             redo=redo,
         )
         result = execution.run(request, command=["workbook", *sys.argv[1:]])
-    _print_result(result)
+        _print_result(result)
     raise typer.Exit(0 if result.ok else 1)
 
 
@@ -105,8 +107,8 @@ def _check(run: _RunFolder) -> None:
     usual = request.usual_parameters(profile, execution.NOTEBOOKS)
     judged = expected.judge(run, store.read_expected(path, required=True), usual)
     for line in (*judged.notes, *judged.differing, *judged.missing):
-        _say(line)
-    _say(f"{path.name}: {judged}")
+        _echo(line)
+    _echo(f"{path.name}: {judged}")
     raise typer.Exit(0 if judged.passed else 1)
 
 

@@ -14,7 +14,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+<<<<<<< HEAD
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+=======
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TextIO, TypeVar
+>>>>>>> f-judge3
 
 import typer
 from typer.core import TyperGroup
@@ -38,6 +42,7 @@ _ProfileOption = Annotated[str, typer.Option("--profile", help="A name in env/pr
 _RunFolder = Annotated[Path, typer.Argument(help="The folder of a run, such as runs/20260131T120000Z-laptop.")]
 
 
+<<<<<<< HEAD
 class _Commands(TyperGroup):
     """The commands. What typer itself says of a wrong call goes through the same rules as all that is printed."""
 
@@ -63,6 +68,22 @@ def _usage_errors() -> Iterator[None]:
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+=======
+class _App(typer.Typer):
+    """All commands. Help and version, which no command prints, may meet a full disk, too."""
+
+    def __call__(self, *args: object, **options: object) -> object:
+        """Run the command that the arguments name."""
+        try:
+            return super().__call__(*args, **options)
+        except OSError as error:
+            _complain(f"Error: Cannot read or write ({error.strerror or error}).")
+            _give_up(sys.stdout)
+            raise SystemExit(1) from error
+
+
+app = _App(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+>>>>>>> f-judge3
 
 
 def _show_version(wanted: bool) -> None:
@@ -99,23 +120,23 @@ def _reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
             check_hub_variables()
             return command(*args, **kwargs)
         except WorkbookError as error:
-            _say(f"Error: {error}", error=True)
+            _complain(f"Error: {error}")
             raise typer.Exit(getattr(error, "exit_code", 2)) from error
         except KeyboardInterrupt as error:
-            _say("Interrupted.", error=True)
+            _complain("Interrupted.")
             raise typer.Exit(130) from error
         except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
             raise  # BrokenPipeError: who read the output is gone, and typer ends without a word
         except OSError as error:
             where = f" {error.filename}" if error.filename else ""
-            _say(f"Error: Cannot read or write{where} ({error.strerror or error}).", error=True)
+            _complain(f"Error: Cannot read or write{where} ({error.strerror or error}).")
             raise typer.Exit(1) from error
         except Exception as error:
             # What nobody expected may come from a package that somebody has removed by halves.
             why = damage()
             if not why:
                 raise
-            _say(f"Error: {type(error).__name__}: {error}. {why}", error=True)
+            _complain(f"Error: {type(error).__name__}: {error}. {why}")
             raise typer.Exit(1) from error
 
     return wrapped
@@ -164,11 +185,23 @@ def _echo(text: str) -> None:
     try:
         _say(text)
     except OSError as error:
-        with suppress(OSError, ValueError):
-            # What waits to be written would make Python's own exit code an error.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if not isinstance(error, BrokenPipeError):
-                _say(f"The standard output cannot be written ({error.strerror}).", error=True)
+        _give_up(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            _complain(f"The standard output cannot be written ({error.strerror}).")
+
+
+def _complain(text: str) -> None:
+    """Print a line on the standard error, if it can be written: the exit code says what happened all the same."""
+    try:
+        _say(text, error=True)
+    except OSError:
+        _give_up(sys.stderr)
+
+
+def _give_up(stream: TextIO) -> None:
+    # What waits to be written would make Python's own exit code an error.
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _print_result(result: RunResult) -> None:

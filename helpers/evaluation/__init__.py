@@ -5,7 +5,7 @@ from helpers.base.lazy import face
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
-        "choices": ["Question", "multiple_choice"],
+        "options": ["Question", "multiple_choice"],
         "comparison": [
             "CONCISE_WORDS",
             "Comparison",

@@ -81,13 +81,13 @@ def prepare(profile: Profile, *, roles: Collection[str] | None = None, verify: b
     minutes to load take a fraction of that to hash. Returns the commit of each model of a hub, by its id. Raises
     LoadError.
     """
-    from helpers.base.terminal import Terminal
+    from helpers.base.terminal import Terminal, tell
 
     console = Terminal()
     commits = {}
     for ref in _wanted(profile, roles):
         started = time.perf_counter()
-        console.print(f"{ref.label}: getting it ready ...", soft_wrap=True)
+        tell(console, f"{ref.label}: getting it ready ...")
         folder = resolve(ref, verify=verify)
         _checked(folder, None)
         size = human(sum(file.stat().st_size for file in folder.iterdir()))
@@ -96,7 +96,7 @@ def prepare(profile: Profile, *, roles: Collection[str] | None = None, verify: b
         if ref.source == "hub":
             line += f", {_describe_commit(ref, folder)}"
             commits[ref.id] = folder.name
-        console.print(line, soft_wrap=True)
+        tell(console, line)
     return commits
 
 

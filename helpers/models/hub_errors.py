@@ -244,6 +244,6 @@ def _without_secrets(error: BaseException) -> str:
 
 
 def _say(text: str) -> None:
-    from helpers.base.terminal import Terminal
+    from helpers.base.terminal import Terminal, tell
 
-    Terminal(stderr=True).print(text, soft_wrap=True)
+    tell(Terminal(stderr=True), text)

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from helpers.base.terminal import tell
 from helpers.base.text import one_line
 from helpers.runs.schema import _Status
 
@@ -33,7 +34,7 @@ Show = Callable[[_Status], None]
 def _display(console: Console) -> Iterator[Show]:
     """A function that shows the status of a run each time it is called."""
     if not console.is_terminal:
-        yield _WhileRead(_PlainLines(console))
+        yield _PlainLines(console)
         return
     # Drawn by our own calls alone: in a thread of its own, an error of the terminal would be a traceback.
     live = Live(console=console, auto_refresh=False)
@@ -91,7 +92,7 @@ class _PlainLines:
             if changed or self._is_due(entry):
                 self.printed = monotonic()
                 line = one_line(f"{name}: {_describe(entry)}")
-                self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+                tell(self.console, line)
             self.last[name] = entry.status
 
     def _is_due(self, entry: _NotebookStatus) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
 from helpers.base.hashes import share_hashes
-from helpers.base.terminal import Terminal
+from helpers.base.terminal import Terminal, tell
 from helpers.base.text import one_line, shell_word, shortened
 from helpers.base.units import PRECISIONS
 from helpers.models.checkpoint import LoadError
@@ -135,7 +135,7 @@ def _planned(request: Request, console: Console) -> tuple[dict[str, str], Reques
     if not request.rehearse:
         _check_machine(profile)
     for remark in remarks:
-        console.print(one_line(remark), markup=False, highlight=False, soft_wrap=True)
+        tell(console, one_line(remark))
     return earlier | raw, request, profile, plans
 
 

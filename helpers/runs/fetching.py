@@ -91,6 +91,11 @@ def _main() -> None:
     except WorkbookError as error:
         answer = {"error": str(error)}
     Path(job["answer"]).write_text(json.dumps(answer), encoding="utf-8")
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # What could not be written is not tried again at the end of Python, which would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -24,12 +24,15 @@ class _Stop:
             raise KeyboardInterrupt
 
 
+_open: list[_Stop] = []  # of the blocks that this process is in, the innermost last
+
+
 @contextmanager
 def interruptible() -> Iterator[_Stop]:
     """Within the block the first SIGINT, SIGTERM or SIGHUP raises KeyboardInterrupt, so that cleaning up runs.
 
-    Further ones are ignored to the block's end, so that nothing cuts the cleaning up short. A signal that was ignored
-    before (by nohup, say) stays ignored.
+    Further ones come to nothing until the block's end, so that nothing cuts the cleaning up short; nor do they in the
+    blocks around it, but in a later block within those. A signal that was ignored before (by nohup, say) stays ignored.
     """
     stop = _Stop()
     # Python lets only the main thread set handlers.
@@ -40,11 +43,13 @@ def interruptible() -> Iterator[_Stop]:
     before = {number: signal.getsignal(number) for number in stops if signal.getsignal(number) != signal.SIG_IGN}
 
     def interrupt(*_: object) -> None:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-        stop.asked = True
-        raise KeyboardInterrupt
+        # Not by SIG_IGN: of two signals at one moment, Python would complain about the second.
+        if not stop.asked:
+            for block in _open:
+                block.asked = True
+            raise KeyboardInterrupt
 
+    _open.append(stop)
     for number in before:
         signal.signal(number, interrupt)
     try:
@@ -52,3 +57,4 @@ def interruptible() -> Iterator[_Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _open.pop()

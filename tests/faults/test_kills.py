@@ -125,24 +125,61 @@ FULL = "/dev/full"
 @pytest.mark.parametrize(
     "shell",
     [
-        pytest.param("{run} | head -1", id="F6-head"),
-        pytest.param("{run} 2>&1 | head -1", id="F6-both"),
-        pytest.param(f"{{run}} > {FULL}", id="F6-full"),
-        pytest.param("{run} >&-", id="F6-closed"),
-        pytest.param("{run} >&- 2>&- <&-", id="F6-all-closed"),
+        pytest.param("| head -1", id="F6-head"),
+        pytest.param("2>&1 | head -1", id="F6-both"),
+        pytest.param(f"> {FULL}", id="F6-full"),
+        pytest.param(">&-", id="F6-closed"),
+        pytest.param(">&- 2>&- <&-", id="F6-all-closed"),
     ],
 )
 def test_showing_progress_never_stops_a_run(checkout, tmp_path, shell):
     """F6: the reader of the output is gone, the disk is full, or the output is closed."""
     run = tmp_path / "run"
-    call = f"'{sys.executable}' -c \"{_CALL}\" run --folder '{run}'"
-    environment = {**os.environ, "PYTHONPATH": str(checkout.root)}
-    command = ["bash", "-o", "pipefail", "-c", shell.format(run=call)]
-    done = subprocess.run(command, cwd=checkout.root, env=environment, capture_output=True, check=False, timeout=120)
-    Outcome(done.returncode, (done.stdout + done.stderr).decode()).ends(0)
+    in_a_shell(checkout.root, f"run --folder '{run}' {shell}").ends(0)
     same(read(run, "status")["state"], "finished")
     same({entry["status"] for entry in states(run).values()}, {"passed"})
     same((run / "report.html").exists(), True)
+
+
+@pytest.mark.parametrize(
+    ("command", "streams", "code", "words"),
+    [
+        pytest.param("--help", f">{FULL}", 1, "Cannot read or write (No space left on device)", id="F6-help"),
+        pytest.param("--version", f">{FULL}", 1, "Cannot read or write (No space left on device)", id="F6-version"),
+        pytest.param("fetch", f">{FULL}", 0, "", id="F6-fetch-full"),
+        pytest.param("fetch", "| head -c1", 0, "", id="F6-fetch-head"),
+        pytest.param("fetch", ">&- 2>&- <&-", 0, "", id="F6-fetch-closed"),
+        pytest.param("run --only zz", f">{FULL} 2>&1", 2, "", id="F6-usage-full"),
+        pytest.param("run --notebook {run}/a.ipynb --folder {run}/b", f">{FULL}", 0, "", id="F6-own-notebook"),
+    ],
+)
+def test_who_reads_the_output_changes_no_exit_code(command, streams, code, words, tmp_path):
+    """F6: what a command did, or judged, is what its exit code says; what only prints says why it could not."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    cell = {"cell_type": "code", "id": "a", "metadata": {}, "source": "1", "outputs": [], "execution_count": None}
+    own = {"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [cell]}
+    (folder / "a.ipynb").write_text(json.dumps(own))
+    in_a_shell(ROOT, f"{command.format(run=folder)} {streams}").ends(code, *filter(None, [words]))
+
+
+def test_a_verdict_stays_though_nobody_reads_it(checkout, tmp_path):
+    """F6: check's exit code is its verdict."""
+    run, expected = tmp_path / "run", checkout.root / "notebooks/expected/laptop.json"
+    checkout.workbook("run", "--folder", run, "--only", "01").ends(0)
+    expected.write_text('{"version": 1}')
+    for streams, words in ((f">{FULL}", "standard output cannot be written"), ("| head -c1", ""), (">&-", "")):
+        in_a_shell(checkout.root, f"check '{run}' {streams}").ends(0, words)
+    expected.unlink()
+
+
+def in_a_shell(root, command):
+    """The outcome of ``workbook`` in the checkout ``root``, with what a shell does with its streams."""
+    call = f"'{sys.executable}' -c \"{_CALL}\" {command}"
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    shell = ["bash", "-o", "pipefail", "-c", call]
+    done = subprocess.run(shell, cwd=root, env=environment, capture_output=True, check=False, timeout=120)
+    return Outcome(done.returncode, (done.stdout + done.stderr).decode())
 
 
 def on_a_small_disk(script, disk, checkout):

@@ -9,8 +9,8 @@ import pytest
 from helpers import base, evaluation, figures, generation, speed
 from helpers.base import Interval
 from helpers.evaluation import Comparison, Item
-from helpers.evaluation.choices import _MultipleChoice
 from helpers.evaluation.likelihood import _Perplexity
+from helpers.evaluation.options import _MultipleChoice
 from helpers.figures import memory_by_precision
 from helpers.generation import Decoding, Reply, Sampling
 from helpers.machine import Devices, Training, Workload, estimate, hardware_claims, place, published_config, shard

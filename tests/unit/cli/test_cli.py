@@ -271,3 +271,17 @@ def test_a_wheel_holds_the_templates_and_tells_its_version(installed):
     templates = {path.relative_to(ROOT) for path in (ROOT / "helpers").rglob("*.j2")}
     assert templates == {path.relative_to(installed) for path in installed.rglob("*.j2")}
     assert workbook_of(installed, "--version").stdout == f"workbook {__version__}\n"
+
+
+def test_an_interrupt_while_the_commands_load_is_no_traceback():
+    """E4: Ctrl-C in the first half second."""
+    code = (
+        "import os, signal, sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'helpers.cli.measure': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "from helpers.cli import app\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Interrupted.\n")

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from helpers.base import WorkbookError, proportion
 from helpers.base.files import ROOT
 from helpers.evaluation import Question, evaluate, multiple_choice, perplexity
-from helpers.evaluation.choices import _MultipleChoice
 from helpers.evaluation.harness_model import _harness_model
 from helpers.evaluation.likelihood import _windows
+from helpers.evaluation.options import _MultipleChoice
 from helpers.generation import Sampling, generate
 from helpers.models import PromptTooLong, format_for, load, load_profile
 

@@ -532,6 +532,33 @@ def test_a_second_signal_does_not_cut_the_cleaning_up_short(first):
     assert [signal.getsignal(number) for number in stops] == before
 
 
+def test_signals_of_one_moment_are_one_interrupt():
+    """E4: SIGHUP and SIGTERM together, as a terminal and a system that end send them; Python warned of a race."""
+    code = (
+        "import os, signal, time\nfrom helpers.runs.interrupts import interruptible\n"
+        "stops = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]\n"
+        "try:\n    with interruptible(), interruptible():\n"
+        "        signal.pthread_sigmask(signal.SIG_BLOCK, stops)\n"
+        "        for number in stops: os.kill(os.getpid(), number)\n"
+        "        signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)\n"
+        "        time.sleep(5)\n"
+        "except KeyboardInterrupt:\n    print('interrupted')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
+
+
+def test_a_second_signal_between_two_blocks_comes_to_nothing_and_ends_a_later_one():
+    """E4: the run has ended and says how to resume it; a further signal ends the report that is written then."""
+    with interruptible() as outer:
+        with pytest.raises(KeyboardInterrupt), interruptible():
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt), interruptible():
+            signal.raise_signal(signal.SIGINT)
+    assert outer.asked
+
+
 def test_signals_that_were_ignored_stay_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
