@@ -14,11 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-<<<<<<< HEAD
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
-=======
-from typing import TYPE_CHECKING, Annotated, ParamSpec, TextIO, TypeVar
->>>>>>> f-judge3
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TextIO, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -42,7 +38,6 @@ _ProfileOption = Annotated[str, typer.Option("--profile", help="A name in env/pr
 _RunFolder = Annotated[Path, typer.Argument(help="The folder of a run, such as runs/20260131T120000Z-laptop.")]
 
 
-<<<<<<< HEAD
 class _Commands(TyperGroup):
     """The commands. What typer itself says of a wrong call goes through the same rules as all that is printed."""
 
@@ -67,8 +62,6 @@ def _usage_errors() -> Iterator[None]:
         raise
 
 
-app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-=======
 class _App(typer.Typer):
     """All commands. Help and version, which no command prints, may meet a full disk, too."""
 
@@ -82,8 +75,7 @@ class _App(typer.Typer):
             raise SystemExit(1) from error
 
 
-app = _App(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
->>>>>>> f-judge3
+app = _App(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 def _show_version(wanted: bool) -> None:
