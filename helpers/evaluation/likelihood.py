@@ -324,11 +324,9 @@ def multiple_choice(
         batch = order[start : start + batch_size]
         with explained(loaded):
             values |= zip(batch, _log_likelihoods(loaded.model, batch), strict=True)
-    log_likelihoods = []
-    for options in encoded:
-        log_likelihoods.append(tuple(values[option] for option in options))
+    log_likelihoods = tuple(tuple(map(values.__getitem__, options)) for options in encoded)
     answers = tuple(question.answer for question in questions)
-    return _MultipleChoice(tuple(log_likelihoods), answers, tuple(map(_key, questions)))
+    return _MultipleChoice(log_likelihoods, answers, tuple(map(_key, questions)))
 
 
 def _options(loaded: Loaded, question: Question, number: int) -> list[_Scored]:
