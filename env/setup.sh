@@ -1,5 +1,5 @@
 #!/bin/sh
-# Find a Python that the workbook runs on and hand over to setup.py. PYTHON=... names one; $1 is the lock, cpu or gpu.
+# Find a Python that the workbook runs on and hand over to setup/. PYTHON=... names one; $1 is the lock, cpu or gpu.
 set -eu
 # A Python must not look elsewhere for its modules, or run a start-up file, because the caller's does.
 unset PYTHONHOME PYTHONPATH PYTHONSTARTUP PYTHONOPTIMIZE PYTHONINSPECT PYTHONWARNINGS PYTHONPLATLIBDIR || true
@@ -17,7 +17,7 @@ for python in "$@"; do
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
     version=${version##*"$newline"} # a start-up file of the environment may print, too
     case $version in
-    3.11 | 3.12 | 3.13) exec "$python" "$root/env/setup.py" ${lock:+--lock "$lock"} ;;
+    3.11 | 3.12 | 3.13) exec "$python" "$root/env/setup" ${lock:+--lock "$lock"} ;;
     esac
     seen="$seen $python is $version."
 done

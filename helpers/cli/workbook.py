@@ -110,9 +110,9 @@ def _say(text: object, *, error: bool = False) -> None:
 
 def _hidden(text: object) -> str:
     """The text without secrets: an error's message may hold an address with a password."""
-    from helpers.runs.redaction import _for_screen
+    from helpers.runs.redaction import for_screen
 
-    return _for_screen(str(text))
+    return for_screen(str(text))
 
 
 def _split(texts: Iterable[str] | None) -> list[str]:

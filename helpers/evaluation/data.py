@@ -99,7 +99,8 @@ def read_texts(path: Path) -> list[str]:
 
 def _check_questions(items: Sequence[Item]) -> None:
     """Raise WorkbookError if two of the items that are to be asked have the same id."""
-    twice = [name for name, count in Counter(item.id for item in items).items() if count > 1]
+    counts = Counter(item.id for item in items)
+    twice = [name for name, count in counts.items() if count > 1]
     if twice:
         raise WorkbookError(f"Several items have the same id: {first_names(twice)}. Give each item an id of its own.")
 

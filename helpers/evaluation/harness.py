@@ -103,7 +103,7 @@ def evaluate(
     items of each task. With ``truncate``, an item with more tokens than the context loses its beginning, as is usual,
     and is counted. (The harness' own command line does not know the chat format.) The random state stays as it was.
     Raises WorkbookError for an unknown task, listing the known ones, for a limit below 1, or if an item has more tokens
-    than the context; DataDownloadError if a data set cannot be downloaded.
+    than the context, or if a data set cannot be downloaded.
     """
     if limit is not None and limit < 1:
         raise WorkbookError(f"limit must be at least 1, but is {limit}.")

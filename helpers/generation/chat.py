@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError
-from helpers.base.files import write_json
+from helpers.base.files import FileError, write_json
 from helpers.base.text import is_blank
 from helpers.generation.decoding import PLAIN
 from helpers.generation.generating import _fitting, generate, stream
@@ -110,6 +110,8 @@ class Chat:
         try:
             # of a link, the file that it points to
             write_json(Path(path).resolve(), state)
+        except FileError as error:
+            raise WorkbookError(f"The conversation was not saved. {error}") from error
         except (OSError, TypeError, ValueError) as error:
             reason = "a text in it holds half of a character" if isinstance(error, UnicodeEncodeError) else error
             raise WorkbookError(

@@ -151,7 +151,7 @@ def test_an_item_that_would_be_scored_wrongly_is_refused(second, word, tmp_path)
 
 @pytest.mark.parametrize("prompts", [["Hi", "\u00ad"], ["\ud83d"], [""], [None]], ids=ascii)
 def test_prompts_are_looked_at_before_a_model_is_loaded(prompts):
-    """A3 A7"""
+    """A3, A7: prompts that are blank, no text, or hold half a character; the model is not there at all."""
     nowhere = replace(load_profile("laptop").falcon, id="/no/such/model")
     refused(lambda: compare(prompts, {"a": nowhere}), "cannot be asked")
 
@@ -274,7 +274,7 @@ def test_a_damaged_conversation_is_refused_and_left_as_it_is(damage, tiny_loaded
 
 
 def test_a_half_character_reaches_no_tokenizer(tiny_loaded):
-    """A7"""
+    """A7: as a text, in a question and in a reply to train on."""
     refused(lambda: generate(tiny_loaded, "a\udcff"), "half of a surrogate pair")
     refused(lambda: generate(tiny_loaded, [{**HI, "content": "a\ud83d"}]), "half of a surrogate pair")
     refused(lambda: examples(tiny_loaded, [[HI, {**HELLO, "content": "\udc00"}]]), "half of a surrogate pair")
@@ -334,7 +334,7 @@ def test_the_command_names_bad_rows_before_a_model_is_loaded(variables, row, tmp
 
 @pytest.mark.whole
 def test_a_run_folder_whose_name_is_no_text_is_refused(tmp_path):
-    """A7"""
+    """A7: a name with a byte that is not UTF-8; nothing is made."""
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/run-\xff")
     workbook("run", "--only", "00", "--folder", folder).ends(2, "not UTF-8")
     same(list(tmp_path.iterdir()), [])

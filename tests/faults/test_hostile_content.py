@@ -43,11 +43,15 @@ def silent(screen):
 
 @pytest.mark.parametrize("sequence", SEQUENCES.values(), ids=[f"D3-{name}" for name in SEQUENCES])
 @pytest.mark.parametrize("place", ["reason", "value", "folder"])
-def test_a_sequence_of_a_run_does_not_reach_the_terminal(run, sequence, place, tmp_path):  # noqa: F811
+def test_a_sequence_of_a_run_does_not_reach_the_terminal(run, sequence, place, tmp_path, monkeypatch):  # noqa: F811
     from typer.testing import CliRunner
 
     from helpers.cli import app
+    from helpers.runs import execution
 
+    # "expect" writes into this folder, which must not be the checkout's own
+    (tmp_path / "notebooks" / "expected").mkdir(parents=True)
+    monkeypatch.setattr(execution, "NOTEBOOKS", tmp_path / "notebooks")
     hostile, command = f"a{sequence}b", "check"
     if place == "folder":
         run, command = run.rename(tmp_path / hostile.replace("/", "")), "expect"

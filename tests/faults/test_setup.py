@@ -1,13 +1,15 @@
 """make setup: what is installed against the locks, who owns .venv, where the checkout lies, what pip is told.
 
 The real env/setup.sh and real pip work on a small project with locks of three tiny packages, from a folder of wheels.
+Only the first environment gets its pip from venv itself, which takes seconds; the others find a copy of it.
 """
 
+import ensurepip
 import fcntl
 import hashlib
-import importlib.util
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -21,8 +23,9 @@ import pytest
 
 from helpers.base.files import ROOT
 from helpers.planning.findings import _check_versions
+from tests.unit.project.set_up import modules
 
-from .judge import Fault, Outcome, kept, no_survivor, refused, same
+from .judge import Outcome, kept, no_survivor, refused, same
 
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 PACKAGES = f".venv/lib/python{VERSION}/site-packages"
@@ -67,10 +70,17 @@ def make_wheels(folder: Path) -> Path:
     return folder
 
 
-def make_project(folder: Path) -> Path:
-    """The checkout's set-up, with small locks and a small package."""
+VENV_WITH_PIP = """import subprocess, sys
+subprocess.run([sys.executable, "-m", "venv", "--without-pip", sys.argv[1]], check=True)
+open(sys.argv[1] + "/lib/python{version}/site-packages/pip.pth", "w").write({pip!r})
+"""
+
+
+def make_project(folder: Path, pip: Path | None = None) -> Path:
+    """The checkout's set-up, with small locks and a small package; environments find ``pip`` in that folder."""
     (folder / "env" / "requirements").mkdir(parents=True)
-    for name in ("env/setup.py", "env/installed.py", "env/setup.sh", "Makefile"):
+    shutil.copytree(ROOT / "env/setup", folder / "env/setup", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("env/installed.py", "env/setup.sh", "Makefile"):
         shutil.copy(ROOT / name, folder / name)
     for name, text in {"cpu": "one==1.0  # via x\ntorch==2.0+cpu\ntwo==1.0\n", "gpu": "one==1.0\ntorch==2.0\n",
                        "dev": "tool==1.0\n", "models": ""}.items():  # fmt: skip
@@ -87,9 +97,17 @@ def make_project(folder: Path) -> Path:
     editable = {"__editable__.falcon_180b_workbook-0.pth": f"{folder}\n"}
     wheel(folder, "falcon_180b_workbook", "0", editable)
     # A free disk of gibibytes is not what is tried here.
-    setup = folder / "env" / "setup.py"
-    setup.write_text(setup.read_text().replace('{"cpu": 3 * GIB, "gpu": 10 * GIB}', '{"cpu": 0, "gpu": 0}'))
+    change(folder / "env/setup/place.py", '{"cpu": 3 * GIB, "gpu": 10 * GIB}', '{"cpu": 0, "gpu": 0}')
+    if pip:
+        (folder / "env/make_venv.py").write_text(VENV_WITH_PIP.format(version=VERSION, pip=str(pip)))
+        change(folder / "env/setup/environment.py", '"-m", "venv"', 'str(ROOT / "env/make_venv.py")')
     return folder
+
+
+def change(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
 
 
 def environment(wheels: Path | None, **more: str) -> dict[str, str]:
@@ -120,11 +138,36 @@ def wheels(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def unpacked_pip(tmp_path_factory):
+    """The folder of a pip that is unpacked once, and compiled by whoever uses it first."""
+    folder = tmp_path_factory.mktemp("pip")
+    with zipfile.ZipFile(next(Path(ensurepip.__file__).parent.glob("_bundled/pip-*.whl"))) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def made(tmp_path_factory, wheels):
-    """A project that is set up, in a folder whose name has all that a path may have. Each case leaves it whole."""
-    project = make_project(tmp_path_factory.mktemp("setup") / "a [b] wörk%d #1 'x' $HOME")
-    make_setup(project, wheels).ends(0, "Ready after")
+    """F17: a project that is set up, in a folder whose name has all that a path may have. Each case leaves it whole.
+
+    With Windows line ends, .venv a link to a larger disk, and a caller whose settings of pip, of Python and of its
+    terminal would change or break it all.
+    """
+    base = tmp_path_factory.mktemp("setup")
+    project, disk = make_project(base / "a [b] wörk%d #1 'x' $HOME"), base / "disk"
+    disk.mkdir()
+    (project / ".venv").symlink_to(disk)
+    for path in (project / "env/setup.sh", project / "Makefile", *(project / "env/requirements").iterdir()):
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    settings = dict.fromkeys(("PIP_USER", "PIP_REQUIRE_VIRTUALENV", "PIP_DRY_RUN", "PYTHONSAFEPATH"), "1")
+    settings |= {"PYTHONIOENCODING": "ascii", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONWARNINGS": "error"}
+    settings |= {
+        name: str(base / name) for name in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PYTHONPATH", "PYTHONHOME")
+    }
+    make_setup(project, wheels, **settings).ends(0, "Ready after")
     same(installed(project), ALL)
+    same((project / ".venv").is_symlink() and (disk / "bin").is_dir(), True)
+    same([path.name for path in base.iterdir() if path.name.isupper()], [])
     return project
 
 
@@ -241,20 +284,12 @@ def test_f1_doctor_and_set_up_compare_alike(harm, status, words, tmp_path, monke
         record.write_text(f"{record.read_text()}one/rest.py,sha256=x,1\n")
     lock = tmp_path / "cpu.txt"
     lock.write_text("one==1.0\ntwo==1.0 ; python_version > '3'\ntorch==2.0+cpu\nthree==1 ; sys_platform == 'win32'\n")
-    module = load(ROOT / "env" / "installed.py")
-    found = module.compare([lock], packages)
+    found = runpy.run_path(str(ROOT / "env" / "installed.py"))["compare"]([lock], packages)
     answer = json.dumps({"lock": "cpu.txt", "pins": 3, "differences": found})
     # Only what the answer is about stands in for this Python's own packages.
     monkeypatch.setattr(sys, "executable", str(script(tmp_path / "python", f"echo noise; echo '{answer}'")))
     finding = next(iter(_check_versions(lock)))
     same((finding.status, words in finding.found), (status, True))
-
-
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def script(path: Path, text: str) -> Path:
@@ -267,22 +302,18 @@ def script(path: Path, text: str) -> Path:
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("build", ["2.0+cpu", "2.0"], ids=["E7-cpu-build-first", "E7-cpu-build-of-that-name"])
-def test_e7_the_gpu_lock_never_ends_ready_with_a_cpu_build(build, tmp_path):
-    wheels = make_wheels(tmp_path / "wheels")
-    wheel(wheels, "torch", build, {"torch/__init__.py": "", "torch/version.py": CPU})
-    outcome = make_setup(make_project(tmp_path / "project"), wheels, "LOCK=gpu")
-    if outcome.code == 0 or "Ready" in outcome.screen:
-        raise Fault("wrong", outcome.screen)
-    outcome.ends(2, "torch")
+def test_e7_the_gpu_lock_ends_ready_with_the_cuda_build_alone(tmp_path, unpacked_pip):
+    """E7: not with a CPU build that is found first, nor with one of that name; and then it is kept.
 
-
-@pytest.mark.whole
-def test_e7_the_cuda_build_is_taken_kept_and_never_replaced(tmp_path):
-    """E7: though an index offers the CPU build, too; without LOCK later; a CPU build put in by hand is repaired."""
-    wheels, project = make_wheels(tmp_path / "wheels"), make_project(tmp_path / "project")
+    Without LOCK later, and a CPU build put in by hand is repaired.
+    """
+    wheels, project = make_wheels(tmp_path / "wheels"), make_project(tmp_path / "project", unpacked_pip)
+    make_setup(project, wheels, "LOCK=gpu").ends(2, "torch")
+    wheel(wheels, "torch", "2.0", {"torch/__init__.py": "", "torch/version.py": CPU})
+    outcome = make_setup(project, wheels, "LOCK=gpu").ends(2, "torch 2.0 is built for the CPU")
+    same("Ready" in outcome.screen, False)
     wheel(wheels, "torch", "2.0", {"torch/__init__.py": "", "torch/version.py": CUDA})
-    make_setup(project, wheels, "LOCK=gpu").ends(0, "Ready")
+    make_setup(project, wheels).ends(0, "Ready")
     pip(project, wheels, "install", "--no-deps", "torch==2.0+cpu")
     make_setup(project, wheels).ends(0, "torch 2.0+cpu, not 2.0", "Ready")
     same(installed(project), ["one-1.0", "tool-1.0", "torch-2.0"])
@@ -293,8 +324,8 @@ def test_e7_the_cuda_build_is_taken_kept_and_never_replaced(tmp_path):
 
 @pytest.fixture
 def setup(tmp_path):
-    """env/setup.py of a small project, as a module."""
-    return load(make_project(tmp_path / "project") / "env" / "setup.py")
+    """The modules of a small project's env/setup."""
+    return modules(make_project(tmp_path / "project"))
 
 
 @pytest.mark.parametrize(
@@ -303,27 +334,27 @@ def setup(tmp_path):
 def test_f17_a_venv_of_somebody_s_is_refused_and_kept(kind, setup, tmp_path, monkeypatch):
     """F17: never deleted without a question; nobody answers here."""
     monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
-    mine = tmp_path / "mine" if kind == "link-to-somebody-s" else setup.VENV
+    mine = tmp_path / "mine" if kind == "link-to-somebody-s" else setup.place.VENV
     if kind in ("somebody-s", "link-to-somebody-s"):
         (mine / "bin").mkdir(parents=True)
         (mine / "pyvenv.cfg").write_text("mine")
     if kind == "file":
-        setup.VENV.write_text("mine")
+        setup.place.VENV.write_text("mine")
     if kind == "dangling-link":
-        setup.VENV.symlink_to(tmp_path / "nowhere")
+        setup.place.VENV.symlink_to(tmp_path / "nowhere")
     if kind == "link-to-somebody-s":
-        setup.VENV.symlink_to(mine)
-    refused(lambda: setup.set_up("cpu"), ".venv", error=setup.SetupError)
+        setup.place.VENV.symlink_to(mine)
+    refused(lambda: setup.main.set_up("cpu"), ".venv", error=setup.place.SetupError)
     if kind in ("somebody-s", "link-to-somebody-s"):
         kept(mine / "pyvenv.cfg", b"mine")
     if kind == "file":
-        kept(setup.VENV, b"mine")
+        kept(setup.place.VENV, b"mine")
 
 
 def test_f17_a_colon_in_the_path_is_named(tmp_path):
     """F17: venv refuses it, and the advice is not to install python3-venv."""
-    module = load(make_project(tmp_path / "a:b") / "env" / "setup.py")
-    message = refused(lambda: module.set_up("cpu"), "':'", "Rename", error=module.SetupError)
+    setup = modules(make_project(tmp_path / "a:b"))
+    message = refused(lambda: setup.main.set_up("cpu"), "':'", "Rename", error=setup.place.SetupError)
     same("apt" in message, False)
 
 
@@ -336,54 +367,37 @@ def test_f17_a_colon_in_the_path_is_named(tmp_path):
 def test_f17_pip_is_not_told_where_else_to_install(variable, setup, monkeypatch):
     monkeypatch.setenv(variable, "1")
     monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example/simple")
-    same((variable in setup.pip_environment(), "PIP_INDEX_URL" in setup.pip_environment()), (False, True))
+    environment = setup.pip_runs.pip_environment()
+    same((variable in environment, "PIP_INDEX_URL" in environment), (False, True))
 
 
 @pytest.mark.whole
-def test_f17_the_caller_s_settings_of_pip_and_python_change_nothing(tmp_path, wheels):
-    """F17: a whole set-up under all of them, into a link to a larger disk, with Windows line ends."""
-    project, disk = make_project(tmp_path / "project"), tmp_path / "disk"
-    disk.mkdir()
-    (project / ".venv").symlink_to(disk)
-    for path in (project / "env/setup.sh", project / "Makefile", *(project / "env/requirements").iterdir()):
-        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    settings = dict.fromkeys(("PIP_USER", "PIP_REQUIRE_VIRTUALENV", "PIP_DRY_RUN", "PYTHONDONTWRITEBYTECODE"), "1")
-    settings |= {
-        name: str(tmp_path / name) for name in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PYTHONPATH", "PYTHONHOME")
-    }
-    make_setup(project, wheels, **settings).ends(0, "Ready")
-    same(installed(project), ALL)
-    same((project / ".venv").is_symlink() and (disk / "bin").is_dir(), True)
-    same([path.name for path in tmp_path.iterdir() if path.name.isupper()], [])
-
-
-@pytest.mark.whole
-def test_f17_a_file_of_pip_s_settings_that_sends_packages_elsewhere_is_named(tmp_path, wheels):
+def test_f17_a_file_of_pip_s_settings_that_sends_packages_elsewhere_is_named(made, wheels, tmp_path):
     """F17: what no variable and no option can undo, in pip.conf."""
     (tmp_path / "pip.conf").write_text(f"[install]\ntarget = {tmp_path / 'elsewhere'}\nuser = true\n")
-    project = make_project(tmp_path / "project")
-    make_setup(project, wheels, PIP_CONFIG_FILE=str(tmp_path / "pip.conf")).ends(
-        2, "is not installed", "pip config list"
-    )
+    uninstalled(made, wheels)
+    make_setup(made, wheels, PIP_CONFIG_FILE=str(tmp_path / "pip.conf")).ends(2, "is not installed", "pip config list")
+    whole_again(made, wheels, "one 1.0 is not installed")
 
 
 @pytest.mark.whole
 def test_f17_a_copy_of_the_checkout_runs_itself(made, wheels, tmp_path):
-    """F17: cp -r; its command is its own at once, and its set-up makes its environment its own."""
+    """F17: cp -r; its command is its own at once, and its set-up makes its environment its own.
+
+    A copied link to packages elsewhere leads to the original's: they are not replaced.
+    """
     copy = tmp_path / "copy"
     shutil.copytree(made, copy, symlinks=True)
+    make_setup(copy, wheels).ends(2, f"a link to the packages of {made}", "Remove the link")
+    make_setup(made, wheels).ends(0, "as locked")
+    (copy / ".venv").unlink()
+    shutil.copytree(made / ".venv", copy / ".venv", symlinks=True)
     (tmp_path / "link").symlink_to(copy / ".venv/bin/workbook")
     (tmp_path / "helpers").mkdir()
     (tmp_path / "helpers" / "cli.py").write_text("def app(): print('led astray')")
     for command in (copy / ".venv/bin/workbook", tmp_path / "link"):
-        done = subprocess.run(
-            [command],
-            env=environment(None, PYTHONPATH=str(tmp_path)),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        led = environment(None, PYTHONPATH=str(tmp_path))
+        done = subprocess.run([command], env=led, cwd=tmp_path, capture_output=True, text=True, check=True)
         same(done.stdout.strip(), str(copy / "helpers" / "cli.py"))
     make_setup(copy, wheels).ends(0, "Making .venv", "Ready")
     same(str(made) in (copy / ".venv/bin/pip").read_text(), False)
@@ -411,45 +425,43 @@ def test_f17_text_has_unix_line_ends_wherever_it_is_checked_out(tmp_path):
 def begin(project: Path, wheels: Path) -> subprocess.Popen:
     """A set-up whose output is read line by line, in a session of its own."""
     return subprocess.Popen(
-        [f"{sys.base_prefix}/bin/python{VERSION}", "-u", str(project / "env/setup.py")], env=environment(wheels),
+        [f"{sys.base_prefix}/bin/python{VERSION}", "-u", str(project / "env/setup")], env=environment(wheels),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 
 
 @pytest.mark.whole
-def test_e4_of_two_set_ups_one_waits(tmp_path, wheels):
-    project = make_project(tmp_path / "project")
+def test_f17_an_interrupted_set_up_is_completed_by_the_next_and_of_two_one_waits(
+    tmp_path, wheels, unpacked_pip, moments
+):
+    """F17, E4: ended at a random moment by each signal in turn; then two at once."""
+    project = make_project(tmp_path / "project", unpacked_pip)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL):
+        first = begin(project, wheels)
+        line = first.stdout.readline()
+        assert "Making .venv" in line or "Waiting" in line, line
+        time.sleep(moments.uniform(0, 2))
+        first.send_signal(number)
+        screen = first.communicate(timeout=60)[0]
+        if number != signal.SIGKILL and first.returncode:
+            Outcome(first.returncode, screen).ends(130, "Interrupted. Run it again")
+            no_survivor(str(project), 5)
+        (project / ".venv/setup.json").unlink(missing_ok=True)  # each begins afresh, also after one that was quicker
+        (project / ".venv/setup.log").touch()
     first = begin(project, wheels)
-    line = first.stdout.readline()
-    assert "Making .venv" in line, line
+    first.stdout.readline()
     make_setup(project, wheels).ends(0, "Another make setup works on this folder. Waiting", "as locked", "Ready")
     Outcome(first.wait(60), first.communicate()[0]).ends(0, "Ready")
     same(installed(project), ALL)
 
 
-@pytest.mark.whole
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda n: f"F17-{n.name}")
-def test_f17_an_interrupted_set_up_is_completed_by_the_next(number, tmp_path, wheels, moments):
-    project = make_project(tmp_path / "project")
-    first = begin(project, wheels)
-    first.stdout.readline()
-    time.sleep(moments.uniform(0, 5))
-    first.send_signal(number)
-    screen = first.communicate(timeout=60)[0]
-    if number != signal.SIGKILL and first.returncode:
-        Outcome(first.returncode, screen).ends(130, "Interrupted. Run it again")
-        no_survivor(str(project), 5)
-    make_setup(project, wheels).ends(0, "Ready")
-    same(installed(project), ALL)
-
-
 def test_e4_the_lock_is_held_and_released(setup):
     """E4: by this process and by pip, which inherits it; after the block the folder is free."""
-    other = os.open(setup.ROOT, os.O_RDONLY)
-    with setup.alone():
+    other = os.open(setup.place.ROOT, os.O_RDONLY)
+    with setup.place.alone():
         with pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        same(len(setup.HELD), 1)
+        same(len(setup.place.HELD), 1)
     fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(other)
 
@@ -458,6 +470,6 @@ def test_e4_the_lock_is_held_and_released(setup):
     "stamp", ["", "{", "[]", "null", '{"lock": 3}', '{"lock": "tpu"}', '{"lock": ["cpu"]}', "\u2028"]
 )
 def test_f17_a_damaged_stamp_means_nothing_was_finished(stamp, setup):
-    setup.VENV.mkdir()
-    setup.STAMP.write_text(stamp)
-    same(setup.read_stamp(setup.STAMP), {})
+    setup.place.VENV.mkdir()
+    setup.place.STAMP.write_text(stamp)
+    same(setup.environment.read_stamp(setup.place.STAMP), {})

@@ -256,7 +256,7 @@ def items_file(tmp_path, *rows: dict | str):
         ({**GOOD, "id": "2", "others": ["saddle "]}, "others has spaces around the word 'saddle '."),
         ({**GOOD, "id": "2", "others": ["c++"]}, "No reply can be right: c++ is in both answer and others."),
         ({**GOOD, "id": "2", "question": " \u00a0"}, "question is blank."),
-        ({**GOOD, "id": "2", "anser": ["Paris"]}, "An item has no key 'anser'."),
+        ({**GOOD, "id": "2", "reply": ["Paris"]}, "An item has no key 'reply'."),
     ],
 )  # fmt: skip
 def test_a_row_that_is_no_item_is_named(second, reason, tmp_path):
