@@ -11,12 +11,14 @@ import functools
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from helpers import __version__
 from helpers.base.errors import WorkbookError
@@ -34,7 +36,33 @@ USERS = "Commands"
 MAINTAINERS = "For maintainers of the workbook"
 _ProfileOption = Annotated[str, typer.Option("--profile", help="A name in env/profiles, or auto.")]
 _RunFolder = Annotated[Path, typer.Argument(help="The folder of a run, such as runs/20260131T120000Z-laptop.")]
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+class _Commands(TyperGroup):
+    """The commands. What typer itself says of a wrong call goes through the same rules as all that is printed."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Read the options of the command itself."""
+        with _usage_errors():
+            return super().make_context(*args, **options)
+
+    def invoke(self, *args: Any, **options: Any) -> Any:
+        """Read a command's arguments and run it."""
+        with _usage_errors():
+            return super().invoke(*args, **options)
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except TyperException as error:
+        if message := vars(error).get("message"):
+            vars(error)["message"] = one_line(_hidden(message))
+        raise
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 def _show_version(wanted: bool) -> None:

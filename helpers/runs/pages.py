@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError
 from helpers.base.files import write_text
+from helpers.base.text import visible
 from helpers.runs.folder import _executed_notebook
 from helpers.runs.outputs import _presentable
-from helpers.runs.redaction import _for_screen
+from helpers.runs.redaction import for_screen
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping
@@ -35,7 +36,7 @@ def _render_page(template: str, content: Mapping[str, object]) -> str:
 
     loader = jinja2.FileSystemLoader(_TEMPLATES)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return _for_screen(environment.get_template(template).render(content))
+    return _finished(environment.get_template(template).render(content))
 
 
 def _write_pages(run_dir: Path, notebooks: Iterable[str]) -> tuple[dict[str, str], list[str]]:
@@ -102,8 +103,15 @@ def _page(exporter: HTMLExporter, path: Path, run: str, pages: Container[str]) -
     resources = {"metadata": {"name": path.stem}, "run": run}
     page: str
     page, _ = exporter.from_notebook_node(_presentable(notebook, path.stem), resources=resources)
-    # Once more: as HTML a token may be whole that was written in codes, or that an earlier workbook left.
-    return _for_screen(page)
+    return _finished(page)
+
+
+def _finished(page: str) -> str:
+    """A page without secrets, and with all that it holds to be seen.
+
+    Once more: as HTML a token may be whole that was written in codes, or that an earlier workbook left.
+    """
+    return visible(for_screen(page))
 
 
 def _linked(notebook: NotebookNode, pages: Container[str]) -> NotebookNode:

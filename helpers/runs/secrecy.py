@@ -115,9 +115,7 @@ def _looks_secret(value: str, sure: bool = True, public: Iterable[str] = ()) -> 
         return False
     if _NUMBER.fullmatch(value) or _is_path(value):
         return False
-    if not _is_worded(value):
-        return True
-    return sure and not _is_of_workbook(value) and _is_worded_password(value)
+    return not _is_worded(value) or (sure and not _is_of_workbook(value) and _is_worded_password(value))
 
 
 def _is_worded_password(value: str) -> bool:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 _JSON_SUFFIXES = {".json", ".ipynb"}
 _ZIP = b"PK\x03\x04"
 _SNIFFED = 8192
-# A larger binary file holds weights, and gigabytes would be read after each notebook: its two ends tell what it is.
+# A larger binary file holds weights, and gigabytes would be read after each notebook: its two ends tell what it is. A
+# larger text, such as a log, is read whole.
 _LARGE = 64 * 2**20
 _END = 2**20
 Seen = dict[Path, tuple[int, int, int]]  # what a file was like when it was found clean
@@ -102,7 +103,7 @@ def _clean_text(path: Path, text: str, secrets: tuple[str, ...], hider: _Hider) 
 def _clean_binary(path: Path, beginning: bytes, pattern: re.Pattern[bytes]) -> bool:
     size = path.stat().st_size
     if size > _LARGE:
-        return _clean_ends(path, size, pattern)
+        return _clean_in_place(path, range(0, size, _END) if b"\0" not in beginning else (0, size - _END), pattern)
     if beginning.startswith(_ZIP):
         with suppress(zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError):  # else it is bytes as any other
             return _replace(path, _clean_zip(path, pattern))
@@ -112,15 +113,15 @@ def _clean_binary(path: Path, beginning: bytes, pattern: re.Pattern[bytes]) -> b
     return _replace(path, _clean_bytes(path.read_bytes(), pattern))
 
 
-def _clean_ends(path: Path, size: int, pattern: re.Pattern[bytes]) -> bool:
-    """Overwrite in place what the first and last MiB of a large file hold."""
+def _clean_in_place(path: Path, starts: Iterable[int], pattern: re.Pattern[bytes]) -> bool:
+    """Overwrite what a large file holds from ``starts`` on, a MiB each and a little more: a secret may lie across."""
     changed = False
     if path.stat().st_nlink > 1:  # another name of it may lie outside of the folder
         return False
     with path.open("r+b") as stream:
-        for start in (0, size - _END):
+        for start in starts:
             stream.seek(start)
-            for match in pattern.finditer(stream.read(_END)):
+            for match in pattern.finditer(stream.read(_END + _SNIFFED)):
                 stream.seek(start + match.start())
                 stream.write(_asterisks(match))
                 changed = True

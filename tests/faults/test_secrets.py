@@ -225,6 +225,21 @@ def test_a_token_in_wide_letters_or_a_pickle_is_nowhere(kind, make, tmp_path):
         same(next(iter(pickle.loads(path.read_bytes()).values()))[1], 5)
 
 
+@pytest.mark.whole
+def test_d2_a_large_log_holds_no_token_anywhere(tmp_path):
+    path = tmp_path / "a.log"
+    line = b"step 1: loss 2.5\n" * 1000
+    with path.open("wb") as file:
+        for number in range(4000):
+            file.write(line)
+            if number in (0, 1234, 2000, 3999):
+                file.write(TOKEN.encode() + b"\n")
+    size = path.stat().st_size
+    _sweep(tmp_path, [])
+    content = path.read_bytes()
+    same((content.count(b"*" * len(TOKEN)), TOKEN.encode() in content, len(content)), (4, False, size))
+
+
 def test_d2_a_link_to_a_path_with_a_token_leads_nowhere(tmp_path):
     (tmp_path / "link").symlink_to(f"/nowhere/{TOKEN}/x")
     _sweep(tmp_path, [])
@@ -394,6 +409,10 @@ def test_d2_a_token_in_an_address_is_on_no_screen_of_doctor(tmp_path):
         pytest.param(["run", "--only", TOKEN], id="D2-only"),
         pytest.param(["report", f"runs/{TOKEN}"], id="D2-folder"),
         pytest.param(["run", "--notebook", f"{TOKEN}.ipynb"], id="D2-notebook"),
+        pytest.param([TOKEN], id="D2-no-such-command"),
+        pytest.param(["run", f"--{TOKEN}"], id="D2-no-such-option"),
+        pytest.param(["run", "--only", "00", TOKEN], id="D2-extra-argument"),
+        pytest.param(["plan", "--batch", TOKEN], id="D2-no-number"),
     ],
 )
 def test_an_error_does_not_repeat_a_token(arguments, tmp_path):
