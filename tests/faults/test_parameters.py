@@ -221,7 +221,7 @@ def test_f12_what_has_no_budget_is_named_and_does_not_stop_the_others(notebooks,
     profile = load_profile("laptop")
     same([path.stem for path in _select(folder, [], profile)], list(profile.budgets))
     same([path.stem for path in _select(folder, ["01"], profile)], ["01_loading"])
-    said = _left_out(folder, profile)
+    (said,) = _left_out(folder, profile)
     for name in (*names, "x"):
         if f"{name}.ipynb" not in said:
             raise Fault("wrong", f"{name} is not named: {said}")
@@ -229,11 +229,15 @@ def test_f12_what_has_no_budget_is_named_and_does_not_stop_the_others(notebooks,
         refused(asked(folder, tmp_path / "run", name), "no time budget", "--notebook")
 
 
-def test_f12_a_notebook_with_a_budget_that_is_gone_is_not_passed_over(notebooks, tmp_path):
-    folder = tmp_path / "notebooks"
+def test_f12_a_notebook_with_a_budget_that_is_gone_is_named(notebooks, tmp_path):
+    folder, profile = tmp_path / "notebooks", load_profile("laptop")
     shutil.copytree(notebooks, folder)
     (folder / "03_chat_prompting.ipynb").unlink()
-    refused(lambda: _plan_run(load_profile("laptop"), folder, [], {}, {}), "03_chat_prompting", "workbook render")
+    planned = {plan.name for plan in _plan_run(profile, folder, [], {}, {})}
+    same(planned, profile.budgets.keys() - {"03_chat_prompting"})
+    (said,) = _left_out(folder, profile)
+    same(all(words in said for words in ("03_chat_prompting", "workbook render")), True)
+    refused(lambda: _plan_run(profile, folder, ["03"], {}, {}), "'03'")
 
 
 def test_b8_limits_that_exclude_the_default_are_refused(notebooks, tmp_path):
