@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from helpers.base.errors import WorkbookError
+from helpers.evaluation.choices import _OPTION_BATCH
 from helpers.evaluation.harness_model import _harness_model
-from helpers.evaluation.likelihood import _OPTION_BATCH
 from helpers.evaluation.tasks import TASKS, _only_errors, _prepared
 from helpers.models.finite import explained
 from helpers.models.loaded import inference

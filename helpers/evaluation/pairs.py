@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from helpers.base import stats
 from helpers.base.errors import WorkbookError, choose
 from helpers.base.stats import Interval
+from helpers.evaluation.choices import _MultipleChoice
 from helpers.evaluation.harness import _Evaluation
-from helpers.evaluation.likelihood import _MultipleChoice, _Perplexity
+from helpers.evaluation.likelihood import _Perplexity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -156,7 +156,7 @@ def _check_prefix(prefix: str, names: Sequence[str], found: Mapping[str, Path], 
 
 
 def _left_out(folder: Path, profile: Profile) -> list[str]:
-    """Say which notebooks of a folder a run leaves out because the profile has no budget for them; and which are gone."""
+    """Say which notebooks of a folder a run leaves out, for want of a budget, and which are not there."""
     remarks = []
     others = [path.name for path in sorted(folder.glob("*.ipynb")) if path.stem not in profile.budgets]
     if others:

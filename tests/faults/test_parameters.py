@@ -252,3 +252,39 @@ def test_b8_limits_that_exclude_the_default_are_refused(notebooks, tmp_path):
         document["metadata"]["workbook"]["parameters"] = limits
         path.write_text(json.dumps(document))
         refused(lambda: _plan_run(load_profile("laptop"), folder, ["05"], {}, {}), "05_fine_tuning", *words)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        pytest.param(old, new, words, id=f"B8-{new}")
+        for old, new, words in [
+            *[("cpus: 2", f"cpus: {text}", ["010" if text == "-010" else text])
+              for text in ("010", "-010", "1:30", "0x10", "0b11", "yes", "No", "ON", "0_1")],
+            *[("cpus: 2", f"cpus: {text}", ["cpus"]) for text in ('"2"', "true", "2.5", "-2", "~", "[2]", ".inf")],
+            *[("seconds: 120,", f"seconds: {text},", ["seconds"]) for text in ("true", '"60"')],
+            ("seconds: 120,", "seconds: 2026-11-27,", ["2026-11-27 at line"]),
+            ("seconds: 120,", "seconds: 2:00,", ["2:00"]),
+            ("decoding: plain", "parameters: {00_start_here: {seed: 010}}", ["010", "line"]),
+            ("decoding: plain", "parameters: {00_start_here: {seed: 1:30}}", ["1:30"]),
+            ("decoding: plain", "parameters: {03_chat_prompting: {question: no}}", ["no at line"]),
+            ("decoding: plain", "parameters: {00_start_her: {seed: 1}}", ["00_start_her"]),
+            ("precisions: [fp32, bf16, int8, nf4]", "precisions: []", ["precisions"]),
+        ]
+    ],
+)  # fmt: skip
+def test_no_word_of_a_profile_becomes_another_value(tmp_path, monkeypatch, old, new, words):
+    """YAML 1.1 reads 010 as 8, 1:30 as 90 and yes as true; pydantic takes true for 1 and a text for a number."""
+    text = (ROOT / "env" / "profiles" / "laptop.yaml").read_text(encoding="utf-8")
+    same(old in text, True)
+    (tmp_path / "odd.yaml").write_text(text.replace(old, new, 1), encoding="utf-8")
+    monkeypatch.setattr("helpers.models.profiles.FOLDER", tmp_path)
+    refused(lambda: load_profile("odd"), "odd.yaml", *words)
+
+
+def test_f2_a_quoted_word_of_a_profile_is_a_text(tmp_path, monkeypatch):
+    text = (ROOT / "env" / "profiles" / "laptop.yaml").read_text(encoding="utf-8")
+    given = 'parameters: {03_chat_prompting: {question: "010"}}\ndecoding: plain'
+    (tmp_path / "odd.yaml").write_text(text.replace("decoding: plain", given, 1), encoding="utf-8")
+    monkeypatch.setattr("helpers.models.profiles.FOLDER", tmp_path)
+    same(load_profile("odd").parameters, {"03_chat_prompting": {"question": "010"}})

@@ -220,7 +220,7 @@ def test_nothing_to_ask_is_an_error(mini):
     for models in ({}, mini, {"a": "falcon-mini-chat"}):
         with pytest.raises(WorkbookError, match="models by name"):
             compare(["Hi"], models)
-    with pytest.raises(WorkbookError, match="batch_size must be at least 1"):
+    with pytest.raises(WorkbookError, match="batch_size must be a whole number from 1"):
         compare(["Hi"], {"a": mini}, batch_size=0)
 
 
