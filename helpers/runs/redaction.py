@@ -129,7 +129,7 @@ class _Hider:
 
     def __init__(self, secrets: tuple[str, ...]) -> None:
         self._long: list[str] = []
-        self._cut: list[str] = []  # those that are known by their beginning
+        self._whole: list[str] = []  # the long ones as they are, without their other forms
         self._short: list[str] = []
         self._named: list[tuple[str, re.Pattern[str]]] = []
         for secret in secrets:
@@ -138,8 +138,7 @@ class _Hider:
                 self._named.append((name, _beside(name, value)))
             elif _is_long(secret):
                 self._long.extend(_forms(secret))
-                if len(secret) >= _LONG_WORD:
-                    self._cut.append(secret)
+                self._whole.append(secret)
             else:
                 self._short.extend(_forms(secret))
 
@@ -163,12 +162,12 @@ class _Hider:
         for name, pattern in self._named:
             if name in text:
                 text = pattern.sub(rf"\g<1>{REDACTED}", text)
-        for secret in self._cut:
-            if secret[:_SHORTEST_HEAD] in text:
+        for secret in self._whole:
+            if len(secret) >= _LONG_WORD and secret[:_SHORTEST_HEAD] in text:
                 text = _without_heads(text, secret)
         if _HINT.search(text):
             text = _without_shapes(text)
-        return _without_encoded(text, self._cut)
+        return _without_encoded(text, self._whole)
 
     @functools.cached_property
     def in_binary(self) -> re.Pattern[bytes]:

@@ -103,6 +103,10 @@ def test_a_planted_token_is_nowhere(text, known, tmp_path):
     json.loads((tmp_path / "d.json").read_text())
 
 
+def coded(pattern):
+    return lambda secret: "".join(pattern % ord(letter) for letter in secret)
+
+
 @pytest.mark.parametrize(
     "write",
     [
@@ -112,6 +116,8 @@ def test_a_planted_token_is_nowhere(text, known, tmp_path):
         pytest.param(lambda secret: json.dumps(json.dumps(secret)), id="D2-json-twice"),
         pytest.param(repr, id="D2-repr"),
         pytest.param(ascii, id="D2-ascii"),
+        pytest.param(coded("%%%02x"), id="D2-percent-small"),
+        pytest.param(coded("&#%d;"), id="D2-entities"),
     ],
 )
 @pytest.mark.parametrize("secret", [TOKEN, PASSWORD], ids=["token", "password"])
@@ -120,10 +126,6 @@ def test_a_known_secret_is_nowhere_in_another_way_of_writing(write, secret):
     written = write(secret)
     if written.strip("'\"\\") in _redact(f"a {written} b", secrets):
         raise Fault("leak", f"{written} is shown")
-
-
-def coded(pattern):
-    return lambda secret: "".join(pattern % ord(letter) for letter in secret)
 
 
 def in_base64(before, behind=""):
