@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from helpers.base.errors import WorkbookError
 
 _SECONDS = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")
+_LONGEST_SECONDS = 86_400  # a day; the system's own clock overflows at much more
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 _PUBLIC_HUB = "https://huggingface.co"
 
@@ -18,7 +19,8 @@ def check_hub_variables() -> None:
     """Refuse values that huggingface_hub cannot even be imported with. Raises WorkbookError."""
     for name in _SECONDS:
         value = os.environ.get(name, "").strip()
-        if value and not (value.isascii() and value.isdecimal() and int(value) > 0):
+        number = value.isascii() and value.isdecimal() and len(value) < 10
+        if value and not (number and 0 < int(value) <= _LONGEST_SECONDS):
             raise WorkbookError(f"{name} is {value!r}. Set it to a whole number of seconds, such as 10, or unset it.")
     if _scheme("HF_ENDPOINT") is None:
         raise WorkbookError(
@@ -64,7 +66,8 @@ def _check_certificates() -> None:
         raise WorkbookError(f"SSL_CERT_DIR names {folder}, which is missing or cannot be read. {unset}")
     if file:
         try:
-            ssl.create_default_context(cafile=file)
+            # Not the default context, which also opens a log of keys that the environment may name.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
         except OSError as error:  # an SSLError is one
             reason = error.reason if isinstance(error, ssl.SSLError) else error.strerror
             raise WorkbookError(

@@ -152,6 +152,10 @@ def _failed(error: BaseException) -> str | None:
         told = _retry_after(error)
         when = "Wait some minutes" if told is None else f"Wait {told:.0f} s"
         return f"{_what(error)} {when} and try again, or run `hf auth login`, which raises the limit."
+    if status == 407:
+        return f"{_what(error)} It is a proxy that asks for a user name and password: put them into HTTP_PROXY."
+    if status == 511:
+        return f"{_what(error)} This network asks you to log in first. Open any page in a browser, {_NO_NETWORK}"
     if status >= 500 or status == 408:
         return f"{_what(error)} The hub cannot be reached now: try again later, {_NO_NETWORK} Complete files are kept."
     return f"{_what(error)} Check HF_ENDPOINT and the profile, {_NO_NETWORK}"
@@ -180,10 +184,16 @@ def _disconnected(error: BaseException) -> str | None:
 
 
 def _no_hub(error: BaseException) -> str | None:
-    """An answer that no hub gives."""
+    """An answer that no hub gives, or a question that cannot be sent."""
     from huggingface_hub.errors import FileMetadataError
 
-    answered = isinstance(error, (FileMetadataError, ValueError, LookupError, TypeError, AttributeError))
+    if isinstance(error, UnicodeEncodeError):
+        return (
+            "what is sent to the hub holds a letter that is not ASCII, most likely the token. Make a copy of it again, "
+            f"from {_TOKEN_PAGE}, for HF_TOKEN or `hf auth login`, and check the other HF_ variables."
+        )
+    of_answer = (FileMetadataError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+    answered = isinstance(error, of_answer)
     # The library's own words for a file without the headers of a hub.
     if not answered and "X-Repo-Commit" not in str(error):
         return None

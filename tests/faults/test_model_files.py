@@ -1,11 +1,13 @@
 """Model files that are not what they were, hubs that fail, folders without rights: refused by name, or mended."""
 
+import email.utils
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -454,6 +456,8 @@ def test_a_device_that_is_not_there_is_refused(device_map, tiny):
         ("HF_HUB_DOWNLOAD_TIMEOUT", "1.5"),
         ("HF_HUB_ETAG_TIMEOUT", "-1"),
         ("HF_HUB_ETAG_TIMEOUT", "10 s"),
+        ("HF_HUB_ETAG_TIMEOUT", "0"),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "99999999999999999999"),
         ("HF_ENDPOINT", "huggingface.co"),
         ("HF_ENDPOINT", "http://127.0.0.1:abc"),
         ("HF_ENDPOINT", "http://"),
@@ -538,6 +542,11 @@ REFUSALS = {
     "F16-other-json": ((200, {}, b'{"hello": "world"}'), ("no hub sends",)),
     "F16-a-list": ((200, {}, b"[1, 2]"), ("no hub sends",)),
     "F16-418": ((418, {}, b""), ("418",)),
+    "F16-407": ((407, {}, b""), ("407", "a proxy that asks for a user name")),
+    "F16-511": ((511, NOW, b""), ("511", "log in first")),
+    "F16-deep-json": ((200, {}, b"[" * 100_000), ("no hub sends",)),
+    "F16-redirect-nowhere": ((301, {"Location": "https://hub.invalid/x"}, b""), ("cannot be resolved",)),
+    "F16-not-gzip": ((200, {"Content-Encoding": "gzip"}, b"nope"), ("connection to the hub broke",)),
 }
 
 
@@ -560,6 +569,16 @@ def test_a_hub_that_recovers_is_waited_for(status, tiny, tmp_path):
 
 
 @pytest.mark.whole
+def test_a_wait_may_be_a_date_or_nonsense(tiny, tmp_path):
+    """F16: Retry-After as a date, a date that is over, a word, a negative and a broken number."""
+    soon = email.utils.formatdate(time.time() + 1, usegmt=True)
+    for number, wait in enumerate((soon, email.utils.formatdate(0), "soon", "-5", "1.5", "²")):
+        with serving(tiny) as (hub, address):
+            hub.answers = [(503, {"Retry-After": wait}, b"")]
+            ask(address, tmp_path / str(number)).ends(0, f"snapshots/{COMMIT}")
+
+
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("address", "more", "words"),
     [
@@ -569,6 +588,7 @@ def test_a_hub_that_recovers_is_waited_for(status, tiny, tmp_path):
         pytest.param("http://hub.invalid", {"HTTP_PROXY": "http://127.0.0.1:9"}, "HTTPS_PROXY", id="F16-dead-proxy"),
         pytest.param("http://hub.invalid", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set", id="F16-offline"),
         pytest.param("http://hub.invalid", {"HF_HOME": "/dev/null/home"}, "HF_HOME", id="F13-home-under-a-file"),
+        pytest.param("http://127.0.0.1:9", {"HF_TOKEN": "hf_hunter2ü"}, "HF_TOKEN", id="F13-token-not-ASCII"),
     ],
 )
 def test_a_hub_that_is_not_there_is_named(address, more, words, tmp_path):
