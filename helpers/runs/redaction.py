@@ -144,18 +144,20 @@ class _Hider:
 
     def certain(self, text: str) -> str:
         """The text without tokens and long secrets: nothing else has their form."""
-        for form in self._long:
-            if form in text:
-                text = text.replace(form, REDACTED)
+        text = self._without_long(text)
         if _HINT.search(text):
             text = _TOKEN.sub(_hidden_token, text)
         return text
 
-    def everything(self, text: str) -> str:
-        """The text without any secret."""
+    def _without_long(self, text: str) -> str:
         for form in self._long:
             if form in text:
                 text = text.replace(form, REDACTED)
+        return text
+
+    def everything(self, text: str) -> str:
+        """The text without any secret."""
+        text = self._without_long(text)
         for form in self._short:
             if form in text:
                 text = _replace_words(text, form)
