@@ -7,11 +7,14 @@ what stays though it may matter, for the manifest of a run.
 
 from __future__ import annotations
 
+import os
 import site
 import sysconfig
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helpers.base.errors import WorkbookError
 from helpers.base.files import ROOT
 
 if TYPE_CHECKING:
@@ -38,6 +41,17 @@ _JUPYTER = """
 IPYTHONDIR IPYTHON_SUPPRESS_CONFIG_ERRORS JPY_PARENT_PID JPY_SESSION_NAME JUPYTER_CONFIG_DIR JUPYTER_CONFIG_PATH
 JUPYTER_DATA_DIR JUPYTER_PATH JUPYTER_PREFER_ENV_PATH JUPYTER_RUNTIME_DIR MATPLOTLIBRC
 """
+# What torchrun, mpirun and accelerate tell each of several processes that they start. Left over in the shell of one, it
+# makes that one wait for others that nobody starts.
+_LAUNCHED = """
+FORK_LAUNCHED GROUP_RANK GROUP_WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT MPI_LOCALNRANKS
+MPI_LOCALRANKID NODE_RANK RANK ROLE_NAME ROLE_RANK ROLE_WORLD_SIZE WORLD_SIZE
+"""
+_LAUNCHERS = (
+    *("ACCELERATE_", "FSDP_", "MV2_COMM_WORLD_", "OMPI_COMM_WORLD_", "PARALLELISM_CONFIG_", "PMI_", "PMIX_"),
+    "TORCHELASTIC_",
+)
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _CLEAN = {"PYTHONPATH": str(ROOT), "PYTHONNOUSERSITE": "1", "PYTHONSAFEPATH": "1", "PYTHONUTF8": "1"}
 _LEFT_OUT = frozenset((_PYTHON + _GIT + _JUPYTER).split())
 # What stays, because a machine may need it, and is told: libraries put in front of others, a shell's start-up file, and
@@ -55,7 +69,7 @@ def isolated(environment: Mapping[str, str]) -> dict[str, str]:
     Modules come from the checkout, the standard library and the installed packages: neither from the current folder
     nor from the user's own folder of packages. Texts are UTF-8.
     """
-    kept = {name: value for name, value in environment.items() if name not in _LEFT_OUT}
+    kept = {name: value for name, value in environment.items() if name not in _LEFT_OUT and not _of_launcher(name)}
     return kept | _CLEAN
 
 
@@ -64,11 +78,39 @@ def without_git(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in _GIT.split()}
 
 
+@contextmanager
+def started_alone() -> Iterator[None]:
+    """Within the block this process takes itself for one of several only if torchrun started it as one.
+
+    Raises WorkbookError if another program did, or only its variables say so: the process would wait for the others.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        yield
+        return
+    for name in _SIZES:
+        value = os.environ.get(name, "")
+        if value.isdecimal() and int(value) > 1:
+            raise WorkbookError(
+                f"{name} is {value}, but torchrun has not started this process: it would wait for the others for ever. "
+                f"Start several processes with torchrun --nproc-per-node {value}, or unset {name}."
+            )
+    left = {name: os.environ.pop(name) for name in list(os.environ) if _of_launcher(name)}
+    try:
+        yield
+    finally:
+        os.environ.update(left)
+
+
+def _of_launcher(name: str) -> bool:
+    return name in _LAUNCHED.split() or name.startswith(_LAUNCHERS)
+
+
 def conditions(environment: Mapping[str, str]) -> list[str]:
     """What of an environment, and of this Python, may change what children compute, a phrase each; often nothing."""
     phrases = []
-    for name in sorted(_LEFT_OUT & environment.keys()):
-        if environment[name] and environment[name] != _CLEAN.get(name):
+    for name in sorted(environment):
+        left_out = name in _LEFT_OUT or _of_launcher(name)
+        if left_out and environment[name] and environment[name] != _CLEAN.get(name):
             phrases.append(f"{name} is set, and was left out")
     for name in sorted(environment):
         if name.startswith(_TOLD) and environment[name]:

@@ -65,7 +65,8 @@ def _default_device_map(
     """This machine's; of several processes (torchrun) on GPUs, each its own; in a rehearsal all devices are the CPU."""
     import torch
 
-    several = int(os.environ.get("WORLD_SIZE") or "1") > 1
+    count = os.environ.get("WORLD_SIZE", "")
+    several = count.isdecimal() and int(count) > 1
     if several and settings.rehearsal_folder() is None and torch.cuda.is_available():
         return _on_own_gpu(config, precision, workload, offload=offload)
     machine = hardware.detect()

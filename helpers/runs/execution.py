@@ -169,8 +169,10 @@ class _Session:
             interrupted = self._attempt(console, raw, command)
         except (OSError, LoadError) as error:
             told = str(error).rstrip(".")
-            resume = f"workbook run --resume {shell_word(self.folder)}"
-            raise RunError(f"The run stopped: {told}. Then resume with: {resume}") from error
+            then = f"Then resume with: workbook run --resume {shell_word(self.folder)}"
+            if not (self.folder / "manifest.json").exists():
+                then = "Nothing was run. Then start the run again, in another folder."
+            raise RunError(f"The run stopped: {told}. {then}") from error
         return self._result(interrupted)
 
     def _attempt(self, console: Console, raw: Mapping[str, str], command: Sequence[str]) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from helpers.base.isolation import started_alone
 from helpers.models.workarounds.nf4_repacking import may_repack
 from helpers.models.workarounds.trl_training import float_adapters, trained_positions_alone
 from helpers.training.adapters import _Identity, _quiet_libraries, _save_adapter
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from helpers.training.recipe import Recipe
 
 
+@started_alone()
 def finetune(
     loaded: Loaded,
     dataset: Sequence[Conversation],

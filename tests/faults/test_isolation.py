@@ -12,9 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from helpers import training
 from helpers.base.clock import LONGEST_GAP, Clock
 from helpers.base.files import ROOT
-from helpers.base.isolation import conditions, isolated
+from helpers.base.isolation import conditions, isolated, started_alone
 from helpers.base.processes import ChildProcess, Command
 from helpers.runs import folder as run_folder
 from helpers.runs.parameters import _declared_parameters
@@ -144,7 +145,8 @@ def test_d7_f11_a_kernel_starts_clean_whatever_the_caller_has(tmp_path):
         "PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONOPTIMIZE", "PYTHONWARNINGS", "PYTHONINSPECT",
         "PYTHONUSERBASE", "PYTHONBREAKPOINT", "PYTHONDEVMODE", "PYTHONMALLOC", "GIT_DIR", "GIT_WORK_TREE",
         "GIT_INDEX_FILE", "GIT_CONFIG_COUNT", "GIT_CEILING_DIRECTORIES", "IPYTHONDIR", "JUPYTER_PATH",
-        "JUPYTER_CONFIG_DIR", "JPY_PARENT_PID", "MATPLOTLIBRC",
+        "JUPYTER_CONFIG_DIR", "JPY_PARENT_PID", "MATPLOTLIBRC", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR",
+        "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "TORCHELASTIC_RUN_ID",
     ],
 )  # fmt: skip
 def test_d7_a_variable_is_left_out_and_told(variable):
@@ -154,6 +156,35 @@ def test_d7_a_variable_is_left_out_and_told(variable):
         raise Fault("wrong", f"{variable} reaches a child")
     same(clean["PYTHONPATH"], str(ROOT))
     same([phrase for phrase in conditions(environment) if variable in phrase], [f"{variable} is set, and was left out"])
+
+
+LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29599", "PMI_SIZE": "2",
+            "LOCAL_RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"}  # fmt: skip
+
+
+@pytest.mark.whole
+def test_f11_a_kernel_waits_for_no_process_that_nobody_starts():
+    """F11: the variables of torchrun, mpirun or accelerate, left over in a shell: a training waited for ever."""
+    code = "from accelerate import PartialState; print(PartialState(cpu=True).num_processes)"
+    with Command([sys.executable, "-c", code], isolated({**os.environ, **LAUNCHED})) as command:
+        same(command.result(60).last_line, "1")
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_f11_training_refuses_to_wait_for_others(name, monkeypatch):
+    """F11: mpirun's or a shell's leftovers; of one process they are put aside, and torchrun's are believed."""
+    monkeypatch.setenv(name, "2")
+    refused(lambda: training.finetune(None, [], training.Recipe(), Path("x")), f"{name} is 2", "torchrun", "unset")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with started_alone():
+        same(os.environ[name], "2")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    for value in ("1", "0", "", "two"):
+        monkeypatch.setenv(name, value)
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        with started_alone():
+            same([name in os.environ, "ACCELERATE_USE_DEEPSPEED" in os.environ], [False, False])
+        same(os.environ[name], value)
 
 
 def test_d7_what_a_machine_may_need_stays_and_is_told():

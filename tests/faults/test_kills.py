@@ -163,6 +163,22 @@ def test_who_reads_the_output_changes_no_exit_code(command, streams, code, words
     in_a_shell(ROOT, f"{command.format(run=folder)} {streams}").ends(code, *filter(None, [words]))
 
 
+@pytest.mark.parametrize("blocks", [0, 1, 3, 9, 20], ids=lambda blocks: f"E5-{blocks}-KiB")
+def test_a_run_whose_files_may_not_grow_says_what_will_do(checkout, tmp_path, blocks):
+    """E5: a limit of the size of a file, which each of the run's files meets in turn; the advice works."""
+    run = tmp_path / "run"
+    limited = in_a_shell(checkout.root, f"run --folder '{run}'", before=f"ulimit -f {blocks};")
+    if blocks >= 20:
+        limited.ends(0, "Report: not written", "File too large")
+        checkout.workbook("report", run).ends(0)
+    elif (run / "manifest.json").exists():
+        limited.ends(1, "File too large", "Then resume with: workbook run --resume")
+        checkout.workbook("run", "--resume", run).ends(0)
+    else:
+        limited.ends(1, "File too large", "start the run again, in another folder")
+        checkout.workbook("run", "--folder", tmp_path / "other", "--only", "01").ends(0)
+
+
 def test_a_verdict_stays_though_nobody_reads_it(checkout, tmp_path):
     """F6: check's exit code is its verdict."""
     run, expected = tmp_path / "run", checkout.root / "notebooks/expected/laptop.json"
@@ -173,9 +189,9 @@ def test_a_verdict_stays_though_nobody_reads_it(checkout, tmp_path):
     expected.unlink()
 
 
-def in_a_shell(root, command):
+def in_a_shell(root, command, before=""):
     """The outcome of ``workbook`` in the checkout ``root``, with what a shell does with its streams."""
-    call = f"'{sys.executable}' -c \"{_CALL}\" {command}"
+    call = f"{before} '{sys.executable}' -c \"{_CALL}\" {command}"
     environment = {**os.environ, "PYTHONPATH": str(root)}
     shell = ["bash", "-o", "pipefail", "-c", call]
     done = subprocess.run(shell, cwd=root, env=environment, capture_output=True, check=False, timeout=120)
