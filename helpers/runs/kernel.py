@@ -16,6 +16,7 @@ from helpers.base.files import ROOT
 from helpers.base.parent import Parent
 
 if TYPE_CHECKING:
+    import zmq
     from ipykernel.kernelapp import IPKernelApp
     from jupyter_client.kernelspec import KernelSpecManager
 
@@ -43,11 +44,17 @@ def _order_path() -> None:
 
 
 def _application() -> type[IPKernelApp]:
+    import zmq
     from ipykernel.kernelapp import IPKernelApp
 
     class CleanKernel(IPKernelApp):
         def load_config_file(self, *_: object, **__: object) -> None:
             """No configuration: neither the user's nor the machine's."""
+
+        def init_iopub(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+            """Where outputs leave: a cell that is quicker than their reader waits, and none is dropped."""
+            context.setsockopt(zmq.XPUB_NODROP, 1)
+            super().init_iopub(context)  # type: ignore[no-untyped-call]
 
         def init_poller(self) -> None:
             """It would end this process before what the kernel has started; ``_main`` waits for that, too."""

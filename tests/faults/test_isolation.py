@@ -477,6 +477,30 @@ def test_e1_a_killed_watchdog_is_replaced():
     no_survivor(seconds, 8)
 
 
+# --- output quicker than its reader -----------------------------------------------------------------------------------
+
+QUICK = """from IPython.display import publish_display_data
+for number in range(16_000):
+    publish_display_data({"text/plain": str(number)})
+for number in range(2_000):
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.whole
+def test_f10_no_output_is_lost_however_quick_a_cell_is(tmp_path):
+    """F10: the kernel's queue held a thousand; what came meanwhile was dropped, and the notebook passed."""
+    notebook(tmp_path / "notebooks", QUICK)
+    process = start(tmp_path)
+    screen = process.communicate(timeout=200)[0]
+    same((process.returncode, screen[-1500:] if process.returncode else ""), (0, ""))
+    outputs = json.loads((tmp_path / "run/notebooks/00_a.ipynb").read_text())["cells"][-1]["outputs"]
+    shown = [int(output["data"]["text/plain"][0]) for output in outputs if "data" in output]
+    if shown != list(range(16_000)):
+        raise Fault("lost", f"{16_000 - len(shown)} of 16,000 outputs")
+    same(printed(tmp_path).split(), [str(number) for number in range(2_000)])
+
+
 # --- stopped time -----------------------------------------------------------------------------------------------------
 
 
