@@ -98,7 +98,7 @@ def measure(
         row |= speed(model, context_tokens, new_tokens)
     planned = memory.estimate(config, precision, workload=workload)
     moved = held - _idle_embeddings(model) + context_tokens * memory.kv_bytes_per_token(config, precision)
-    bandwidth = hardware.memory_bandwidth(device=device)
+    bandwidth = hardware.memory_bandwidth(device=device).best
     del model
     _collect()
     return row | {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -33,3 +34,13 @@ def first_names(names: Iterable[str], count: int = 3) -> str:
     if len(ordered) > count:
         text += f" and {len(ordered) - count} more"
     return text
+
+
+def check_whole(name: str, value: object, least: int = 1, most: int | None = None) -> None:
+    """Raise WorkbookError unless a value is a whole number, numpy's too, from ``least`` to ``most`` (None: no end)."""
+    if hasattr(value, "__index__") and not isinstance(value, bool):
+        number = operator.index(value)
+        if least <= number and (most is None or number <= most):
+            return
+    end = "up" if most is None else f"to {most}"
+    raise WorkbookError(f"{name} must be a whole number from {least} {end}, but is {value!r}.")

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Plain words that YAML 1.1 reads as something else: numbers in base 8, 2, 16 and 60, yes and no, and dates.
+_MISREAD = re.compile(
+    r"[-+]?0[0-7_]+|[-+]?0b[01_]+|[-+]?0x[0-9a-fA-F_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?|yes|no|on|off"
+    r"|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}.*",
+    re.IGNORECASE,
+)
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -54,12 +60,21 @@ def read_json(path: Path) -> object:
 def read_yaml(path: Path) -> object:
     """Read a YAML file. Raises WorkbookError, which names the file, if it is missing, unreadable or damaged.
 
-    A key that stands twice in a mapping is damage, too.
+    A key that stands twice in a mapping is damage, too, and so is a word that YAML 1.1 turns into something else than
+    it says: 010 into 8, 1:30 into 90, yes into true. Quoted words are texts.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
         """Of the library's safe loader, which lets the last of equal keys win without a word."""
+
+        def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
+            if isinstance(node, yaml.ScalarNode) and node.style is None and _MISREAD.fullmatch(node.value):
+                raise ValueError(
+                    f"{node.value} at line {node.start_mark.line + 1} could be taken for another value: write a number "
+                    "in decimal digits, true or false for yes or no, and a text in quotes"
+                )
+            return super().construct_object(node, deep)
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
             names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

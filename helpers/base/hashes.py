@@ -11,13 +11,19 @@ import hashlib
 import json
 import os
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpers.base import settings
+from helpers.base.errors import WorkbookError, first_names
 from helpers.base.files import write_json
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 HASHES = "hashes.json"
+_FOLDER = "additional_chat_templates"  # the one folder below a model's that transformers reads
 # What libraries read from a folder without being told to; documentation beside it may change freely.
 _KINDS = frozenset({".bin", ".jinja", ".json", ".jsonl", ".model", ".pt", ".pth", ".safetensors", ".txt"})
 _KEPT = ".hashed.json"  # in a run's folder: what its processes have hashed so far
@@ -28,8 +34,7 @@ _known: dict[str, str] = {}  # the hash of each state of a file that this proces
 def file_hash(file: Path) -> str:
     """SHA-256 of a file, in hexadecimal. An unchanged file is read once by a process, and once by all of a run's."""
     status = file.stat()
-    # Nobody can set the time of the last change of an inode (ctime), so a file changed in place has another state.
-    state = f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+    state = _state(status)
     if state not in _known:
         _known.update(_kept(settings.run_folder()))
     if state in _known:
@@ -75,7 +80,31 @@ def changes(folder: Path, of: str = "") -> list[str]:
     for file in files:
         if file.name not in recorded:
             phrases.append(f"{file.name} does not belong there")
+    if (folder / _FOLDER).exists():
+        phrases.append(f"{_FOLDER} does not belong there")
     return phrases
+
+
+@contextmanager
+def unchanged(folder: Path, error: type[WorkbookError]) -> Iterator[None]:
+    """Raise ``error`` if a file that libraries read from ``folder`` changes, or goes, while the block reads them."""
+    before = _states(folder)
+    yield
+    after = _states(folder)
+    if changed := [name for name, state in before.items() if after.get(name) != state]:
+        raise error(
+            f"{first_names(changed)} in {folder} changed while it was read, so nobody knows what was. Find out what "
+            "writes there, and repeat the call."
+        )
+
+
+def _states(folder: Path) -> dict[str, str]:
+    return {file.name: _state(file.stat()) for file in _read_files(folder)}
+
+
+def _state(status: os.stat_result) -> str:
+    # Nobody can set the time of the last change of an inode (ctime), so a file changed in place has another state.
+    return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
 
 def _recorded(folder: Path, of: str) -> dict[str, str] | str:

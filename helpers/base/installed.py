@@ -22,7 +22,7 @@ _SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Difference:
+class _Difference:
     """A package that is not as its ``pin`` says. ``kind``: missing, other (version or build), damaged."""
 
     pin: str
@@ -31,15 +31,15 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class _Comparison:
     """The installed packages beside a ``lock`` of so many ``pins``."""
 
     lock: str
     pins: int
-    differences: tuple[Difference, ...]
+    differences: tuple[_Difference, ...]
 
 
-def compare_packages(lock: Path | None = None) -> Comparison:
+def compare_packages(lock: Path | None = None) -> _Comparison:
     """Compare the packages of this Python with a lock file; by default with that of the installed build of torch.
 
     Raises WorkbookError if they cannot be compared.
@@ -51,8 +51,8 @@ def compare_packages(lock: Path | None = None) -> Comparison:
         told = json.loads(done.stdout.strip().splitlines()[-1])
     except (OSError, ValueError, LookupError, subprocess.CalledProcessError) as error:
         raise WorkbookError(f"The installed packages cannot be compared with the lock ({error}).") from error
-    differences = tuple(Difference(**difference) for difference in told["differences"])
-    return Comparison(told["lock"], told["pins"], differences)
+    differences = tuple(_Difference(**difference) for difference in told["differences"])
+    return _Comparison(told["lock"], told["pins"], differences)
 
 
 def damage() -> str:

@@ -47,7 +47,7 @@ class BadRow:
 
 
 @dataclass
-class Records:
+class _Records:
     """The rows of a file: the valid ones, with the number of their line and row, and the bad ones."""
 
     path: Path
@@ -85,12 +85,12 @@ def read_records(path: Path) -> list[tuple[int, Record]]:
     return [(line, record) for line, _, record in records.valid]
 
 
-def scan_records(path: Path) -> Records:
+def scan_records(path: Path) -> _Records:
     """The rows of a JSON Lines file, valid and bad ones apart, for callers that check more.
 
     Raises WorkbookError if the file is missing, unreadable or without any row.
     """
-    records = Records(path)
+    records = _Records(path)
     data = _read_bytes(path)
     for row, (line, found) in enumerate(_rows(path, data), 1):
         if isinstance(found, str):

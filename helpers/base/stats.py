@@ -85,6 +85,21 @@ def check_finite(values: Sequence[float], what: str) -> None:
             )
 
 
+def _floats(values: Sequence[float], what: str) -> list[float]:
+    """The values as Python's floats, all finite: numpy's small integers overflow, its bools do not subtract.
+
+    Raises WorkbookError as ``check_finite`` does.
+    """
+    numbers = [float(value) for value in values]
+    check_finite(numbers, what)
+    return numbers
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise WorkbookError(f"The confidence must be between 0 and 1, such as 0.95, but is {confidence}.")
+
+
 def proportion(successes: int, trials: int, confidence: float = 0.95) -> Interval:
     """A proportion with its Wilson score interval (Wilson 1927, ``scipy.stats.binomtest``).
 
@@ -92,6 +107,11 @@ def proportion(successes: int, trials: int, confidence: float = 0.95) -> Interva
     """
     from scipy.stats import binomtest
 
+    _check_confidence(confidence)
+    check_finite((successes, trials), "a proportion")
+    if successes != int(successes) or trials != int(trials):
+        raise WorkbookError(f"A proportion needs whole numbers, but there are {successes} of {trials}.")
+    successes, trials = int(successes), int(trials)
     test = binomtest(successes, trials)
     interval = test.proportion_ci(confidence, method="wilson")
     return Interval(successes / trials, float(interval.low), float(interval.high), confidence)
@@ -107,25 +127,31 @@ def mean(values: Sequence[float], confidence: float = 0.95) -> Interval:
 
     if len(values) < 2:
         raise ValueError("An interval of the mean needs at least two values.")
-    check_finite(values, "the mean")
-    if set(values) in ({0}, {1}):
+    _check_confidence(confidence)
+    numbers = _floats(values, "the mean")
+    if set(numbers) in ({0}, {1}):
         # Right or wrong, and all alike: Student's t would be sure after two of them.
-        return proportion(round(sum(values)), len(values), confidence)
-    centre, error = float(np.mean(values)), float(stats.sem(values))
+        return proportion(round(sum(numbers)), len(numbers), confidence)
+    centre, error = float(np.mean(numbers)), float(stats.sem(numbers))
     # With a scale of 0, scipy would return nan for both ends.
     if error == 0:
         return Interval(centre, centre, centre, confidence)
-    low, high = stats.t.interval(confidence, len(values) - 1, loc=centre, scale=error)
+    low, high = stats.t.interval(confidence, len(numbers) - 1, loc=centre, scale=error)
     return Interval(centre, float(low), float(high), confidence)
 
 
 def discordant_pairs(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int]:
     """How many pairs only the first got right, and how many only the second.
 
-    Raises ValueError when the lengths differ.
+    Raises ValueError when the lengths differ, WorkbookError for an outcome that is neither right nor wrong.
     """
     only_first = only_second = 0
     for first_right, second_right in zip(first, second, strict=True):
+        # NaN would count as right.
+        if first_right not in (0, 1) or second_right not in (0, 1):
+            raise WorkbookError(
+                f"An outcome is right or wrong, but one pair is {first_right} and {second_right}. Give True or False."
+            )
         if first_right and not second_right:
             only_first += 1
         elif second_right and not first_right:
@@ -155,8 +181,9 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], confidence
     """
     from scipy import stats
 
+    _check_confidence(confidence)
     error = ratio_error(numerators, denominators)
-    estimate = sum(numerators) / sum(denominators)
+    estimate = sum(map(float, numerators)) / sum(map(float, denominators))
     half = float(stats.t.ppf((1 + confidence) / 2, len(numerators) - 1)) * error
     return Interval(estimate, estimate - half, estimate + half, confidence)
 
@@ -170,11 +197,10 @@ def ratio_error(numerators: Sequence[float], denominators: Sequence[float]) -> f
 
     if len(numerators) != len(denominators) or len(numerators) < 2:
         raise ValueError("The error of a ratio needs at least two pairs.")
-    check_finite(numerators, "the numerators")
-    check_finite(denominators, "the denominators")
-    if sum(denominators) <= 0:
+    x = np.asarray(_floats(numerators, "the numerators"))
+    y = np.asarray(_floats(denominators, "the denominators"))
+    if y.sum() <= 0:
         raise WorkbookError("The denominators sum to 0, so there is no ratio. Give pairs with something to divide by.")
-    x, y = np.asarray(numerators, float), np.asarray(denominators, float)
     rest = x - x.sum() / y.sum() * y
     return float(np.sqrt(len(x) / (len(x) - 1) * (rest**2).sum()) / y.sum())
 
@@ -196,26 +222,26 @@ def paired_difference(
     the share of pairs that would differ, in both directions: no difference can exceed it.
     Raises ValueError when the lengths differ or fewer than two pairs are given.
     """
-    differences = [value - other for value, other in zip(first, second, strict=True)]
-    sizes = [1.0] * len(differences)
-    if weights is not None:
-        sizes = list(weights)
+    _check_confidence(confidence)
+    left, right = _floats(first, "the first side"), _floats(second, "the second side")
+    differences = [value - other for value, other in zip(left, right, strict=True)]
+    sizes = [1.0] * len(differences) if weights is None else _floats(weights, "the weights")
     if len(differences) < 2 or len(sizes) != len(differences):
         raise ValueError("A paired difference needs at least two pairs, and a weight for each of them.")
-    check_finite(first, "the first side")
-    check_finite(second, "the second side")
-    check_finite(sizes, "the weights")
-    if sum(sizes) <= 0:
-        raise WorkbookError("The weights sum to 0, so there is no mean. Give at least one pair a weight.")
-    are_outcomes = set(first) <= {0, 1} and set(sizes) == {1}
-    if are_outcomes and not any(differences):
-        most = _bound_without_success(len(differences), confidence)
-        return Interval(0.0, -most, most, confidence)
-    if are_outcomes:
-        low, high = _tango(differences.count(1), differences.count(-1), len(differences), confidence)
-    else:
-        low, high = _bootstrapped(differences, sizes, confidence, seed)
-    return Interval(sum(differences) / sum(sizes), low, high, confidence)
+    if min(sizes) < 0 or sum(sizes) <= 0:
+        raise WorkbookError("The weights must be 0 or more, and not all 0. Give at least one pair a weight.")
+    estimate = sum(differences) / sum(sizes)
+    if {*left, *right} <= {0, 1} and set(sizes) == {1}:
+        return Interval(estimate, *_of_outcomes(differences, confidence), confidence)
+    return Interval(estimate, *_bootstrapped(differences, sizes, confidence, seed), confidence)
+
+
+def _of_outcomes(differences: Sequence[float], confidence: float) -> tuple[float, float]:
+    """The ends of the interval for the mean of differences of outcomes, each -1, 0 or 1."""
+    if any(differences):
+        return _tango(differences.count(1), differences.count(-1), len(differences), confidence)
+    most = _bound_without_success(len(differences), confidence)
+    return -most, most
 
 
 def _bootstrapped(

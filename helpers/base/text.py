@@ -13,6 +13,8 @@ _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
+# Of these, what no page shows, or what makes it show another text than stands there.
+_UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # Unicode's Default_Ignorable_Code_Point, as far as the categories below do not have it, and the blank braille pattern.
 _INVISIBLE = frozenset(
     "\u034f\u115f\u1160\u17b4\u17b5\u2065\u2800\u3164\uffa0"
@@ -32,6 +34,11 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """Return ``printable(text)`` with line ends and tabs written out too: no name begins a line of its own."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def visible(page: str) -> str:
+    """Return the text of a page with control characters, and marks that turn the direction of writing, written out."""
+    return _UNSEEN.sub(_written_out, page)
 
 
 def shortened(text: str, most: int) -> str:

@@ -11,12 +11,14 @@ import functools
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TextIO, TypeVar
 
 import typer
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from helpers import __version__
 from helpers.base.errors import WorkbookError
@@ -36,6 +38,30 @@ _ProfileOption = Annotated[str, typer.Option("--profile", help="A name in env/pr
 _RunFolder = Annotated[Path, typer.Argument(help="The folder of a run, such as runs/20260131T120000Z-laptop.")]
 
 
+class _Commands(TyperGroup):
+    """The commands. What typer itself says of a wrong call goes through the same rules as all that is printed."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Read the options of the command itself."""
+        with _usage_errors():
+            return super().make_context(*args, **options)
+
+    def invoke(self, *args: Any, **options: Any) -> Any:
+        """Read a command's arguments and run it."""
+        with _usage_errors():
+            return super().invoke(*args, **options)
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except TyperException as error:
+        if message := vars(error).get("message"):
+            vars(error)["message"] = one_line(_hidden(message))
+        raise
+
+
 class _App(typer.Typer):
     """All commands. Help and version, which no command prints, may meet a full disk, too."""
 
@@ -49,7 +75,7 @@ class _App(typer.Typer):
             raise SystemExit(1) from error
 
 
-app = _App(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = _App(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 def _show_version(wanted: bool) -> None:
@@ -125,9 +151,9 @@ def _say(text: object, *, error: bool = False) -> None:
 
 def _hidden(text: object) -> str:
     """The text without secrets: an error's message may hold an address with a password."""
-    from helpers.runs.redaction import _for_screen
+    from helpers.runs.redaction import for_screen
 
-    return _for_screen(str(text))
+    return for_screen(str(text))
 
 
 def _split(texts: Iterable[str] | None) -> list[str]:

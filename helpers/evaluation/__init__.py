@@ -5,6 +5,7 @@ from helpers.base.lazy import face
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
+        "options": ["Question", "multiple_choice"],
         "comparison": [
             "CONCISE_WORDS",
             "Comparison",
@@ -19,7 +20,7 @@ __getattr__, __dir__, __all__ = face(
         "data": ["Item", "read_items", "read_texts"],
         "harness": ["choice_rows", "evaluate"],
         "leaderboard": ["leaderboard_average"],
-        "likelihood": ["Question", "multiple_choice", "perplexity"],
+        "likelihood": ["perplexity"],
         "precisions": ["ALMOST_NONE", "measure_precisions"],
         "tasks": ["TASKS"],
     },

@@ -7,7 +7,6 @@ answer key are scored by ``RULES``; prompts without a key are only shown.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,9 +14,9 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from helpers.base import stats
-from helpers.base.errors import WorkbookError, choose
+from helpers.base.errors import WorkbookError, check_whole, choose
 from helpers.base.stats import Interval
-from helpers.evaluation.data import Item, _check_questions
+from helpers.evaluation.data import Item, _check_questions, names
 from helpers.generation.generating import generate_batch
 from helpers.generation.sampling import Reply, Sampling
 from helpers.models.formats import Message
@@ -47,12 +46,6 @@ class _Difference:
     p_value: float
     only_first: int
     only_second: int
-
-
-def names(text: str, word: str) -> bool:
-    """True if the text contains the word, in singular or plural, ignoring case."""
-    # Not \b, which would never end a word such as C++.
-    return re.search(rf"(?<!\w){re.escape(word)}(e?s)?(?!\w)", text, re.IGNORECASE) is not None
 
 
 def is_correct(item: Item, text: str) -> bool:
@@ -260,8 +253,7 @@ def compare(
     named = isinstance(models, Mapping) and models
     if not named or not all(isinstance(model, Loaded | ModelRef) for model in models.values()):
         raise WorkbookError('Give the models by name, loaded or as entries of a profile: {"falcon": loaded, ...}.')
-    if batch_size < 1:
-        raise WorkbookError(f"batch_size must be at least 1, but is {batch_size}.")
+    check_whole("batch_size", batch_size)
     items = tuple(_item(prompt, number) for number, prompt in enumerate(prompts, 1))
     _check_questions(items)
     replies, labels, sizes = {}, {}, {}

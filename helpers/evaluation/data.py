@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +17,20 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from helpers.base.jsonl import Record
+
+
+def names(text: str, word: str) -> bool:
+    """True if the text contains the word, in singular or plural, ignoring case, the kind of spaces and of characters.
+
+    A letter may be one character or two (a letter and its accent), and words may stand on two lines.
+    """
+    text, word = _uniform(text), _uniform(word)
+    # Not \b, which would never end a word such as C++.
+    return re.search(rf"(?<!\w){re.escape(word)}(e?s)?(?!\w)", text, re.IGNORECASE) is not None
+
+
+def _uniform(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).replace("\u2019", "'").split())
 
 
 @dataclass(frozen=True)
@@ -35,9 +51,9 @@ class Item:
             _check_text(name, getattr(self, name))
         for name in ("answer", "others"):
             _check_words(name, getattr(self, name))
-        both = {word.casefold() for word in self.answer} & {word.casefold() for word in self.others}
-        if both:
-            raise ValueError(f"No reply can be right: {first_names(both)} is in both answer and others")
+        everything = " and ".join(self.answer)
+        if wrong := [word for word in self.others if names(everything, word)]:
+            raise ValueError(f"No reply can be right: {first_names(wrong)} is in both answer and others")
 
 
 def read_items(path: Path) -> list[Item]:
@@ -83,7 +99,8 @@ def read_texts(path: Path) -> list[str]:
 
 def _check_questions(items: Sequence[Item]) -> None:
     """Raise WorkbookError if two of the items that are to be asked have the same id."""
-    twice = [name for name, count in Counter(item.id for item in items).items() if count > 1]
+    counts = Counter(item.id for item in items)
+    twice = [name for name, count in counts.items() if count > 1]
     if twice:
         raise WorkbookError(f"Several items have the same id: {first_names(twice)}. Give each item an id of its own.")
 

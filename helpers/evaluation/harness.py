@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.base.errors import WorkbookError
 from helpers.evaluation.harness_model import _harness_model
-from helpers.evaluation.likelihood import _OPTION_BATCH
+from helpers.evaluation.options import _OPTION_BATCH
 from helpers.evaluation.tasks import TASKS, _only_errors, _prepared
 from helpers.models.finite import explained
 from helpers.models.loaded import inference
@@ -103,7 +103,7 @@ def evaluate(
     items of each task. With ``truncate``, an item with more tokens than the context loses its beginning, as is usual,
     and is counted. (The harness' own command line does not know the chat format.) The random state stays as it was.
     Raises WorkbookError for an unknown task, listing the known ones, for a limit below 1, or if an item has more tokens
-    than the context; DataDownloadError if a data set cannot be downloaded.
+    than the context, or if a data set cannot be downloaded.
     """
     if limit is not None and limit < 1:
         raise WorkbookError(f"limit must be at least 1, but is {limit}.")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from helpers.base.errors import WorkbookError
-from helpers.evaluation.likelihood import _check_length
+from helpers.evaluation.options import _check_length
 from helpers.generation.generating import EncodedConversation, generate_batch
 from helpers.generation.sampling import FiniteLogits, Sampling
 from helpers.models.finite import check_sums

@@ -103,7 +103,7 @@ def leaderboard_average(
     leaderboard, MMLU is the mean of its subjects, each with the same weight. The harness of 2023 drew other examples,
     so differences of a few tenths are not meaningful. ``load`` returns the model; it is called once the data are there.
     ``folder`` may hold task files of the four names, for example with local data, which replace the harness' own.
-    Raises DataDownloadError if a data set cannot be downloaded, WorkbookError for a limit below 2, which has no error.
+    Raises WorkbookError if a data set cannot be downloaded, or for a limit below 2, which has no error.
     """
     if limit is not None and limit < 2:
         raise WorkbookError(f"limit must be at least 2, or there is no standard error, but is {limit}.")

@@ -1,41 +1,34 @@
-"""What a model finds likely: the perplexity of texts, and multiple choice by the likelihood of its options.
+"""What a model finds likely: the perplexity of texts.
 
-Both read a text without generating anything, and sum ln p(token | tokens before it) in nats. ``perplexity`` scores
-every token of a text, in windows if it is longer than the context. ``multiple_choice`` scores each option after the
-prompt: the model's choice is the likeliest. Values do not depend on the batch size, up to rounding.
+A text is read without generating anything, and ln p(token | tokens before it) is summed in nats. ``perplexity`` scores
+every token of a text, in windows if it is longer than the context. Values do not depend on the batch size, up to
+rounding.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from helpers.base import stats
-from helpers.base.errors import WorkbookError
+from helpers.base.errors import WorkbookError, check_whole
 from helpers.base.stats import Interval
 from helpers.models.finite import check_sums, explained
-from helpers.models.formats import Message
 from helpers.models.loaded import context_tokens, inference, input_device
-from helpers.models.tokens import document_token, encode, literal_tokens
+from helpers.models.tokens import document_token, literal_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Sequence
 
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from helpers.models.loaded import Loaded
 
 _WINDOW_BATCH = 4  # windows of one forward: with 2048 tokens and a vocabulary of 65024 their logits take a gigabyte
-_OPTION_BATCH = 16  # options of one forward: they are far shorter than windows
 _Span = tuple[list[int], int]  # the tokens of a window, and how many at its beginning are only context
-_Scored = tuple[tuple[int, ...], tuple[int, ...]]  # the tokens before an option, and the option's own, which are scored
 
 
 @dataclass(frozen=True)
@@ -118,8 +111,7 @@ def perplexity(
     reaches the limit is cut there, and later ones are left out.
     Raises WorkbookError for no texts, an empty text, an impossible number, or a text of which no token can be scored.
     """
-    if isinstance(texts, str) or not texts or not all(texts):
-        raise WorkbookError("Give a list of texts, none of them empty.")
+    _check_texts(texts)
     context = context_tokens(loaded)
     size = window if window is not None else context
     step = stride if stride is not None else size // 2
@@ -137,15 +129,17 @@ def perplexity(
     return _Perplexity(sum(tokens), sum(sizes), nll, tuple(tokens), tuple(sizes), tuple(keys), begin or "")
 
 
+def _check_texts(texts: Sequence[str]) -> None:
+    if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text for text in texts):
+        raise WorkbookError("Give a list of texts, none of them empty.")
+
+
 def _check_sizes(context: int, size: int, step: int, batch_size: int, max_tokens: int | None) -> None:
-    if not 2 <= size <= context:
-        raise WorkbookError(f"window must be from 2 to the model's context of {context} tokens, but is {size}.")
-    if not 1 <= step < size:
-        raise WorkbookError(f"stride must be from 1 to {size - 1}, less than the window, but is {step}.")
-    if batch_size < 1:
-        raise WorkbookError(f"batch_size must be at least 1, but is {batch_size}.")
-    if max_tokens is not None and max_tokens < 1:
-        raise WorkbookError(f"max_tokens must be at least 1, but is {max_tokens}.")
+    check_whole("window", size, 2, context)
+    check_whole("stride", step, 1, size - 1)
+    check_whole("batch_size", batch_size)
+    if max_tokens is not None:
+        check_whole("max_tokens", max_tokens)
 
 
 def _encoded_up_to(
@@ -178,7 +172,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, begin: str | None, m
         return [tokenizer.get_vocab()[begin], *ids], covered
     if len(ids) < 2:
         raise WorkbookError(
-            f"The tokenizer has no token to begin a text with, so the text {text[:40]!r} is too short. Add words."
+            f"The tokenizer has no token to begin a text with, and {text[:40]!r} is too short. Add words."
         )
     return ids, covered[tokens[0].end :]
 
@@ -238,159 +232,3 @@ def _nll(model: PreTrainedModel, spans: Sequence[_Span]) -> list[float]:
             sums.append(cross_entropy(predicted, targets, reduction="sum").item())
     check_sums(sums, [ids for ids, _ in spans])
     return sums
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question with two or more options, of which ``options[answer]`` is right.
-
-    A text prompt is used as it is, and an option is the text that follows it. A prompt of messages is rendered in the
-    model's chat format, and an option is a reply: it begins as that format's replies do.
-    """
-
-    prompt: str | Sequence[Message]
-    options: tuple[str, ...]
-    answer: int
-
-
-@dataclass(frozen=True)
-class _MultipleChoice:
-    """What ``multiple_choice`` measured: for each question its options' log-likelihoods in nats, and the right option.
-
-    keys: a hash of each question, by which ``pairs.py`` checks that two results are of the same questions.
-    """
-
-    log_likelihoods: tuple[tuple[float, ...], ...]
-    answers: tuple[int, ...]
-    keys: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        # max would take NaN, or leave it, by its place in the row.
-        stats.check_finite([*itertools.chain.from_iterable(self.log_likelihoods)], "the options' log-likelihoods")
-
-    @property
-    def chosen(self) -> tuple[int, ...]:
-        """The most likely option of each question; of equal ones the first."""
-        return tuple(values.index(max(values)) for values in self.log_likelihoods)
-
-    @property
-    def correct(self) -> tuple[bool, ...]:
-        """Whether the chosen option is the right one, by question."""
-        return tuple(chosen == answer for chosen, answer in zip(self.chosen, self.answers, strict=True))
-
-    @property
-    def accuracy(self) -> Interval:
-        """The share of questions answered correctly, with its Wilson interval."""
-        return stats.proportion(sum(self.correct), len(self.correct))
-
-
-def multiple_choice(
-    loaded: Loaded, questions: Sequence[Question], *, batch_size: int = _OPTION_BATCH
-) -> _MultipleChoice:
-    """Ask a model by likelihood: its choice is the option that it finds most likely after the prompt.
-
-    The log-likelihood of an option is the sum of ln p(token | tokens before it) over its tokens. As in
-    lm-evaluation-harness (``_encode_pair``), prompt and option are encoded together, white space at the end of the
-    prompt belongs to the option, and the option's tokens are those after as many as the prompt has alone. In fp32 the
-    values do not depend on ``batch_size``, which counts options.
-    Raises WorkbookError for no questions, fewer than two options, an answer out of range, an empty prompt or option,
-    or more tokens than the context; MessageError for malformed messages.
-    """
-    from transformers.utils.logging import tqdm
-
-    if not questions:
-        raise WorkbookError("Give at least one question.")
-    if batch_size < 1:
-        raise WorkbookError(f"batch_size must be at least 1, but is {batch_size}.")
-    encoded = [_options(loaded, question, number) for number, question in enumerate(questions)]
-    # Equal rows are scored once. The longest come first, so that a batch too large for the memory fails at the start.
-    distinct = dict.fromkeys(itertools.chain.from_iterable(encoded))
-    order = sorted(distinct, key=lambda row: -len(row[0]) - len(row[1]))
-    values: dict[_Scored, float] = {}
-    starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc="multiple choice", unit="batch", delay=2, leave=False):
-        batch = order[start : start + batch_size]
-        with explained(loaded):
-            values |= zip(batch, _log_likelihoods(loaded.model, batch), strict=True)
-    log_likelihoods = []
-    for options in encoded:
-        log_likelihoods.append(tuple(values[option] for option in options))
-    answers = tuple(question.answer for question in questions)
-    return _MultipleChoice(tuple(log_likelihoods), answers, tuple(map(_key, questions)))
-
-
-def _options(loaded: Loaded, question: Question, number: int) -> list[_Scored]:
-    """The options of a question as tokens, each of them checked to be one that can be scored."""
-    if len(question.options) < 2:
-        raise WorkbookError(f"Question {number} has fewer than two options.")
-    if not 0 <= question.answer < len(question.options):
-        raise WorkbookError(f"Question {number} names option {question.answer}; they count from 0.")
-    if not all(question.options):
-        raise WorkbookError(f"Question {number} has an empty option.")
-    prompt, options = _asked(loaded, question)
-    before = prompt.rstrip()
-    if not before:
-        raise WorkbookError(f"Question {number} has an empty prompt.")
-    encoded = _encoder(loaded, question)
-    length = len(encoded(before))
-    whole = [encoded(prompt + option) for option in options]
-    if any(len(ids) <= length for ids in whole):
-        raise WorkbookError(f"Question {number} has an option that is no token of its own after the prompt.")
-    _check_length(max(map(len, whole)), context_tokens(loaded))
-    return [(tuple(ids[:length]), tuple(ids[length:])) for ids in whole]
-
-
-def _asked(loaded: Loaded, question: Question) -> tuple[str, list[str]]:
-    """The text before the options, and the options as they follow it."""
-    if isinstance(question.prompt, str):
-        return question.prompt, list(question.options)
-    form = loaded.format
-    return form.render(question.prompt), [form.reply_start + form.escape(option) for option in question.options]
-
-
-def _encoder(loaded: Loaded, question: Question) -> Callable[[str], list[int]]:
-    """What gives the token ids of a question's text: raw text is encoded as it is, a conversation by its format."""
-    if isinstance(question.prompt, str):
-        return lambda text: encode(loaded.tokenizer, text)
-    return lambda text: [token.id for token in loaded.format.tokens(loaded.tokenizer, text)]
-
-
-def _check_length(tokens: int, context: int) -> None:
-    """Raise WorkbookError for a question with more tokens than the context holds."""
-    if tokens > context:
-        raise WorkbookError(f"A question takes {tokens} tokens with an option, but the context holds {context}.")
-
-
-def _log_likelihoods(model: PreTrainedModel, scored: Sequence[_Scored]) -> list[float]:
-    """Sum of ln p(token | tokens before it) over the second part of each row, in nats, from one padded forward."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    device = input_device(model)
-    rows = [torch.tensor([*before, *option], device=device) for before, option in scored]
-    ids = pad_sequence(rows, batch_first=True)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    # Logits of positions that predict no option are not computed: a large vocabulary makes them expensive.
-    first = min(len(before) for before, _ in scored) - 1
-    sums = []
-    with inference(model):
-        kept = ids.shape[1] - first
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
-        for row, (before, option) in zip(logits, scored, strict=True):
-            sums.append(_option_sum(row[len(before) - 1 - first :], option))
-    check_sums(sums, [[*before, *option] for before, option in scored])
-    return sums
-
-
-def _option_sum(logits: torch.Tensor, option: Sequence[int]) -> float:
-    """The sum over the option's tokens, which ``logits`` (positions, vocabulary) predict one after the other."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    targets = torch.tensor(option, device=logits.device)
-    return -cross_entropy(logits[: len(option)].float(), targets, reduction="sum").item()
-
-
-def _key(question: Question) -> str:
-    text = json.dumps([question.prompt, question.options, question.answer])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -13,7 +13,8 @@ from helpers.base import stats
 from helpers.base.errors import WorkbookError, choose
 from helpers.base.stats import Interval
 from helpers.evaluation.harness import _Evaluation
-from helpers.evaluation.likelihood import _MultipleChoice, _Perplexity
+from helpers.evaluation.likelihood import _Perplexity
+from helpers.evaluation.options import _MultipleChoice
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -32,7 +32,7 @@ TASKS = ROOT / "notebooks/data/tasks"
 _FEWSHOT_SEED = 1234  # the harness' own
 
 
-class DataDownloadError(WorkbookError):
+class _DataDownloadError(WorkbookError):
     """A task's data set is not on this machine and could not be downloaded from the hub."""
 
     exit_code = 1
@@ -50,7 +50,7 @@ class _PreparedTasks:
 def _prepared(names: Sequence[str], folder: Path = TASKS) -> Iterator[_PreparedTasks]:
     """The tasks or groups of these names with their data, which needs no model. Local data lie in a temporary cache.
 
-    Raises WorkbookError for an unknown task and DataDownloadError for missing data, both as ``evaluate``.
+    Raises WorkbookError for an unknown task and for missing data, both as ``evaluate``.
     """
     # The harness draws a random name for each task, even if it needs none.
     with same_random_state(), TemporaryDirectory() as cache:
@@ -181,7 +181,7 @@ def _loaded(manager: TaskManager, name: str) -> TaskDict:
         with _no_dataset_bars(datasets), _only_errors(logging.getLogger("lm_eval")):
             loaded = manager.load([name])
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataDownloadError(
+        raise _DataDownloadError(
             f"Could not download the data of {name}: {error}. If this machine has a network, unset HF_HUB_OFFLINE and "
             "HF_DATASETS_OFFLINE and run this again, or try later. If it has none, copy the Hugging Face cache "
             "(HF_HOME) of a machine where it has run, or give a folder of task files with local data "

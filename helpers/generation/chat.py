@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError
-from helpers.base.files import write_json
+from helpers.base.files import FileError, write_json
 from helpers.base.text import is_blank
 from helpers.generation.decoding import PLAIN
 from helpers.generation.generating import _fitting, generate, stream
-from helpers.generation.sampling import Sampling
-from helpers.models.formats import MessageError, spoken
+from helpers.generation.sampling import Sampling, _check_sampling
+from helpers.models.formats import spoken
 from helpers.models.loaded import context_tokens
 
 if TYPE_CHECKING:
@@ -110,7 +110,9 @@ class Chat:
         try:
             # of a link, the file that it points to
             write_json(Path(path).resolve(), state)
-        except (OSError, ValueError) as error:
+        except FileError as error:
+            raise WorkbookError(f"The conversation was not saved. {error}") from error
+        except (OSError, TypeError, ValueError) as error:
             reason = "a text in it holds half of a character" if isinstance(error, UnicodeEncodeError) else error
             raise WorkbookError(
                 f"The conversation was not saved to {path}: {reason}. Choose another path, or correct what is named."
@@ -128,11 +130,12 @@ class Chat:
             chat._turns = list(state["turns"])
             # with a question appended, valid messages mean that the saved turns are whole pairs
             loaded.format.check(chat._next("a question may follow"))
+            _check_sampling(chat.sampling)
         except FileNotFoundError as error:
             raise WorkbookError(f"There is no saved conversation at {path}. Check the path.") from error
         except OSError as error:
             raise WorkbookError(f"{path} cannot be read: {error}. Check the path and its permissions.") from error
-        except (ValueError, KeyError, TypeError, MessageError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, WorkbookError, RecursionError) as error:
             reason = str(error).rstrip(".")
             raise WorkbookError(
                 f"{path} is not a conversation that Chat.save wrote: {reason}. Choose another file."

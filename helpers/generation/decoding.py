@@ -11,9 +11,9 @@ import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, cast, get_args
 
-from helpers.base.errors import WorkbookError
+from helpers.base.errors import WorkbookError, check_whole, choose
 from helpers.base.progress import waiting
 from helpers.generation.sampling import DecodingPath
 from helpers.machine.anatomy import anatomy
@@ -97,12 +97,12 @@ def for_profile(profile: Profile, loaded: Loaded) -> Decoding:
 
 def _check(loaded: Loaded, decoding: Decoding) -> None:
     """Raise WorkbookError, with advice, if the strategy is not possible for this model on this machine."""
+    choose(decoding.path, get_args(DecodingPath), "decoding strategy")
     if decoding.path == "compiled" and (reason := cannot_compile(loaded)):
         raise WorkbookError(
             f'{loaded.ref.label} cannot be decoded with "compiled": {reason}. Choose another decoding strategy.'
         )
-    if decoding.candidates < 1:
-        raise WorkbookError(f"candidates must be at least 1, but is {decoding.candidates}.")
+    check_whole("candidates", decoding.candidates)
     if (decoding.path == "speculative") != (decoding.draft is not None):
         raise WorkbookError('The strategy "speculative" needs a draft, and the others take none.')
     if decoding.draft and decoding.draft.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():

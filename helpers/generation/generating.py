@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from helpers.base.errors import WorkbookError
+from helpers.base.errors import WorkbookError, check_whole
 from helpers.base.text import is_blank
 from helpers.generation.decoding import (
     PLAIN,
@@ -29,8 +29,8 @@ from helpers.generation.decoding import (
     warm_up,
     without_settings,
 )
-from helpers.generation.sampling import DEFAULT_SAMPLING, Reply, _check_sampling, _processors
-from helpers.generation.stops import UNFINISHED, _Edges, _StopFilter
+from helpers.generation.sampling import DEFAULT_SAMPLING, Reply, Sampling, _check_sampling, _processors
+from helpers.generation.stops import UNFINISHED, _check_stop, _Edges, _StopFilter
 from helpers.models.finite import NotFiniteFoundError, all_finite, explained
 from helpers.models.formats import Message, MessageError, PromptTooLong, spoken
 from helpers.models.loaded import context_tokens, inference, input_device
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from helpers.generation.decoding import Decoding
-    from helpers.generation.sampling import FinishReason, Sampling
+    from helpers.generation.sampling import FinishReason
     from helpers.models.loaded import Loaded
 
 DECODING_CONTEXT = 5  # prompt tokens decoded with the reply: some tokenizers drop the space of the first token
@@ -96,14 +96,17 @@ def generate_batch(
 
     All are drawn with ``sampling.seed``, or prompt by prompt with ``seeds``: replies that are to be counted as
     independent draws need different seeds. In fp32 the replies equal those of ``generate`` token for token. The
-    ``seconds`` of a reply end at its own last token. Raises as ``generate`` does, and ValueError if the number of
-    seeds is not the number of prompts.
+    ``seconds`` of a reply end at its own last token. Raises as ``generate`` does, WorkbookError for prompts or stop
+    strings that are a single text, and ValueError if the number of seeds is not the number of prompts.
     """
-    if seeds is None:
-        seeds = [sampling.seed] * len(prompts)
+    if isinstance(prompts, str):
+        raise WorkbookError("Give a list of prompts, or one prompt to generate.")
+    seeds = [sampling.seed] * len(prompts) if seeds is None else list(seeds)
     if len(seeds) != len(prompts):
         raise ValueError(f"There are {len(seeds)} seeds for {len(prompts)} prompts. Give one seed for each prompt.")
     _check(loaded, decoding)
+    _check_stop(stop)
+    _check_sampling(sampling, seeds)
     answers = [_begin(loaded, prompt, sampling, stop) for prompt in prompts]
     if answers:
         _run(loaded, _Watch(answers), sampling, seeds, decoding)
@@ -126,12 +129,15 @@ def stream(
 def next_token_probabilities(loaded: Loaded, text: str, k: int = 10, temperature: float = 1.0) -> list[Candidate]:
     """The ``k`` most likely next tokens after ``text``: the softmax of the last logits divided by the temperature.
 
-    Raises WorkbookError for an empty text, a temperature that is not positive, or a text longer than the context.
+    Raises WorkbookError for an empty text, a temperature that is not positive, a ``k`` that is not a whole number from
+    1 to the size of the vocabulary, or a text longer than the context.
     """
     import torch
 
     if not 0 < temperature < math.inf:
         raise WorkbookError(f"The temperature must be greater than 0 here, and finite, but is {temperature}.")
+    _check_sampling(Sampling(temperature))
+    check_whole("k", k, most=int(loaded.model.config.vocab_size))
     ids = _prompt_ids(loaded, text)
     with inference(loaded.model):
         logits = loaded.model(input_ids=torch.tensor([ids], device=input_device(loaded.model))).logits[0, -1]

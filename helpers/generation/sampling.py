@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from helpers.base.errors import WorkbookError
+from helpers.base.errors import WorkbookError, check_whole
 from helpers.models.finite import NotFiniteFoundError, all_finite
 
 if TYPE_CHECKING:
@@ -21,17 +21,26 @@ if TYPE_CHECKING:
     from transformers import LogitsProcessorList
 
 FinishReason = Literal["end", "stop", "length"]
+_LEAST_TEMPERATURE = 1e-6
 DecodingPath = Literal["plain", "compiled", "lookup", "speculative"]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw tokens. Temperature 0 is greedy. The defaults are the announcement's example's settings."""
+    """How to draw tokens. Temperature 0 is greedy. The defaults are the announcement's example's settings.
+
+    Numbers of numpy become Python's own, which libraries and files take everywhere.
+    """
 
     temperature: float = 0.6
     top_p: float = 0.9
     max_new_tokens: int = 50
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).copy().items():
+            if hasattr(value, "item"):
+                object.__setattr__(self, name, value.item())
 
 
 @dataclass(frozen=True)
@@ -67,13 +76,25 @@ class Reply:
 DEFAULT_SAMPLING = Sampling()
 
 
-def _check_sampling(sampling: Sampling) -> None:
-    if not 0 <= sampling.temperature < math.inf:
-        raise WorkbookError(f"The temperature must be 0 (greedy) or more, and finite, but is {sampling.temperature}.")
-    if not 0 < sampling.top_p <= 1:
-        raise WorkbookError(f"top_p must be above 0 and at most 1, but is {sampling.top_p}.")
-    if sampling.max_new_tokens < 1:
-        raise WorkbookError(f"max_new_tokens must be at least 1, but is {sampling.max_new_tokens}.")
+def _check_sampling(sampling: Sampling, seeds: Sequence[int] = ()) -> None:
+    """Raise WorkbookError for a setting of the wrong type or out of its range, or such a seed."""
+    if not _is_real(sampling.temperature) or not 0 <= sampling.temperature < math.inf:
+        raise WorkbookError(f"The temperature must be 0 (greedy) or more, and finite, but is {sampling.temperature!r}.")
+    if 0 < sampling.temperature < _LEAST_TEMPERATURE:
+        # Divided by it, several logits would be infinite, and the first of them always drawn.
+        raise WorkbookError(
+            f"The temperature {sampling.temperature!r} is too small to divide by. Give 0 (greedy), or "
+            f"{_LEAST_TEMPERATURE:g} or more."
+        )
+    if not _is_real(sampling.top_p) or not 0 < sampling.top_p <= 1:
+        raise WorkbookError(f"top_p must be above 0 and at most 1, but is {sampling.top_p!r}.")
+    check_whole("max_new_tokens", sampling.max_new_tokens)
+    for seed in (sampling.seed, *seeds):
+        check_whole("The seed", seed, -(2**63), 2**63 - 1)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _processors(sampling: Sampling, seeds: Sequence[int]) -> LogitsProcessorList:
@@ -110,7 +131,7 @@ class _GumbelNoise:
     def __init__(self, seeds: Sequence[int]) -> None:
         import torch
 
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
     def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         import torch

@@ -8,11 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from helpers.base.errors import WorkbookError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
 UNFINISHED = "\ufffd"  # decoders show this for bytes that are not a whole character yet
+
+
+def _check_stop(stop: Sequence[str]) -> None:
+    """Refuse a single text, which would be taken apart into letters, and an empty stop string, which is everywhere."""
+    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+        raise WorkbookError(f"Give the stop strings as a list of texts, none of them empty, not {stop!r}.")
 
 
 class _Edges:

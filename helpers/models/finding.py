@@ -7,6 +7,7 @@ Hugging Face Hub (``hub``). ``resolve`` gives the folder of each; ``prepare`` ma
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from contextlib import contextmanager
@@ -125,21 +126,40 @@ def _from_project(ref: ModelRef) -> Path:
     folder = ROOT / ref.id
     if not folder.is_dir() and not Path(ref.id).is_absolute():
         raise LoadError(f"{ref.label} should be in {ref.id}, which is missing. Run: git restore {ref.id}")
-    if _is_embedded(folder):
-        _check_embedded(ref, folder)
+    if name := _embedded_name(folder):
+        _check_embedded(ref, folder, name)
     elif not (folder / "config.json").is_file():
         raise LoadError(_no_model(folder))
     return folder
 
 
-def _is_embedded(folder: Path) -> bool:
-    """Whether a folder is one of the project's own models. A copy elsewhere may be changed freely."""
-    return folder.resolve().parent == (ROOT / "env" / "models").resolve()
+def _recheck(ref: ModelRef, folder: Path) -> None:
+    """Compare a model with its record once more after it was loaded. Raises LoadError.
+
+    This finds a file that was exchanged between the check and the load; files that are as they were cost nothing.
+    """
+    if ref.source == "embedded":
+        _from_project(ref)
+    elif ref.source == "package" and (found := changes(folder, folder.name)):
+        raise LoadError(f"{ref.label} changed while it was loaded. In {folder}: {'; '.join(found)}. Load it again.")
 
 
-def _check_embedded(ref: ModelRef, folder: Path) -> None:
-    # The name is the folder's, not the reference's: another model, whole and with its record, is not this one.
-    if found := changes(folder, folder.resolve().name):
+def _embedded_name(folder: Path) -> str | None:
+    """The name of the project's own model that a folder is; None for a copy elsewhere, which may be changed freely.
+
+    The folder of a model may be a link, to a larger disk or to another model: it stands for the model of its own name.
+    """
+    own = ROOT / "env" / "models"
+    named = Path(os.path.normpath(folder))
+    if named.parent == own or named.parent.resolve() == own.resolve():
+        return named.name
+    actual = folder.resolve()
+    return actual.name if actual.parent == own.resolve() else None
+
+
+def _check_embedded(ref: ModelRef, folder: Path, name: str) -> None:
+    # Another model, whole and with its record, is not this one.
+    if found := changes(folder, name):
         raise LoadError(
             f"{ref.label} is not the model of this project. In {folder}: {'; '.join(found)}. Restore it with: "
             f"git -C {ROOT} restore env/models, and move away what does not belong there. If the change is yours, keep "

@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from helpers.base.errors import choose, first_names
+from helpers.base.hashes import unchanged
 from helpers.base.progress import bar_class, bars, weights_bar
 from helpers.base.units import DTYPES, PRECISIONS, QUANTIZED
 from helpers.machine.memory import Workload
@@ -27,7 +28,7 @@ from helpers.models.devices import (
     _device_name,
     _device_of,
 )
-from helpers.models.finding import _load_errors, _read_config, _read_tokenizer, resolve
+from helpers.models.finding import _load_errors, _read_config, _read_tokenizer, _recheck, resolve
 from helpers.models.formats import format_for
 from helpers.models.hub import _describe_commit
 from helpers.models.layers import _quantized_layers
@@ -107,18 +108,20 @@ def load(
     choose(precision, PRECISIONS, "precision", LoadError)
     started = time.perf_counter()
     checkpoint = resolve(ref)
-    config = _read_config(ref, checkpoint)
-    _check_config(ref, config, precision)
-    files = _checked(checkpoint, options.verify)
-    _check_layers(ref, config, files)
-    # Before the weights: what is wrong with the tokenizer should not be found minutes later.
-    tokenizer = _read_tokenizer(ref, checkpoint, config, files)
-    workload = Workload(cache_heads="kv" if grouped_cache else "library", double_quant=options.double_quant)
-    places = _chosen_device_map(options.device_map, config)
-    if places is None:
-        places = _default_device_map(config, precision, workload, offload=offload)
-    with _repair(ref, precision) as repaired, _grouping(ref, wanted=grouped_cache), _load_errors(ref, checkpoint):
-        model = _verified_model(files, config, precision, places, options.double_quant)
+    with unchanged(checkpoint, LoadError):
+        config = _read_config(ref, checkpoint)
+        _check_config(ref, config, precision)
+        files = _checked(checkpoint, options.verify)
+        _check_layers(ref, config, files)
+        # Before the weights: what is wrong with the tokenizer should not be found minutes later.
+        tokenizer = _read_tokenizer(ref, checkpoint, config, files)
+        workload = Workload(cache_heads="kv" if grouped_cache else "library", double_quant=options.double_quant)
+        places = _chosen_device_map(options.device_map, config)
+        if places is None:
+            places = _default_device_map(config, precision, workload, offload=offload)
+        with _repair(ref, precision) as repaired, _grouping(ref, wanted=grouped_cache), _load_errors(ref, checkpoint):
+            model = _verified_model(files, config, precision, places, options.double_quant)
+    _recheck(ref, checkpoint)
     if unpacked:
         _keep_unpacked(model)
     seconds = time.perf_counter() - started

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.base import settings
-from helpers.base.errors import WorkbookError, choose
+from helpers.base.errors import WorkbookError, choose, first_names
 from helpers.base.files import ROOT, read_yaml
 from helpers.base.hub_variables import check_hub_variables
 from helpers.base.settings import DEFAULT_PROFILE
@@ -111,7 +112,7 @@ def _read(file: Path) -> Profile:
     """The profile in a file, with the file's name. Raises ProfileError naming the file and the wrong key."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-    strict = TypeAdapter(dict[str, Profile], config=ConfigDict(extra="forbid"))
+    strict = TypeAdapter(dict[str, Profile], config=ConfigDict(extra="forbid", strict=True))
     try:
         fields = read_yaml(file)
     except WorkbookError as error:
@@ -119,22 +120,34 @@ def _read(file: Path) -> Profile:
     if not isinstance(fields, dict):
         raise ProfileError(f"{file.name} is not a YAML mapping. Correct the profile, or restore it with git.")
     try:
-        profile = strict.validate_python({file.stem: {"name": file.stem, **fields}})[file.stem]
+        # As JSON, in which a list may be a tuple, but a text or true is no number.
+        profile = strict.validate_json(json.dumps({file.stem: {"name": file.stem, **fields}}))[file.stem]
+    except TypeError as error:
+        raise ProfileError(f"{file.name}: A value is a date or of another odd kind. Write a text in quotes.") from error
     except ValidationError as error:
         mistakes = []
         for mistake in error.errors():
             key = ".".join(map(str, mistake["loc"][1:]))  # the first part is the name of the profile
             mistakes.append(f"{key}: {mistake['msg']}")
         raise ProfileError(f"{file.name}: {'; '.join(mistakes)}") from error
+    _check_names(profile, file)
+    return profile
+
+
+def _check_names(profile: Profile, file: Path) -> None:
+    """Raise ProfileError if parts of a profile that name each other do not agree."""
     if set(chain.from_iterable(profile.resident)) != set(profile.models):
         raise ProfileError(f"{file.name}: resident: Name each of {', '.join(profile.models)}, and nothing else.")
+    if others := profile.parameters.keys() - profile.budgets.keys():
+        raise ProfileError(f"{file.name}: parameters: There is no budget for {first_names(others)}. Correct the name.")
+    if not profile.precisions:
+        raise ProfileError(f"{file.name}: precisions: Name at least one, such as {profile.precision}.")
     for role, ref in profile.models.items():
         if ref.published_format not in (None, ref.format):
             raise ProfileError(
                 f"{file.name}: {role}.format: {ref.id} was trained on the chat format {ref.published_format!r}, not on "
                 f"{ref.format!r}, and answers badly in another. Change the format."
             )
-    return profile
 
 
 def _files() -> list[Path]:

@@ -43,6 +43,12 @@ class ModelRef:
     shards: int | None = None  # safetensors files it is published in
     rehearsed: bool = False  # replaced by a tiny checkpoint of random weights: see helpers.planning.rehearsal
 
+    def __post_init__(self) -> None:
+        for name in ("download_bytes", "shards"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, but is {value}.")
+
     def in_rehearsal(self) -> ModelRef:
         """The model, marked as rehearsed if it would come from a hub."""
         return replace(self, rehearsed=self.source == "hub")
@@ -101,6 +107,11 @@ class Requirement:
     ram_bytes: int = 0
     disk_bytes: int = 0
     cpus: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 0:
+                raise ValueError(f"{name} must be 0 or more, but is {value}.")
 
 
 @dataclass(frozen=True)

@@ -172,5 +172,5 @@ class _ChatPanel(_QuestionPanel):
         try:
             self.chat.save(self.path.value)
             self._say(f"Saved to {self.path.value}")
-        except OSError as error:
+        except WorkbookError as error:
             self._say_error(error)

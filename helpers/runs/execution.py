@@ -24,31 +24,22 @@ from helpers.runs.child import _Job
 from helpers.runs.display import _display
 from helpers.runs.document import UsageError
 from helpers.runs.fetching import fetch
-from helpers.runs.folder import (
-    _executed_notebook,
-    _git_state,
-    _held,
-    _hub_commit,
-    _notebook,
-    _observed,
-    _outline,
-    _seeds,
-    _utc_now,
-)
+from helpers.runs.folder import _executed_notebook, _held, _outline, _utc_now
 from helpers.runs.holding import _interrupted
 from helpers.runs.interrupts import _Stop, interruptible
-from helpers.runs.notebook import _loaded_models, _roles_to_fetch, _undeclared
-from helpers.runs.origins import _code_hash, _last_origin, _place
+from helpers.runs.notebook import _roles_to_fetch, _undeclared
+from helpers.runs.origins import _last_origin
 from helpers.runs.parameters import _parse_parameters
 from helpers.runs.recording import _forget
 from helpers.runs.redaction import _redact
 from helpers.runs.request import Request, _check_combination, _check_machine, _chosen_profile, _plans, _resumed, _target
-from helpers.runs.resuming import _first_status, _merge_manifests, _of_another_origin, _pending
+from helpers.runs.resuming import _first_status, _of_another_origin, _pending
 from helpers.runs.schema import _NotebookStatus, _RehearsalFacts
 from helpers.runs.secrecy import _find_secrets
-from helpers.runs.store import _read_results, _write_manifest, _write_status
+from helpers.runs.store import _read_results, _write_status
 from helpers.runs.supervision import _environment, _kept_out, _supervise
 from helpers.runs.sweeping import _sweep
+from helpers.runs.upkeep import _Upkeep
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -73,7 +64,7 @@ class RunError(WorkbookError):
     exit_code = 1
 
 
-class InterruptedRunError(RunError):
+class _InterruptedRunError(RunError):
     """A run that was interrupted before it had a folder: there is nothing to resume."""
 
     exit_code = 130
@@ -123,7 +114,7 @@ def run(request: Request, *, command: Sequence[str] = (), console: Console | Non
                 result = session.run(shown, raw, command, stop)
     except KeyboardInterrupt as error:
         if result is None:
-            raise InterruptedRunError(
+            raise _InterruptedRunError(
                 "Interrupted before the run began: nothing was run, and nothing is lost. Start it again with the same "
                 "command."
             ) from error
@@ -166,10 +157,7 @@ class _Session:
         self.rehearsal = rehearsal
         self.swept: Seen = {}
         self.redo = False
-        self.manifest: _Manifest | None = None  # until _describe
-        self.earlier = store.read_manifest(folder) if (folder / "manifest.json").exists() else None
-        self.commits = self.earlier.commits if self.earlier else {}
-        self.code = _code_hash()
+        self.upkeep = _Upkeep(folder, profile, self._redact)
         self.status = _first_status(folder, plans)
         self.kept: tuple[str, ...] = ()
         self.stop = _Stop()
@@ -207,26 +195,21 @@ class _Session:
 
     def _describe(self, raw: Mapping[str, str], command: Sequence[str]) -> None:
         """Write the manifest and the status. What takes seconds comes last: a run that ends then can be resumed."""
-        manifest = _outline(self.profile, self.plans, raw, command)
-        manifest.clean_start = _kept_out(os.environ)
+        outline = _outline(self.profile, self.plans, raw, command)
+        outline.clean_start = _kept_out(os.environ)
         if self.rehearsal:
-            manifest.rehearsal = _RehearsalFacts.model_validate(self.rehearsal.described())
-        if self.earlier is None:
-            self.manifest = manifest
-            self._save_manifest()
+            outline.rehearsal = _RehearsalFacts.model_validate(self.rehearsal.described())
+        self.upkeep.begin(outline)
         self._save_status()
-        manifest = _observed(manifest, self.profile)
-        if self.earlier is not None:
-            manifest = _merge_manifests(self.earlier, manifest)
-        self.manifest = manifest
+        manifest = self.upkeep.observe(outline)
         share_hashes(self.folder)  # the notebooks load the models that the manifest has just hashed
         self._judge_kept(manifest)
-        self._save_manifest()
+        self.upkeep.save()
         self._save_status()
 
     def _judge_kept(self, manifest: _Manifest) -> None:
         """What passed under another origin is kept and named, or runs again if that was asked for."""
-        now = _last_origin(manifest, self.code)
+        now = _last_origin(manifest, self.upkeep.code)
         plans = _of_another_origin(manifest, self.status, self.plans, now)
         if self.redo:
             self.status.notebooks |= {plan.name: _pending(plan) for plan in plans}
@@ -251,8 +234,7 @@ class _Session:
             return
         check_files(self.profile, roles)
         if not self.profile.offline:
-            self.commits |= fetch(self.profile, roles, self.commits)
-            self._save_manifest()
+            self.upkeep.note_commits(fetch(self.profile, roles, self.upkeep.commits))
 
     def _run_notebook(self, plan: _Plan, show: Show) -> None:
         entry = _pending(plan).model_copy(update={"status": "running", "started": _utc_now()})
@@ -262,7 +244,7 @@ class _Session:
         _forget(self.folder, plan.name)
         forget_loads(self.folder, plan.name)
         _executed_notebook(self.folder, plan.name).unlink(missing_ok=True)
-        self._note_origin(plan)
+        self.upkeep.note_start(plan)
         try:
             log = self.folder / "logs" / f"{plan.name}.log"
             progress = _supervise(self._job(plan), self._environment(plan), log, partial(self._follow, entry, show))
@@ -284,18 +266,6 @@ class _Session:
             progress.reason = progress.reason or str(error)
         self._take(entry, progress)
         entry.status = "failed" if progress.reason else "passed"
-
-    def _note_origin(self, plan: _Plan) -> None:
-        """Note in the manifest with what a notebook starts, in case somebody changed it since the run began."""
-        if self.manifest is None:
-            return
-        code = _code_hash()
-        if code != self.code:
-            self.code, self.manifest.git = code, _git_state(ROOT)
-        place = _place(self.manifest.origins, _last_origin(self.manifest, code, _utc_now()))
-        self.manifest.notebooks[plan.name] = _notebook(plan).model_copy(update={"origin": place})
-        self.manifest.seeds |= _seeds([plan])
-        self._save_manifest()
 
     def _follow(self, entry: _NotebookStatus, show: Show, progress: _Progress) -> None:
         self.stop.check()
@@ -336,36 +306,18 @@ class _Session:
         if self.rehearsal:  # nobody knows what tiny random models should give
             workbook["EXPECTED"] = str(self.rehearsal.folder / "no_expected_values.json")
             return _environment(os.environ, True, workbook) | self.rehearsal.environment()
-        if self.commits:
-            workbook["REVISIONS"] = json.dumps(self.commits)
+        if self.upkeep.commits:
+            workbook["REVISIONS"] = json.dumps(self.upkeep.commits)
         return _environment(os.environ, self.profile.offline, workbook)
 
     def _finish(self, interrupted: bool) -> None:
         self.status.state = "interrupted" if interrupted else "finished"
         self._save_status()
-        # A full disk may have stopped the run before it was described.
-        if self.manifest is not None:
-            self.manifest.finished = _utc_now()
-            self.manifest.loaded = _loaded_models(self.folder, self.status.notebooks, self.profile)
-            if not self.rehearsal:
-                self._note_commits(self.manifest)
-        self._save_manifest()
+        self.upkeep.finish(self.status.notebooks, rehearsed=self.rehearsal is not None)
         _sweep(self.folder, self.secrets, self.swept)
-
-    def _note_commits(self, manifest: _Manifest) -> None:
-        for role, model in manifest.models.items():
-            ref = self.profile.models[role]
-            # Only now, because a notebook may have downloaded the model.
-            model.commit = self.commits.get(ref.id) or _hub_commit(ref)
 
     def _save_status(self) -> None:
         _write_status(self.folder, self.status, self._redact)
-
-    def _save_manifest(self) -> None:
-        if self.manifest is None:
-            return
-        self.manifest.commits = self.commits
-        _write_manifest(self.folder, self.manifest, self._redact)
 
     def _redact(self, content: object) -> object:
         return _redact(content, self.secrets)

@@ -168,20 +168,25 @@ def expected_from_runs(run_dirs: Sequence[Path], usual: Usual | None = None) -> 
     runs = [Path(run) for run in run_dirs]
     if len({_real_run(run).profile for run in runs}) != 1:
         raise ResultError("Expected values come from runs of one profile. Give runs of the same profile.")
-    observed: dict[str, list[_Observed]] = {}
     for run in runs:
         _check_whole(run, usual or {})
-        for key, value in _reproducible(run):
-            observed.setdefault(key, []).append(value)
     entries = {}
-    for key in sorted(observed):
-        _check_origins(key, observed[key])
-        summary = _summary([value.entry for value in observed[key]], _source(runs, observed[key]))
+    for key, observed in sorted(_observed_by_key(runs).items()):
+        _check_origins(key, observed)
+        summary = _summary([value.entry for value in observed], _source(runs, observed))
         if summary is not None:
             entries[key] = summary
     if not entries:
         raise ResultError("These runs recorded no reproducible value. Give runs whose notebooks passed.")
     return entries
+
+
+def _observed_by_key(runs: Sequence[Path]) -> dict[str, list[_Observed]]:
+    observed: dict[str, list[_Observed]] = {}
+    for run in runs:
+        for key, value in _reproducible(run):
+            observed.setdefault(key, []).append(value)
+    return observed
 
 
 def _check_whole(run: Path, usual: Usual) -> None:
@@ -261,16 +266,20 @@ def merge_expected(
     cited = {key: entry for key, entry in earlier.items() if entry.cited}
     kept = {key: entry for key, entry in earlier.items() if key.partition("/")[0] not in again and key not in cited}
     values = {**kept, **measured, **cited}
-    lines = []
-    for key in sorted({*earlier, *values}):
-        before, after = earlier.get(key), values.get(key)
-        if after is None and before is not None:
-            lines.append(f"dropped: {key}, which these runs do not record or do not agree on, was {_shown(before)}")
-        elif before is None and after is not None:
-            lines.append(f"added: {key}, {_shown(after)}")
-        elif before is not None and after is not None and _shown(before) != _shown(after):
-            lines.append(f"changed: {key}, from {_shown(before)} to {_shown(after)}")
-    return _Merged(values, tuple(lines), len(measured.keys() - cited.keys()), len(runs), len(kept), len(cited))
+    lines = tuple(_changes(earlier, values))
+    return _Merged(values, lines, len(measured.keys() - cited.keys()), len(runs), len(kept), len(cited))
+
+
+def _changes(earlier: Mapping[str, _ExpectedValue], later: Mapping[str, _ExpectedValue]) -> Iterator[str]:
+    """Yield a line for each value that an update adds, changes or drops, in the order of their names."""
+    for key in sorted({*earlier, *later}):
+        if key not in later:
+            was = _shown(earlier[key])
+            yield f"dropped: {key}, which these runs do not record or do not agree on, was {was}"
+        elif key not in earlier:
+            yield f"added: {key}, {_shown(later[key])}"
+        elif _shown(earlier[key]) != _shown(later[key]):
+            yield f"changed: {key}, from {_shown(earlier[key])} to {_shown(later[key])}"
 
 
 def _shown(entry: _ExpectedValue) -> str:

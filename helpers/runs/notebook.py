@@ -122,7 +122,7 @@ def _different(paths: Sequence[Path]) -> list[Path]:
 def _select(folder: Path, only: Sequence[str], profile: Profile) -> list[Path]:
     """Return the notebooks of a folder that have a budget; with ``only``, those whose names start with one of these.
 
-    Raises UsageError when a text is blank or fits no notebook, or a notebook with a budget is not there.
+    Raises UsageError when a text is blank or fits no notebook, or no notebook of the folder has a budget.
     """
     found = _notebooks_in(folder)
     if not found:
@@ -130,22 +130,15 @@ def _select(folder: Path, only: Sequence[str], profile: Profile) -> list[Path]:
     names = [name for name in found if name in profile.budgets]
     for prefix in only:
         _check_prefix(prefix, names, found, profile)
-    if not only:
-        _check_whole(folder, names, profile)
+    if not names:
+        others = ", ".join(map(repr, found))
+        raise UsageError(f"Profile {profile.name} has no budget for any of {others}. Run one with --notebook.")
     starts = tuple(only) or ""  # every name starts with nothing
     return [found[name] for name in names if name.startswith(starts)]
 
 
 def _notebooks_in(folder: Path) -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.ipynb")) if path.is_file()}
-
-
-def _check_whole(folder: Path, names: Sequence[str], profile: Profile) -> None:
-    if gone := ", ".join(name for name in profile.budgets if name not in names):
-        raise UsageError(
-            f"Profile {profile.name} has a budget for {gone}, but {folder} has no such notebook. "
-            "Restore it with 'workbook render', or choose others with --only."
-        )
 
 
 def _check_prefix(prefix: str, names: Sequence[str], found: Mapping[str, Path], profile: Profile) -> None:
@@ -162,15 +155,19 @@ def _check_prefix(prefix: str, names: Sequence[str], found: Mapping[str, Path], 
     choose(prefix, names, "notebook whose name starts with", UsageError)
 
 
-def _left_out(folder: Path, profile: Profile) -> str | None:
-    """Say which notebooks of a folder a run leaves out because the profile has no budget for them."""
+def _left_out(folder: Path, profile: Profile) -> list[str]:
+    """Say which notebooks of a folder a run leaves out, for want of a budget, and which are not there."""
+    remarks = []
     others = [path.name for path in sorted(folder.glob("*.ipynb")) if path.stem not in profile.budgets]
-    if not others:
-        return None
-    return (
-        f"Not run: {', '.join(map(repr, others))}. Profile {profile.name} has no budget for them; "
-        "run one with --notebook."
-    )
+    if others:
+        remarks.append(
+            f"Not run: {', '.join(map(repr, others))}. Profile {profile.name} has no budget for them; "
+            "run one with --notebook."
+        )
+    gone = [name for name in profile.budgets if not (folder / f"{name}.ipynb").is_file()]
+    if gone:
+        remarks.append(f"Not run: {', '.join(gone)}. {folder} has no such notebook; workbook render restores ours.")
+    return remarks
 
 
 def _check_names(raw: Mapping[str, str], declared: Iterable[Mapping[str, object]]) -> None:

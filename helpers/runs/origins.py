@@ -193,4 +193,9 @@ def _unlike(facts: Iterable[Mapping[str, str]]) -> list[str]:
     """The labels under which not all have the same, in order."""
     known = list(facts)
     labels = dict.fromkeys(label for each in known for label in each)
-    return [label for label in labels if len({each.get(label) for each in known}) > 1]
+    unlike = []
+    for label in labels:
+        told = {each.get(label) for each in known}
+        if len(told) > 1:
+            unlike.append(label)
+    return unlike

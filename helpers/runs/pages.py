@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 from helpers.base.errors import WorkbookError
 from helpers.base.files import write_text
+from helpers.base.text import visible
 from helpers.runs.folder import _executed_notebook
 from helpers.runs.outputs import _presentable
+from helpers.runs.redaction import for_screen
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping
@@ -34,7 +36,7 @@ def _render_page(template: str, content: Mapping[str, object]) -> str:
 
     loader = jinja2.FileSystemLoader(_TEMPLATES)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template(template).render(content)
+    return _finished(environment.get_template(template).render(content))
 
 
 def _write_pages(run_dir: Path, notebooks: Iterable[str]) -> tuple[dict[str, str], list[str]]:
@@ -44,27 +46,30 @@ def _write_pages(run_dir: Path, notebooks: Iterable[str]) -> tuple[dict[str, str
     run folder, by notebook, and a sentence for each page that could not be made; a notebook that never started has
     neither.
     """
-    executed: dict[str, Path] = {}
-    pages: dict[str, str] = {}
-    for name in notebooks:
-        path = _executed_notebook(run_dir, name)
-        if path.exists():
-            executed[name], pages[name] = path, f"html/{name}.html"
-    new = any(not (run_dir / page).exists() for page in pages.values())
-    stale = [name for name, path in executed.items() if new or _is_newer(path, run_dir / pages[name])]
+    executed = [name for name in notebooks if _executed_notebook(run_dir, name).exists()]
+    pages = {name: f"html/{name}.html" for name in executed}
+    stale = _stale(run_dir, pages)
     if not stale:
         return pages, []
     exporter, problems = _exporter(), []
     for name in stale:
         try:
             (run_dir / "html").mkdir(exist_ok=True)
-            write_text(run_dir / pages[name], _page(exporter, executed[name], run_dir.resolve().name, pages))
+            page = _page(exporter, _executed_notebook(run_dir, name), run_dir.resolve().name, pages)
+            write_text(run_dir / pages[name], page)
         except Exception as error:  # whatever a library makes of a notebook, the report and the other pages go on
             told = str(error) if isinstance(error, WorkbookError) else f"{type(error).__name__}: {error}"
             problems.append(f"The page of {name} cannot be made: {' '.join(told.split())[:500]}")
             if not (run_dir / pages[name]).exists():
                 del pages[name]
     return pages, problems
+
+
+def _stale(run_dir: Path, pages: Mapping[str, str]) -> list[str]:
+    """The notebooks whose page is to be written."""
+    if not all((run_dir / page).exists() for page in pages.values()):
+        return list(pages)
+    return [name for name, page in pages.items() if _is_newer(_executed_notebook(run_dir, name), run_dir / page)]
 
 
 def _is_newer(source: Path, page: Path) -> bool:
@@ -98,7 +103,15 @@ def _page(exporter: HTMLExporter, path: Path, run: str, pages: Container[str]) -
     resources = {"metadata": {"name": path.stem}, "run": run}
     page: str
     page, _ = exporter.from_notebook_node(_presentable(notebook, path.stem), resources=resources)
-    return page
+    return _finished(page)
+
+
+def _finished(page: str) -> str:
+    """A page without secrets, and with all that it holds to be seen.
+
+    Once more: as HTML a token may be whole that was written in codes, or that an earlier workbook left.
+    """
+    return visible(for_screen(page))
 
 
 def _linked(notebook: NotebookNode, pages: Container[str]) -> NotebookNode:

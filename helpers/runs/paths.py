@@ -22,16 +22,16 @@ _LOCKS = (".lock", ".results.lock")
 _FOLDERS = ("notebooks", "figures", "logs", "html", "loaded", "work", "rehearsal")
 
 
-class OutsideError(WorkbookError):
+class _OutsideError(WorkbookError):
     """A run folder through which files outside of it would be read, written or deleted."""
 
 
 def _check_links(folder: Path) -> None:
-    """Raise OutsideError if a link in a run folder leads out of it."""
+    """Raise _OutsideError if a link in a run folder leads out of it."""
     root = folder.resolve()
     for path in _own_paths(folder):
         if path.is_symlink() and not path.resolve().is_relative_to(root):
-            raise OutsideError(
+            raise _OutsideError(
                 f"{one_line(str(path))} is a link to {one_line(str(path.resolve()))}, outside of the run folder. "
                 "Delete the link, or put the file itself in its place."
             )
@@ -39,7 +39,7 @@ def _check_links(folder: Path) -> None:
         lock = folder / name
         # Who takes a lock empties its file, also under its other name.
         if lock.is_file() and lock.stat().st_nlink > 1:
-            raise OutsideError(f"{one_line(str(lock))} has another name outside of the run folder. Delete it.")
+            raise _OutsideError(f"{one_line(str(lock))} has another name outside of the run folder. Delete it.")
 
 
 def _own_paths(folder: Path) -> Iterator[Path]:

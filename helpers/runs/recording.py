@@ -13,12 +13,14 @@ import html
 import math
 import re
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from helpers.base import settings
 from helpers.base.stats import Measured
+from helpers.base.text import is_blank, well_formed
 from helpers.runs import store
 from helpers.runs.expected import _is_number, _matches, _with_tolerance, _with_unit
 from helpers.runs.redaction import _redact
@@ -26,7 +28,7 @@ from helpers.runs.schema import AS_EXPECTED, DIFFERS, UNMEASURED, _plain_value, 
 from helpers.runs.store import ResultError, _changed_results, _read_results
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from matplotlib.figure import Figure
@@ -110,7 +112,7 @@ def record(  # noqa: PLR0913 (every notebook uses these names)
     is the ``ModelRef.label`` of the model it was measured on; None: it was computed from published configurations.
     A name recorded again in the same notebook replaces the earlier value.
     Raises ResultError for an empty name, any other type, NaN and infinity, a tolerance that is negative or not finite,
-    and ``agrees`` without a claim.
+    ``agrees`` without a claim or other than true or false, and for what is not a text where one is due.
     """
     (entry,) = record_all({name: Measured(value, unit, claim, tolerance, agrees, model)})
     return entry
@@ -137,6 +139,8 @@ def record_all(
             claim="A5",
         )
     """
+    if not isinstance(values, Mapping):
+        raise ResultError('Give the values by name: {"a_name": 1.5, ...}.')
     common = Measured(0, unit, claim, tolerance, None, model)
     expected = store.read_expected(settings.expected_file())
     entries = []
@@ -202,33 +206,31 @@ def _forget(run_dir: Path, notebook: str) -> None:
 
 def _completed(value: Recordable | Measured, common: Measured) -> Measured:
     """The value with what all values of the call have in common, if it does not bring its own."""
-    if not isinstance(value, Measured):
-        # A text or a yes has no tolerance, so a common one is not meant for it.
-        tolerance = None if isinstance(value, str | bool) else common.tolerance
-        return replace(common, value=value, tolerance=tolerance)
-    tolerance = value.tolerance
-    if tolerance is None and not isinstance(value.value, str | bool):
+    measured = value if isinstance(value, Measured) else Measured(value)
+    tolerance = measured.tolerance
+    # A text or a yes has no tolerance, so a common one is not meant for it.
+    if tolerance is None and not isinstance(_item(measured.value), str | bool):
         tolerance = common.tolerance
     return replace(
-        value,
-        unit=value.unit or common.unit,
-        claim=value.claim or common.claim,
+        measured,
+        unit=measured.unit or common.unit,
+        claim=measured.claim or common.claim,
         tolerance=tolerance,
-        model=value.model or common.model,
+        model=measured.model or common.model,
     )
 
 
 def _judged(name: str, measured: Measured, expected: _ExpectedValue | None) -> _RecordedValue:
     """The value as it is kept, compared with the expected one. Raises ResultError for what cannot be recorded."""
-    if not name.strip():
-        raise ResultError("A recorded value needs a name.")
-    value, tolerance = _plain(name, measured.value), measured.tolerance
+    _check_texts(name, measured)
+    value, tolerance, agrees = _plain(name, measured.value), _item(measured.tolerance), _item(measured.agrees)
     if not _fits(tolerance, value):
-        raise ResultError(f"{name!r} cannot have the tolerance {tolerance}. Give a number a finite one from 0 up.")
-    if measured.agrees is not None and measured.claim is None:
+        raise ResultError(f"{name!r} cannot have the tolerance {tolerance!r}. Give a number a finite one from 0 up.")
+    if agrees is not None and measured.claim is None:
         raise ResultError(f"{name!r}: `agrees` needs a `claim`. Name the claim that the value is judged by.")
-    # JSON has no truth values of numpy.
-    agrees = None if measured.agrees is None else bool(measured.agrees)
+    # Any other value is true or false to Python too: the text "no" is true, and so is NaN.
+    if agrees is not None and not isinstance(agrees, bool):
+        raise ResultError(f"{name!r}: `agrees` must be True, False or None, but is {agrees!r}.")
     entry = _RecordedValue(
         value=value, unit=measured.unit, claim=measured.claim, floor=tolerance, agrees=agrees, model=measured.model
     )
@@ -244,17 +246,33 @@ def _judged(name: str, measured: Measured, expected: _ExpectedValue | None) -> _
     return entry.model_copy(update=comparison)
 
 
-def _fits(tolerance: float | None, value: Value) -> bool:
-    return tolerance is None or (_is_number(value) and 0 <= tolerance < math.inf)
+def _check_texts(name: object, measured: Measured) -> None:
+    """Raise ResultError for a name that is blank, and for what is not a text that a file can hold."""
+    if not isinstance(name, str) or is_blank(name):
+        raise ResultError(f"A recorded value needs a name, which is a text, but it is {name!r}.")
+    for field, text in (("name", name), ("unit", measured.unit), ("claim", measured.claim), ("model", measured.model)):
+        if text is not None and not (isinstance(text, str) and well_formed(text)):
+            raise ResultError(f"{name!a}: its {field} must be a text of whole characters, but is {text!a}.")
 
 
-def _plain(name: str, value: Recordable) -> Value:
-    item: object = value
+def _fits(tolerance: object, value: Value) -> TypeGuard[float | None]:
+    return tolerance is None or (_is_number(value) and _is_number(tolerance) and 0 <= tolerance < math.inf)
+
+
+def _item(value: object) -> object:
+    """A value of numpy or torch as Python's own; any other as it is."""
     # A text is a text, though numpy's texts have an item too; an array of several has none to give.
     if hasattr(value, "item"):
         with suppress(TypeError, ValueError, RuntimeError):
-            item = value.item()
-    if not isinstance(item, bool | int | float | str):
+            return value.item()
+    return value
+
+
+def _plain(name: str, value: object) -> Value:
+    item = _item(value)
+    numpy = sys.modules.get("numpy")
+    # What is masked is missing, but its item is a number.
+    if not isinstance(item, bool | int | float | str) or (numpy and numpy.ma.is_masked(value)):
         kind = type(value).__name__
         raise ResultError(f"{name!r} is a {kind}. Record a number, a text or a bool, one at a time.")
     if isinstance(item, float) and not math.isfinite(item):

@@ -14,28 +14,31 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, overload
+from typing import Any, TypeGuard, overload
 from urllib.parse import quote, quote_plus
 
+from helpers.runs.encodings import _clean_picture, _in_binary, _without_encoded
 from helpers.runs.secrecy import (
     _LONG_WORD,
     _NAMED,
     _TOKEN,
     REDACTED,
-    TOKENS_OF_A_LENGTH,
     _find_secrets,
     _is_token,
     _looks_secret,
 )
 
+_SHORTEST_HEAD = 10  # characters of a secret that was cut off
 _ENCODED_FROM = 8  # characters: the base64 of fewer may stand in other data by chance
 # What begins a form of _TOKEN or of _PLACES. To search for this first is faster than for all of them.
 _HINT = re.compile(
     r"hf[_-]|api_org_|gh[pousr]_|github_pat_|gl[a-z]{2,5}-|[srp]k[-_]|A[KSBC][IC]A|AIza|ya29|GOCSPX|xox[a-z]-|xapp-"
-    r"|npm_|pypi-|SG\.|do[opr]_v1|dckr_|dapi|hv[sbr]\.|r8_|gsk_|xai-|nvapi-|pplx-|ATATT3|lsv2_|eyJ|aGZf|://|[?&;]\w"
+    r"|npm_|pypi-|SG\.|do[opr]_v1|dckr_|dapi|hv[sbr]\.|r8_|gsk_|xai-|nvapi-|pplx-|ATATT3|lsv2_|eyJ|://|[?&;]\w"
     r"|PRIVATE KEY|uthorization|UTHORIZATION|[Bb]earer|BEARER|-[Kk]ey|-KEY|-[Tt]oken|-TOKEN|password"
 )
 _EXACT = re.compile(r"hf_[A-Za-z0-9]{34}|gh[pousr]_[A-Za-z0-9]{36}")
+# A table cuts a long cell, and what is left of a token is still most of it.
+_CUT_TOKEN = re.compile(r"hf_[A-Za-z0-9]{7,64}(?=\.\.\.|…)")
 _KEY_BEGIN = re.compile(r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
 _KEY_END = re.compile(r"-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
 _LONGEST_KEY = 20_000
@@ -48,7 +51,7 @@ _LOGIN = re.compile(r"(\blogin\s{1,8}\S{1,128}\s{1,8}password\s{1,8})(\S{1,512})
 # and the secret; and what tells that it is one.
 _PLACES: tuple[tuple[re.Pattern[str], re.Pattern[str], Callable[[str], bool]], ...] = (
     (
-        re.compile(r"(?:oken|OKEN|ey|EY|assword|asswd|wd|WD|ecret|ECRET)="),
+        re.compile(r"(?:oken|OKEN|ey|EY|assword|asswd|wd|WD|ecret|ECRET)="),  # codespell:ignore
         re.compile(
             r"([?&;](?:[\w-]{0,20}token|api[_-]?key|password|passwd|pwd|(?:client_)?secret)=)([^&\s\"'<>#\\]{6,4096})",
             re.I,
@@ -111,7 +114,7 @@ def _redact(value: object, secrets: Iterable[str]) -> object:
     return _cleaned(value, _hider(tuple(secrets)))
 
 
-def _for_screen(text: str) -> str:
+def for_screen(text: str) -> str:
     """Return a text without the secrets of this process's environment, for a message on the terminal."""
     return _redact(text, _own_secrets())
 
@@ -126,6 +129,7 @@ class _Hider:
 
     def __init__(self, secrets: tuple[str, ...]) -> None:
         self._long: list[str] = []
+        self._whole: list[str] = []  # the long ones as they are, without their other forms
         self._short: list[str] = []
         self._named: list[tuple[str, re.Pattern[str]]] = []
         for secret in secrets:
@@ -134,38 +138,43 @@ class _Hider:
                 self._named.append((name, _beside(name, value)))
             elif _is_long(secret):
                 self._long.extend(_forms(secret))
+                self._whole.append(secret)
             else:
                 self._short.extend(_forms(secret))
 
     def certain(self, text: str) -> str:
         """The text without tokens and long secrets: nothing else has their form."""
-        for form in self._long:
-            if form in text:
-                text = text.replace(form, REDACTED)
+        text = self._without_long(text)
         if _HINT.search(text):
             text = _TOKEN.sub(_hidden_token, text)
         return text
 
-    def everything(self, text: str) -> str:
-        """The text without any secret."""
+    def _without_long(self, text: str) -> str:
         for form in self._long:
             if form in text:
                 text = text.replace(form, REDACTED)
+        return text
+
+    def everything(self, text: str) -> str:
+        """The text without any secret."""
+        text = self._without_long(text)
         for form in self._short:
             if form in text:
                 text = _replace_words(text, form)
         for name, pattern in self._named:
             if name in text:
                 text = pattern.sub(rf"\g<1>{REDACTED}", text)
+        for secret in self._whole:
+            if len(secret) >= _LONG_WORD and secret[:_SHORTEST_HEAD] in text:
+                text = _without_heads(text, secret)
         if _HINT.search(text):
             text = _without_shapes(text)
-        return text
+        return _without_encoded(text, self._whole)
 
     @functools.cached_property
     def in_binary(self) -> re.Pattern[bytes]:
         """What no binary file may hold: long secrets, and tokens."""
-        literal = [re.escape(form).encode() for form in self._long if len(form) >= _LONG_WORD]
-        return re.compile(b"|".join([*literal, *TOKENS_OF_A_LENGTH]))
+        return _in_binary(self._long)
 
 
 @functools.lru_cache(maxsize=8)
@@ -191,11 +200,11 @@ def _cleaned_mapping(value: Mapping[str, object], hider: _Hider) -> dict[str, ob
         while shown in result:
             number += 1
             shown = f"{hider.certain(key)} {number}"
-        result[shown] = item if _is_image(key, item) else _cleaned(item, hider)
+        result[shown] = _clean_picture(item, hider.in_binary) if _is_image(item, key) else _cleaned(item, hider)
     return result
 
 
-def _is_image(key: str, value: object) -> bool:
+def _is_image(value: object, key: str) -> TypeGuard[str]:
     is_type = key.startswith(("image/", "audio/", "video/", "application/pdf")) and not key.startswith("image/svg")
     return is_type and isinstance(value, str) and _IMAGE_DATA.fullmatch(value) is not None
 
@@ -215,7 +224,8 @@ def _forms(secret: str) -> tuple[str, ...]:
     if _is_long(secret):
         forms.append(re.sub(r"[^a-zA-Z0-9.-]+", "-", secret))
     if len(secret) >= _ENCODED_FROM:
-        forms += [secret.encode("utf-8", "surrogatepass").hex(), *_base64_forms(secret)]
+        in_hex = secret.encode("utf-8", "surrogatepass").hex()
+        forms += [in_hex, in_hex.upper(), *_base64_forms(secret)]
     return tuple(dict.fromkeys(form for form in forms if len(form) >= min(len(secret), _ENCODED_FROM)))
 
 
@@ -234,6 +244,16 @@ def _beside(name: str, value: str) -> re.Pattern[str]:
     return re.compile(
         rf"(\b{re.escape(name)}{quotes}\]?\s{{0,4}}[:=,]\s{{0,4}}b?{quotes}){re.escape(value)}(?![A-Za-z0-9_])"
     )
+
+
+def _without_heads(text: str, secret: str) -> str:
+    """Hide the beginning of a secret where it was cut off."""
+
+    def hidden(match: re.Match[str]) -> str:
+        return REDACTED if secret.startswith(match.group()) else match.group()
+
+    begun = rf"{re.escape(secret[:_SHORTEST_HEAD])}[^.…\s]{{0,{len(secret)}}}(?=\.\.\.|…)"
+    return re.sub(begun, hidden, text)
 
 
 def _replace_words(text: str, form: str) -> str:
@@ -259,11 +279,12 @@ def _without_shapes(text: str) -> str:
     if "PRIVATE KEY" in text:
         text = _without_private_keys(text)
     text = _TOKEN.sub(_hidden_token, text)
+    text = _CUT_TOKEN.sub(_hidden_token, text)
     if "://" in text:
-        text = _ADDRESS.sub(_hidden_after(lambda password: not _PLACEHOLDER.fullmatch(password)), text)
+        text = _ADDRESS.sub(_hidden_after(bool), text)
         text = _USER.sub(_hidden_after(lambda user: _looks_secret(user, sure=False)), text)
     if "password" in text:
-        text = _LOGIN.sub(_hidden_after(lambda password: not _PLACEHOLDER.fullmatch(password)), text)
+        text = _LOGIN.sub(_hidden_after(bool), text)
     for hint, pattern, is_secret in _PLACES:
         if hint.search(text):
             text = pattern.sub(_hidden_after(is_secret), text)
@@ -285,7 +306,8 @@ def _begins_token(text: str, start: int) -> bool:
 
 def _hidden_after(is_secret: Callable[[str], bool]) -> Callable[[re.Match[str]], str]:
     def hidden(match: re.Match[str]) -> str:
-        return match[1] + REDACTED if is_secret(match[2]) else match.group()
+        secret = is_secret(match[2]) and not _PLACEHOLDER.fullmatch(match[2])
+        return match[1] + REDACTED if secret else match.group()
 
     return hidden
 

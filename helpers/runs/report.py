@@ -160,19 +160,11 @@ def _content(run_dir: Path) -> dict[str, object]:
     notebooks = _notebook_rows(status, recorded, pages, numbers)
     figures = _figures(run_dir, recorded, notebooks, problems)
     claims = _judged_claims(status, manifest, recorded)
-    return {
+    return _setting(manifest) | {
         "name": run_dir.resolve().name,
-        "manifest": manifest,
         "outcome": _outcome(status),
-        "machine": _machine(manifest.hardware),
-        "date": f"{datetime.fromisoformat(manifest.started):%-d %B %Y}",
-        "labels": sorted({ref.label for ref in manifest.models.values()}),
-        "stand_ins": _stand_ins(manifest),
-        "rehearsal": _rehearsal(manifest),
         "tiles": _tiles(status, claims, _verdicts(notebooks)),
         "facts": _facts(manifest, mixed=bool(sources)),
-        "models": [_model(role, ref) for role, ref in manifest.models.items()],
-        "loaded": _loaded_rows(manifest.loaded),
         "notebooks": notebooks,
         "claims": [(claim, _sources(claim, notebooks)) for claim in claims],
         "judged": Counter(claim.verdict.mark for claim in claims),
@@ -182,6 +174,20 @@ def _content(run_dir: Path) -> dict[str, object]:
         "notes": [*_lost(status, recorded), *_source_notes(manifest)],
         "problems": problems,
         "sources": sources,
+    }
+
+
+def _setting(manifest: _Manifest) -> dict[str, object]:
+    """What the page shows of the machine, the models and the software, which the manifest alone tells."""
+    return {
+        "manifest": manifest,
+        "machine": _machine(manifest.hardware),
+        "date": f"{datetime.fromisoformat(manifest.started):%-d %B %Y}",
+        "labels": sorted({ref.label for ref in manifest.models.values()}),
+        "stand_ins": _stand_ins(manifest),
+        "rehearsal": _rehearsal(manifest),
+        "models": [_model(role, ref) for role, ref in manifest.models.items()],
+        "loaded": _loaded_rows(manifest.loaded),
         "packages": {name: manifest.packages[name] for name in _MAIN_PACKAGES if name in manifest.packages},
         "hashes": _hashes(manifest),
     }

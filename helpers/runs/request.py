@@ -119,8 +119,7 @@ def _plans(
         return plans, [plan.remark for plan in plans]
     folder = request.notebooks or notebooks
     plans = _plan_run(profile, folder, request.only, raw, earlier)
-    left_out = None if request.only else _left_out(folder, profile)
-    return plans, [left_out] if left_out else []
+    return plans, [] if request.only else _left_out(folder, profile)
 
 
 def _chosen_profile(request: Request) -> Profile:
@@ -154,6 +153,16 @@ def _check_machine(profile: Profile) -> None:
 
 def _target(request: Request, profile: Profile) -> Path:
     """The folder of a run. Raises UsageError if a new run would go into that of another."""
+    _check_folder(request)
+    name = f"{profile.name}-rehearsal" if request.rehearse else profile.name
+    target = (request.resume or request.folder or _new_folder(name)).resolve()
+    # The run's files are in UTF-8, and name their folder.
+    if not well_formed(str(target)):
+        raise UsageError(f"The folder {target} has bytes in its name that are not UTF-8. Name another folder.")
+    return target
+
+
+def _check_folder(request: Request) -> None:
     folder = request.folder
     if folder and request.resume:
         raise UsageError(f"A resumed run stays in its folder, {request.resume}. Leave out --folder, or --resume.")
@@ -161,12 +170,6 @@ def _target(request: Request, profile: Profile) -> Path:
         raise UsageError("Only a resumed run has something to redo. Name it with --resume, or leave out --redo.")
     if folder and any((folder / name).exists() for name in ("manifest.json", "status.json")):
         raise UsageError(f"{folder} already holds a run. Resume it with --resume, or name another folder.")
-    name = f"{profile.name}-rehearsal" if request.rehearse else profile.name
-    target = (request.resume or folder or _new_folder(name)).resolve()
-    # The run's files are in UTF-8, and name their folder.
-    if not well_formed(str(target)):
-        raise UsageError(f"The folder {target} has bytes in its name that are not UTF-8. Name another folder.")
-    return target
 
 
 def usual_parameters(profile: str, notebooks: Path) -> dict[str, dict[str, object]]:

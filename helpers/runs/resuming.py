@@ -56,7 +56,7 @@ def _pending(plan: _Plan) -> _NotebookStatus:
 def _merge_manifests(earlier: _Manifest, later: _Manifest) -> _Manifest:
     """The manifest of a resumed run: as it is now, with the first start, and what is known of each notebook so far.
 
-    A notebook that starts again takes its new facts then, see ``execution``.
+    A notebook that starts again takes its new facts then, see ``upkeep``.
     """
     origins, notebooks = list(earlier.origins), dict(earlier.notebooks)
     if not origins:  # of an earlier workbook: what it kept is the origin of all that is there

@@ -8,12 +8,15 @@ text under six characters, is hidden only beside its own name (``DB_PASSWORD=lap
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
+
+from helpers.base.files import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -65,17 +68,6 @@ TOKEN_SHAPES = (
     r"ATATT3[\w=-]{50,300}",
     r"lsv2_(?:pt|sk)_[A-Za-z0-9_]{30,80}",
     r"eyJ[\w-]{8,4000}\.[\w-]{8,8000}\.[\w-]{0,2000}",  # a JSON web token
-    r"aGZf[A-Za-z0-9+/]{40,88}={0,2}",  # hf_..., in base64
-)
-# In a binary file the next character may belong to something else: only tokens of one length.
-TOKENS_OF_A_LENGTH = (
-    rb"hf[_-][A-Za-z0-9]{34}",
-    rb"gh[pousr]_[A-Za-z0-9]{36}",
-    rb"github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59}",
-    rb"glpat-[\w-]{20}",
-    rb"A(?:KI|SI)A[A-Z0-9]{16}",
-    rb"AIza[\w-]{35}",
-    rb"npm_[A-Za-z0-9]{36}",
 )
 _TOKEN = re.compile(f"(?:{'|'.join(TOKEN_SHAPES)})(?![A-Za-z0-9])")
 _USER_INFO = re.compile(r"://([^/?#\s\"'<>]{1,1024})@")
@@ -88,6 +80,10 @@ _PAIR = re.compile(
 _PART = re.compile(r"\d{0,8}([A-Za-z]{0,20})\d{0,8}[A-Za-z]{0,3}")
 _BETWEEN_PARTS = re.compile(r"[-_./:=,; ]+")
 _HUMP = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[A-Z]")
+_BETWEEN_NAMES = re.compile(r"[^a-z0-9]+")
+# Further names that libraries give: to kernels, numbers, encodings and tensors.
+_NAMES = ("python3", "float16", "float32", "float64", "bfloat16", "int16", "int32", "int64", "uint8", "utf8", "sha256",
+          "base64", "ipython3", "cuda0", "attn", "proj", "self", "layers", "q", "k", "v", "o")  # fmt: skip
 _NUMBER = re.compile(r"[-+\d.,:_/ ]+|[-+\d.]+[eE][-+]?\d+|0[xX][0-9a-fA-F]{1,16}")
 
 
@@ -119,11 +115,11 @@ def _looks_secret(value: str, sure: bool = True, public: Iterable[str] = ()) -> 
         return False
     if _NUMBER.fullmatch(value) or _is_path(value):
         return False
-    if not _is_worded(value):
-        return True
-    if not sure:
-        return False
-    # "hunter22" and "correct-horse-battery-staple" are passwords, "laptop" and "max-length" may be anything.
+    return not _is_worded(value) or (sure and not _is_of_workbook(value) and _is_worded_password(value))
+
+
+def _is_worded_password(value: str) -> bool:
+    """True for "hunter22" and "correct-horse-battery-staple"; "laptop" and "max-length" may be anything."""
     if value.isalpha():
         return len(value) >= _LONG_WORD
     letters = sum(character.isalpha() for character in value)
@@ -138,6 +134,21 @@ def _is_worded(text: str) -> bool:
         if match is None or len(_HUMP.findall(match[1])) * 3 > max(len(match[1]), 3):
             return False
     return True
+
+
+def _is_of_workbook(value: str) -> bool:
+    """True if a value is made of names that the workbook's own notebooks and models use, such as ``float32``."""
+    return all(part.isdigit() or part in _vocabulary() for part in _BETWEEN_PARTS.split(value.casefold()))
+
+
+@functools.cache
+def _vocabulary() -> frozenset[str]:
+    words = set(_NAMES)
+    for pattern in ("notebooks/source/*.py", "env/profiles/*.yaml", "env/models/configs/*.json"):
+        for path in ROOT.glob(pattern):
+            with suppress(OSError):
+                words.update(_BETWEEN_NAMES.split(path.read_text(encoding="utf-8", errors="replace").casefold()))
+    return frozenset(words)
 
 
 def _is_path(text: str) -> bool:

@@ -12,15 +12,14 @@ import json
 import mmap
 import os
 import shutil
-import struct
 import zipfile
-import zlib
 from contextlib import suppress
 from pathlib import Path
 from tempfile import mkstemp
 from typing import TYPE_CHECKING
 
 from helpers.base.files import write_json, write_text
+from helpers.runs.encodings import _asterisks, _clean_bytes
 from helpers.runs.redaction import _Hider, _hider, _redact
 
 if TYPE_CHECKING:
@@ -28,10 +27,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 _JSON_SUFFIXES = {".json", ".ipynb"}
-_PNG = b"\x89PNG\r\n\x1a\n"
 _ZIP = b"PK\x03\x04"
 _SNIFFED = 8192
-# A larger binary file holds weights, and gigabytes would be read after each notebook: its two ends tell what it is.
+# A larger binary file holds weights, and gigabytes would be read after each notebook: its two ends tell what it is. A
+# larger text, such as a log, is read whole.
 _LARGE = 64 * 2**20
 _END = 2**20
 Seen = dict[Path, tuple[int, int, int]]  # what a file was like when it was found clean
@@ -104,52 +103,29 @@ def _clean_text(path: Path, text: str, secrets: tuple[str, ...], hider: _Hider) 
 def _clean_binary(path: Path, beginning: bytes, pattern: re.Pattern[bytes]) -> bool:
     size = path.stat().st_size
     if size > _LARGE:
-        return _clean_ends(path, size, pattern)
+        return _clean_in_place(path, range(0, size, _END) if b"\0" not in beginning else (0, size - _END), pattern)
     if beginning.startswith(_ZIP):
         with suppress(zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError):  # else it is bytes as any other
             return _replace(path, _clean_zip(path, pattern))
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         if pattern.search(mapped) is None:
             return False
-    content = path.read_bytes()
-    if beginning.startswith(_PNG):
-        with suppress(struct.error):
-            return _replace(path, _clean_png(content, pattern))
-    return _replace(path, pattern.sub(_asterisks, content))
+    return _replace(path, _clean_bytes(path.read_bytes(), pattern))
 
 
-def _clean_ends(path: Path, size: int, pattern: re.Pattern[bytes]) -> bool:
-    """Overwrite in place what the first and last MiB of a large file hold."""
+def _clean_in_place(path: Path, starts: Iterable[int], pattern: re.Pattern[bytes]) -> bool:
+    """Overwrite what a large file holds from ``starts`` on, a MiB each and a little more: a secret may lie across."""
     changed = False
     if path.stat().st_nlink > 1:  # another name of it may lie outside of the folder
         return False
     with path.open("r+b") as stream:
-        for start in (0, size - _END):
+        for start in starts:
             stream.seek(start)
-            for match in pattern.finditer(stream.read(_END)):
+            for match in pattern.finditer(stream.read(_END + _SNIFFED)):
                 stream.seek(start + match.start())
                 stream.write(_asterisks(match))
                 changed = True
     return changed
-
-
-def _asterisks(match: re.Match[bytes]) -> bytes:
-    # Of equal length, so that offsets inside the file, as in a SQLite file, still fit.
-    return b"*" * len(match.group())
-
-
-def _clean_png(content: bytes, pattern: re.Pattern[bytes]) -> bytes | None:
-    """A PNG whose text holds no secret; its pixels stay as they are. None: nothing to change."""
-    parts, place, changed = [_PNG], len(_PNG), False
-    while place < len(content):
-        (length,) = struct.unpack(">I", content[place : place + 4])
-        kind, data = content[place + 4 : place + 8], content[place + 8 : place + 8 + length]
-        place += 12 + length
-        cleaned = data if kind == b"IDAT" else pattern.sub(_asterisks, data)
-        changed = changed or cleaned != data
-        check = zlib.crc32(kind + cleaned)
-        parts.append(struct.pack(">I", len(cleaned)) + kind + cleaned + struct.pack(">I", check))
-    return b"".join(parts) if changed else None
 
 
 def _clean_zip(path: Path, pattern: re.Pattern[bytes]) -> bytes | None:
@@ -185,14 +161,24 @@ def _replace(path: Path, content: bytes | None) -> bool:
 
 
 def _renamed(folder: Path, hider: _Hider) -> Iterator[Path]:
-    """Give each file and folder whose name holds a secret another name, and return the new paths."""
+    """Give each file and folder whose name holds a secret another name, and return the new paths.
+
+    A link whose target is named by a secret leads nowhere from then on.
+    """
     for parent, folders, names in os.walk(folder, topdown=False, followlinks=False):
         for name in sorted([*folders, *names]):
+            _clean_link(Path(parent, name), hider)
             hidden = hider.everything(name)
             if hidden != name:
                 target = _free(Path(parent), hidden)
                 Path(parent, name).rename(target)
                 yield target
+
+
+def _clean_link(path: Path, hider: _Hider) -> None:
+    if path.is_symlink() and (hidden := hider.everything(str(path.readlink()))) != str(path.readlink()):
+        path.unlink()
+        path.symlink_to(hidden)
 
 
 def _free(folder: Path, name: str) -> Path:

@@ -8,6 +8,6 @@ __getattr__, __dir__, __all__ = face(
         "adapters": ["merge", "reload"],
         "conversations": ["Conversations", "examples", "read_conversations", "token_counts"],
         "finetuning": ["finetune"],
-        "recipe": ["FinetuneError", "Finetuned", "Point", "Recipe", "TARGETS", "TrainingStoppedError"],
+        "recipe": ["FinetuneError", "Point", "Recipe", "TARGETS", "TrainingStoppedError"],
     },
 )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from helpers.base.errors import WorkbookError, first_names
 from helpers.base.files import read_json, write_json
-from helpers.base.hashes import HASHES, write_hashes
+from helpers.base.hashes import HASHES, unchanged, write_hashes
 from helpers.base.text import well_formed
 from helpers.models import finding, loading
 from helpers.models.checkpoint import LoadError, content_hashes
@@ -50,8 +50,8 @@ def reload(adapter_dir: Path) -> Loaded:
     """
     from peft import PeftModel
 
-    loaded = _load_base(adapter_dir)
-    with _quiet_libraries():
+    with unchanged(adapter_dir, FinetuneError), _quiet_libraries():
+        loaded = _load_base(adapter_dir)
         model = PeftModel.from_pretrained(loaded.model, adapter_dir)
     model.eval()
     # a PeftModel is no PreTrainedModel, but passes all calls on to the one inside it
@@ -71,8 +71,8 @@ def merge(adapter_dir: Path, out_dir: Path) -> ModelRef:
     out_dir = Path(out_dir)
     if out_dir.is_file() or (out_dir.is_dir() and any(out_dir.iterdir())):
         raise FinetuneError(f"{out_dir} is there already. Choose another folder, so that nothing is overwritten.")
-    loaded = _load_base(adapter_dir)
-    with _quiet_libraries(), _appearing(out_dir) as folder:
+    with _quiet_libraries(), _appearing(out_dir) as folder, unchanged(adapter_dir, FinetuneError):
+        loaded = _load_base(adapter_dir)
         model = loaded.model.dequantize() if loaded.report.quantized_layers else loaded.model
         merged = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload().to(torch.bfloat16)
         merged.save_pretrained(folder)
@@ -215,19 +215,7 @@ def _load_base(adapter_dir: Path) -> Loaded:
 
 def _checked_identity(adapter_dir: Path) -> _Identity:
     """The identity of the adapter in a folder. Raises FinetuneError unless it is the adapter that was saved."""
-    path = adapter_dir / IDENTITY_FILE
-    if not path.is_file():
-        raise FinetuneError(
-            f"{adapter_dir} holds no adapter of this workbook: {IDENTITY_FILE} is missing. Give another folder."
-        )
-    saved = _read_identity(path)
-    tensors = (saved or {}).pop("tensors", None)
-    try:
-        identity = _Identity(**saved or {})
-    except TypeError as error:
-        raise FinetuneError(
-            f"{path} is damaged or of another version. Restore it, or train the adapter again."
-        ) from error
+    identity, tensors = _saved_identity(adapter_dir)
     if not tensors:
         raise FinetuneError(f"The fine-tune in {adapter_dir} is not finished. Repeat its call, which continues it.")
     found = _damage(adapter_dir)
@@ -240,6 +228,23 @@ def _checked_identity(adapter_dir: Path) -> _Identity:
             "train it again."
         )
     return identity
+
+
+def _saved_identity(adapter_dir: Path) -> tuple[_Identity, _Tensors]:
+    """What the identity file of an adapter says, and its tensors, which there are once the training is finished."""
+    path = adapter_dir / IDENTITY_FILE
+    if not path.is_file():
+        raise FinetuneError(
+            f"{adapter_dir} holds no adapter of this workbook: {IDENTITY_FILE} is missing. Give another folder."
+        )
+    saved = _read_identity(path) or {}
+    tensors = saved.pop("tensors", None) or {}
+    try:
+        return _Identity(**saved), tensors
+    except TypeError as error:
+        raise FinetuneError(
+            f"{path} is damaged or of another version. Restore it, or train the adapter again."
+        ) from error
 
 
 def _weight_faults(adapter_dir: Path, identity: _Identity, tensors: _Tensors) -> list[str]:

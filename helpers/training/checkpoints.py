@@ -8,6 +8,7 @@ whole one is used. Two are kept, so that there is one when the next is being wri
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.base.hashes import HASHES, changes, write_hashes
@@ -15,7 +16,6 @@ from helpers.training.recipe import TrainingStoppedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     import torch
     from torch import nn
@@ -57,8 +57,6 @@ def _careful(of: str) -> TrainerCallback:
 
     It stops the training, before anything is changed or saved, where a gradient, weight or loss is not finite.
     """
-    from pathlib import Path
-
     from transformers import TrainerCallback
 
     # transformers names the arguments of its callbacks, also those that are not needed here (ARG002)
@@ -72,13 +70,7 @@ def _careful(of: str) -> TrainerCallback:
         ) -> None:
             _check_finite(given["model"], state.global_step + 1, gradients=True)
 
-        def on_log(
-            self,
-            args: TrainingArguments,  # noqa: ARG002
-            state: TrainerState,
-            control: TrainerControl,  # noqa: ARG002
-            **_: object,
-        ) -> None:
+        def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:  # noqa: ARG002
             _check_losses(state)
 
         def on_save(
@@ -92,12 +84,16 @@ def _careful(of: str) -> TrainerCallback:
             # each process writes the state of its own random generators
             args.distributed_state.wait_for_everyone()
             if state.is_world_process_zero:
-                folder = Path(str(args.output_dir))
-                write_hashes(folder / f"{_PREFIX}{state.global_step}", of)
-                for old in _checkpoints(folder)[:-_KEPT]:
-                    shutil.rmtree(old, ignore_errors=True)
+                _seal(Path(str(args.output_dir)), state.global_step, of)
 
     return Careful()
+
+
+def _seal(folder: Path, step: int, of: str) -> None:
+    """Write the hashes of the newest checkpoint, which is whole now, and remove the oldest ones."""
+    write_hashes(folder / f"{_PREFIX}{step}", of)
+    for old in _checkpoints(folder)[:-_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _explained(error: Exception, folder: Path) -> TrainingStoppedError | None:
@@ -137,11 +133,7 @@ def _check_finite(model: nn.Module, step: int, *, gradients: bool) -> None:
     """Raise TrainingStoppedError, naming step and parameter, if a gradient or weight that is trained is not finite."""
     import torch
 
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        tensor = parameter.grad if gradients else parameter.detach()
-        if parameter.requires_grad and tensor is not None:
-            tensors[name] = tensor
+    tensors = _trained(model, gradients=gradients)
     # one number for all of them, because to look at each would wait for the GPU each time
     if not tensors or bool(torch.nn.utils.get_total_norm(list(tensors.values())).isfinite()):
         return
@@ -159,6 +151,16 @@ def _check_finite(model: nn.Module, step: int, *, gradients: bool) -> None:
         "infinite). Nothing of this step was saved. Lower learning_rate, use more warmup_steps, or look for what is "
         "unusual in the data."
     )
+
+
+def _trained(model: nn.Module, *, gradients: bool) -> dict[str, torch.Tensor]:
+    """The weights that are trained, or their gradients, by name."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.grad if gradients else parameter.detach()
+        if parameter.requires_grad and tensor is not None:
+            tensors[name] = tensor
+    return tensors
 
 
 def _not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:

@@ -252,15 +252,31 @@ def _example(loaded: Loaded, messages: Conversation) -> Example:
     """The example for the last message, a reply."""
     prompt = loaded.format.render(messages[:-1])
     whole = loaded.format.render(messages, add_generation_prompt=False)
-    end = loaded.tokenizer.eos_token
-    # some formats end a reply with the end token themselves: it must come once, as a token of its own
-    reply = whole[len(prompt) :].rstrip().removesuffix(end)
+    reply, end = _reply_and_end(loaded, whole[len(prompt) :].rstrip())
     before = loaded.format.tokens(loaded.tokenizer, prompt)
     reply_ids = continuation_ids(loaded.tokenizer, reply)
-    ids = (*[token.id for token in before], *reply_ids, loaded.tokenizer.eos_token_id)
+    ids = (*[token.id for token in before], *reply_ids, end)
     contents = [(loaded.format.escape(message["content"]).strip(), message["role"]) for message in messages[:-1]]
     roles = _prompt_roles(prompt, before, contents)
     return Example(ids, (*roles, *["reply"] * len(reply_ids), "end"))
+
+
+def _reply_and_end(loaded: Loaded, reply: str) -> tuple[str, int]:
+    """The reply without the end that its format writes, and the id of that end, or else of the tokenizer's end token.
+
+    The end must come once, as a token and not as its letters; the tokenizer may name another one than the format does.
+    """
+    vocabulary, end = loaded.tokenizer.get_vocab(), loaded.tokenizer.eos_token
+    for control in loaded.format.control_tokens:
+        if reply.endswith(control):
+            reply = reply.removesuffix(control)
+            if control in vocabulary:
+                end = control
+    if end is None:
+        raise FinetuneError(
+            f"The tokenizer of {loaded.ref.label} has no end token, so no reply would end. Set its eos_token first."
+        )
+    return reply, vocabulary[end]
 
 
 def _prompt_roles(prompt: str, tokens: Sequence[Token], contents: Sequence[tuple[str, str]]) -> list[str]:

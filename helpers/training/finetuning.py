@@ -19,7 +19,7 @@ from helpers.models.workarounds.trl_training import float_adapters, trained_posi
 from helpers.training.adapters import _Identity, _quiet_libraries, _save_adapter
 from helpers.training.checkpoints import _STATE, _careful, _explained, _is_finished, _last_whole
 from helpers.training.conversations import _select
-from helpers.training.recipe import TARGETS, Finetuned, FinetuneError, Point
+from helpers.training.recipe import TARGETS, FinetuneError, Point, _Finetuned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,7 +42,7 @@ def finetune(
     *,
     held_out: Sequence[Conversation] = (),
     on_point: Callable[[Sequence[Point]], None] = lambda _history: None,
-) -> Finetuned:
+) -> _Finetuned:
     """Train LoRA adapters on the replies of conversations; on an int8 or nf4 model this is QLoRA (arXiv 2305.14314).
 
     ``loaded.model`` itself gains the adapters; its own weights do not change. ``on_point`` is called with the whole
@@ -71,10 +71,8 @@ def finetune(
             identity.write(out_dir)
         with trained_positions_alone(trainer.args.device):
             seconds = _train(trainer, checkpoint, out_dir, history)
-        if trainer.is_world_process_zero():
-            _save_adapter(trainer.accelerator.unwrap_model(trainer.model), identity, out_dir)
-        trainer.accelerator.wait_for_everyone()
-    return Finetuned(
+        _save(trainer, identity, out_dir)
+    return _Finetuned(
         loaded=replace(loaded, model=cast("PreTrainedModel", model)),
         adapter_dir=out_dir,
         history=tuple(history),
@@ -152,6 +150,13 @@ def _train(trainer: SFTTrainer, checkpoint: Path | None, out_dir: Path, history:
     # training in bf16 wraps the model's forward pass in autocast, which would change later inference
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     return seconds
+
+
+def _save(trainer: SFTTrainer, identity: _Identity, out_dir: Path) -> None:
+    """Save the adapter: of several processes one writes it, and the others wait."""
+    if trainer.is_world_process_zero():
+        _save_adapter(trainer.accelerator.unwrap_model(trainer.model), identity, out_dir)
+    trainer.accelerator.wait_for_everyone()
 
 
 def _restore(trainer: SFTTrainer, checkpoint: Path) -> list[Point]:

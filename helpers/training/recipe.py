@@ -70,7 +70,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Finetuned:
+class _Finetuned:
     """A trained adapter: on the model in memory, and in a folder.
 
     ``examples`` counts the replies trained on; ``left_out`` those longer than the context, ``blank_replies`` those in

@@ -193,8 +193,9 @@ runs.record_all(values, unit="bytes/token", claim="A8")
 #
 # For inference, a GPU holds whole layers, and 5% of it is kept free. For training, weights and optimizer state are split evenly
 # (ZeRO-3). Each GPU also holds its own sequence and the layers that it has just gathered, so the total grows with the number of
-# GPUs. What comes and goes leaves fragments, 37% in a published measurement. With these terms, the plan is within 10% of nearly
-# all memory figures that others published for fine-tuning Falcon and Llama 2 (`tests/unit/machine/test_published_memory.py`).
+# GPUs. What comes and goes leaves fragments: we count 37%, computed from one published run; another run left more, so the number
+# of GPUs for full fine-tuning is a rough one. With these terms, the plan is within 10% of nearly all memory figures that others
+# published for fine-tuning Falcon and Llama 2 (`tests/unit/machine/test_published_memory.py`).
 
 # %%
 machines_table = machine.hardware_claims()

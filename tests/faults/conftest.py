@@ -41,6 +41,9 @@ def pytest_terminal_summary(terminalreporter):
     cases = len(ours.get("passed", [])) + len(failures)
     if not cases:
         return
-    kinds = Counter(value for report in failures for name, value in report.user_properties if name == "fault")
+    kinds: Counter[str] = Counter()
+    for report in failures:
+        # a file that cannot be imported fails with a report that has no properties
+        kinds.update(value for name, value in getattr(report, "user_properties", ()) if name == "fault")
     counts = ", ".join(f"{kinds[kind]} {_PLURALS[kind]}" for kind in KINDS)
     terminalreporter.write_line(f"fault campaign: {cases} cases: {counts}; {len(ours.get('skipped', []))} skipped")

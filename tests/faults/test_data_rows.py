@@ -1,7 +1,9 @@
 """Files of prompts, items, texts and conversations, as they are found: read if valid, refused by line if not."""
 
+import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,9 +12,9 @@ from dataclasses import replace
 import pytest
 
 from helpers.base.files import ROOT
-from helpers.evaluation import compare, read_items, read_texts
+from helpers.evaluation import Item, compare, is_correct, read_items, read_texts
 from helpers.generation import Chat, Sampling, generate
-from helpers.models import load_profile
+from helpers.models import format_for, load_profile
 from helpers.training import examples, read_conversations
 
 from .judge import Fault, kept, refused, same, workbook
@@ -131,6 +133,8 @@ BAD_ITEMS = {
     "A12-answer-of-lists": ({**ITEM, "id": "2", "answer": [["goat"]]}, "a list"),
     "A12-answer-null": ({**ITEM, "id": "2", "answer": None}, "null"),
     "A12-no-reply-can-be-right": ({**ITEM, "id": "2", "others": ["Goat"]}, "both"),
+    "A12-wrong-word-within-the-right-one": ({**ITEM, "id": "2", "answer": ["New York"], "others": ["York"]}, "both"),
+    "A12-wrong-word-in-the-singular": ({**ITEM, "id": "2", "answer": ["goats"], "others": ["goat"]}, "both"),
     "A12-word-with-a-space-after-it": ({**ITEM, "id": "2", "answer": ["goat "]}, "spaces"),
     "A12-misspelt-key": ({**ITEM, "id": "2", "answers": ["goat"]}, "'answers'"),
     "A3-blank-question": ({**ITEM, "id": "2", "question": "\u3164"}, "blank"),
@@ -147,7 +151,7 @@ def test_an_item_that_would_be_scored_wrongly_is_refused(second, word, tmp_path)
 
 @pytest.mark.parametrize("prompts", [["Hi", "\u00ad"], ["\ud83d"], [""], [None]], ids=ascii)
 def test_prompts_are_looked_at_before_a_model_is_loaded(prompts):
-    """A3 A7"""
+    """A3, A7: prompts that are blank, no text, or hold half a character; the model is not there at all."""
     nowhere = replace(load_profile("laptop").falcon, id="/no/such/model")
     refused(lambda: compare(prompts, {"a": nowhere}), "cannot be asked")
 
@@ -194,6 +198,39 @@ def test_one_end_token_is_taught_however_the_reply_is_closed(reply, tiny_loaded)
     same(found, right)
 
 
+@pytest.mark.parametrize(
+    ("form", "end"), [("chatml", "<|im_end|>"), ("llama-2", "</s>")], ids=["A2-chatml", "A2-llama"]
+)
+def test_the_end_that_a_format_writes_is_taught_as_a_token(form, end, tiny_loaded):
+    """A2: also where the tokenizer names another end token; without such a token, the tokenizer's own is taught."""
+    chat = [[HI, {**HELLO, "content": "Bye."}]]
+    for tokens in ([end], []):
+        tokenizer = copy.deepcopy(tiny_loaded.tokenizer)
+        tokenizer.add_tokens(tokens, special_tokens=True)
+        loaded = replace(tiny_loaded, tokenizer=tokenizer, format=format_for(form))
+        (example,) = examples(loaded, chat)
+        taught = [token for token, trained in zip(example.input_ids, example.trained, strict=True) if trained]
+        same(tokenizer.decode(taught).strip().removesuffix((tokens or ["<|endoftext|>"])[0]).strip(), "Bye.")
+        same(taught[-1], tokenizer.convert_tokens_to_ids((tokens or ["<|endoftext|>"])[0]))
+
+
+def test_a2_without_an_end_token_nothing_is_taught(tiny_loaded):
+    tokenizer = copy.deepcopy(tiny_loaded.tokenizer)
+    tokenizer.eos_token = None
+    refused(lambda: examples(replace(tiny_loaded, tokenizer=tokenizer), [[HI, HELLO]]), "no end token")
+
+
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [("cr\u00eape", "A cre\u0302pe."), ("cre\u0302pe", "A cr\u00eape."), ("New York", "New\u00a0York"),
+     ("New York", "in New\nYork."), ("don't", "I don\u2019t."), ("12", "\uff11\uff12")],
+    ids=["A12-two-characters", "A12-one-character", "A12-no-break", "A12-two-lines", "A12-apostrophe", "A12-wide"],
+)  # fmt: skip
+def test_a_word_is_found_however_its_characters_are_written(word, text):
+    same(is_correct(Item("1", "a", "?", (word,)), text), True)
+    same(is_correct(Item("1", "a", "?", ("tea",), (word,)), f"tea, {text}"), False)
+
+
 INVISIBLE = ["", " ", "\u00a0", "\u200b", "\u2060\ufeff", "\u3000", "\u115f", "\u2800\n", "\ufe0f", "\u00ad",
              "\U000e0020", "\u202e", "<|endoftext|>\u200b<|endoftext|>"]  # fmt: skip
 
@@ -215,6 +252,10 @@ SAVED_CHATS = {
     "A7-deep": lambda text: "[" * 100_000,
     "A7-turns-null": lambda text: text.replace('"turns": [', '"turns": null, "x": ['),
     "A7-one-message": lambda text: text.replace('"assistant"', '"user"'),
+    "A7-temperature-a-text": lambda text: re.sub('"temperature": [0-9.]+', '"temperature": "0.5"', text),
+    "A7-temperature-nan": lambda text: re.sub('"temperature": [0-9.]+', '"temperature": NaN', text),
+    "A7-seed-null": lambda text: text.replace('"seed": 0', '"seed": null'),
+    "A7-no-tokens": lambda text: text.replace('"max_new_tokens": 1', '"max_new_tokens": 0'),
     "A7-sampling": lambda text: text.replace('"temperature"', '"temperament"'),
 }
 
@@ -233,7 +274,7 @@ def test_a_damaged_conversation_is_refused_and_left_as_it_is(damage, tiny_loaded
 
 
 def test_a_half_character_reaches_no_tokenizer(tiny_loaded):
-    """A7"""
+    """A7: as a text, in a question and in a reply to train on."""
     refused(lambda: generate(tiny_loaded, "a\udcff"), "half of a surrogate pair")
     refused(lambda: generate(tiny_loaded, [{**HI, "content": "a\ud83d"}]), "half of a surrogate pair")
     refused(lambda: examples(tiny_loaded, [[HI, {**HELLO, "content": "\udc00"}]]), "half of a surrogate pair")
@@ -293,7 +334,7 @@ def test_the_command_names_bad_rows_before_a_model_is_loaded(variables, row, tmp
 
 @pytest.mark.whole
 def test_a_run_folder_whose_name_is_no_text_is_refused(tmp_path):
-    """A7"""
+    """A7: a name with a byte that is not UTF-8; nothing is made."""
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/run-\xff")
     workbook("run", "--only", "00", "--folder", folder).ends(2, "not UTF-8")
     same(list(tmp_path.iterdir()), [])

@@ -43,11 +43,15 @@ def silent(screen):
 
 @pytest.mark.parametrize("sequence", SEQUENCES.values(), ids=[f"D3-{name}" for name in SEQUENCES])
 @pytest.mark.parametrize("place", ["reason", "value", "folder"])
-def test_a_sequence_of_a_run_does_not_reach_the_terminal(run, sequence, place, tmp_path):  # noqa: F811
+def test_a_sequence_of_a_run_does_not_reach_the_terminal(run, sequence, place, tmp_path, monkeypatch):  # noqa: F811
     from typer.testing import CliRunner
 
     from helpers.cli import app
+    from helpers.runs import execution
 
+    # "expect" writes into this folder, which must not be the checkout's own
+    (tmp_path / "notebooks" / "expected").mkdir(parents=True)
+    monkeypatch.setattr(execution, "NOTEBOOKS", tmp_path / "notebooks")
     hostile, command = f"a{sequence}b", "check"
     if place == "folder":
         run, command = run.rename(tmp_path / hostile.replace("/", "")), "expect"
@@ -62,6 +66,40 @@ def test_a_sequence_of_a_run_does_not_reach_the_terminal(run, sequence, place, t
         command = "diff"
     arguments = [run, run, "--html", tmp_path / "diff.html"] if command == "diff" else [run]
     silent(CliRunner().invoke(app, [command, *map(str, arguments)]).output)
+
+
+@pytest.mark.parametrize("sequence", SEQUENCES.values(), ids=[f"D3-usage-{name}" for name in SEQUENCES])
+def test_a_sequence_in_a_wrong_call_does_not_reach_the_terminal(sequence):
+    from typer.testing import CliRunner
+
+    from helpers.cli import app
+
+    for arguments in ([f"a{sequence}b"], ["run", f"--a{sequence}b"], ["run", "--only", "00", f"a{sequence}b"]):
+        result = CliRunner().invoke(app, arguments)
+        same(result.exit_code, 2)
+        silent(result.output)
+
+
+@pytest.mark.parametrize(
+    "sequence",
+    # No file holds a half of a surrogate pair.
+    [pytest.param(sequence, id=f"D3-page-{name}") for name, sequence in SEQUENCES.items() if name != "surrogate"],
+)
+def test_a_sequence_is_seen_on_a_page(run, sequence):  # noqa: F811
+    """A page must neither hide it nor turn what follows."""
+    results = json.loads((run / "results.json").read_text())
+    results["values"]["00_a"][f"a{sequence}b"] = results["values"]["00_a"]["compute"] | {"value": f"c{sequence}d"}
+    (run / "results.json").write_text(json.dumps(results))
+    hostile = f"e{sequence}f"
+    outputs = [v4.new_output("stream", text=hostile),
+               v4.new_output("display_data", data={"text/html": f"<p>{hostile}"}),
+               v4.new_output("error", ename="E", evalue=hostile, traceback=[hostile])]  # fmt: skip
+    cells = [v4.new_markdown_cell(hostile), v4.new_code_cell(f"'{hostile}'", outputs=outputs)]
+    (run / "notebooks").mkdir(exist_ok=True)
+    nbformat.write(v4.new_notebook(cells=cells), run / "notebooks" / "00_a.ipynb")
+    write_report(run)
+    for page in (run / "report.html", run / "html" / "00_a.html"):
+        silent(page.read_text().replace("\r", ""))
 
 
 @pytest.mark.parametrize("markup", MARKUP.values(), ids=[f"D3-markup-{name}" for name in MARKUP])

@@ -108,7 +108,7 @@ except BaseException as error:
 
 @pytest.mark.parametrize("number", range(6))
 def test_an_interrupt_within_a_write_is_the_interrupt(tmp_path, moments, number):
-    """E2"""
+    """E2: Ctrl-C at a random moment ends as a KeyboardInterrupt, not as an error of the write."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", WRITES, str(tmp_path / "status.json")]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
@@ -133,7 +133,7 @@ FULL = "/dev/full"
     ],
 )
 def test_showing_progress_never_stops_a_run(checkout, tmp_path, shell):
-    """F6"""
+    """F6: the reader of the output is gone, the disk is full, or the output is closed."""
     run = tmp_path / "run"
     in_a_shell(checkout.root, f"run --folder '{run}' {shell}").ends(0)
     same(read(run, "status")["state"], "finished")
@@ -231,7 +231,7 @@ def test_a_disk_that_fills_stops_a_run_that_can_be_resumed(checkout, tmp_path):
 
 
 def test_a_notebook_that_fills_the_disk_is_named(checkout, tmp_path):
-    """E5"""
+    """E5: the run stops and says why; what was recorded before is kept, and the run can be resumed."""
     checkout_2 = Checkout(tmp_path / "workbook")
     fill = "import os\nfrom helpers import runs\nruns.record('kept', 1)\n"
     fill += "open(os.environ['WORKBOOK_RUN_DIR'] + '/big', 'wb').write(b'x' * 200 * 2**20)"
@@ -251,7 +251,7 @@ def test_a_notebook_that_fills_the_disk_is_named(checkout, tmp_path):
 
 
 def test_a_read_only_checkout_runs_elsewhere(tmp_path):
-    """E5"""
+    """E5: the run folder is outside of the checkout."""
     checkout, run = Checkout(tmp_path / "workbook"), tmp_path / "run"
     checkout.notebook("01_second", "1")
     prefix = RIGHTS if os.getuid() == 0 else ()

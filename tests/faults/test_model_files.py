@@ -21,7 +21,7 @@ from helpers.base import WorkbookError
 from helpers.base.files import ROOT
 from helpers.base.hub_variables import check_connection_variables, check_hub_variables
 from helpers.machine import anatomy
-from helpers.models import LoadOptions, ModelRef, finding, hub_cache
+from helpers.models import LoadOptions, ModelRef, finding, hub_cache, loading
 
 from .hub import COMMIT, serving
 from .judge import Outcome, kept, refused, same, workbook
@@ -105,6 +105,81 @@ def test_an_embedded_model_that_is_not_the_project_s_is_refused(case, embedded):
         refused(lambda ask=ask: ask(DRAFT), words, "estore")
 
 
+def moved_behind_a_link(folder: Path, change=lambda folder: None) -> None:
+    """The folder on a larger disk, and a link in its place."""
+    elsewhere = folder.parents[2] / "disk"
+    shutil.move(folder, elsewhere)
+    folder.symlink_to(elsewhere)
+    change(elsewhere)
+
+
+LINKED = {
+    "C1-link-to-changed": (
+        lambda folder: moved_behind_a_link(folder, lambda there: flip(there / WEIGHTS)),
+        f"{WEIGHTS} is not the file",
+    ),
+    "C1-link-to-another": (
+        lambda folder: [shutil.copytree(MINI, folder.parent / MINI.name), shutil.rmtree(folder),
+                        folder.symlink_to(folder.parent / MINI.name)],
+        "hashes.json is of falcon-mini,",
+    ),
+    "C1-link-to-foreign-weights": (
+        lambda folder: [(folder / WEIGHTS).unlink(), (folder / WEIGHTS).symlink_to(MINI / WEIGHTS)],
+        f"{WEIGHTS} is not the file",
+    ),
+    "C1-link-to-nothing": (
+        lambda folder: [(folder / WEIGHTS).unlink(), (folder / WEIGHTS).symlink_to("nowhere")],
+        f"{WEIGHTS} is missing",
+    ),
+    "C1-record-of-another": (
+        lambda folder: shutil.copy(MINI / "hashes.json", folder),
+        "hashes.json is of falcon-mini,",
+    ),
+    "C1-record-without-a-file": (
+        lambda folder: edit(folder / "hashes.json", sha256={WEIGHTS: "0"}),
+        "config.json does not belong there",
+    ),
+    "C1-templates-beside": (
+        lambda folder: [(folder / "additional_chat_templates").mkdir()],
+        "additional_chat_templates does not belong there",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LINKED)
+def test_an_embedded_model_is_known_by_its_place_and_its_content_behind_links(case, embedded):
+    change, words = LINKED[case]
+    change(embedded)
+    refused(lambda: models.load(DRAFT), words, "estore")
+
+
+def test_c1_an_embedded_model_may_lie_on_another_disk(embedded):
+    moved_behind_a_link(embedded)
+    same(models.resolve(DRAFT), embedded)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param("_check_config", id="C1-changed-before-the-tokenizer"),
+        pytest.param("_check_layers", id="C1-changed-before-the-weights"),
+    ],
+)
+@pytest.mark.parametrize("restored", [False, True], ids=["left", "restored"])
+def test_a_file_that_changes_between_the_check_and_the_load_is_noticed(moment, restored, embedded, monkeypatch):
+    """Somebody else writes there at that moment; a file that was put back in time may have been read meanwhile."""
+    step, wrong = getattr(loading, moment), embedded / WEIGHTS
+
+    def interfere(*arguments):
+        flip(wrong)
+        if restored:
+            flip(wrong)
+        return step(*arguments)
+
+    monkeypatch.setattr(loading, moment, interfere)
+    refused(lambda: models.load(DRAFT), WEIGHTS)
+
+
 HARMLESS = {
     "C1-touched": lambda folder: [os.utime(file) for file in folder.iterdir()],
     "C1-rights": lambda folder: [file.chmod(0o600) for file in folder.iterdir()],
@@ -132,7 +207,7 @@ def test_a_copy_elsewhere_may_be_changed_freely(embedded, tmp_path):
 
 
 def test_a_published_configuration_that_was_changed_is_refused(tmp_path, monkeypatch):
-    """C1."""
+    """C1: one layer more than the published Falcon-180B has."""
     folder = shutil.copytree(anatomy.CONFIGS, tmp_path / "configs")
     monkeypatch.setattr(anatomy, "CONFIGS", folder)
     anatomy.published_config("tiiuae/falcon-180B")
@@ -342,7 +417,7 @@ def test_a_checkpoint_whose_parts_do_not_fit_is_refused(case, tiny, tmp_path):
 
 @pytest.mark.parametrize(("form", "words"), [("chatml", "<|im_start|>"), ("llama-2", "</s>")])
 def test_a_chat_format_whose_tokens_are_missing_is_refused(form, words, tiny):
-    """C4."""
+    """C4: the tokenizer's vocabulary of 4,096 tokens does not have those of the format."""
     refused(lambda: models.load(at(tiny, format=form)), words, "4,096")
 
 
@@ -391,7 +466,7 @@ def test_a_device_that_is_not_there_is_refused(device_map, tiny):
     ],
 )
 def test_a_variable_that_breaks_the_library_is_named(name, value, monkeypatch):
-    """F13."""
+    """F13: times that are no whole number above 0, and addresses that are none."""
     monkeypatch.setenv(name, value)
     refused(check_hub_variables, name)
     refused(models.load_profile, name)
@@ -410,7 +485,7 @@ def test_a_variable_that_breaks_the_library_is_named(name, value, monkeypatch):
     ],
 )
 def test_a_connection_that_cannot_be_made_is_named(name, value, monkeypatch):
-    """F16."""
+    """F16: a proxy or certificates that cannot be used; the password of the proxy is not shown."""
     monkeypatch.setenv(name, value)
     same("hunter2" in refused(check_connection_variables, name), False)
 
@@ -419,7 +494,7 @@ def test_a_connection_that_cannot_be_made_is_named(name, value, monkeypatch):
 @pytest.mark.parametrize(("name", "value"), [("HF_HUB_DOWNLOAD_TIMEOUT", "abc"), ("HF_ENDPOINT", "http://hub:x")])
 @pytest.mark.parametrize("command", ["run", "fetch", "doctor"])
 def test_every_command_names_it(command, name, value, tmp_path):
-    """F13."""
+    """F13: the whole command, with one variable set."""
     workbook(command, environment={name: value}, folder=tmp_path).ends(2, name)
 
 
@@ -487,7 +562,7 @@ def test_a_hub_that_refuses_is_named(case, tiny, tmp_path):
 @pytest.mark.whole
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_hub_that_recovers_is_waited_for(status, tiny, tmp_path):
-    """F16."""
+    """F16: four refusals, and then the file."""
     with serving(tiny) as (hub, address):
         hub.answers = [(status, NOW, b"")] * 4
         ask(address, tmp_path).ends(0, f"answered {status}", "Trying again", f"snapshots/{COMMIT}")

@@ -9,7 +9,8 @@ import pytest
 from helpers import base, evaluation, figures, generation, speed
 from helpers.base import Interval
 from helpers.evaluation import Comparison, Item
-from helpers.evaluation.likelihood import _MultipleChoice, _Perplexity
+from helpers.evaluation.likelihood import _Perplexity
+from helpers.evaluation.options import _MultipleChoice
 from helpers.figures import memory_by_precision
 from helpers.generation import Decoding, Reply, Sampling
 from helpers.machine import Devices, Training, Workload, estimate, hardware_claims, place, published_config, shard
@@ -195,3 +196,137 @@ def test_b7_the_articles_machines_hold_what_they_were_used_for():
 def test_b1_a_figure_of_memory_takes_what_an_estimate_gives():
     config = published_config("tiiuae/falcon-7b")
     same(len(memory_by_precision([estimate(config, "bf16")], {"one": 80e9}, "x").axes), 1)
+
+
+SMALL = {"uint8": "uint8", "int8": "int8", "float16": "float16", "bool": "bool"}
+
+
+@pytest.mark.parametrize("kind", SMALL.values(), ids=[f"B3-{name}" for name in SMALL])
+def test_numbers_of_numpy_give_the_same_statistics(kind):
+    """uint8 is 255 for 0 - 1, and int8 ends at 127, in sums too."""
+    import numpy as np
+
+    left, right = [1, 0, 1, 0, 0] * 40, [1, 1, 0, 1, 0] * 40
+    one, two = np.array(left, kind), np.array(right, kind)
+    same(base.paired_difference(one, two), base.paired_difference(left, right))
+    same(base.mean(one), base.mean(left))
+    same(base.mcnemar(one, two), base.mcnemar(left, right))
+    same(base.ratio(one, two), base.ratio(left, right))
+    same(base.proportion(one.sum(), np.int64(len(left))), base.proportion(80, 200))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [([1, 0, 1, 1], [0.5] * 4), ([0.5] * 4, [1, 0, 1, 1]), ([1, 1, 0, 0], [2, 2, 1, 1])],
+    ids=["B3-second-is-partial", "B3-first-is-partial", "B3-second-is-a-count"],
+)
+def test_only_two_lists_of_outcomes_get_the_interval_of_outcomes(first, second):
+    """A bootstrap never leaves the range of the differences."""
+    differences = [one - other for one, other in zip(first, second, strict=True)]
+    found = base.paired_difference(first, second)
+    same(min(differences) <= found.low <= found.estimate <= found.high <= max(differences), True)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        *[lambda c=c: base.proportion(3, 12, c) for c in (95, 0, 1, NAN)],
+        *[lambda c=c: base.mean([1.0, 2.0, 4.0], c) for c in (95, 0, 1)],
+        *[lambda c=c: base.paired_difference([1, 0, 1], [0, 0, 1], confidence=c) for c in (95, 1)],
+        lambda: base.ratio([1.0, 2.0], [1.0, 1.0], 95),
+        lambda: base.proportion(2.5, 12),
+        lambda: base.proportion(NAN, 12),
+        lambda: base.mcnemar([NAN, True], [False, True]),
+        lambda: base.paired_difference([1.0, 2.0], [0.0, 0.0], [3.0, -1.0]),
+    ],
+    ids=[f"B3-{n}" for n in range(14)],
+)
+def test_an_interval_that_cannot_be_is_refused(ask):
+    refused(ask)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"agrees": "no", "claim": "A1"}, {"agrees": NAN, "claim": "A1"}, {"agrees": 0, "claim": "A1"},
+        {"tolerance": "0.1"}, {"tolerance": True}, {"unit": 5}, {"claim": 5}, {"model": 5}, {"unit": "\ud800"},
+        {"model": "\ud800"}, {"name": "a\ud800"}, {"name": 5}, {"name": "\u200b"},
+    ],
+    ids=ascii,
+)  # fmt: skip
+def test_b1_what_is_recorded_beside_a_value_is_of_its_kind(given):
+    refused(lambda: recording.record(**{"name": "a value", "value": 1, **given}))
+
+
+def test_b1_numpy_records_what_it_holds_and_nothing_that_is_masked():
+    import numpy as np
+
+    refused(lambda: recording.record("a value", np.ma.masked))
+    refused(lambda: recording.record_all([1]), "by name")
+    records = recording.record_all({"right": np.bool_(True), "loss": np.float32(0.5)}, tolerance=np.float32(0.25))
+    same([(entry.value, entry.content.floor) for entry in records], [(True, None), (0.5, 0.25)])
+    entry = recording.record("agreed", 1, claim="A1", agrees=np.bool_(False))
+    same(entry.content.agrees, False)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": 1e-40}, {"temperature": 5e-324}, {"temperature": "0.5"}, {"temperature": None},
+        {"temperature": True}, {"top_p": "1"}, {"max_new_tokens": 2.5}, {"max_new_tokens": True},
+        {"max_new_tokens": "5"}, {"max_new_tokens": None}, {"seed": 1.5}, {"seed": 2**64}, {"seed": None},
+    ],
+    ids=lambda given: f"B8-{given}",
+)  # fmt: skip
+def test_a_sampling_of_odd_values_is_refused(tiny_loaded, given):
+    """A temperature of 1e-40 made several logits infinite, and the first token of the vocabulary was drawn."""
+    refused(lambda: generation.generate(tiny_loaded, TEXT, Sampling(**given)))
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda model: generation.generate_batch(model, TEXT, GREEDY),
+        lambda model: generation.generate_batch(model, [TEXT], GREEDY, stop="abc"),
+        lambda model: generation.generate_batch(model, [TEXT], GREEDY, stop=["a", ""]),
+        lambda model: generation.generate_batch(model, [TEXT], GREEDY, [1.5]),
+        lambda model: generation.generate(model, TEXT, GREEDY, decoding=Decoding("lokup")),
+        lambda model: generation.generate(model, TEXT, GREEDY, decoding=Decoding("lookup", candidates=1.5)),
+        *[lambda model, k=k: generation.next_token_probabilities(model, TEXT, k) for k in (0, 10**7, 2.0)],
+        lambda model: generation.next_token_probabilities(model, TEXT, temperature=1e-40),
+        lambda model: evaluation.perplexity(model, [TEXT], window=16.5),
+        lambda model: evaluation.perplexity(model, [TEXT], max_tokens=True),
+        lambda model: evaluation.perplexity(model, [5]),
+        lambda model: evaluation.compare([TEXT], {"a": model}, batch_size=1.5),
+        *[
+            lambda model, q=q: evaluation.multiple_choice(model, [evaluation.Question(TEXT, *q)])
+            for q in [("bc", 0), ((" b", " b"), 1), ((" b", " c"), True), ((" b", " c"), 1.0), ((" b", 5), 0)]
+        ],
+    ],
+    ids=[f"B8-{n}" for n in range(19)],
+)
+def test_what_would_be_taken_for_something_else_is_refused(tiny_loaded, ask):
+    refused(lambda: ask(tiny_loaded))
+
+
+def test_b8_numbers_of_numpy_are_numbers(tiny_loaded, tmp_path):
+    import numpy as np
+
+    plain = Sampling(0.5, 1.0, 3, 7)
+    odd = Sampling(np.float64(0.5), np.float32(1), np.int64(3), np.uint8(7))
+    same(odd, plain)
+    (reply,) = generation.generate_batch(tiny_loaded, [TEXT], odd, np.array([7]))
+    same(reply.token_ids, generation.generate(tiny_loaded, TEXT, plain).token_ids)
+    generation.Chat(tiny_loaded, sampling=odd).save(tmp_path / "chat.json")
+    same(generation.Chat.load(tmp_path / "chat.json", tiny_loaded).sampling, plain)
+    given = [evaluation.Question(TEXT, (" b", " c"), answer) for answer in (1, np.int64(1))]
+    same(*[evaluation.multiple_choice(tiny_loaded, [question]) for question in given])
+
+
+@pytest.mark.parametrize("draft_is_bad", [True, False], ids=["B1-draft", "B1-model"])
+def test_a_speculative_reply_is_refused_if_either_model_gives_nan(tiny_loaded, draft_is_bad):
+    bad = changed(tiny_loaded, "transformer.h.1.ln_mlp.bias", NAN)
+    model, draft = (tiny_loaded, bad) if draft_is_bad else (bad, tiny_loaded)
+    decoding = Decoding("speculative", draft=draft)
+    refused(lambda: generation.generate(model, TEXT, GREEDY, decoding=decoding), "not finite", "h.1.ln_mlp")
+    refused(lambda: list(generation.stream(model, TEXT, GREEDY, decoding=decoding)), "not finite")

@@ -221,7 +221,7 @@ def test_f12_what_has_no_budget_is_named_and_does_not_stop_the_others(notebooks,
     profile = load_profile("laptop")
     same([path.stem for path in _select(folder, [], profile)], list(profile.budgets))
     same([path.stem for path in _select(folder, ["01"], profile)], ["01_loading"])
-    said = _left_out(folder, profile)
+    (said,) = _left_out(folder, profile)
     for name in (*names, "x"):
         if f"{name}.ipynb" not in said:
             raise Fault("wrong", f"{name} is not named: {said}")
@@ -229,11 +229,15 @@ def test_f12_what_has_no_budget_is_named_and_does_not_stop_the_others(notebooks,
         refused(asked(folder, tmp_path / "run", name), "no time budget", "--notebook")
 
 
-def test_f12_a_notebook_with_a_budget_that_is_gone_is_not_passed_over(notebooks, tmp_path):
-    folder = tmp_path / "notebooks"
+def test_f12_a_notebook_with_a_budget_that_is_gone_is_named(notebooks, tmp_path):
+    folder, profile = tmp_path / "notebooks", load_profile("laptop")
     shutil.copytree(notebooks, folder)
     (folder / "03_chat_prompting.ipynb").unlink()
-    refused(lambda: _plan_run(load_profile("laptop"), folder, [], {}, {}), "03_chat_prompting", "workbook render")
+    planned = {plan.name for plan in _plan_run(profile, folder, [], {}, {})}
+    same(planned, profile.budgets.keys() - {"03_chat_prompting"})
+    (said,) = _left_out(folder, profile)
+    same(all(words in said for words in ("03_chat_prompting", "workbook render")), True)
+    refused(lambda: _plan_run(profile, folder, ["03"], {}, {}), "'03'")
 
 
 def test_b8_limits_that_exclude_the_default_are_refused(notebooks, tmp_path):
@@ -252,3 +256,39 @@ def test_b8_limits_that_exclude_the_default_are_refused(notebooks, tmp_path):
         document["metadata"]["workbook"]["parameters"] = limits
         path.write_text(json.dumps(document))
         refused(lambda: _plan_run(load_profile("laptop"), folder, ["05"], {}, {}), "05_fine_tuning", *words)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        pytest.param(old, new, words, id=f"B8-{new}")
+        for old, new, words in [
+            *[("cpus: 2", f"cpus: {text}", ["010" if text == "-010" else text])
+              for text in ("010", "-010", "1:30", "0x10", "0b11", "yes", "No", "ON", "0_1")],
+            *[("cpus: 2", f"cpus: {text}", ["cpus"]) for text in ('"2"', "true", "2.5", "-2", "~", "[2]", ".inf")],
+            *[("seconds: 120,", f"seconds: {text},", ["seconds"]) for text in ("true", '"60"')],
+            ("seconds: 120,", "seconds: 2026-11-27,", ["2026-11-27 at line"]),
+            ("seconds: 120,", "seconds: 2:00,", ["2:00"]),
+            ("decoding: plain", "parameters: {00_start_here: {seed: 010}}", ["010", "line"]),
+            ("decoding: plain", "parameters: {00_start_here: {seed: 1:30}}", ["1:30"]),
+            ("decoding: plain", "parameters: {03_chat_prompting: {question: no}}", ["no at line"]),
+            ("decoding: plain", "parameters: {00_start_her: {seed: 1}}", ["00_start_her"]),
+            ("precisions: [fp32, bf16, int8, nf4]", "precisions: []", ["precisions"]),
+        ]
+    ],
+)  # fmt: skip
+def test_no_word_of_a_profile_becomes_another_value(tmp_path, monkeypatch, old, new, words):
+    """YAML 1.1 reads 010 as 8, 1:30 as 90 and yes as true; pydantic takes true for 1 and a text for a number."""
+    text = (ROOT / "env" / "profiles" / "laptop.yaml").read_text(encoding="utf-8")
+    same(old in text, True)
+    (tmp_path / "odd.yaml").write_text(text.replace(old, new, 1), encoding="utf-8")
+    monkeypatch.setattr("helpers.models.profiles.FOLDER", tmp_path)
+    refused(lambda: load_profile("odd"), "odd.yaml", *words)
+
+
+def test_f2_a_quoted_word_of_a_profile_is_a_text(tmp_path, monkeypatch):
+    text = (ROOT / "env" / "profiles" / "laptop.yaml").read_text(encoding="utf-8")
+    given = 'parameters: {03_chat_prompting: {question: "010"}}\ndecoding: plain'
+    (tmp_path / "odd.yaml").write_text(text.replace("decoding: plain", given, 1), encoding="utf-8")
+    monkeypatch.setattr("helpers.models.profiles.FOLDER", tmp_path)
+    same(load_profile("odd").parameters, {"03_chat_prompting": {"question": "010"}})

@@ -262,7 +262,7 @@ def test_lost_values_are_said_everywhere_and_never_made_the_expected_ones(run, m
 
 
 def test_expect_keeps_what_the_run_does_not_have(run):
-    """F5"""
+    """F5: values of other notebooks and from citations stay; what the notebook no longer records is dropped."""
     path = file_of(run, "expected")
     others = {"05_fine_tuning/loss": {"value": 1.5, "tolerance": 0.1, "source": "run y"},
               f"{NAME}/gone": {"value": 1, "tolerance": 0, "source": "run y"},
@@ -279,7 +279,7 @@ def test_expect_keeps_what_the_run_does_not_have(run):
 
 
 def test_other_parameters_are_named_as_the_reason(run):
-    """F20"""
+    """F20: a value differs because the run had another seed."""
     edit("manifest", "notebooks", NAME, "parameters", value={"profile": "laptop", "seed": 5, "sizes": [1]})(run)
     edit("results", *LOSS, "value", value=9.5)(run)
     call("check", run).ends(1, "other parameters than those of the expected values: seed = 5 (usually 0)")
@@ -299,7 +299,7 @@ def test_a_resumed_run_is_not_moved(run, tmp_path, arguments, words):
 
 
 def test_redo_needs_a_run(tmp_path):
-    """C9"""
+    """C9: --redo without --resume is refused, and no folder is made."""
     call("run", "--redo", "--folder", tmp_path / "new").ends(2, "--resume")
     same((tmp_path / "new").exists(), False)
 
@@ -354,7 +354,7 @@ def without_rights(*arguments):
 @pytest.mark.whole
 @pytest.mark.parametrize("name", ["manifest", "status", "results"])
 def test_a_file_without_rights_is_one_sentence(run, name):
-    """C8, E5"""
+    """C8, E5: the command runs as a user who may not read the file."""
     path = file_of(run, name)
     content = path.read_bytes()
     path.chmod(0)
@@ -366,7 +366,7 @@ def test_a_file_without_rights_is_one_sentence(run, name):
 
 @pytest.mark.whole
 def test_a_read_only_run_folder_is_one_sentence(run):
-    """E5"""
+    """E5: what must write is refused; what only reads still works."""
     for path in (run, *run.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
     try:
@@ -427,7 +427,7 @@ def test_a_damaged_profile_is_named(kind, tmp_path, monkeypatch):
 
 
 def test_a_folder_in_the_place_of_a_profile_is_named(tmp_path, monkeypatch):
-    """C8"""
+    """C8: laptop.yaml is a folder."""
     from helpers.models import profiles
 
     monkeypatch.setattr(profiles, "FOLDER", tmp_path)

@@ -1,8 +1,10 @@
 """Secrets: what looks like one stands in no file and on no screen, and what does not is never touched (D1, D2, F9)."""
 
 import base64
+import hashlib
 import json
 import os
+import pickle
 import subprocess
 import zipfile
 
@@ -18,7 +20,7 @@ from .judge import Fault, kept, no_secret, same, workbook
 # Made up, of the real shapes.
 TOKEN = "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"
 STORED = "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"
-PASSWORD = "n0t-s0-$afe!9x"
+PASSWORD = "n0t-s0-$imple!9x"
 DOCUMENT = {
     "163840": {"weight": [163840, 0.5, True, None], "notebooks": "weight of 163840 in laptop notebooks"},
     "values": {"model.layers.0.weight": {"value": 10.0, "unit": "tokens", "source": "run 20260131T120000Z-laptop"}},
@@ -101,6 +103,10 @@ def test_a_planted_token_is_nowhere(text, known, tmp_path):
     json.loads((tmp_path / "d.json").read_text())
 
 
+def coded(pattern):
+    return lambda secret: "".join(pattern % ord(letter) for letter in secret)
+
+
 @pytest.mark.parametrize(
     "write",
     [
@@ -110,6 +116,8 @@ def test_a_planted_token_is_nowhere(text, known, tmp_path):
         pytest.param(lambda secret: json.dumps(json.dumps(secret)), id="D2-json-twice"),
         pytest.param(repr, id="D2-repr"),
         pytest.param(ascii, id="D2-ascii"),
+        pytest.param(coded("%%%02x"), id="D2-percent-small"),
+        pytest.param(coded("&#%d;"), id="D2-entities"),
     ],
 )
 @pytest.mark.parametrize("secret", [TOKEN, PASSWORD], ids=["token", "password"])
@@ -118,6 +126,152 @@ def test_a_known_secret_is_nowhere_in_another_way_of_writing(write, secret):
     written = write(secret)
     if written.strip("'\"\\") in _redact(f"a {written} b", secrets):
         raise Fault("leak", f"{written} is shown")
+
+
+def in_base64(before, behind=""):
+    return lambda secret: base64.b64encode(f"{before}{secret}{behind}".encode()).decode()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(in_base64("x"), id="D2-base64-second"),
+        pytest.param(in_base64("user:"), id="D2-base64-third"),
+        pytest.param(in_base64('{"auth": "', '", "more": "of it"}'), id="D2-base64-json"),
+        pytest.param(lambda secret: base64.encodebytes(b"y" * 30 + secret.encode()).decode(), id="D2-base64-lines"),
+        pytest.param(lambda secret: repr(base64.encodebytes(b"y" * 31 + secret.encode())), id="D2-base64-repr"),
+        pytest.param(lambda secret: base64.urlsafe_b64encode(b"?" + secret.encode()).decode(), id="D2-base64-url"),
+        pytest.param(lambda secret: secret.encode().hex(), id="D2-hex"),
+        pytest.param(lambda secret: secret.encode().hex().upper(), id="D2-hex-upper"),
+        pytest.param(lambda secret: secret.encode().hex(" "), id="D2-hex-dump"),
+        pytest.param(coded("%%%02X"), id="D2-percent"),
+        pytest.param(coded("%%%02x"), id="D2-percent-small"),
+        pytest.param(lambda secret: f"x?a={secret.replace('_', '%5F')}&b=1", id="D2-percent-one"),
+        pytest.param(coded("\\u%04x"), id="D2-unicode"),
+        pytest.param(coded("\\x%02x"), id="D2-bytes"),
+        pytest.param(coded("&#%d;"), id="D2-entities"),
+        pytest.param(coded("&#x%x;"), id="D2-entities-hex"),
+        pytest.param(lambda secret: f"<p>{secret.replace('_', '&lowbar;')}</p>", id="D2-entity"),
+        pytest.param(lambda secret: secret.replace("_", "\\_"), id="D2-markdown"),
+        pytest.param(lambda secret: f"0  Authorization: Bearer {secret[:24]}...", id="D2-cut"),
+        pytest.param(lambda secret: f"│ {secret[:12]}… │", id="D2-cut-table"),
+    ],
+)
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+def test_a_token_written_in_codes_is_nowhere(write, known, tmp_path):
+    """Also if nobody knows whose it is, as if it was read from some file."""
+    secrets, written = _find_secrets({"A_TOKEN": TOKEN} if known else {}), write(TOKEN)
+    shown = _redact(f"a {written} b", secrets)
+    (tmp_path / "a.txt").write_text(f"a {written} b")
+    _sweep(tmp_path, secrets)
+    same((tmp_path / "a.txt").read_text(), shown)
+    if "[redacted]" not in shown or any(part in shown for part in written.split("=")[0].splitlines() if len(part) > 20):
+        raise Fault("leak", shown)
+    same((shown[:2], shown[-2:]), ("a ", " b"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(base64.b64encode(bytes(range(256)) * 20).decode(), id="D1-base64"),
+        pytest.param(hashlib.sha256(b"x").hexdigest(), id="D1-hash"),
+        pytest.param("3f2504e0-4f89-11d3-9a0c-0305e82c3301", id="D1-uuid"),
+        pytest.param(
+            "https://x/a%20b%5Fc?d=%68%66 &#95;&lt;b&gt; \\u0068\\x5f a\\_b hf_transfer... hf_hub…", id="D1-codes"
+        ),
+        pytest.param("aGZf and hmX oZl8 68665f", id="D1-hints"),
+        pytest.param(
+            "?api_key={api_key}&token=${TOKEN} Authorization: Bearer <your-token-goes-here-1>", id="D1-examples"
+        ),
+        pytest.param("1" * 400 + " 0.1234567890123456789 1e-300", id="D1-long-number"),
+    ],
+)
+def test_what_only_resembles_a_token_is_not_touched(text):
+    same(_redact(text, _find_secrets({"A_TOKEN": TOKEN, "JUPYTER_TOKEN": "notebook"})), text)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["python3", "float32", "bfloat16", "sha256", "LlamaForCausalLM", "query_key_value.weight", "falcon-mini-chat",
+     "model.layers.0.self_attn.q_proj.weight", "SmolLM2-135M-Instruct", "learning_rate", "transformers"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["JUPYTER_TOKEN", "DB_PASSWORD"])
+def test_a_name_of_the_workbook_is_hidden_beside_its_variable_only(name, value):
+    """D1, F9: also names with digits, and long ones."""
+    secrets = _find_secrets({name: value})
+    same(_redact({"kernelspec": {"name": value}, value: f"of {value}."}, secrets),
+         {"kernelspec": {"name": value}, value: f"of {value}."})  # fmt: skip
+    same(_redact(f"{name}={value}", secrets), f"{name}=[redacted]")
+
+
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        pytest.param("utf16", lambda path: path.write_text(f"a {TOKEN}", encoding="utf-16"), id="D2-utf16"),
+        pytest.param("utf16be", lambda path: path.write_text(TOKEN, encoding="utf-16-be"), id="D2-utf16-big"),
+        pytest.param("utf32", lambda path: path.write_text(TOKEN, encoding="utf-32"), id="D2-utf32"),
+        pytest.param("npy", lambda path: np.save(path, np.array([TOKEN, "b"])), id="D2-npy"),
+        pytest.param("pkl", lambda path: path.write_bytes(pickle.dumps({PASSWORD: [TOKEN, 5]})), id="D2-pickle"),
+    ],
+)
+def test_a_token_in_wide_letters_or_a_pickle_is_nowhere(kind, make, tmp_path):
+    path = tmp_path / f"a.{kind}"
+    make(path)
+    size = path.stat().st_size
+    _sweep(tmp_path, _find_secrets({"DB_PASSWORD": PASSWORD}))
+    content = path.read_bytes().replace(b"\0", b"")
+    same((TOKEN.encode() in content, PASSWORD.encode() in content, path.stat().st_size), (False, False, size))
+    if kind == "npy":
+        same(np.load(path).tolist(), ["*" * len(TOKEN), "b"])
+    if kind == "pkl":
+        same(next(iter(pickle.loads(path.read_bytes()).values()))[1], 5)
+
+
+@pytest.mark.whole
+def test_d2_a_large_log_holds_no_token_anywhere(tmp_path):
+    path = tmp_path / "a.log"
+    line = b"step 1: loss 2.5\n" * 1000
+    with path.open("wb") as file:
+        for number in range(4000):
+            file.write(line)
+            if number in (0, 1234, 2000, 3999):
+                file.write(TOKEN.encode() + b"\n")
+    size = path.stat().st_size
+    _sweep(tmp_path, [])
+    content = path.read_bytes()
+    same((content.count(b"*" * len(TOKEN)), TOKEN.encode() in content, len(content)), (4, False, size))
+
+
+def test_d2_a_link_to_a_path_with_a_token_leads_nowhere(tmp_path):
+    (tmp_path / "link").symlink_to(f"/nowhere/{TOKEN}/x")
+    _sweep(tmp_path, [])
+    same(os.readlink(tmp_path / "link"), "/nowhere/[redacted]/x")
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [
+        pytest.param("text/html", f"<p>{TOKEN.replace('_', '&#95;')}</p>", id="D2-page-html"),
+        pytest.param("text/html", f"<p>{TOKEN}</p>", id="D2-page-older-run"),
+        pytest.param("text/markdown", TOKEN.replace("_", "\\_"), id="D2-page-markdown"),
+        pytest.param("text/plain", TOKEN, id="D2-page-plain"),
+    ],
+)
+def test_a_token_that_a_page_would_decode_is_on_no_page(kind, source, tmp_path):
+    import nbformat
+    from nbformat import v4
+
+    from helpers.runs.report import write_report
+    from tests.unit.runs.test_report import make_run
+
+    run = tmp_path / "20260131T120000Z-laptop"
+    make_run(run)
+    (run / "notebooks").mkdir(exist_ok=True)
+    output = v4.new_output("display_data", data={kind: source, "text/plain": "x"} | {kind: source})
+    nbformat.write(v4.new_notebook(cells=[v4.new_code_cell("1", outputs=[output])]), run / "notebooks/00_a.ipynb")
+    write_report(run)
+    no_secret(TOKEN, run / "html")
+    same("[redacted]" in (run / "html/00_a.html").read_text(), True)
 
 
 @pytest.mark.parametrize(
@@ -257,6 +411,10 @@ def test_d2_a_token_in_an_address_is_on_no_screen_of_doctor(tmp_path):
         pytest.param(["run", "--only", TOKEN], id="D2-only"),
         pytest.param(["report", f"runs/{TOKEN}"], id="D2-folder"),
         pytest.param(["run", "--notebook", f"{TOKEN}.ipynb"], id="D2-notebook"),
+        pytest.param([TOKEN], id="D2-no-such-command"),
+        pytest.param(["run", f"--{TOKEN}"], id="D2-no-such-option"),
+        pytest.param(["run", "--only", "00", TOKEN], id="D2-extra-argument"),
+        pytest.param(["plan", "--batch", TOKEN], id="D2-no-number"),
     ],
 )
 def test_an_error_does_not_repeat_a_token(arguments, tmp_path):

@@ -37,7 +37,10 @@ def _frozen_nouns() -> re.Pattern[str]:
 
 def _read_nouns() -> list[dict[str, str]]:
     """The nouns of the animal test, each with its plural and kind."""
-    return [{name: str(value) for name, value in row.items()} for _, row in read_records(NOUNS)]
+    nouns = []
+    for _, row in read_records(NOUNS):
+        nouns.append({name: str(value) for name, value in row.items()})
+    return nouns
 
 
 def _records(path: Path) -> list[str]:

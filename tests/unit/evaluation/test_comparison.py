@@ -220,7 +220,7 @@ def test_nothing_to_ask_is_an_error(mini):
     for models in ({}, mini, {"a": "falcon-mini-chat"}):
         with pytest.raises(WorkbookError, match="models by name"):
             compare(["Hi"], models)
-    with pytest.raises(WorkbookError, match="batch_size must be at least 1"):
+    with pytest.raises(WorkbookError, match="batch_size must be a whole number from 1"):
         compare(["Hi"], {"a": mini}, batch_size=0)
 
 
@@ -256,7 +256,7 @@ def items_file(tmp_path, *rows: dict | str):
         ({**GOOD, "id": "2", "others": ["saddle "]}, "others has spaces around the word 'saddle '."),
         ({**GOOD, "id": "2", "others": ["c++"]}, "No reply can be right: c++ is in both answer and others."),
         ({**GOOD, "id": "2", "question": " \u00a0"}, "question is blank."),
-        ({**GOOD, "id": "2", "anser": ["Paris"]}, "An item has no key 'anser'."),
+        ({**GOOD, "id": "2", "reply": ["Paris"]}, "An item has no key 'reply'."),
     ],
 )  # fmt: skip
 def test_a_row_that_is_no_item_is_named(second, reason, tmp_path):

@@ -16,7 +16,8 @@ from helpers.base import WorkbookError, proportion
 from helpers.base.files import ROOT
 from helpers.evaluation import Question, evaluate, multiple_choice, perplexity
 from helpers.evaluation.harness_model import _harness_model
-from helpers.evaluation.likelihood import _MultipleChoice, _windows
+from helpers.evaluation.likelihood import _windows
+from helpers.evaluation.options import _MultipleChoice
 from helpers.generation import Sampling, generate
 from helpers.models import PromptTooLong, format_for, load, load_profile
 
@@ -176,9 +177,9 @@ def test_bits_per_byte_are_those_of_the_harness(tiny_loaded, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 1}, "window must be from 2"),
-        ({"window": 129}, "context of 128"),
-        ({"window": 64, "stride": 64}, "stride must be from 1 to 63"),
+        ({"window": 1}, "window must be a whole number from 2"),
+        ({"window": 129}, "window must be a whole number from 2 to 128"),
+        ({"window": 64, "stride": 64}, "stride must be a whole number from 1 to 63"),
         ({"stride": 0}, "stride"),
         ({"batch_size": 0}, "batch_size"),
     ],

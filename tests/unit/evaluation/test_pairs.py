@@ -13,7 +13,7 @@ import torch
 from helpers.base import WorkbookError
 from helpers.base.files import ROOT
 from helpers.evaluation import Question, evaluate, multiple_choice, perplexity
-from helpers.evaluation.likelihood import _MultipleChoice
+from helpers.evaluation.options import _MultipleChoice
 from helpers.evaluation.pairs import _paired
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -182,7 +182,7 @@ def peak_of(loaded: Loaded, prompt: str):
     ("way", "complaint"),
     [
         (Decoding("speculative"), "needs a draft"),
-        (Decoding("lookup", candidates=0), "candidates must be at least 1"),
+        (Decoding("lookup", candidates=0), "candidates must be a whole number from 1"),
     ],
 )
 def test_impossible_ways_are_refused(tiny_loaded, way, complaint):

@@ -755,7 +755,7 @@ def test_a_notebook_keeps_one_figure_the_last():
     import papermill
     from nbformat.v4 import new_code_cell, new_notebook
 
-    from helpers.runs.child import _kernel_manager
+    from helpers.runs.child import _Job, _kernel_manager, _Watcher
 
     notebook = papermill.execute_notebook(
         new_notebook(
@@ -764,7 +764,7 @@ def test_a_notebook_keeps_one_figure_the_last():
         None,
         kernel_name="python3",
         language="python",
-        kernel_manager_class=_kernel_manager(),
+        kernel_manager_class=_kernel_manager(_Watcher(_Job("", "", {}, 60, 60, ()), print)),
         progress_bar=False,
         cwd=str(ROOT),
     )

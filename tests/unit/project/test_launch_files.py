@@ -280,7 +280,7 @@ def test_an_expected_value_stands_on_a_run_of_its_profile_or_a_citation():
         entries = json.loads(path.read_text(encoding="utf-8"))
         assert entries.pop("version") == 2
         for key, entry in entries.items():
-            runs = re.fullmatch(r"run (.+)", entry["source"])
+            runs = re.fullmatch(r"run (.+?)( \(commit .+\))?", entry["source"])
             measured = runs and all(name.endswith(f"-{path.stem}") for name in runs[1].split(", "))
             assert measured or entry["source"].startswith("citation: "), f"{path.name}: {key}"
 

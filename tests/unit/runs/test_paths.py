@@ -8,7 +8,7 @@ import pytest
 
 from helpers.runs.expected import expected_from_runs, judge
 from helpers.runs.folder import _held
-from helpers.runs.paths import OutsideError
+from helpers.runs.paths import _OutsideError
 from helpers.runs.recording import _forget
 from helpers.runs.report import write_report
 from helpers.runs.store import ResultError, _read_results, _read_status, read_manifest
@@ -46,7 +46,7 @@ def test_a_link_that_leads_out_is_refused(run, outside, name, reader):  # noqa: 
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
     path.symlink_to(outside if "." not in name else outside / "a.txt")
-    with pytest.raises(OutsideError, match="is a link to"):
+    with pytest.raises(_OutsideError, match="is a link to"):
         reader(run)
     assert [file.read_text() for file in outside.iterdir()] == ["keep me"]
 
@@ -56,9 +56,9 @@ def test_a_linked_file_in_a_folder_of_the_run_is_refused(run, outside, name):  #
     (run / name).parent.mkdir(exist_ok=True)
     (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(outside / "a.txt")
-    with pytest.raises(OutsideError, match="outside of the run folder"):
+    with pytest.raises(_OutsideError, match="outside of the run folder"):
         write_report(run)
-    with pytest.raises(OutsideError), _held(run):
+    with pytest.raises(_OutsideError), _held(run):
         pass
 
 
@@ -99,7 +99,7 @@ def test_a_lock_that_is_another_file_too_is_refused(run, outside, name):  # noqa
     """Who takes the lock empties the file."""
     (run / name).unlink(missing_ok=True)
     os.link(outside / "a.txt", run / name)
-    with pytest.raises(OutsideError, match="another name"), _held(run):
+    with pytest.raises(_OutsideError, match="another name"), _held(run):
         pass
     assert (outside / "a.txt").read_text() == "keep me"
 

@@ -16,8 +16,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from helpers.runs.redaction import _for_screen, _redact
+from helpers.runs.redaction import _redact, for_screen
 from helpers.runs.secrecy import _find_secrets
 from helpers.runs.sweeping import _sweep
 
@@ -203,11 +204,17 @@ def test_structure_and_numbers_are_never_touched():
     assert _redact({f"k{TOKEN}": 1, f"k{TOKEN[:-1]}x": 2}, []) == {"k[redacted]": 1, "k[redacted] 2": 2}
 
 
-def test_an_image_is_not_searched_for_texts():
-    """The base64 of an image may hold anything by chance; what is no base64 is a text under another name."""
-    encoded = base64.b64encode(b"\x00" * 30 + PASSWORD.encode()).decode()
-    assert _redact({"image/png": encoded}, [PASSWORD]) == {"image/png": encoded}
+def test_an_image_is_searched_as_bytes_only():
+    """Its base64 may spell anything by chance; what its bytes hold, such as a title, is no chance (D2)."""
+    spelled = base64.b64encode(base64.b64decode(f"AAAA{'Zx81kQ0pLmN3vB7t'}AAAA")).decode()
+    assert _redact({"image/png": spelled}, ["Zx81kQ0pLmN3vB7t"]) == {"image/png": spelled}
     assert _redact({"image/png": TOKEN}, []) == {"image/png": "[redacted]"}
+    written, info = io.BytesIO(), PngInfo()
+    info.add_text("Title", TOKEN)
+    Image.new("RGB", (2, 2), "red").save(written, "png", pnginfo=info)
+    encoded = base64.b64encode(written.getvalue()).decode()
+    shown = Image.open(io.BytesIO(base64.b64decode(_redact({"image/png": encoded}, [])["image/png"])))
+    assert (shown.text, shown.getpixel((1, 1))) == ({"Title": "*" * len(TOKEN)}, (255, 0, 0))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +238,7 @@ def test_a_message_on_the_screen_has_no_secret_of_the_environment(monkeypatch):
     from helpers.runs import redaction
 
     redaction._own_secrets.cache_clear()
-    assert _for_screen("cannot reach https://me:hunter22@example.org (hunter22)") == (
+    assert for_screen("cannot reach https://me:hunter22@example.org (hunter22)") == (
         "cannot reach https://me:[redacted]@example.org ([redacted])"
     )
     redaction._own_secrets.cache_clear()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.base.files import ROOT
-from helpers.evaluation.likelihood import _MultipleChoice
+from helpers.evaluation.options import _MultipleChoice
 from helpers.generation import Reply
 from helpers.models import Loaded, load, load_profile
 from helpers.training.miniature import quality
