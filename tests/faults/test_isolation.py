@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -376,10 +377,16 @@ import time; time.sleep(600)
 """
 
 
+def parent(process: psutil.Process) -> int | None:
+    with suppress(psutil.NoSuchProcess):
+        return process.ppid()
+    return None
+
+
 def roles(runner: int) -> dict[str, list[psutil.Process]]:
     child = alive("helpers.runs.child")
-    child = [one for one in child if one.ppid() == runner]
-    kernel = [one for one in alive("helpers.runs.kernel") if child and one.ppid() == child[0].pid]
+    child = [one for one in child if parent(one) == runner]
+    kernel = [one for one in alive("helpers.runs.kernel") if child and parent(one) == child[0].pid]
     return {"runner": [psutil.Process(runner)], "child": child, "kernel": kernel}
 
 
@@ -401,7 +408,8 @@ def families(tmp_path, moments):
         process.kill()
         process.communicate()
         for one in alive(seconds):
-            one.kill()
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 @pytest.mark.whole
@@ -415,7 +423,8 @@ def test_e1_nothing_outlives_a_kill(families, subreaper, moments):
         for one in chosen:
             one.suspend()
         for one in chosen:
-            one.kill()
+            with suppress(psutil.NoSuchProcess):  # the first one's death may end the next
+                one.kill()
     for killed, (folder, process, seconds) in zip(KILLED, families, strict=True):
         process.wait(60)
         deadline = time.monotonic() + 8
