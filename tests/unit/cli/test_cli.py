@@ -275,9 +275,10 @@ def test_a_wheel_holds_the_templates_and_tells_its_version(installed):
 
 def test_an_interrupt_while_the_commands_load_is_no_traceback():
     """E4: Ctrl-C in the first half second."""
+    # The handler is set, because a job in the background ignores Ctrl-C from its start.
     code = (
         "import os, signal, sys\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it from the start
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Interrupts:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name == 'helpers.cli.measure': os.kill(os.getpid(), signal.SIGINT)\n"
