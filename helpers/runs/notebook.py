@@ -164,7 +164,8 @@ def _left_out(folder: Path, profile: Profile) -> list[str]:
             f"Not run: {', '.join(map(repr, others))}. Profile {profile.name} has no budget for them; "
             "run one with --notebook."
         )
-    gone = [name for name in profile.budgets if not (folder / f"{name}.ipynb").is_file()]
+    found = _notebooks_in(folder)
+    gone = [name for name in profile.budgets if name not in found]
     if gone:
         remarks.append(f"Not run: {', '.join(gone)}. {folder} has no such notebook; workbook render restores ours.")
     return remarks

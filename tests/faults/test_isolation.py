@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from process_tools import processes_with, wait_for
 
 from helpers import training
 from helpers.base.clock import LONGEST_GAP, Clock
@@ -74,13 +75,6 @@ def start(tmp_path: Path, **environment: str) -> subprocess.Popen:
 def printed(tmp_path: Path) -> str:
     document = json.loads((tmp_path / "run" / "notebooks" / "00_a.ipynb").read_text())
     return "".join("".join(output.get("text", "")) for cell in document["cells"] for output in cell.get("outputs", []))
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 # --- clean kernels ----------------------------------------------------------------------------------------------------
@@ -356,17 +350,6 @@ def subreaper():
             os.waitpid(orphan.pid, 0)
 
 
-def alive(text: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.status() != psutil.STATUS_ZOMBIE and any(text in part for part in process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 FAMILY = """
 import os, subprocess
 subprocess.Popen(['sleep', '{0}'])
@@ -384,9 +367,9 @@ def parent(process: psutil.Process) -> int | None:
 
 
 def roles(runner: int) -> dict[str, list[psutil.Process]]:
-    child = alive("helpers.runs.child")
+    child = processes_with("helpers.runs.child")
     child = [one for one in child if parent(one) == runner]
-    kernel = [one for one in alive("helpers.runs.kernel") if child and parent(one) == child[0].pid]
+    kernel = [one for one in processes_with("helpers.runs.kernel") if child and parent(one) == child[0].pid]
     return {"runner": [psutil.Process(runner)], "child": child, "kernel": kernel}
 
 
@@ -402,12 +385,12 @@ def families(tmp_path, moments):
         notebook(folder / "notebooks", FAMILY.format(seconds))
         found.append((folder, start(folder), seconds))
     for _, _, seconds in found:
-        wait_for(lambda seconds=seconds: len(alive(seconds)) >= 5)
+        wait_for(lambda seconds=seconds: len(processes_with(seconds)) >= 5)
     yield found
     for _, process, seconds in found:
         process.kill()
         process.communicate()
-        for one in alive(seconds):
+        for one in processes_with(seconds):
             with suppress(psutil.NoSuchProcess):
                 one.kill()
 
@@ -428,7 +411,7 @@ def test_e1_nothing_outlives_a_kill(families, subreaper, moments):
     for killed, (folder, process, seconds) in zip(KILLED, families, strict=True):
         process.wait(60)
         deadline = time.monotonic() + 8
-        while left := [*alive(seconds), *alive(str(folder))]:
+        while left := [*processes_with(seconds), *processes_with(str(folder))]:
             if time.monotonic() > deadline:
                 raise Fault("survivor", f"{killed}: {left}")
             time.sleep(0.1)
@@ -456,7 +439,9 @@ def test_e1_parent_and_child_killed_together_leave_nothing(command, subreaper):
     arguments = [sys.executable, "-c", PARENT, command.format(seconds)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=isolated(os.environ)) as parent:
         child = int(parent.stdout.readline())
-        wait_for(lambda: len([one for one in alive(seconds) if one.name() == "sleep"]) == command.count("sleep"))
+        wait_for(
+            lambda: len([one for one in processes_with(seconds) if one.name() == "sleep"]) == command.count("sleep")
+        )
         time.sleep(0.5)
         os.kill(parent.pid, signal.SIGSTOP)
         os.kill(child, signal.SIGKILL)
@@ -464,7 +449,7 @@ def test_e1_parent_and_child_killed_together_leave_nothing(command, subreaper):
     try:
         no_survivor(seconds, 8)
     finally:
-        for one in alive(seconds):
+        for one in processes_with(seconds):
             one.kill()
 
 

@@ -3,33 +3,15 @@
 import os
 import signal
 import sys
-import time
 
 import psutil
 import pytest
+from process_tools import processes_with, wait_for
 
 from helpers.base import processes
 from helpers.base.processes import ChildProcess
 
 ECHO = "import sys\nfor line in sys.stdin: print(line, end='', flush=True)"
-
-
-def processes_with(text):
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.status() != psutil.STATUS_ZOMBIE and any(text in part for part in process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
 
 
 @pytest.fixture
