@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from helpers.base import stats
 from helpers.base.errors import WorkbookError, check_whole, choose
 from helpers.base.stats import Interval
-from helpers.evaluation.data import Item, _check_questions, names
+from helpers.evaluation.data import Item, _check_questions
+from helpers.evaluation.rules import names
 from helpers.generation.generating import generate_batch
 from helpers.generation.sampling import Reply, Sampling
 from helpers.models.formats import Message
@@ -49,10 +50,10 @@ class _Difference:
 
 
 def is_correct(item: Item, text: str) -> bool:
-    """The rule of correctness: the reply names every word of the answer, and none of the others."""
+    """The rule of correctness: the reply names every word of the answer, none of the others, and follows the rules."""
     missing = [word for word in item.answer if not names(text, word)]
     wrong = [word for word in item.others if names(text, word)]
-    return not missing and not wrong
+    return not missing and not wrong and item.follows_rules(text)
 
 
 def is_concise(reply: Reply) -> bool:
@@ -99,7 +100,7 @@ class Comparison:
         verdicts = []
         for item, reply in zip(self.items, self.replies[side], strict=True):
             # Items without a key are asked and shown, but no rule can judge them.
-            if item.answer and kind in (None, item.kind):
+            if item.scored and kind in (None, item.kind):
                 verdicts.append(passes(item, reply))
         if not verdicts:
             of_kind = f" of kind {kind!r}" if kind else ""
@@ -121,7 +122,7 @@ class Comparison:
         """
         import pandas as pd
 
-        scored_kinds = dict.fromkeys(item.kind for item in self.items if item.answer)
+        scored_kinds = dict.fromkeys(item.kind for item in self.items if item.scored)
         kinds: list[str | None] = list(scored_kinds)
         # With a single kind, a row over all items would only repeat it.
         if len(kinds) != 1:
