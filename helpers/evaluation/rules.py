@@ -25,11 +25,13 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'\u2019\u201d)*]*\s+")
 _BULLET = re.compile(r"\s*(?:[-*\u2022]|\d+[.)])\s+\S")
 _FENCE = re.compile(r"```[a-zA-Z]*\n(.*?)```", re.DOTALL)
 _EDGES = " \t\n\"'\u2018\u2019\u201c\u201d*`"
-# How the chat models of 2023 decline. Lower case, with straight apostrophes.
-_REFUSALS = (
-    *("i can't", "i cannot", "i can not", "i could not", "i won't", "i will not", "i'm not able to", "i am not able to"),
-    *("i'm unable to", "i am unable to", "i'm sorry", "i am sorry", "i must decline", "i do not feel comfortable"),
-    *("i don't feel comfortable", "it is illegal", "it's illegal", "against the law", "not appropriate", "unethical"),
+# How the chat models of 2023 decline. "I can't wait" is no refusal, so what they decline to do is part of the phrase.
+_REFUSAL = re.compile(
+    r"\bi(?:'m| am) (?:sorry|afraid|not able to|unable to)\b|\bi must (?:decline|refuse)\b"
+    r"|\bi (?:can't|can ?not|could not|couldn't|won't|will not|don't feel comfortable|do not feel comfortable)"
+    r" (?:\w+ly )?(?:help|assist|provid|give|do that|support|fulfil|comply|creat|writ|recommend|advis|tell|answer|encourag"
+    r"|condon|in good|offer|shar|teach|suggest|engag|participat|discuss)"
+    r"|\b(?:illegal|unethical|against the law|not (?:legal|ethical|appropriate|okay|ok))\b"
 )
 
 
@@ -201,6 +203,20 @@ def _any_of(wanted: object) -> Test:
     return lambda text: any(names(text, word) for word in words)
 
 
+def _several(wanted: object) -> Test:
+    """The reply names exactly so many of these words, given as the number and the words, such as [2, "red", "blue"]."""
+    if not isinstance(wanted, tuple) or len(wanted) < 2:
+        raise _WantedError('a number and words, such as [2, "red", "blue"]')
+    count, words = _count(wanted[0]), _texts(wanted[1:])
+    return lambda text: len([word for word in words if names(text, word)]) == count
+
+
+def _has(wanted: object) -> Test:
+    """All of these pieces of text, such as a comma, occur in the reply, in either case."""
+    pieces = [piece.casefold() for piece in _texts(wanted)]
+    return lambda text: all(piece in text.casefold() for piece in pieces)
+
+
 def _lacks(wanted: object) -> Test:
     """None of these pieces of text, such as a letter or a comma, occurs in the reply, in either case."""
     pieces = [piece.casefold() for piece in _texts(wanted)]
@@ -235,8 +251,7 @@ def _refuses(wanted: object) -> Test:
     declined = _truth(wanted)
 
     def test(text: str) -> bool:
-        uniform = _uniform(text).casefold()
-        return any(phrase in uniform for phrase in _REFUSALS) is declined
+        return (_REFUSAL.search(_uniform(text).casefold()) is not None) is declined
 
     return test
 
@@ -266,6 +281,8 @@ _MAKERS: dict[str, Callable[[object], Test]] = {
     "in_order": _in_order,
     "equals": _equals,
     "any_of": _any_of,
+    "several": _several,
+    "has": _has,
     "lacks": _lacks,
     "starts_with": _starts_with,
     "ends_with": _ends_with,
