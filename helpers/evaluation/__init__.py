@@ -5,19 +5,10 @@ from helpers.base.lazy import face
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
+        "answers": ["CONCISE_WORDS", "RULES", "classify", "is_concise", "is_correct"],
         "options": ["Question", "multiple_choice"],
-        "comparison": [
-            "CONCISE_WORDS",
-            "Comparison",
-            "RULES",
-            "compare",
-            "is_concise",
-            "is_correct",
-            "names",
-            "opened",
-            "sides",
-        ],
-        "data": ["Item", "read_items", "read_texts"],
+        "comparison": ["Comparison", "compare", "opened", "sides"],
+        "data": ["Item", "names", "read_items", "read_texts"],
         "harness": ["choice_rows", "evaluate"],
         "leaderboard": ["leaderboard_average"],
         "likelihood": ["perplexity"],
