@@ -6,8 +6,10 @@ __getattr__, __dir__, __all__ = face(
     __name__,
     {
         "answers": ["CONCISE_WORDS", "RULES", "classify", "is_concise", "is_correct"],
+        "baselines": ["GREETING", "controls"],
         "options": ["Question", "multiple_choice"],
         "comparison": ["Comparison", "compare", "opened", "sides"],
+        "conclusions": ["findings"],
         "data": ["Item", "names", "read_items", "read_texts"],
         "harness": ["choice_rows", "evaluate"],
         "leaderboard": ["leaderboard_average"],

@@ -276,12 +276,13 @@ def side_names(models: Mapping[str, str]) -> dict[str, str]:
     Sides of one and the same model ("before", "after") are told apart by their keys alone.
     """
     shown = {}
+    only_keys = len(set(models.values())) == 1 and not set(models) & set(_ROLES)
     for side, model in models.items():
         others = [other for other, name in models.items() if name == model and other != side]
         # Of two sides of one model, the one that only has its role stands for the model itself.
         if not others or (side in _ROLES and not set(others) & set(_ROLES)):
             shown[side] = model
-        elif len(set(models.values())) == 1:
+        elif only_keys:
             shown[side] = side
         else:
             shown[side] = f"{model}, {side}"
@@ -311,11 +312,7 @@ def compare(
     Raises WorkbookError for no prompts, a blank one, two items with one id, no models or no batch, before any model is
     loaded, and what ``generation.generate`` raises.
     """
-    if isinstance(prompts, str) or not prompts:
-        raise WorkbookError("Give a list of prompts, not a single text and not an empty list.")
-    named = isinstance(models, Mapping) and models
-    if not named or not all(isinstance(model, Loaded | ModelRef) for model in models.values()):
-        raise WorkbookError('Give the models by name, loaded or as entries of a profile: {"falcon": loaded, ...}.')
+    _check_asked(prompts, models)
     check_whole("batch_size", batch_size)
     items = tuple(_item(prompt, number) for number, prompt in enumerate(prompts, 1))
     _check_questions(items)
@@ -327,6 +324,14 @@ def compare(
             replies[side] = tuple(_replies(loaded, asked, sampling, batch_size))
             labels[side], names[side], sizes[side] = loaded.ref.label, loaded.ref.name, loaded.report.stored_bytes
     return Comparison(items, replies, labels, sizes, names)
+
+
+def _check_asked(prompts: object, models: object) -> None:
+    if isinstance(prompts, str) or not prompts:
+        raise WorkbookError("Give a list of prompts, not a single text and not an empty list.")
+    named = isinstance(models, Mapping) and models
+    if not named or not all(isinstance(model, Loaded | ModelRef) for model in models.values()):
+        raise WorkbookError('Give the models by name, loaded or as entries of a profile: {"falcon": loaded, ...}.')
 
 
 def _item(prompt: str | Item, number: int) -> Item:

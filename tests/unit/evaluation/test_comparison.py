@@ -137,7 +137,8 @@ def test_differences_by_kind_add_up_to_that_of_all_items():
         ({"before": "mini"}, ["mini"]),
         ({"before": "mini", "after": "mini"}, ["before", "after"]),
         ({"falcon": "mini", "llama": "smol", "without": "smol"}, ["mini", "smol", "smol, without"]),
-        ({"falcon": "mini", "llama": "mini"}, ["falcon", "llama"]),
+        ({"falcon": "mini", "llama": "mini"}, ["mini, falcon", "mini, llama"]),
+        ({"llama": "smol", "without": "smol"}, ["smol", "smol, without"]),
         ({"a": "mini", "b": "mini", "c": "smol"}, ["mini, a", "mini, b", "smol"]),
     ],
 )
