@@ -6,22 +6,24 @@ same reply both times has it decided. It is also asked about pairs that a rule d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from helpers.base import stats
 from helpers.base.errors import WorkbookError
 from helpers.base.text import shortened
+from helpers.evaluation.answers import is_correct
 from helpers.evaluation.comparison import Comparison, Side, opened
+from helpers.evaluation.data import Item
 from helpers.evaluation.options import Question, multiple_choice
 from helpers.models.formats import Message
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pandas import DataFrame
 
     from helpers.base.stats import Interval
-    from helpers.evaluation.data import Item
 
 _QUESTION_CHARACTERS, _REPLY_CHARACTERS = 1500, 1200  # so that both replies fit into a context of 2,048 tokens
 _COIN = 0.5
@@ -40,11 +42,13 @@ Which reply is better? Answer with its number only, 1 or 2."""
 class _Pair:
     """What a judge said about two replies. ``chosen``: the preferred side in the given order, and with the two swapped.
 
-    ``right``: the side that alone is right by the item's key; None if there is no key, or it does not decide.
+    ``leans``: the side that it finds likelier over both orders together, which cancels a preference for a place; None
+    if neither. ``right``: the side that alone is right by the item's key; None if there is no key.
     """
 
     item: Item
     chosen: tuple[str, str]
+    leans: str | None
     right: str | None
 
     @property
@@ -69,13 +73,14 @@ class _Judged:
     @property
     def first_place(self) -> float:
         """How often the judge preferred the reply that it saw first. Without a preference for a place: a half."""
-        first, second = self.sides
-        shown_first = [pair.chosen[0] == first for pair in self.pairs] + [pair.chosen[1] == second for pair in self.pairs]
-        return sum(shown_first) / len(shown_first)
+        shown_first = 0
+        for pair in self.pairs:
+            shown_first += [given == shown for given, shown in zip(pair.chosen, self.sides, strict=True)].count(True)
+        return shown_first / (2 * len(self.pairs))
 
     @property
     def tested(self) -> tuple[int, int, int]:
-        """Of the pairs that a key decides: with how many it agrees, how many it contradicts, how many it leaves open."""
+        """Of the pairs that a key decides: how many it decides as the key does, otherwise, and not at all."""
         keyed = [pair for pair in self.pairs if pair.right]
         agreeing = len([pair for pair in keyed if pair.winner == pair.right])
         undecided = len([pair for pair in keyed if pair.winner is None])
@@ -91,12 +96,13 @@ class _Judged:
     def summary(self) -> str:
         """What the verdicts are worth, in sentences that follow from them."""
         agreeing, contradicting, undecided = self.tested
-        same = round(self.agreement.estimate * len(self.pairs))
+        same = len([pair for pair in self.pairs if pair.winner])
+        leaning = len([pair for pair in self.pairs if pair.right and pair.leans == pair.right])
         lines = [
             f"{self.judge} gave the same verdict in both orders for {same} of {len(self.pairs)} pairs (a coin: half).",
             f"It preferred the reply shown first in {self.first_place:.0%} of its verdicts.",
             f"Of {sum(self.tested)} pairs that a key decides, it agreed with {agreeing}, contradicted {contradicting} "
-            f"and left {undecided} open.",
+            f"and left {undecided} open; over both orders together it leans to the right reply in {leaning}.",
         ]
         if self.better_than_a_coin:
             lines.append("On these it is better than a coin, so its verdicts on the others count for something.")
@@ -121,46 +127,60 @@ def judge(
     """
     if len(comparison.sides) < 2:
         raise WorkbookError("A judge compares two sides, but this comparison has only one.")
-    first, second = sides or (comparison.sides[0], comparison.sides[1])
-    chosen = _pairs(comparison, first, second, tested)
+    both = sides or (comparison.sides[0], comparison.sides[1])
+    chosen = _to_judge(comparison, both, tested)
     if not chosen:
         raise WorkbookError("There is nothing to judge: no item without a key, and none that a key decides.")
     questions = []
     for number, _ in chosen:
-        replies = [comparison.replies[side][number].text for side in (first, second)]
+        replies = [comparison.replies[side][number].text for side in both]
         questions.append(_question(comparison.items[number], replies))
         questions.append(_question(comparison.items[number], replies[::-1]))
     with opened(model, precision) as loaded:
-        preferred = multiple_choice(loaded, questions).chosen
-        name = loaded.ref.label
+        likelihoods = multiple_choice(loaded, questions).log_likelihoods
+        name = loaded.ref.name
     pairs = []
     for place, (number, right) in enumerate(chosen):
-        given, swapped = preferred[2 * place], preferred[2 * place + 1]
-        verdicts = ((first, second)[given], (second, first)[swapped])
-        pairs.append(_Pair(comparison.items[number], verdicts, right))
-    return _Judged(name, (first, second), tuple(pairs))
+        given, swapped = likelihoods[2 * place : 2 * place + 2]
+        pairs.append(_pair(comparison.items[number], both, given, swapped, right))
+    return _Judged(name, both, tuple(pairs))
 
 
-def _pairs(comparison: Comparison, first: str, second: str, tested: int | None) -> list[tuple[int, str | None]]:
+def _pair(
+    item: Item, sides: tuple[str, str], given: Sequence[float], swapped: Sequence[float], right: str | None
+) -> _Pair:
+    """The verdicts from the log-likelihoods of "1" and "2" in the given order and in the other."""
+    first, second = sides
+    chosen = (first if given[0] >= given[1] else second, second if swapped[0] >= swapped[1] else first)
+    lean = given[0] - given[1] + swapped[1] - swapped[0]
+    leans = None
+    if lean:
+        leans = first if lean > 0 else second
+    return _Pair(item, chosen, leans, right)
+
+
+def _to_judge(comparison: Comparison, sides: tuple[str, str], tested: int | None) -> list[tuple[int, str | None]]:
     """The numbers of the items to judge, each with the side that alone is right by its key."""
     without_key: list[tuple[int, str | None]] = []
     keyed: list[tuple[int, str | None]] = []
-    right = {side: iter(comparison.verdicts(side)) if _has_key(comparison) else iter(()) for side in (first, second)}
     for number, item in enumerate(comparison.items):
-        passed = [side for side in (first, second) if item.scored and next(right[side])]
-        texts = {comparison.replies[side][number].text for side in (first, second)}
-        if not item.scored and len(texts) > 1:
+        texts = [comparison.replies[side][number].text for side in sides]
+        if right := _right_side(item, sides, texts):
+            keyed.append((number, right))
+        elif not item.scored and texts[0] != texts[1]:
             without_key.append((number, None))
-        elif len(passed) == 1:
-            keyed.append((number, passed[0]))
     if tested is not None and tested < len(keyed):
         # Evenly spread, for the items are in the order of their kinds.
         keyed = [keyed[place * len(keyed) // tested] for place in range(tested)]
     return sorted(without_key + keyed)
 
 
-def _has_key(comparison: Comparison) -> bool:
-    return any(item.scored for item in comparison.items)
+def _right_side(item: Item, sides: tuple[str, str], texts: Sequence[str]) -> str | None:
+    """The side that alone is right by the item's key; None if it has none, or both are right or wrong."""
+    first, second = (is_correct(item, text) for text in texts)
+    if not item.scored or first == second:
+        return None
+    return sides[0] if first else sides[1]
 
 
 def _question(item: Item, replies: Sequence[str]) -> Question:
@@ -171,39 +191,40 @@ def _question(item: Item, replies: Sequence[str]) -> Question:
     return Question([Message(role="user", content=content)], ("1", "2"), 0)
 
 
-def win_rates(comparison: Comparison, judged: _Judged | None = None, *, sides: tuple[str, str] | None = None) -> DataFrame:
+def win_rates(
+    comparison: Comparison, judged: _Judged | None = None, *, sides: tuple[str, str] | None = None
+) -> DataFrame:
     """How often the first side's reply beats the second's, by kind: ``rate`` with its 95% interval; a tie counts half.
 
-    A right reply beats a wrong one; two right or two wrong ones tie. Kinds without a key are decided by the judge, if
-    there is one: what it contradicts itself about is a tie. The interval is that of the paired difference (Tango 1998),
-    halved and moved to a half. ``sides``: by default the first two.
+    A right reply beats a wrong one; two right or two wrong ones tie. Prompts without a key are decided by the judge, if
+    there is one; where it contradicts itself, they tie. The interval is that of the paired difference (Tango 1998),
+    halved and moved to a half; its ends do not leave 0 to 1. ``sides``: by default the first two.
     Raises WorkbookError if no item has a key.
     """
     import pandas as pd
 
     first, second = sides or (comparison.sides[0], comparison.sides[1])
-    points: dict[tuple[str, str], list[tuple[bool, bool]]] = {}
+    outcomes: dict[tuple[str, str], list[tuple[bool, bool]]] = {}
     keyed = [item for item in comparison.items if item.scored]
-    verdicts = zip(comparison.verdicts(first), comparison.verdicts(second), strict=True)
-    for item, passed in zip(keyed, verdicts, strict=True):
-        points.setdefault((item.kind, "key"), []).append(passed)
-        points.setdefault(("all", "key"), []).append(passed)
+    everything = list(zip(comparison.verdicts(first), comparison.verdicts(second), strict=True))
+    for item, passed in zip(keyed, everything, strict=True):
+        outcomes.setdefault((item.kind, "key"), []).append(passed)
     for pair in judged.pairs if judged else ():
         if not pair.item.scored:
-            won = (pair.winner == first, pair.winner == second)
-            points.setdefault((pair.item.kind, "judge"), []).append(won)
-    everything = points.pop(("all", "key"))
-    rows = [_rate(*group, passed) for group, passed in points.items()]
-    return pd.DataFrame([*rows, _rate("all", "key", everything)])
+            outcomes.setdefault((pair.item.kind, "judge"), []).append((pair.winner == first, pair.winner == second))
+    outcomes["all", "key"] = everything
+    names = [f"{comparison.names[side]} better" for side in (first, second)]
+    rows = [{"kind": kind, "by": by} | _rate(passed, names) for (kind, by), passed in outcomes.items()]
+    return pd.DataFrame(rows)
 
 
-def _rate(kind: str, decided_by: str, passed: Sequence[tuple[bool, bool]]) -> dict[str, object]:
+def _rate(passed: Sequence[tuple[bool, bool]], names: Sequence[str]) -> dict[str, float]:
     left, right = [first for first, _ in passed], [second for _, second in passed]
     won, lost = stats.discordant_pairs(left, right)
-    row = {"kind": kind, "decided by": decided_by, "prompts": len(passed), "won": won, "lost": lost}
-    row["tied"] = len(passed) - won - lost
+    row: dict[str, float] = {"prompts": len(passed), names[0]: won, names[1]: lost, "tied": len(passed) - won - lost}
     low, high = 0.0, 1.0
+    # One prompt says nothing about the next.
     if len(passed) > 1:
         interval = stats.paired_difference(left, right)
         low, high = (1 + interval.low) / 2, (1 + interval.high) / 2
-    return {**row, "rate": (1 + (won - lost) / len(passed)) / 2, "low": low, "high": high}
+    return row | {"rate": (1 + (won - lost) / len(passed)) / 2, "low": low, "high": high}

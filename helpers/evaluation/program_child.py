@@ -14,7 +14,6 @@ import json
 import re
 import resource
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
 
 _CPU_SECONDS = 2
@@ -32,9 +31,25 @@ _NODES = (
 )
 # Methods of texts and containers that only compute. Not format, which can look up attributes by their name.
 _METHODS = frozenset(
-    "add append capitalize clear copy count discard endswith extend find get index insert isalnum isalpha isdigit "
-    "islower isspace isupper items join keys lower lstrip pop remove replace reverse rstrip setdefault sort split "
-    "splitlines startswith strip swapcase title union update upper values".split()
+    (
+        *(
+            "add",
+            "append",
+            "capitalize",
+            "clear",
+            "copy",
+            "count",
+            "discard",
+            "endswith",
+            "extend",
+            "find",
+            "get",
+            "index",
+        ),
+        *("insert", "isalnum", "isalpha", "isdigit", "islower", "isspace", "isupper", "items", "join", "keys", "lower"),
+        *("lstrip", "pop", "remove", "replace", "reverse", "rstrip", "setdefault", "sort", "split", "splitlines"),
+        *("startswith", "strip", "swapcase", "title", "union", "update", "upper", "values"),
+    )
 )
 _BUILTINS = (
     *(abs, all, any, bool, chr, dict, divmod, enumerate, filter, float, frozenset, int, isinstance, len, list, map),
@@ -43,7 +58,7 @@ _BUILTINS = (
 )
 
 
-def main(job: str) -> int:
+def _main(job: str) -> int:
     """Exit code 0 if the reply passes, 1 if not."""
     reply, asserts = json.loads(job)
     _limit()
@@ -107,9 +122,9 @@ def _allowed(tree: ast.Module) -> bool:
     return True
 
 
-def _builtins() -> Mapping[str, object]:
+def _builtins() -> dict[str, object]:
     return {function.__name__: function for function in _BUILTINS} | {"print": lambda *_, **__: None}
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(_main(sys.argv[1]))
