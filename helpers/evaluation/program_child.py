@@ -16,7 +16,7 @@ import resource
 import sys
 from contextlib import suppress
 
-_CPU_SECONDS = 2
+_CPU_SECONDS = 1
 _BYTES = 512 * 2**20
 _BLOCK = re.compile(r"```[a-zA-Z]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _LINES = 200
@@ -75,7 +75,7 @@ def _main(job: str) -> int:
 
 
 def _limit() -> None:
-    """No new process, no file, little memory, two seconds of computing."""
+    """No new process, no file, little memory, one second of computing."""
     limits = {
         resource.RLIMIT_CPU: _CPU_SECONDS,
         resource.RLIMIT_AS: _BYTES,
