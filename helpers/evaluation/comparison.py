@@ -326,7 +326,7 @@ def compare(
     return Comparison(items, replies, labels, sizes, names)
 
 
-def _check_asked(prompts: object, models: object) -> None:
+def _check_asked(prompts: Sequence[str | Item], models: Mapping[str, Side]) -> None:
     if isinstance(prompts, str) or not prompts:
         raise WorkbookError("Give a list of prompts, not a single text and not an empty list.")
     named = isinstance(models, Mapping) and models

@@ -246,17 +246,18 @@ def _likelihood(
 
 def _verdict(kinds: Sequence[_Kind], together: _Kind) -> str:
     """Which of the two is better: a side that has more right, and cannot have it without reading the questions."""
-    different = [kind for kind in kinds if kind.detected]
     better: dict[str, list[str]] = {}
-    for kind in different:
-        if kind.better.knows:
+    hollow = []
+    for kind in kinds:
+        if kind.detected and kind.better.knows:
             better.setdefault(kind.better.name, []).append(kind.name)
-    parts = [f"{name} is better at {_listed(where)}" for name, where in better.items()]
-    parts += [_without_knowledge(kind) for kind in different if not kind.better.knows]
-    if different and not better:
-        parts.append("so nothing here shows that either is better")
-    if not different:
+        elif kind.detected:
+            hollow.append(_without_knowledge(kind))
+    parts = [f"{name} is better at {_listed(where)}" for name, where in better.items()] + hollow
+    if not parts:
         parts = [_undecided(together)]
+    elif not better:
+        parts.append("so nothing here shows that either is better")
     text = "; ".join(parts)
     # A model's name keeps its own first letter.
     if not better:
@@ -265,7 +266,7 @@ def _verdict(kinds: Sequence[_Kind], together: _Kind) -> str:
 
 
 def _undecided(together: _Kind) -> str:
-    if together.detected:
+    if together.detected and together.better.above_guessing:
         return f"all items together favour {together.better.name}, though no kind alone does"
     return "these items do not tell the two apart"
 
