@@ -158,7 +158,7 @@ def _write_whole(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
-        # mkstemp makes files that only their owner can read; a report is for others too. Who closed a file keeps it closed.
+        # mkstemp makes files that only their owner can read; a report is for others too, unless its owner closed it.
         temporary.chmod(stat.S_IMODE(path.stat().st_mode) if path.is_file() else 0o644)
         temporary.replace(path)
     except BaseException:
