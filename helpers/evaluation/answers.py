@@ -29,14 +29,14 @@ def is_correct(item: Item, text: str) -> bool:
 
 
 def is_concise(reply: Reply) -> bool:
-    """The rule of conciseness: the reply ended by itself, with at least one word and at most CONCISE_WORDS."""
+    """The rule of conciseness: the reply ended by itself and has 1 to CONCISE_WORDS words."""
     return reply.finish_reason != "length" and 1 <= len(reply.text.split()) <= CONCISE_WORDS
 
 
 def classify(item: Item, text: str) -> AnswerClass:
-    """The class of a reply: right, wrong, or no answer if it names none of the item's options, right or wrong.
+    """The class of a reply: right, wrong, or no answer if it names none of the item's options.
 
-    A key without wrong options does not list all answers: there, only a blank reply is no answer.
+    A key without wrong options does not list all of them: there, only a blank reply is no answer.
     """
     if is_correct(item, text):
         return "right"

@@ -65,10 +65,31 @@ class _Kind:
         """The other side."""
         return self.sides[1] if self.better is self.sides[0] else self.sides[0]
 
+    @property
+    def earned(self) -> bool:
+        """Whether the better side is better, and cannot be so without reading the questions."""
+        return self.detected and self.better.knows
+
     def counts(self) -> str:
         """The numbers behind a sentence, in brackets."""
         first, second = self.sides
         return f"{self.name} ({first.right} and {second.right} of {self.count} right, p = {self.p_value:.2g})"
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What a comparison found, in sentences; they show themselves as a list.
+
+    ``better`` names the better side, both if each is better at something, or "neither".
+    """
+
+    sentences: tuple[str, ...]
+    better: str
+
+    def __str__(self) -> str:
+        return "\n".join(f"- {sentence}" for sentence in self.sentences)
+
+    __repr__ = __str__
 
 
 def findings(
@@ -77,8 +98,8 @@ def findings(
     second: str,
     asked: Mapping[str, _MultipleChoice] | None = None,
     greeted: Mapping[str, _MultipleChoice] | None = None,
-) -> list[str]:
-    """What a comparison found about two of its sides, one sentence each; the last one says which of them is better.
+) -> _Findings:
+    """What a comparison found about two of its sides, in sentences; the last one says which of them is better.
 
     ``asked`` and ``greeted`` are each side's choices by likelihood, after the question and after a greeting alone
     (give both or neither). Raises WorkbookError as ``Comparison.difference`` does.
@@ -90,7 +111,8 @@ def findings(
         by_likelihood = _by_likelihood(test, (first, second), asked, greeted)
         sentences += _likelihood(by_likelihood, asked, greeted, (first, second))
         kinds.append(by_likelihood)
-    return [*sentences, _verdict(kinds, together)]
+    better = {kind.better.name: kind for kind in kinds if kind.earned}
+    return _Findings((*sentences, _verdict(kinds, together)), " and ".join(better) or "neither")
 
 
 def _of_kind(test: Comparison, sides: tuple[str, str], kind: str | None) -> _Kind:
@@ -249,7 +271,7 @@ def _verdict(kinds: Sequence[_Kind], together: _Kind) -> str:
     better: dict[str, list[str]] = {}
     hollow = []
     for kind in kinds:
-        if kind.detected and kind.better.knows:
+        if kind.earned:
             better.setdefault(kind.better.name, []).append(kind.name)
         elif kind.detected:
             hollow.append(_without_knowledge(kind))

@@ -42,7 +42,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from helpers import evaluation, exercises, figures, machine, models, panels, runs
-from helpers.base import known
+from helpers.base import known, mcnemar
 from helpers.generation import Sampling
 from helpers.runs import Measured
 
@@ -62,10 +62,13 @@ models.table(settings)
 question = "Which of these are animals: dog, saddle, lion, chair? List only the animals."
 sides = evaluation.sides(settings)
 messages = [{"role": "user", "content": question}]
-for side, ref in {"falcon": settings.falcon_chat, "llama": settings.llama_chat}.items():
-    print(f"--- {side}: {ref.label}\n{models.format_for(ref.format).render(messages)}\n")
+for ref in (settings.falcon_chat, settings.llama_chat):
+    print(f"--- {ref.label}\n{models.format_for(ref.format).render(messages)}\n")
 
 # %% [markdown]
+# Is that fair? On the `laptop` profile one side gets more than the question: the format with which SmolLM2 was trained puts a
+# *system message* first if there is none, and Falcon's does not. Section 3 measures what it does.
+#
 # In plain transformers: render, tokenize, generate, cut the prompt off. Greedy decoding makes the run repeatable.
 
 # %%
@@ -138,7 +141,7 @@ panels.replies_html(talk, sorted(first_of_kind.values()))
 for side, name in talk.names.items():
     cut = sum(reply.finish_reason == "length" for reply in talk.replies[side])
     print(f"{name}: {cut} of {len(prompts)} replies cut after {max_new_tokens} tokens")
-print(*evaluation.findings(talk, "falcon", "llama"), sep="\n")
+evaluation.findings(talk, "falcon", "llama")
 
 # %% [markdown]
 # ### A model as the judge
@@ -160,14 +163,13 @@ if tested_pairs:  # 0: no judge
 # %% [markdown]
 # ### Win rates by kind
 #
-# A right reply beats a wrong one; two right or two wrong ones tie, and a tie counts half. So `rate` is the share of wins of the
-# first model, and 0.5 means that neither is ahead. The interval (95%) is wide for kinds of 5 to 12 questions: a single kind can
-# show a large difference only. What a judge worth no more than a coin says is not a result; its rows are there to be seen
-# as such.
+# A right reply beats a wrong one; two right or two wrong ones tie, and a tie counts half. A rate of 0.5 means that neither is
+# ahead. The interval (95%, from `low` to `high`) is wide for kinds of 4 to 12 questions: a single kind can show a large
+# difference only. What a judge says that is worth no more than a coin is no result, and its rows are there to be seen as such.
 
 # %%
 rates = evaluation.win_rates(talk, judged)
-rates.round(3)
+rates.rename(columns={"rate": f"{talk.names['falcon']} wins"}).round(3)
 
 # %%
 scores = talk.scores()
@@ -217,13 +219,14 @@ for kind in ("yes_no", "choice", "list"):
     print(f"{'':14}key: {', '.join(of_kind[0].answer)}")
 
 # %% [markdown]
-# Two rules score a reply, the same for both models. They are simple on purpose: you can read them, and see where they are unfair.
+# Rules score a reply, the same for both models. They are simple on purpose: you can read them, and see where they are unfair.
 # (The question asks for the name only. A reply that also explains why the other thing is *not* an animal names it, and counts as
-# wrong.)
+# wrong.) A reply that names no option at all is *no answer*: that is another failure than a wrong one, and a score hides which of
+# the two it was. Only a correct reply can be concise, because gibberish is short too.
 
 # %%
-print(inspect.getsource(evaluation.is_correct))
-print(inspect.getsource(evaluation.is_concise))
+for rule in (evaluation.is_correct, evaluation.classify, evaluation.is_concise):
+    print(inspect.getsource(rule))
 print("CONCISE_WORDS =", evaluation.CONCISE_WORDS)
 
 # %%
@@ -234,54 +237,69 @@ saddles = [number for number, item in enumerate(items) if "saddle" in item.quest
 panels.replies_html(test, saddles)
 
 # %% [markdown]
-# A score over this number of items is an estimate. The interval (95%, Wilson's) says how far it may be off by chance. It treats
-# the items as independent, but each noun is in four or five of them, so it is somewhat too narrow.
+# ### What does a score have to beat?
+#
+# A score means nothing without its *controls*. Half of the yes-or-no questions and half of the choices can be guessed. (For a
+# list, a guess names each of five words by the toss of a coin.) Two more controls answer without reading the question:
+#
+# - *always the same answer*: of all answers, the one that is right most often;
+# - *only greeted*: the model gets "Hello." in place of each question, and its reply is scored as if it were the answer.
 
 # %%
-scores = test.scores()
-scores.round(3)
+controls = evaluation.controls(test, sides, short, precision=settings.precision)
+with_controls = test.beside(controls)
+table = with_controls.answers()
+table.round(3)
+
+# %% [markdown]
+# `share` is the share of right replies. Its interval (95%, Wilson's: `low` to `high`) says how far it may be off by chance. It
+# treats the items as independent, but each noun is in four or five of them, so it is somewhat too narrow.
 
 # %%
 subject = " and ".join(test.labels.values())
-runs.record_figure("scores", figures.score_intervals(scores, subject))
+runs.record_figure("scores", figures.reply_classes(table, subject))
 
 # %% [markdown]
-# What would guessing score? Half of the yes-or-no questions and half of the choices. A model that always gives the same answer is
-# no better than one that guesses, so look at how often each model says yes (half would be right):
-
-# %%
-yes_no = [number for number, item in enumerate(items) if item.kind == "yes_no"]
-says_yes = {}
-for side in test.sides:
-    replies = [test.replies[side][number].text for number in yes_no]
-    count = sum(evaluation.names(reply, "yes") for reply in replies)
-    says_yes[side] = count / len(yes_no)
-    print(f"{side}: says yes to {count} of {len(yes_no)}")
-
-# %% [markdown]
-# ### Which is better?
+# ### The difference, by kind
 #
 # Both models answered the same items, so compare them item by item: only items on which they differ say anything. The *paired
 # difference* has an interval of its own. The exact McNemar test computes how likely such an uneven split of the differing items
-# would be if the two were equally good.
+# would be if the two were equally good: a small `p` speaks against luck. It says nothing about *why* they differ, and the
+# difference over all items mixes kinds of questions, so look at each kind.
 
 # %%
-difference = test.difference("falcon", "llama")
-interval = difference.interval
-print(f"falcon - llama: {interval.estimate:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})")
-print(f"only falcon right: {difference.only_first}, only llama right: {difference.only_second}")
-print(f"McNemar's exact p: {difference.p_value:.2g}")
+differences = test.differences("falcon", "llama")
+differences["p"] = [f"{p:.2g}" for p in differences["p"]]
+differences.round(3)
 
 # %% [markdown]
 # The *win rate* also counts conciseness. A reply wins if it is correct and the other is not, or if both are correct and only this
-# one is concise. Two wrong replies tie, however short they are. A tie counts half, so a side that wins nothing can still have a
-# rate well above zero.
+# one is concise. Two replies that are not correct tie, however short they are. A tie counts half, so a side that wins nothing can
+# still have a rate well above zero.
 
 # %%
+difference = test.difference("falcon", "llama")
 win = test.win_rate("falcon", "llama")
-ties = len(items) - difference.only_first - difference.only_second
-print(f"correctness alone: {difference.only_first} won, {difference.only_second} lost, {ties} tied")
-print(f"win rate, ties half: {win.estimate:.3f} ({win.low:.3f} to {win.high:.3f})")
+won, lost = difference.only_first, difference.only_second
+name = test.names["falcon"]
+print(f"{name}, correctness alone: {won} won, {lost} lost, {len(items) - won - lost} tied")
+print(f"{name}, win rate with ties as half: {win.estimate:.3f} ({win.low:.3f} to {win.high:.3f})")
+
+# %% tags=["record"]
+values = {}
+for side, label in test.labels.items():
+    for kind in test.kinds:
+        classes = test.classes(side, kind)
+        for name, answer in {"right": "right", "unanswered": "no answer"}.items():
+            share = round(classes.count(answer) / len(classes), 4)
+            values[f"{kind}_{name}_{side}"] = Measured(share, model=label)
+label = test.labels["falcon"]
+for kind in test.kinds:
+    by_kind = test.difference("falcon", "llama", kind=kind)
+    values[f"{kind}_guessing"] = round(test.guessing(kind), 4)
+    values[f"{kind}_difference"] = Measured(round(by_kind.interval.estimate, 4), model=label)
+    values[f"{kind}_p"] = Measured(round(by_kind.p_value, 4), tolerance=0.2, model=label)
+runs.record_all(values, tolerance=0.05)
 
 # %% [markdown]
 # ### Does the scorer read the key?
@@ -297,7 +315,27 @@ for number in right:
     key[number] = replace(items[number], answer=items[number].others, others=items[number].answer)
 again = test.rescored(key)
 lost = sum(test.verdicts(better)) - sum(again.verdicts(better))
-print(f"{better}: {sum(test.verdicts(better))} correct with the key, {lost} fewer with ten swapped")
+print(f"{test.names[better]}: {sum(test.verdicts(better))} correct with the key")
+print(f"{lost} fewer with ten answers swapped")
+
+# %% [markdown]
+# ### What does the system message do?
+#
+# In section 1 the two prompts differed in more than their marks. Here one of the models is asked again, with an *empty* system
+# message in place of its format's own. A third of the items is enough to see what changes.
+
+# %%
+third = items[::3]
+bare = evaluation.compare(third, {"bare": sides["llama"]}, short, system="", **options)
+replies = {"as its format asks": test.replies["llama"][::3]}
+replies["empty system message"] = bare.replies["bare"]
+right = [test.verdicts("llama")[::3], bare.verdicts("bare")]
+for (what, said), verdicts in zip(replies.items(), right, strict=True):
+    print(f"{what}: {sum(verdicts)} right, the first prompt has {said[0].prompt_tokens} tokens")
+texts = [[reply.text for reply in said] for said in replies.values()]
+changed = sum(text != other for text, other in zip(*texts, strict=True))
+print(f"{test.names['llama']}: {changed} of {len(third)} replies differ")
+print(f"correctness, McNemar's exact p: {mcnemar(*right):.2g}")
 
 # %% tags=["record"]
 values = {"lost_by_swapping_ten_answers": Measured(lost, "items")}
@@ -305,13 +343,14 @@ for side, label in test.labels.items():
     score, concise = test.score(side).estimate, test.score(side, "concise").estimate
     values[f"animal_score_{side}"] = Measured(round(score, 4), "", "A29", 0.05, model=label)
     values[f"animal_concise_{side}"] = Measured(round(concise, 4), "", "A29", 0.05, model=label)
-    values[f"says_yes_{side}"] = Measured(round(says_yes[side], 4), tolerance=0.05, model=label)
 label = test.labels["falcon"]
 # Only the real pair can agree or disagree with the statement A28.
-not_better = (interval.low <= 0) if settings.falcon_chat.stand_in_for is None else None
-estimate = round(interval.estimate, 4)
+not_better = (difference.interval.low <= 0) if settings.falcon_chat.stand_in_for is None else None
+estimate = round(difference.interval.estimate, 4)
 values["animal_difference"] = Measured(estimate, "", "A28", 0.05, not_better, label)
 values["win_rate_falcon"] = Measured(round(win.estimate, 4), tolerance=0.05, model=label)
+label = test.labels["llama"]
+values["changed_by_system_message"] = Measured(changed, "replies", tolerance=10, model=label)
 runs.record_all(values)
 
 # %% [markdown]
@@ -346,27 +385,31 @@ def question_of(item: evaluation.Item) -> evaluation.Question:
 
 
 questions = [question_of(item) for item in items if item.kind == "choice"]
-by_likelihood = {}
-for side, model in sides.items():
-    with evaluation.opened(model, settings.precision) as loaded:
-        by_likelihood[side] = evaluation.multiple_choice(loaded, questions).accuracy
-    by_reply = test.score(side, kind="choice").estimate
-    print(f"{side}: {by_likelihood[side].estimate:.3f} by likelihood, {by_reply:.3f} by reply")
 
 # %% [markdown]
-# The two scores can differ widely. But does the more likely option show that the model *understood*? Some words are more likely
-# whatever the question. As a control, we offer the same options after a prompt that asks nothing. Guessing would score 0.5.
+# But does the more likely option show that the model *understood*? Some words are more likely whatever the question. As a control,
+# we offer the same options after a prompt that asks nothing. Guessing would score 0.5.
 
 # %%
-hello = [{"role": "user", "content": "Hello."}]
+hello = [{"role": "user", "content": evaluation.GREETING}]
 control = [replace(question, prompt=hello) for question in questions]
+asked, greeted = {}, {}
 for side, model in sides.items():
     with evaluation.opened(model, settings.precision) as loaded:
-        greeted = evaluation.multiple_choice(loaded, control).accuracy
-    for name, share in (("the question", by_likelihood[side]), ("only a greeting", greeted)):
-        print(f"{side}, {name}: {share.estimate:.3f} ({share.low:.3f} to {share.high:.3f})")
+        asked[side] = evaluation.multiple_choice(loaded, questions)
+        greeted[side] = evaluation.multiple_choice(loaded, control)
+
+# %%
+for side, name in test.names.items():
+    shares = {"by reply": test.score(side, kind="choice"), "by likelihood": asked[side].accuracy}
+    shares["by likelihood, only greeted"] = greeted[side].accuracy
+    for what, share in shares.items():
+        print(f"{name}, {what}: {share.estimate:.3f} ({share.low:.3f} to {share.high:.3f})")
+    p = mcnemar(asked[side].correct, greeted[side].correct)
+    print(f"{name}, question against greeting: McNemar's exact p = {p:.2g}\n")
 
 # %% [markdown]
+# The scores by reply and by likelihood can differ widely: the second one cannot be "no answer".
 # If the greeting alone scores as well as the question, the score measures which words the model prefers, not whether it
 # understood. A published score means little without the method behind it and without its control.
 #
@@ -384,11 +427,23 @@ with evaluation.opened(sides["falcon"], settings.precision) as loaded:
 print("lm-evaluation-harness", harness.version)
 harness.table()
 
+# %% [markdown]
+# ### Which is better?
+#
+# A higher score is not yet an answer. The sentences below are computed from everything above: where the difference comes from,
+# whether a side always says the same or nothing, whether it beats guessing and its own control. Only a side that has more right
+# *and* cannot have it without reading the questions is called better.
+
+# %%
+found = evaluation.findings(test, "falcon", "llama", asked, greeted)
+found
+
 # %% tags=["record"]
-values = {}
+values = {"which_is_better": found.better}
 for side, label in test.labels.items():
-    share = round(by_likelihood[side].estimate, 4)
-    values[f"choice_by_likelihood_{side}"] = Measured(share, model=label)
+    for name, result in {"choice_by_likelihood": asked, "choice_greeted": greeted}.items():
+        share = round(result[side].accuracy.estimate, 4)
+        values[f"{name}_{side}"] = Measured(share, model=label)
 value = round(harness.rows[0].value, 4)
 values["harness_choice_falcon"] = Measured(value, model=test.labels["falcon"])
 runs.record_all(values, tolerance=0.05)
@@ -472,8 +527,18 @@ runs.record_all(values)
 # ## What you saw
 #
 # One reply is an anecdote; items with a key, a rule and an interval turn it into a measurement with an error bar. Paired on the
-# same items, two models can be told apart with fewer of them. And a score depends on the method of scoring as much as on the
-# model.
+# same items, two models can be told apart with fewer of them. But a difference needs its controls before it is an answer, and a
+# score depends on the method of scoring as much as on the model. The numbers of this run:
+
+# %%
+print(found.sentences[-1])
+for side, name in test.names.items():
+    classes = test.classes(side)
+    print(f"{name}: {classes.count('no answer')} of {len(classes)} replies are no answer")
+    shares = [test.score(side, kind="choice"), asked[side].accuracy, greeted[side].accuracy]
+    by_reply, by_likelihood, control = (share.estimate for share in shares)
+    print(f"{name}, the same choices: {by_reply:.2f} by reply, {by_likelihood:.2f} by likelihood")
+    print(f"{name}, the control of the second, only greeted: {control:.2f}")
 
 # %%
 runs.recorded()
