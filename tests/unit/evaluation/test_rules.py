@@ -136,7 +136,7 @@ ADD = {"python": ["add(2, 3) == 5", "add(-1, 1) == 0"]}
     "reply",
     [
         "def add(a, b):\n    return a + b",
-        "Sure!\n```python\ndef add(a: int, b: int) -> int:\n    '''Add.'''\n    return a + b\nprint(add(2, 3))\n```\nOK",
+        "Sure!\n```python\ndef add(a: int, b: int) -> int:\n    '''Add.'''\n    return a + b\nadd(2, 3)\n```\nOK",
         "def add(a, b):\n    return a + b\n\nThis function adds two numbers.",
         "```\nimport math\ndef add(a, b):\n    if a is None:\n        raise ValueError('none')\n    return sum([a, b])",
     ],
