@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from helpers.base.text import is_blank
-from helpers.evaluation.data import names
+from helpers.evaluation.rules import names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,10 +22,10 @@ CONCISE_WORDS = 12
 
 
 def is_correct(item: Item, text: str) -> bool:
-    """The rule of correctness: the reply names every word of the answer, and none of the others."""
+    """The rule of correctness: the reply names all of the answer, none of the others, and follows the item's rules."""
     missing = [word for word in item.answer if not names(text, word)]
     wrong = [word for word in item.others if names(text, word)]
-    return not missing and not wrong
+    return not missing and not wrong and item.follows_rules(text)
 
 
 def is_concise(reply: Reply) -> bool:
@@ -50,8 +50,8 @@ def _named(item: Item, text: str) -> tuple[str, ...]:
 
 
 def _is_scored(item: Item) -> bool:
-    """Whether a rule can judge a reply to this item: whether it has a key."""
-    return bool(item.answer)
+    """Whether a rule can judge a reply to this item: whether it has an answer or rules."""
+    return item.scored
 
 
 def _guessing_level(item: Item) -> float:
