@@ -14,8 +14,9 @@ __getattr__, __dir__, __all__ = face(
         "judging": ["judge", "win_rates"],
         "leaderboard": ["leaderboard_average"],
         "likelihood": ["perplexity"],
-        "rules": ["names"],
+        "options": ["Question", "multiple_choice"],
         "precisions": ["ALMOST_NONE", "measure_precisions"],
+        "rules": ["names"],
         "tasks": ["TASKS"],
     },
 )

@@ -13,7 +13,7 @@ from helpers.base import stats
 from helpers.evaluation.answers import _is_scored, _named
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from helpers.evaluation.comparison import Comparison
     from helpers.evaluation.options import _MultipleChoice
@@ -86,6 +86,9 @@ class _Findings:
     sentences: tuple[str, ...]
     better: str
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sentences)
+
     def __str__(self) -> str:
         return "\n".join(f"- {sentence}" for sentence in self.sentences)
 
@@ -111,8 +114,11 @@ def findings(
         by_likelihood = _by_likelihood(test, (first, second), asked, greeted)
         sentences += _likelihood(by_likelihood, asked, greeted, (first, second))
         kinds.append(by_likelihood)
-    better = {kind.better.name: kind for kind in kinds if kind.earned}
-    return _Findings((*sentences, _verdict(kinds, together)), " and ".join(better) or "neither")
+    sentences.append(_verdict(kinds, together))
+    # If no kind alone tells the two apart, all items together still may.
+    deciding = [kind for kind in kinds if kind.detected] or [together]
+    better = dict.fromkeys(kind.better.name for kind in deciding if kind.earned)
+    return _Findings(tuple(sentences), " and ".join(better) or "neither")
 
 
 def _of_kind(test: Comparison, sides: tuple[str, str], kind: str | None) -> _Kind:
@@ -227,8 +233,9 @@ def _against_guessing(kinds: Sequence[_Kind]) -> str:
             parts.append(f"{kinds[0].sides[place].name} scores above guessing in {_listed(above)}")
     if not parts:
         return "Neither scores above guessing in any kind."
-    others = "" if len(parts) == 2 else "; the other one does in none"
-    return f"{_listed(parts)}{others}."
+    if len(parts) == 1:
+        parts.append("the other one does in none")
+    return f"{'; '.join(parts)}."
 
 
 def _by_likelihood(
@@ -288,7 +295,7 @@ def _verdict(kinds: Sequence[_Kind], together: _Kind) -> str:
 
 
 def _undecided(together: _Kind) -> str:
-    if together.detected and together.better.above_guessing:
+    if together.earned:
         return f"all items together favour {together.better.name}, though no kind alone does"
     return "these items do not tell the two apart"
 

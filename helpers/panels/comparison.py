@@ -82,9 +82,9 @@ def _labels(models: Mapping[str, Side]) -> list[tuple[str, str]]:
 
 
 def _column_names(models: Mapping[str, Side]) -> dict[str, str]:
-    from helpers.evaluation.comparison import side_names
+    from helpers.evaluation.comparison import Comparison
 
-    return side_names({side: _ref(model).name for side, model in models.items()})
+    return Comparison.names_of({side: _ref(model).name for side, model in models.items()})
 
 
 class _ComparisonPanel(_QuestionPanel):

@@ -15,7 +15,8 @@ from helpers.base.files import ROOT
 COMMITTED = sorted((ROOT / "notebooks").glob("*.ipynb"))
 RUNS = sorted((ROOT / "runs").glob("*-laptop*"))
 EXECUTED = sorted((RUNS[-1] / "notebooks").glob("*.ipynb")) if RUNS else []
-SIDE = re.compile(r"(?<![\w./-])(?:falcon|llama)(?![\w/-])")
+# The names of recorded values end, or begin, with the side too: animal_score_falcon.
+SIDE = re.compile(r"(?<![a-zA-Z0-9./-])(?:falcon|llama)(?![a-zA-Z0-9/-])")
 # A model's own name: falcon-mini-chat, tiiuae/falcon-180B, Llama-2-70b-chat-hf, SmolLM2-135M-Instruct.
 MODEL = re.compile(r"[\w./-]*(?:falcon-|llama-|smollm)[\w.-]+", re.IGNORECASE)
 BREAKS = ("tr", "div", "p", "br", "li", "summary", "h1", "h2", "h3", "h4")
@@ -70,6 +71,8 @@ def test_no_number_belongs_to_a_side_called_falcon_or_llama_alone(path):
         ("llama, only a greeting: 0.611 (0.496 to 0.715)", True),
         ("only falcon right: 15", True),
         ("falcon 38 tokens/s", True),
+        ("animal_score_falcon: 0.1786 | as expected", True),
+        ("animal score falcon-mini-chat: 0.1786", False),
         ("falcon-mini-chat: 0.179", False),
         ("falcon  env/models/falcon-mini  13 MiB", False),  # the role beside its model
         ("SmolLM2-135M-Instruct, llama: 0.417", False),

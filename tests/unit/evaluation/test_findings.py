@@ -115,6 +115,15 @@ def test_a_guesser_against_silence_is_no_better():
     assert last.endswith("so nothing here shows that either is better.")
 
 
+def test_many_kinds_of_few_items_can_decide_together():
+    """Two items of each of ten kinds: no kind alone can tell (p of 2 against 0 is 0.5), all of them can."""
+    kinds = [dataclasses.replace(item, id=str(n), kind=f"kind {n // 2}") for n, item in enumerate(ITEMS[100:120])]
+    conclusion = evaluation.findings(compared(right, gibberish, tuple(kinds)), "falcon", "llama")
+    assert "No kind alone shows the difference; only all items together do." in conclusion.sentences
+    last = "Which is better? All items together favour mini, though no kind alone does."
+    assert (conclusion.sentences[-1], conclusion.better) == (last, "mini")
+
+
 def test_scores_where_a_side_answers_are_given_as_such():
     def half(item):
         return right(item) if int(item.id[-1]) % 2 else "?"
