@@ -383,7 +383,9 @@ def _replies(loaded: Loaded, asked: Sequence[Sequence[Message]], sampling: Sampl
 
 def _batches(asked: Sequence[Sequence[Message]], batch_size: int) -> list[list[int]]:
     """The numbers of the prompts that are generated together: of similar length, for all are padded to the longest."""
-    lengths = [sum(len(message["content"]) for message in messages) for messages in asked]
+    lengths = []
+    for messages in asked:
+        lengths.append(sum(len(message["content"]) for message in messages))
     batches: list[list[int]] = []
     for number in sorted(range(len(asked)), key=lengths.__getitem__):
         if batches and len(batches[-1]) < batch_size and lengths[number] <= _MOST_PADDED * lengths[batches[-1][0]]:
