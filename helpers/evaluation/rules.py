@@ -29,8 +29,8 @@ _EDGES = " \t\n\"'\u2018\u2019\u201c\u201d*`"
 _REFUSAL = re.compile(
     r"\bi(?:'m| am) (?:sorry|afraid|not able to|unable to)\b|\bi must (?:decline|refuse)\b"
     r"|\bi (?:can't|can ?not|could not|couldn't|won't|will not|don't feel comfortable|do not feel comfortable)"
-    r" (?:\w+ly )?(?:help|assist|provid|give|do that|support|fulfil|comply|creat|writ|recommend|advis|tell|answer"
-    r"|encourag|condon|in good|offer|shar|teach|suggest|engag|participat|discuss)"
+    r" (?:\w+ly )?(?:help|assist|provide|give|do that|support|fulfil|comply|create|write|recommend|advise|tell|answer"
+    r"|encourage|condone|in good|offer|share|teach|suggest|engage|participate|discuss)\b"
     r"|\b(?:illegal|unethical|against the law|not (?:legal|ethical|appropriate|okay|ok))\b"
 )
 

@@ -273,8 +273,10 @@ def _shown_reply(item: Item, reply: Reply) -> _ShownReply:
 
     marks = []
     cut = reply.finish_reason == "length"
-    if item.answer:
+    if item.scored:
         marks.append(_Mark(*_CLASS_MARKS[classify(item, reply.text)]))
+    # A program or a story need not be short.
+    if item.answer:
         if RULES["concise"](item, reply):
             marks.append(_Mark("concise", _GOOD))
         elif RULES["correct"](item, reply) and not cut:

@@ -94,7 +94,7 @@ overview = {}
 for kind in dict.fromkeys(item.kind for item in prompts):
     of_kind = [item for item in prompts if item.kind == kind]
     keyed = [item for item in of_kind if item.scored] or of_kind
-    key = ", ".join([*keyed[0].answer, *map(str, keyed[0].rules)])
+    key = ", ".join([*keyed[0].answer, *map(str, keyed[0].rules)]) or "none"
     count = sum(item.scored for item in of_kind)
     overview[kind] = [len(of_kind), count, keyed[0].question.splitlines()[-1], key]
 columns = ["prompts", "with a key", "for example", "its key"]
@@ -128,7 +128,8 @@ table.round(3)
 #
 # In a batch every step computes one token of many replies. That is far more tokens per second in all, and says nothing about the
 # time that one person waits: do not mix the two. Here is one reply of each kind. A reply ends at the limit of new tokens,
-# finished or not; a cut reply is judged as it stands.
+# finished or not; a cut reply is judged as it stands. Nobody knows what a guess would score under a rule for the form, so it
+# counts as 0 below.
 
 # %%
 options = {"precision": settings.precision, "batch_size": batch_size}
@@ -140,16 +141,16 @@ panels.replies_html(talk, sorted(first_of_kind.values()))
 for side, name in talk.names.items():
     cut = sum(reply.finish_reason == "length" for reply in talk.replies[side])
     print(f"{name}: {cut} of {len(prompts)} replies cut after {max_new_tokens} tokens")
-print(*evaluation.findings(talk, "falcon", "llama"), sep="\n")
+evaluation.findings(talk, "falcon", "llama")
 
 # %% [markdown]
 # ### A model as the judge
 #
 # No rule can say which of two stories is better. A common way is to ask a model: *which reply is better, 1 or 2?* A judge may
 # prefer the place rather than the reply, so it sees each pair in both orders, and has decided only if it prefers the same reply
-# twice. [Zheng et al. 2023](https://arxiv.org/abs/2306.05685) found this in 65% of pairs for GPT-4 and in 46% for GPT-3.5. What is
-# *this* judge worth? It also gets pairs that a key decides, where we know the right verdict. (It is one of the two models that it
-# judges. Such a judge may prefer its own style, which a key would not show.)
+# twice. [Zheng et al. 2023](https://arxiv.org/abs/2306.05685) found this in 65% of pairs for GPT-4 and in 46% for GPT-3.5. What
+# is *this* judge worth? It is also asked about pairs that a key decides, where we know the right verdict. (It is one of the two
+# models that it judges. Such a judge may prefer its own style, which a key would not show.)
 
 # %%
 judged = None
@@ -162,14 +163,19 @@ if tested_pairs:  # 0: no judge
 # %% [markdown]
 # ### Win rates by kind
 #
-# A right reply beats a wrong one; two right or two wrong ones tie, and a tie counts half. So `rate` is the share of wins of the
-# first model, and 0.5 means that neither is ahead. The interval (95%) is wide for kinds of 5 to 12 questions: a single kind can
-# show a large difference only. What a judge worth no more than a coin says is not a result; its rows are there to be seen
-# as such.
+# A right reply beats a wrong one; two right or two wrong ones tie, and a tie counts half. A rate of 0.5 means that neither is
+# ahead. The interval (95%, from `low` to `high`) is wide for kinds of 4 to 12 questions: a single kind can show a large
+# difference only. What a judge says that is worth no more than a coin is no result, and its rows are there to be seen as such.
 
 # %%
 rates = evaluation.win_rates(talk, judged)
-rates.round(3)
+rates.rename(columns={"rate": f"{talk.names['falcon']} wins"}).round(3)
+
+# %%
+scores = talk.scores()
+subject = " and ".join(talk.labels.values())
+figure = figures.score_intervals(scores[scores.rule == "correct"], subject)
+runs.record_figure("prompt_scores", figure)
 
 # %% tags=["record"]
 columns = {"tokens_per_second": "tokens/s", "characters_per_second": "characters/s"}
@@ -472,48 +478,51 @@ published
 
 # %%
 ids = {"Falcon-180B": "tiiuae/falcon-180B", "Llama-2-70B": "meta-llama/Llama-2-70b-chat-hf"}
-trained = {"Falcon-180B": (3.5e12, 7e6), "Llama-2-70B": (2e12, 1_720_320)}
-computed = {}
-for name, (tokens, gpu_hours) in trained.items():
-    config = machine.published_config(ids[name])
-    size = machine.count_parameters(config)
-    flop = machine.training_flop(size, tokens)
-    rows = {"parameters (billion)": size / 1e9, "context (tokens)": config.max_position_embeddings}
-    rows |= {"tokens per parameter": tokens / size, "GFLOP per token": 2 * size / 1e9}
-    rows |= {
-        "training (10²⁴ FLOP)": flop / 1e24,
-        "20 per parameter (billion)": (flop / 120) ** 0.5 / 1e9,
-    }
-    rows["share of the GPUs' peak (%)"] = 100 * machine.implied_utilisation(flop, gpu_hours)
-    computed[name] = rows
-pd.DataFrame(computed).round(1)
+tokens = {"Falcon-180B": 3.5e12, "Llama-2-70B": 2e12}
+gpu_hours = {"Falcon-180B": 7e6, "Llama-2-70B": 1_720_320}
+real = {name: machine.published_config(repository) for name, repository in ids.items()}
+sizes = {name: machine.count_parameters(config) for name, config in real.items()}
+flop = {name: machine.training_flop(size, tokens[name]) for name, size in sizes.items()}
+
+computed = pd.DataFrame({"parameters (billion)": pd.Series(sizes) / 1e9})
+computed["context (tokens)"] = [config.max_position_embeddings for config in real.values()]
+computed["tokens per parameter"] = [tokens[name] / sizes[name] for name in ids]
+computed["FLOP per token (billion)"] = 2 * computed["parameters (billion)"]
+computed["training (10²⁴ FLOP)"] = pd.Series(flop) / 1e24
+used = [machine.implied_utilisation(flop[name], gpu_hours[name]) for name in ids]
+computed["share of the GPUs' peak (%)"] = [100 * share for share in used]
+
+# %%
+# 6·N·D with D = 20·N is 120·N², so 20 tokens per parameter make this size of the same compute.
+computed["size by Chinchilla's rule (billion)"] = (pd.Series(flop) / 120) ** 0.5 / 1e9
+computed.T.round(1)
 
 # %% [markdown]
-# *Tokens per parameter.* For a given training compute, a loss is lowest with about 20 tokens per parameter, found
-# [Hoffmann et al. 2022](https://arxiv.org/abs/2203.15556) with their model Chinchilla. The row *20 per parameter* is the size
-# that this rule makes of each model's compute, √(FLOP / 120), because 6·N·20·N = 120·N². So Falcon-180B has just the size that
-# the rule asks for. Llama-2-70B is smaller and was trained for longer. By the rule that wastes some training compute, but the rule
-# only counts training: each token that Llama 2 writes or reads costs 2.6 times less, for as long as it is used. *Context.* Llama 2
-# also reads twice as many tokens. And a person who chats (A28) does not meet these base models at all, but the chat models: one of
-# them was tuned on conversations alone, the other on human preferences as well.
+# *Tokens per parameter.* For a given training compute, the loss is lowest with about 20 tokens per parameter
+# ([Hoffmann et al. 2022](https://arxiv.org/abs/2203.15556), who trained Chinchilla so). Falcon-180B has just the size that this
+# rule makes of its compute. Llama-2-70B is smaller than the rule asks for, and was trained for longer. But the rule counts
+# training alone. Each token that Llama 2 reads or writes costs 2.6 times less (2·N operations), for as long as it is used. So
+# 4.5 times the training compute bought Falcon-180B little on the leaderboard, and made it the dearer one to run.
+#
+# *Context.* Llama 2 also reads twice as many tokens at once. *Chat.* A person who chats (A28) meets the chat models, not these
+# base models. One of them was tuned on conversations alone, the other on human preferences as well, and no score above
+# measures that.
 #
 # How far are this profile's models from the real pair, in parameters?
 
 # %%
 ratios = {}
-real = [machine.published_config(name) for name in ids.values()]
-for title, pair in (("the real pair", real), ("this profile", list(configs.values()))):
-    falcon, llama = map(machine.count_parameters, pair)
+for title, pair in (("the real pair", real), ("this profile", configs)):
+    falcon, llama = (machine.count_parameters(config) for config in pair.values())
     ratios[title] = falcon / llama
     print(f"{title}: {falcon:,} and {llama:,} parameters, {falcon / llama:.2f} to 1")
 
 # %% tags=["record"]
-label = settings.falcon_chat.label
-values = {"size_ratio_here": Measured(round(ratios["this profile"], 3), "x", model=label)}
-for name, rows in computed.items():
-    per_parameter = round(rows["tokens per parameter"], 2)
-    key = f"tokens_per_parameter_{name.lower().replace('-', '_')}"
-    values[key] = Measured(per_parameter, "tokens", model=ids[name])
+ratio, label = round(ratios["this profile"], 3), settings.falcon_chat.label
+values = {"size_ratio_here": Measured(ratio, "x", model=label)}
+for side, name in zip(talk.sides, ids, strict=True):
+    per_parameter = round(tokens[name] / sizes[name], 2)
+    values[f"real_tokens_per_parameter_{side}"] = Measured(per_parameter, "tokens", model=ids[name])
 runs.record_all(values)
 
 # %% [markdown]

@@ -257,13 +257,14 @@ def mini() -> Loaded:
 
 
 def test_replies_are_generations_own_one_at_a_time_or_in_batches(mini):
-    asked = ["Hello! How are you?", GOAT, "What do you like to eat in the morning?"]
+    # Batches are made of similar lengths; the replies stay in the order of the questions.
+    asked = ["What do you like to eat in the morning?", GOAT, "Hello!"]
     messages = [[{"role": "user", "content": p if isinstance(p, str) else p.question}] for p in asked]
     expected = [generate(mini, message, SHORT).text for message in messages]
     for batch_size in (1, 2, 5):
         found = compare(asked, {"mini": mini}, SHORT, batch_size=batch_size)
         assert [r.text for r in found.replies["mini"]] == expected
-    assert found.items[0] == Item("prompt-1", "prompt", "Hello! How are you?")
+    assert found.items[0] == Item("prompt-1", "prompt", "What do you like to eat in the morning?")
     assert found.labels == {"mini": mini.ref.label}
     assert found.stored_bytes == {"mini": mini.report.stored_bytes}
     assert found.names == {"mini": "falcon-mini-chat"}

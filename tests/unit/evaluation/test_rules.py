@@ -136,7 +136,7 @@ ADD = {"python": ["add(2, 3) == 5", "add(-1, 1) == 0"]}
     "reply",
     [
         "def add(a, b):\n    return a + b",
-        "Sure!\n```python\ndef add(a: int, b: int) -> int:\n    '''Add.'''\n    return a + b\nprint(add(2, 3))\n```\nOK",
+        "Sure!\n```python\ndef add(a: int, b: int) -> int:\n    '''Add.'''\n    return a + b\nadd(2, 3)\n```\nOK",
         "def add(a, b):\n    return a + b\n\nThis function adds two numbers.",
         "```\nimport math\ndef add(a, b):\n    if a is None:\n        raise ValueError('none')\n    return sum([a, b])",
     ],
@@ -259,7 +259,7 @@ def test_a_row_that_does_not_say_it_is_refused_where_it_is_asked_for(tmp_path, n
 def test_there_are_enough_prompts_of_each_kind_and_most_have_a_key():
     kinds = {item.kind for item in PROMPTS}
     asked = {"fact", "arithmetic", "reasoning", "code", "instruction", "translation", "refusal", "story", "list"}
-    assert kinds == asked | {"long_context", "opinion"}
+    assert kinds == asked | {"long context", "opinion"}
     assert 60 <= len(PROMPTS) <= 100
     assert len([item for item in PROMPTS if item.scored]) >= 0.9 * len(PROMPTS)
     for kind in kinds:

@@ -718,6 +718,15 @@ def test_only_a_correct_reply_is_concise_or_long_and_a_cut_one_is_marked(text, r
     assert cells(panels.replies_html(compared))[-1] == f"{text.strip()}{marks}"
 
 
+def test_a_reply_that_only_rules_score_is_marked_but_need_not_be_concise():
+    from helpers.evaluation.rules import _Rule
+
+    item = evaluation.Item("a", "arithmetic", "2 + 3?", rules=(_Rule("number", 5),))
+    for text, mark in (("It is 5." + " So it is 5." * 9, "correct"), ("6", "wrong")):
+        compared = evaluation.Comparison((item,), {"x": (reply(text),)}, {"x": "model"}, {"x": 1})
+        assert cells(panels.replies_html(compared))[-1] == f"{text}{mark}"
+
+
 def test_a_long_reply_is_cut_with_an_ellipsis(compared):
     assert cells(panels.replies_html(compared))[-1] == "x" * 300 + " " + "y" * 99 + " …"
 
