@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from helpers.base.files import ROOT
+from helpers.base.files import ROOT, write_text
 from helpers.base.hashes import file_hash
 from helpers.base.isolation import conditions, without_git
 from helpers.base.processes import Command
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from helpers.runs.notebook import _Plan
 
 # Executed notebooks, figures and logs of a whole run take some tens of MiB.
+GLOSSARY = "GLOSSARY"  # the name of the glossary's file and page, without its ending
 LEAST_FREE_BYTES = 100 * 2**20
 _LOOK_SECONDS = 0.3
 
@@ -112,6 +113,13 @@ def _check_space(folder: Path) -> None:
 def _executed_notebook(folder: Path, name: str) -> Path:
     """The path of a notebook's executed copy."""
     return folder / "notebooks" / f"{name}.ipynb"
+
+
+def _keep_glossary(folder: Path, notebook: Path) -> None:
+    """Copy the glossary that lies beside a notebook, if there is one: the executed copy's links lead to it too."""
+    source = notebook.parent / f"{GLOSSARY}.md"
+    if source.is_file():
+        write_text(folder / "notebooks" / source.name, source.read_text(encoding="utf-8"))
 
 
 def _outline(profile: Profile, plans: Sequence[_Plan], raw: Mapping[str, str], command: Sequence[str]) -> _Manifest:
