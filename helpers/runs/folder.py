@@ -115,11 +115,16 @@ def _executed_notebook(folder: Path, name: str) -> Path:
     return folder / "notebooks" / f"{name}.ipynb"
 
 
+def _kept_glossary(folder: Path) -> Path:
+    """The path of the run's copy of the glossary, to which the executed notebooks link."""
+    return folder / "notebooks" / f"{GLOSSARY}.md"
+
+
 def _keep_glossary(folder: Path, notebook: Path) -> None:
-    """Copy the glossary that lies beside a notebook, if there is one: the executed copy's links lead to it too."""
+    """Copy the glossary that lies beside a notebook, if there is one."""
     source = notebook.parent / f"{GLOSSARY}.md"
     if source.is_file():
-        write_text(folder / "notebooks" / source.name, source.read_text(encoding="utf-8"))
+        write_text(_kept_glossary(folder), source.read_text(encoding="utf-8"))
 
 
 def _outline(profile: Profile, plans: Sequence[_Plan], raw: Mapping[str, str], command: Sequence[str]) -> _Manifest:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from helpers.base.errors import WorkbookError
 from helpers.base.files import write_text
 from helpers.base.text import visible
-from helpers.runs.folder import GLOSSARY, _executed_notebook
+from helpers.runs.folder import GLOSSARY, _executed_notebook, _kept_glossary
 from helpers.runs.outputs import _presentable
 from helpers.runs.redaction import for_screen
 
@@ -47,22 +47,16 @@ def _write_pages(run_dir: Path, notebooks: Iterable[str]) -> tuple[dict[str, str
     run folder, by notebook, and a sentence for each page that could not be made; a notebook that never started has
     neither.
     """
-    executed = [name for name in notebooks if _executed_notebook(run_dir, name).exists()]
-    pages = {name: f"html/{name}.html" for name in executed}
-    stale = _stale(run_dir, pages)
+    sources = _sources(run_dir, notebooks)
+    pages = {name: f"html/{name}.html" for name in sources}
+    stale = _stale(run_dir, sources, pages)
     if not stale:
         return pages, []
     exporter, problems = _exporter(), []
-    if (glossary := _executed_notebook(run_dir, GLOSSARY).with_suffix(".md")).exists():
-        # A page like those of the notebooks, but none of them: it is in no table of the report.
-        pages[GLOSSARY] = f"html/{GLOSSARY}.html"
-        stale.append(GLOSSARY)
     for name in stale:
         try:
             (run_dir / "html").mkdir(exist_ok=True)
-            source = glossary if name == GLOSSARY else _executed_notebook(run_dir, name)
-            page = _page(exporter, source, run_dir.resolve().name, pages)
-            write_text(run_dir / pages[name], page)
+            write_text(run_dir / pages[name], _page(exporter, sources[name], run_dir.resolve().name, pages))
         except Exception as error:  # whatever a library makes of a notebook, the report and the other pages go on
             told = str(error) if isinstance(error, WorkbookError) else f"{type(error).__name__}: {error}"
             problems.append(f"The page of {name} cannot be made: {' '.join(told.split())[:500]}")
@@ -71,11 +65,18 @@ def _write_pages(run_dir: Path, notebooks: Iterable[str]) -> tuple[dict[str, str
     return pages, problems
 
 
-def _stale(run_dir: Path, pages: Mapping[str, str]) -> list[str]:
-    """The notebooks whose page is to be written."""
+def _sources(run_dir: Path, notebooks: Iterable[str]) -> dict[str, Path]:
+    """The files that have a page, by its name: the executed notebooks, and the glossary that is kept beside them."""
+    paths = {name: _executed_notebook(run_dir, name) for name in notebooks}
+    paths[GLOSSARY] = _kept_glossary(run_dir)
+    return {name: path for name, path in paths.items() if path.exists()}
+
+
+def _stale(run_dir: Path, sources: Mapping[str, Path], pages: Mapping[str, str]) -> list[str]:
+    """The names of the pages that are to be written."""
     if not all((run_dir / page).exists() for page in pages.values()):
         return list(pages)
-    return [name for name, page in pages.items() if _is_newer(_executed_notebook(run_dir, name), run_dir / page)]
+    return [name for name, page in pages.items() if _is_newer(sources[name], run_dir / page)]
 
 
 def _is_newer(source: Path, page: Path) -> bool:

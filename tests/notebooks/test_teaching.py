@@ -66,9 +66,10 @@ def _in_a_link(text, position):
     return any(found.start() <= position < found.end() for found in re.finditer(r"\[[^\]]*\]\([^)]*\)", text))
 
 
-@pytest.mark.parametrize(
-    ("before", "path", "after"), zip([None, *SOURCES], SOURCES, [*SOURCES[1:], None], strict=False)
-)
+NEIGHBOURS = list(zip([None, *SOURCES[:-1]], SOURCES, [*SOURCES[1:], None], strict=True))
+
+
+@pytest.mark.parametrize(("before", "path", "after"), NEIGHBOURS)
 def test_the_way_on_stands_at_the_top_and_at_the_bottom(before, path, after):
     first, *_, last = texts(path)
     assert cells(path)[-1]["source"] == last
