@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from helpers.base.files import ROOT, write_text
+from helpers.base.files import ROOT
 from helpers.base.hashes import file_hash
 from helpers.base.isolation import conditions, without_git
 from helpers.base.processes import Command
@@ -121,10 +121,12 @@ def _kept_glossary(folder: Path) -> Path:
 
 
 def _keep_glossary(folder: Path, notebook: Path) -> None:
-    """Copy the glossary that lies beside a notebook, if there is one."""
+    """Copy the glossary that lies beside a notebook, if there is one that can be read."""
     source = notebook.parent / f"{GLOSSARY}.md"
+    # Beside a reader's own notebook, a file of this name may be anything: the run does not depend on it.
     if source.is_file():
-        write_text(_kept_glossary(folder), source.read_text(encoding="utf-8"))
+        with suppress(OSError):
+            shutil.copyfile(source, _kept_glossary(folder))
 
 
 def _outline(profile: Profile, plans: Sequence[_Plan], raw: Mapping[str, str], command: Sequence[str]) -> _Manifest:

@@ -44,3 +44,15 @@ def test_a_run_without_a_glossary_shows_the_words_alone(tmp_path):
 def test_a_notebook_without_a_glossary_beside_it_is_no_error(tmp_path):
     folder._keep_glossary(tmp_path, tmp_path / "mine.ipynb")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_that_name_that_is_no_text_does_not_stop_a_run(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "GLOSSARY.md").write_bytes(b"\xff\xfe no UTF-8")
+    (tmp_path / "notebooks").mkdir()
+    folder._keep_glossary(tmp_path, tmp_path / "mine" / "mine.ipynb")
+    nbformat.write(v4.new_notebook(cells=[v4.new_markdown_cell(TEXT)]), tmp_path / "notebooks" / "mine.ipynb")
+    written, problems = pages._write_pages(tmp_path, ["mine"])
+    assert list(written) == ["mine"]
+    assert len(problems) == 1
+    assert problems[0].startswith("The page of GLOSSARY cannot be made")
