@@ -67,8 +67,9 @@ def _write_pages(run_dir: Path, notebooks: Iterable[str]) -> tuple[dict[str, str
 
 def _sources(run_dir: Path, notebooks: Iterable[str]) -> dict[str, Path]:
     """The files that have a page, by its name: the executed notebooks, and the glossary that is kept beside them."""
-    paths = {name: _executed_notebook(run_dir, name) for name in notebooks}
-    paths[GLOSSARY] = _kept_glossary(run_dir)
+    # First, because the others link to it only if it could be made.
+    paths = {GLOSSARY: _kept_glossary(run_dir)}
+    paths |= {name: _executed_notebook(run_dir, name) for name in notebooks}
     return {name: path for name, path in paths.items() if path.exists()}
 
 

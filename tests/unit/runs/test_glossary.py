@@ -56,3 +56,4 @@ def test_a_file_of_that_name_that_is_no_text_does_not_stop_a_run(tmp_path):
     assert list(written) == ["mine"]
     assert len(problems) == 1
     assert problems[0].startswith("The page of GLOSSARY cannot be made")
+    assert "The KV cache grows" in (tmp_path / "html" / "mine.html").read_text(encoding="utf-8")
