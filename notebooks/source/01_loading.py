@@ -171,6 +171,7 @@ device_map = infer_auto_device_map(empty, max_memory=limits, no_split_module_cla
 
 # %%
 placement = machine.place(published, "bf16", gpus=[80e9] * 8)
+gpus = [gpu for name, gpu in placement.device_map.items() if ".h." in name]  # of each layer
 print("fits" if placement.fits else f"does not fit: it {placement.shortfall}")
 memory = dict.fromkeys(range(8), 80e9)
 figure = figures.placement(placement, memory, "Falcon-180B in bf16 on 8x A100 80GB")
@@ -437,7 +438,6 @@ runs.record_all(values, model=stand_in.label)
 # A load is only as good as its check. The answers to the goals at the top, with the numbers of this run:
 
 # %%
-gpus = [gpu for name, gpu in placement.device_map.items() if ".h." in name]  # of each layer
 stream = "no piece came"  # as from the random models of a rehearsal
 if times:
     pause = (times[-1] - times[0]) / max(1, len(times) - 1)
