@@ -172,6 +172,7 @@ device_map = infer_auto_device_map(empty, max_memory=limits, no_split_module_cla
 # %%
 placement = machine.place(published, "bf16", gpus=[80e9] * 8)
 gpus = [gpu for name, gpu in placement.device_map.items() if ".h." in name]  # of each layer
+most = max(map(gpus.count, gpus))  # layers on one GPU
 print("fits" if placement.fits else f"does not fit: it {placement.shortfall}")
 memory = dict.fromkeys(range(8), 80e9)
 figure = figures.placement(placement, memory, "Falcon-180B in bf16 on 8x A100 80GB")
@@ -445,7 +446,7 @@ if times:
 few, many = kept_tokens[0.3][1], kept_tokens[1.5][1]
 answers = [
     f"Load: {loaded.report.parameters:,} parameters, every one checked.",
-    f"Anatomy: {mlp:.0%} is in MLPs; of 80 layers, a GPU holds {max(map(gpus.count, gpus))} at most.",
+    f"Anatomy: {mlp:.0%} of Falcon-180B is in MLPs; a GPU of 8 holds at most {most} of 80 layers.",
     f"Top-p 0.9 keeps {few} of {len(logits):,} tokens at temperature 0.3, and {many} at 1.5.",
     f"Stream: {stream}.",
     f"Cache: {library_bytes:,} bytes per token, or {grouped_bytes:,} if only 8 heads are stored.",
