@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from helpers.base.files import ROOT
 from helpers.runs import store
+from helpers.runs.expected import _with_unit
 from helpers.runs.holding import _status_now
 from helpers.runs.schema import _Claim, _RecordedValue
 from helpers.runs.store import _read_claims_file, _read_results
-from helpers.runs.wording import TOO_CLOSE, _agrees, _answer, _judged_parts, _meets
+from helpers.runs.wording import TOO_CLOSE, _agrees, _answer, _judged_parts, _meets, _plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -47,10 +48,22 @@ class _ClaimValue:
 
 @dataclass(frozen=True)
 class _JudgedPart:
-    """One reading of a statement with its own verdict."""
+    """One reading of a statement with its own verdict; ``found`` are the values that it is judged by, in words."""
 
     part: _ClaimPart
     verdict: _Verdict
+    found: str = ""
+
+    @property
+    def compared(self) -> str:
+        """What the wording demands beside what this run found; empty if there is nothing to compare."""
+        if not self.found:
+            return ""
+        number = _plain(self.part.number)
+        if self.part.wording == "at least" and self.verdict.mark == "failed":
+            return f"{self.found} will do, so at least {number} is refuted"
+        demanded = f"{number} or less" if self.part.wording == "enough" else f"{self.part.wording} {number}"
+        return f"{demanded}; this run: {self.found}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,7 @@ class _JudgedClaim:
     @property
     def confirmed_in_part(self) -> bool:
         """True if a part of the statement was confirmed, or one reading of it and not another."""
-        split = any(part.verdict.mark != "passed" for part in self.parts)
+        split = any(part.found and part.verdict.mark != "passed" for part in self.parts)
         return self.verdict.mark == "passed" and (split or self.claim.reach != "")
 
     @property
@@ -145,7 +158,8 @@ def _judged_part(part: _ClaimPart, values: Sequence[_ClaimValue], manifest: _Man
     verdict = _verdict(own, manifest)
     if verdict.mark == "shown" and manifest.rehearsal is None:
         verdict = _Verdict(TOO_CLOSE, "shown")
-    return _JudgedPart(part, verdict)
+    found = " and ".join(_with_unit(value.content.value, value.content.unit) for value in own)
+    return _JudgedPart(part, verdict, found)
 
 
 def _whole_verdict(

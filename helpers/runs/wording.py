@@ -8,6 +8,7 @@ a claim confirmed. Claims without a wording are judged by the notebook that reco
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ TOO_CLOSE = "too close to tell"
 NOT_JUDGED = "not judged"
 # "At least" and "enough" speak of whole machines, and a rounding error must not move one over the line.
 _ROUNDING = 1e-9
+_QUOTED = 90  # letters of a statement beside a value; the report has all of it
 
 
 def _meets(part: _ClaimPart, value: Value) -> bool | None:
@@ -85,7 +87,18 @@ def _said(claim: _Claim, name: str, unit: str) -> str:
     """What the article says that this value is compared with: the number of its wording, or what was published."""
     part = _part_of(claim, name)
     if part is None:
-        return claim.published or claim.statement
-    number = f"{part.number:,} {unit}".rstrip()
-    where = f", {part.name}" if part.name and part.wording == "about" else ""
-    return f"{number} are enough" if part.wording == "enough" else f"{part.wording} {number}{where}"
+        return _quoted(claim.published or claim.statement)
+    number = f"{_plain(part.number)} {unit}".rstrip()
+    if part.wording == "enough":
+        return f"{number} are enough"
+    reading = f" ({part.name})" if part.name and part.wording == "about" else ""
+    return f"{part.wording} {number}{reading}"
+
+
+def _quoted(text: str) -> str:
+    return f"“{textwrap.shorten(text, _QUOTED, placeholder=' …')}”"
+
+
+def _plain(number: float | None) -> str:
+    """A published number as people write it: 7.5e9 is 7,500,000,000, and 2.5 stays 2.5."""
+    return "" if number is None else f"{number:,.12g}"
