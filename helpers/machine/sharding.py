@@ -115,9 +115,10 @@ _CLAIMS = (
 def hardware_claims() -> pd.DataFrame:
     """The article's machines for Falcon-180B (A13-A17), the computed bytes, and the smallest machines that will do.
 
-    The article says "at least": a smaller number of the same GPUs refutes it. Published sizes are GB as published. Estimates: one sequence of 2048 tokens; training in bf16 (QLoRA in nf4) with
-    gradient checkpointing. The least number of GPUs: for inference whole layers on each (``place``); for training as
-    ``shard`` spreads it, each GPU with a sequence of its own. A sum over devices says nothing about speed.
+    The article says "at least": a smaller number of the same GPUs refutes it. Published sizes are GB as published.
+    Estimates: one sequence of 2048 tokens; training in bf16 (QLoRA in nf4) with gradient checkpointing. The least
+    number of GPUs: for inference whole layers on each (``place``); for training as ``shard`` spreads it, each GPU with
+    a sequence of its own. A sum over devices says nothing about speed.
     """
     import pandas as pd
 

@@ -9,7 +9,7 @@ from helpers.base.files import ROOT
 from helpers.runs import store
 from helpers.runs.expected import _with_unit
 from helpers.runs.holding import _status_now
-from helpers.runs.schema import _Claim, _RecordedValue
+from helpers.runs.schema import _Claim, _ClaimPart, _RecordedValue
 from helpers.runs.store import _read_claims_file, _read_results
 from helpers.runs.wording import TOO_CLOSE, _agrees, _answer, _judged_parts, _meets, _plain
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from helpers.runs.schema import _ClaimPart, _Manifest, _Results, _Status
+    from helpers.runs.schema import _Manifest, _Results, _Status
 
 CLAIMS = ROOT / "notebooks" / "data" / "claims.yaml"
 _JUDGED = ("passed", "failed", "on-stand-in")

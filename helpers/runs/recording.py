@@ -1,9 +1,9 @@
 """Record the values and figures of a notebook, compared with the values that were expected.
 
-``schema`` describes the files. A verdict is "as expected", "differs" or "unmeasured" (nothing to compare
-with; this never counts as passed). The judgement ``agrees`` answers another question: whether the value agrees with a
-statement of the article. What is shown of a value says both, each in words of its own. The runner names the run to a notebook through environment variables (``base.settings``);
-without a run, values are compared and shown, and kept only in memory.
+``schema`` describes the files. A verdict is "as expected", "differs" or "unmeasured" (nothing to compare with; this
+never counts as passed). The judgement ``agrees`` answers another question: whether the value agrees with a statement
+of the article. What is shown of a value says both, each in words of its own. The runner names the run to a notebook through
+environment variables (``base.settings``); without a run, values are compared and shown, and kept only in memory.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def record(  # noqa: PLR0913 (every notebook uses these names)
     article, such as "A1". ``tolerance``, in the value's unit, is the least that ``expected_from_runs`` allows a number:
     give it if a hundredth of the value is finer than the value's own meaning, as for a difference near zero.
     ``agrees`` says whether the value agrees with that statement as published; None: it only illustrates it. If the
-    list of claims has a wording for the statement, such as "at least", that decides and ``agrees`` is not asked. ``model``
-    is the ``ModelRef.label`` of the model it was measured on; None: it was computed from published configurations.
+    list of claims has a wording for the statement, such as "at least", that decides and ``agrees`` is not asked.
+    ``model`` is the ``ModelRef.label`` of the model it was measured on; None: it was computed from published
+    configurations.
     A name recorded again in the same notebook replaces the earlier value.
     Raises ResultError for an empty name, any other type, NaN and infinity, a tolerance that is negative or not finite,
     ``agrees`` without a claim or other than true or false, and for what is not a text where one is due.

@@ -19,7 +19,7 @@ from helpers.runs.origins import _commit, _machine, _machine_facts, _source_note
 from helpers.runs.pages import ROLES, _render_page, _write_pages
 from helpers.runs.schema import AS_EXPECTED, DIFFERS, UNMEASURED, _NotebookStatus, _RecordedValue
 from helpers.runs.store import _read_results
-from helpers.runs.value_lines import _EARLIER, _model_name, _shown_name
+from helpers.runs.value_lines import _shown_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -65,10 +65,6 @@ class _ValueRow:
     @property
     def verdict(self) -> str:
         return self.content.verdict
-
-    @property
-    def earlier(self) -> str:
-        return _EARLIER[self.content.verdict]
 
     @property
     def mark(self) -> str:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from helpers.runs.expected import _with_tolerance, _with_unit
-from helpers.runs.schema import AS_EXPECTED, DIFFERS, UNMEASURED
+from helpers.runs.schema import AS_EXPECTED, DIFFERS, UNMEASURED, _Claim, _RecordedValue
 from helpers.runs.wording import AGREES, DISAGREES, NOT_JUDGED, TOO_CLOSE, _answer, _said
 
 if TYPE_CHECKING:
-    from helpers.runs.schema import Value, Verdict, _Claim, _RecordedValue
+    from helpers.runs.schema import Value, Verdict
 
 _COLUMNS = ["model", "value", "expected", "earlier runs", "claim", "the article says", "this run"]
 _EARLIER: dict[Verdict, str] = {
