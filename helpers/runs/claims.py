@@ -63,7 +63,8 @@ class _JudgedPart:
         if self.part.wording == "at least" and self.verdict.mark == "failed":
             return f"{self.found} will do, so at least {number} is refuted"
         demanded = f"{number} or less" if self.part.wording == "enough" else f"{self.part.wording} {number}"
-        return f"{demanded}; this run: {self.found}"
+        sure = f", sure to {self.part.margin:.0%}" if self.verdict.text == TOO_CLOSE and self.part.margin else ""
+        return f"{demanded}; this run: {self.found}{sure}"
 
 
 @dataclass(frozen=True)

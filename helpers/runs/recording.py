@@ -2,8 +2,9 @@
 
 ``schema`` describes the files. A verdict is "as expected", "differs" or "unmeasured" (nothing to compare with; this
 never counts as passed). The judgement ``agrees`` answers another question: whether the value agrees with a statement
-of the article. What is shown of a value says both, each in words of its own. The runner names the run to a notebook through
-environment variables (``base.settings``); without a run, values are compared and shown, and kept only in memory.
+of the article. What is shown of a value says both, each in words of its own. The runner names the run to a notebook
+through environment variables (``base.settings``); without a run, values are compared and shown, and kept only in
+memory.
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ class _Record:
         return _with_unit(self.value, self.content.unit)
 
     def _expectation(self) -> str:
-        return f"expected {_with_tolerance(self.content.expected, self.content.tolerance, self.content.unit)}"
+        who = "cited" if (self.content.source or "").startswith("citation") else "earlier runs"
+        return f"{who}: {_with_tolerance(self.content.expected, self.content.tolerance, self.content.unit)}"
 
     def _sentence(self) -> str:
         said = f"the article says {self.said}" if self.said else "not in the list of claims"

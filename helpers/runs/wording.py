@@ -20,7 +20,7 @@ TOO_CLOSE = "too close to tell"
 NOT_JUDGED = "not judged"
 # "At least" and "enough" speak of whole machines, and a rounding error must not move one over the line.
 _ROUNDING = 1e-9
-_QUOTED = 90  # letters of a statement beside a value; the report has all of it
+_QUOTED = 110  # letters of a statement beside a value; the report has all of it
 
 
 def _meets(part: _ClaimPart, value: Value) -> bool | None:

@@ -143,10 +143,8 @@ gain = utilisation / llama_utilisation
 print(f"utilisation: {utilisation:.1%} for Falcon-180B, {llama_utilisation:.1%} for Llama-2-70B")
 print(f"{falcon_hours / llama_hours:.3f} (hours) x {gain:.3f} (utilisation)", end=" ")
 print(f"= {falcon_flop / llama_flop:.3f} (operations)")
-for hours in (
-    6.5e6,
-    7.5e6,
-):  # "about 7,000,000" is rounded: what if it was half a million less or more?
+# "About 7,000,000" is rounded: what if it was half a million less or more?
+for hours in (6.5e6, 7.5e6):
     share = machine.implied_utilisation(falcon_flop, gpu_hours=hours, peak=312e12)
     print(f"with {hours:,.0f} hours: {hours / llama_hours:.2f} times the hours, at {share:.1%}")
 
@@ -229,9 +227,7 @@ machines_table[columns].set_index("use")
 for row in machines_table.to_dict("records"):
     size, named = row["GB per GPU"], row["published GPUs"]
     least = row[f"least {size} GB GPUs"]
-    print(
-        f"{row['use']}: at least {named} GPUs of {size} GB, says the article; {least} by our count"
-    )
+    print(f"{row['use']}: the article says at least {named} of {size} GB; {least} by our count")
 
 # %% [markdown]
 # A count below the article's number refutes *at least*, and the machine named is nevertheless large enough. Only a count that is
