@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from helpers.base.files import ROOT
@@ -143,6 +144,16 @@ def _values_by_claim(
 def _read_claims() -> dict[str, _Claim]:
     """Read the article's statements by number; the head of the file says what each field holds."""
     return _read_claims_file(CLAIMS)
+
+
+def _claims_for_recording() -> Mapping[str, _Claim]:
+    """The article's statements, read once in a process: a notebook records dozens of times."""
+    return _claims_at(CLAIMS)
+
+
+@lru_cache(maxsize=1)
+def _claims_at(path: Path) -> Mapping[str, _Claim]:
+    return _read_claims_file(path)
 
 
 def _judged_part(part: _ClaimPart, values: Sequence[_ClaimValue], manifest: _Manifest) -> _JudgedPart:

@@ -22,7 +22,7 @@ from helpers.base import settings
 from helpers.base.stats import Measured
 from helpers.base.text import is_blank, well_formed
 from helpers.runs import store
-from helpers.runs.claims import _read_claims
+from helpers.runs.claims import _claims_for_recording
 from helpers.runs.expected import _is_number, _matches
 from helpers.runs.redaction import _redact
 from helpers.runs.schema import AS_EXPECTED, DIFFERS, _plain_value, _RecordedValue
@@ -148,7 +148,7 @@ def _with_claims(contents: Mapping[str, _RecordedValue]) -> list[_Record]:
     """The values with the statements that they are about, judged by the wording of these."""
     claims: Mapping[str, _Claim] = {}
     if any(content.claim for content in contents.values()):
-        claims = _read_claims()
+        claims = _claims_for_recording()
     entries = []
     for name, content in contents.items():
         claim = claims.get(content.claim or "")
