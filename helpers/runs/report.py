@@ -20,6 +20,7 @@ from helpers.runs.pages import ROLES, _render_page, _write_pages
 from helpers.runs.schema import AS_EXPECTED, DIFFERS, UNMEASURED, _NotebookStatus, _RecordedValue
 from helpers.runs.store import _read_results
 from helpers.runs.value_lines import _shown_name
+from helpers.runs.wording import TOO_CLOSE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -175,6 +176,7 @@ def _content(run_dir: Path) -> dict[str, object]:
         "claims": [(claim, _sources(claim, notebooks), _earlier_counts(claim)) for claim in claims],
         "judged": Counter(claim.verdict.mark for claim in claims),
         "in_part": Counter(claim.confirmed_in_part for claim in claims)[True],
+        "too_close": Counter(claim.verdict.text.startswith(TOO_CLOSE) for claim in claims)[True],
         "verdicts": _verdicts(notebooks),
         "figures": figures,
         "notes": [*_lost(status, recorded), *_source_notes(manifest)],

@@ -21,7 +21,7 @@ _COLUMNS = ["model", "value", "expected", "earlier runs", "claim", "the article 
 _EARLIER: dict[Verdict, str] = {
     AS_EXPECTED: "as expected",
     DIFFERS: "differs from earlier runs",
-    UNMEASURED: "no earlier run to compare with",
+    UNMEASURED: "no earlier run",
 }
 # Readable on white and on black. That the article is wrong is a finding, not a fault of the run: it is not red.
 _COLOURS = {

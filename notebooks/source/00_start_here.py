@@ -356,7 +356,7 @@ print(f"Cache: {all_heads / eight:.0f} times smaller with 8 heads than with 232,
 print("and plain transformers stores all 232.")
 for answer in ("agrees", "does not agree", "too close to tell"):
     claims = [record.content.claim for record in hardware if record.answer == answer]
-    print(f"Machines, *at least* {answer}: {', '.join(claims) or 'none'}")
+    print(f"Smallest machine named in {', '.join(claims) or 'none'}: {answer}")
 
 # %% [markdown]
 # The table answers two questions about each value: is it as in earlier runs, and does it agree with the article?

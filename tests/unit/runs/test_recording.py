@@ -208,7 +208,7 @@ def test_recap_table(run):
     recording.record("speed", 12.3456789, "tokens/s")
     table = recording.recorded()
     assert list(table.index) == ["loss", "layers", "speed"]
-    assert list(table["earlier runs"]) == ["differs from earlier runs", "as expected", "no earlier run to compare with"]
+    assert list(table["earlier runs"]) == ["differs from earlier runs", "as expected", "no earlier run"]
     assert list(table["value"]) == ["2.5", "80", "12.3457 tokens/s"]
     assert list(table["expected"]) == ["2 ± 0.1", "80", "–"]
     assert list(table["claim"]) == ["", "A8", ""]
@@ -237,7 +237,7 @@ def test_record_shows_itself_escaped(run):
     assert "2 ± 0.1" in html
     assert "&lt;A1&gt;" in html
     assert "<A1>" not in html
-    assert str(recording.record("n", 1_000_000)) == "n: 1,000,000 | no earlier run to compare with"
+    assert str(recording.record("n", 1_000_000)) == "n: 1,000,000 | no earlier run"
 
 
 def test_figure_is_saved_listed_and_returned(run):

@@ -203,10 +203,10 @@ def test_beside_a_value_two_questions_are_answered(run, name, measured, claim, s
     shown = recording.record(name, measured, "x", claim)
     assert (shown.said, shown.answer) == (said, answer)
     assert shown.answer in shown._repr_html_()
-    assert "no earlier run to compare with" in shown._repr_html_()
+    assert "no earlier run" in shown._repr_html_()
     row = recording.recorded().iloc[-1]
     assert (row["the article says"], row["this run"], row["claim"]) == (said, answer, claim)
-    assert row["earlier runs"] == "no earlier run to compare with"
+    assert row["earlier runs"] == "no earlier run"
 
 
 def test_as_expected_and_refuted_are_two_things(run, tmp_path, monkeypatch):
