@@ -168,7 +168,8 @@ def _judged_part(part: _ClaimPart, values: Sequence[_ClaimValue], manifest: _Man
     if not own:
         return _JudgedPart(part, _Verdict("not measured in this run", "untested"))
     verdict = _verdict(own, manifest)
-    if verdict.mark == "shown" and manifest.rehearsal is None:
+    # A value that was measured keeps the words of its model: a stand-in's or a rehearsal's value tells nothing anyway.
+    if all(value.content.agrees is None for value in own) and not any(value.content.model for value in own):
         verdict = _Verdict(TOO_CLOSE, "shown")
     found = " and ".join(_with_unit(value.content.value, value.content.unit) for value in own)
     return _JudgedPart(part, verdict, found)
