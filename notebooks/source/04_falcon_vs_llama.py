@@ -160,7 +160,8 @@ if tested_pairs:  # 0: no judge
 #
 # A right reply beats a wrong one; two right or two wrong ones tie, and a tie counts half. A rate of 0.5 means that neither is
 # ahead. The [interval](GLOSSARY.md#interval) (95%, from `low` to `high`) is wide for kinds of 4 to 12 questions: a single kind
-# can show a large difference only. What a judge says that is worth no more than a coin is no result, and its rows are there to be seen as such.
+# can show a large difference only. What a judge says that is worth no more than a coin is no result, and its rows are there to
+# be seen as such.
 
 # %%
 rates = evaluation.win_rates(talk, judged)
@@ -410,7 +411,7 @@ for side, name in test.names.items():
     print(f"{name}, question against greeting: McNemar's exact p = {p:.2g}\n")
 
 # %% [markdown]
-# The scores by reply and by likelihood can differ widely: the second one cannot be "no answer".
+# The scores by reply and by [likelihood](GLOSSARY.md#likelihood) can differ widely: the second one cannot be "no answer".
 # If the greeting alone scores as well as the question, the score measures which words the model prefers, not whether it
 # understood. A published score means little without the method behind it and without its control.
 #
