@@ -410,7 +410,7 @@ for side, name in test.names.items():
     print(f"{name}, question against greeting: McNemar's exact p = {p:.2g}\n")
 
 # %% [markdown]
-# The scores by reply and by likelihood can differ widely: the second one cannot be "no answer".
+# The scores by reply and by [likelihood](GLOSSARY.md#likelihood) can differ widely: the second one cannot be "no answer".
 # If the greeting alone scores as well as the question, the score measures which words the model prefers, not whether it
 # understood. A published score means little without the method behind it and without its control.
 #
@@ -495,7 +495,7 @@ computed["size by Chinchilla's rule (billion)"] = (pd.Series(flop) / 120) ** 0.5
 computed.T.round(1)
 
 # %% [markdown]
-# *Tokens per parameter.* For a given training compute, the loss is lowest with about 20 tokens per parameter
+# *Tokens per parameter.* For a given training compute, the [loss](GLOSSARY.md#loss) is lowest with about 20 tokens per parameter
 # ([Hoffmann et al. 2022](https://arxiv.org/abs/2203.15556), who trained Chinchilla so). Falcon-180B has just the size that this
 # rule makes of its compute. Llama-2-70B is smaller than the rule asks for, and was trained for longer. But the rule counts
 # training alone. Each token that Llama 2 reads or writes costs 2.6 times less (2·N operations), for as long as it is used. So
