@@ -101,7 +101,7 @@ def _both_fail(answer: object, sides: Mapping[str, Side], precision: str = "bf16
 def _own_item(answer: object) -> Item:
     """An item that a reader could answer, and that this notebook does not ask. Raises _UnreadableError if it is not."""
     from helpers.base.files import ROOT
-    from helpers.evaluation.data import Item, names, read_items
+    from helpers.evaluation.data import Item, read_items
 
     try:
         item = Item(**answer) if isinstance(answer, dict) else answer
@@ -109,6 +109,17 @@ def _own_item(answer: object) -> Item:
         raise _UnreadableError(f"That is not a valid item: {error}.") from error
     if not isinstance(item, Item):
         raise _UnreadableError(_expected("an evaluation.Item", answer))
+    _check_key(item)
+    old = read_items(ROOT / "notebooks" / "data" / "animal_items.jsonl")
+    if item.question in [one.question for one in old]:
+        raise _UnreadableError("This notebook asks this question already. Write one of your own.")
+    return item
+
+
+def _check_key(item: Item) -> None:
+    """Raise _UnreadableError if a reader of the question could not know what to choose from."""
+    from helpers.evaluation.data import names
+
     if not item.answer or not item.others:
         raise _UnreadableError("Give both parts of the key: the words of a right answer, and those of a wrong one.")
     options = [word for word in (*item.answer, *item.others) if word.casefold() not in ("yes", "no")]
@@ -118,10 +129,6 @@ def _own_item(answer: object) -> Item:
         raise _UnreadableError(
             f"The question does not offer {absent[0]!r}, which is in the key. Name every option in it."
         )
-    old = read_items(ROOT / "notebooks" / "data" / "animal_items.jsonl")
-    if item.question in [one.question for one in old]:
-        raise _UnreadableError("This notebook asks this question already. Write one of your own.")
-    return item
 
 
 EXERCISES = {

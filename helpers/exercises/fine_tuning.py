@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from helpers.exercises.verdict import Outcome
-    from helpers.training.recipe import _Finetuned
 
 _STEPS, _HELD_OUT = 12, 40  # of exercise 4: optimizer steps, and held-out conversations
 _AS_GOOD = 0.1  # nats per token above the best loss
@@ -110,18 +109,16 @@ def _rank(answer: object) -> Outcome:
         return f"By your own evidence, a smaller rank than {rank} is as good (at most {_AS_GOOD} above the best)."
     parameters = {}
     for one in sorted({rank, best}):
-        tuned = _train(one)
-        measured = tuned.history[-1].held_out_loss or 0.0
+        measured, parameters[one] = _train(one)
         # Trained again with the same seed: what is left is the rounding of another number of threads or machine.
         if abs(measured - losses[one]) > _AS_GOOD / 2:
             return (
                 f"Rank {one}, trained here with the recipe of the exercise, does not have the loss {losses[one]:.3f}."
             )
-        parameters[one] = tuned.trainable_parameters
     return _Found(
         f"Trained again, the losses agree with yours. Rank {rank} trains {parameters[rank]:,} parameters, rank {best} "
-        f"{parameters[best]:,}, for {losses[rank] - losses[best]:.3f} nats per token. One seed and {_STEPS} steps: what "
-        "would a longer training change?"
+        f"{parameters[best]:,}; the losses are {losses[rank] - losses[best]:.3f} nats per token apart. That is one "
+        f"seed and {_STEPS} steps: what would a longer training change?"
     )
 
 
@@ -133,16 +130,16 @@ def _evidence(answer: object) -> tuple[int, dict[int, float]]:
     rank = int(_numbers(answer[:1], 1)[0])
     if len(losses) < _RANKS_MEASURED or max(losses) < _RANKS_SPAN * min(losses):
         raise _UnreadableError(
-            f"That is little evidence. Measure at least {_RANKS_MEASURED} ranks, the largest at least {_RANKS_SPAN} times "
-            "the smallest."
+            f"That is little evidence. Measure at least {_RANKS_MEASURED} ranks, the largest at least "
+            f"{_RANKS_SPAN} times the smallest."
         )
     if rank not in losses:
         raise _UnreadableError(f"There is no loss of rank {rank} in the evidence.")
     return rank, losses
 
 
-def _train(rank: int) -> _Finetuned:
-    """Train falcon-mini with the recipe of the exercise."""
+def _train(rank: int) -> tuple[float, int]:
+    """Train falcon-mini with the recipe of the exercise; the last held-out loss and the number of parameters."""
     import tempfile
     from pathlib import Path
 
@@ -163,7 +160,7 @@ def _train(rank: int) -> _Finetuned:
     with tempfile.TemporaryDirectory() as folder:
         tuned = finetune(loaded, train, recipe, Path(folder), held_out=held_out)
     unload(tuned.loaded)
-    return tuned
+    return tuned.history[-1].held_out_loss or 0.0, tuned.trainable_parameters
 
 
 EXERCISES = {
@@ -171,21 +168,22 @@ EXERCISES = {
         _lora_parameters,
         (
             "Section 1 names the two thin matrices. What is the shape of each, so that B·A has the shape of W?",
-            "Does doubling the rank double your result? Does swapping inputs and outputs change it? What should they do?",
+            "What should doubling the rank do to the result? And swapping inputs and outputs? Does yours do that?",
         ),
     ),
     "05-2": _Exercise(
         _labels,
         (
             "There is one label for each id, in the same order; the loss shifts them by one itself.",
-            "Which part of the list stays as it is, and which is replaced? The ids you were given must stay as they are.",
+            "Which part of the list stays as it is, and which is replaced? Make a new list.",
         ),
     ),
     "05-3": _Exercise(
         _merged,
         (
-            "The layer computes W·x + (alpha / rank)·B·A·x. When is that the same as one matrix times x?",
-            "Check the shapes: only one order of the two thin matrices gives a matrix of the shape of W.",
+            "Section 1 says what the adapted layer computes from x. Which single matrix does the same?",
+            "Only one order of the two thin matrices gives a product of the shape of W.",
+            "Two numbers have not been used yet? The size of what is added depends on them.",
         ),
     ),
     "05-4": _Exercise(

@@ -197,8 +197,8 @@ EXERCISES = {
     "01-4": _Exercise(
         _lookup,
         (
-            "Prompt lookup proposes what followed the last two tokens when they occurred before. So what must the reply do?",
-            "A prompt that repeats itself helps only if the model goes on repeating. Try several, and read the replies.",
+            "Prompt lookup proposes what followed the last two tokens when they occurred before. When is that right?",
+            "A prompt that repeats itself helps only if the model goes on repeating. Read the replies.",
             "generation.generate(loaded, prompt, sampling, decoding=Decoding('lookup')).passes counts the passes.",
         ),
     ),

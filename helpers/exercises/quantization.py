@@ -147,7 +147,8 @@ def _log_probabilities(model: Loaded, ids: Tensor) -> Tensor:
     import torch
 
     with torch.inference_mode():
-        return model.model(ids).logits[0].float().log_softmax(-1)
+        logits: Tensor = model.model(ids).logits[0]
+        return logits.float().log_softmax(-1)
 
 
 EXERCISES = {
@@ -169,7 +170,7 @@ EXERCISES = {
         _nf4_back,
         (
             "Take the bytes apart first: a shift gives the upper four bits, a mask the lower four.",
-            "Which of the two comes first? Interleave them; two long pieces one after the other would be another order.",
+            "Which of the two comes first? Interleave them: one long piece after the other is another order.",
             "Each block of 64 weights has a scale of its own: a shape with one row per block helps.",
         ),
     ),
@@ -177,7 +178,7 @@ EXERCISES = {
         _left_in_bf16,
         (
             "The matrix with the largest error in section 6 need not be the one that moves the predictions most.",
-            "Put one matrix back into bf16 at a time (model.set_submodule, section 4), and measure how far the logits are.",
+            "Put one matrix back into bf16 at a time (model.set_submodule, section 4), and measure again.",
             "Keep the four that bring the predictions of the whole model closest to bf16, each tried alone.",
         ),
     ),

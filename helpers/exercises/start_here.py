@@ -129,8 +129,8 @@ EXERCISES = {
     "00-4": _Exercise(
         _smallest_machine,
         (
-            "The sum of the bytes is only a lower bound: a GPU holds whole layers with their cache, and keeps a part free.",
-            "machine.least_gpus says how many GPUs of one size do. Ask it for each size, with the Workload of the text.",
+            "The sum of the bytes is only a lower bound: a GPU holds whole layers, and keeps a part free.",
+            "machine.least_gpus says how many GPUs of one size do. Ask it for each size.",
             "Compare the sum of the bytes of each machine, not the number of GPUs.",
         ),
     ),

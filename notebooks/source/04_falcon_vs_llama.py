@@ -345,6 +345,10 @@ runs.recorded()
 # %% [markdown]
 # ## Exercises
 #
+# Replace the three dots and run the cell. The check says *not yet* and what is off, or *right*.
+# `exercises.hint("04-1")` gives a hint, and one more each time. The solutions are folded. The last exercise asks for a finding:
+# there may be several right answers, and the check measures yours.
+#
 # **1.** Write the rule of correctness yourself: true if the text contains every word of `answer` and none of `others`, as whole
 # words, ignoring case. (A plural may count or not.)
 
@@ -424,6 +428,29 @@ exercises.check("04-3", p_value)
 #
 #
 # exercises.check("04-3", p_value)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **4. A finding.** Write an item that both models fail: an `evaluation.Item` whose question offers what it asks for, with the words
+# of a right answer and those of a wrong one. It must not be among the items above. The check asks both models.
+
+# %% tags=["exercise"]
+hard_item = ...  # evaluation.Item(id="mine", kind="choice", question=..., answer=..., others=...)
+
+exercises.check("04-4", hard_item, sides=sides, precision=settings.precision)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# # A model that always says No fails wherever Yes is right. Section 3 shows what each model prefers to say.
+# hard_item = evaluation.Item(
+#     id="mine", kind="yes_no", question="Is a puppy an animal?", answer=("yes",), others=("no",)
+# )
+#
+# exercises.check("04-4", hard_item, sides=sides, precision=settings.precision)
 # ```
 #
 # </details>

@@ -330,6 +330,10 @@ runs.recorded()
 # %% [markdown]
 # ## Exercises
 #
+# Replace the three dots and run the cell. The check says *not yet* and what is off, or *right*.
+# `exercises.hint("05-1")` gives a hint, and one more each time. The solutions are folded. The last exercise asks for a finding:
+# there may be several right answers, and the check measures yours.
+#
 # **1.** How many parameters does LoRA train for one linear layer?
 
 
@@ -395,6 +399,36 @@ exercises.check("05-3", merged_weight)
 #
 #
 # exercises.check("05-3", merged_weight)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **4. A finding.** Which rank is enough? Train falcon-mini in nf4 with at least three ranks, the largest at least 8 times the
+# smallest: 12 steps of 8 conversations, `warmup_steps=2`, `alpha=2 * rank`, seed 0, and the first 40 held-out conversations.
+# Choose the smallest rank whose last held-out loss is within 0.1 nats per token of the best. Give the rank and all the losses. The
+# check trains the rank that you chose, and the best, once more (a minute at most).
+
+# %% tags=["exercise"]
+choice = ...  # (rank, {rank: held-out loss, ...})
+
+exercises.check("05-4", choice)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# losses = {}
+# for rank in (1, 4, 16):
+#     mini = models.load(models.load_profile("laptop").falcon_chat, "nf4", unpacked=True)
+#     options = {"steps": 12, "batch_size": 8, "warmup_steps": 2, "evaluate_every": 12}
+#     recipe = training.Recipe(**options, rank=rank, alpha=2 * rank)
+#     with tempfile.TemporaryDirectory() as folder:
+#         out = training.finetune(mini, train, recipe, Path(folder), held_out=held_out[:40])
+#     losses[rank] = out.history[-1].held_out_loss
+# choice = (min(r for r in losses if losses[r] <= min(losses.values()) + 0.1), losses)
+#
+# exercises.check("05-4", choice)
 # ```
 #
 # </details>
