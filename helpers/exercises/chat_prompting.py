@@ -94,8 +94,8 @@ def _trim(function: Callable[[list[Turn], str, int], object]) -> Outcome:
     for turns, limit in cases:
         given = [_turn(turn) for turn in _listed(function(list(turns), "n o", limit))]
         if off := _trimmed_wrongly(given, turns, limit):
-            return f"With turns of {' and '.join(str(_words([turn])) for turn in turns)} words, a question of 2 and "
-            f"a limit of {limit}: {off}"
+            sizes = ", ".join(str(_words([turn])) for turn in turns)
+            return f"For turns of {sizes} words, a question of 2 and a limit of {limit}: {off}"
     return None
 
 

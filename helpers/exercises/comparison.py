@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from helpers.evaluation.data import Item
     from helpers.exercises.verdict import Outcome
 
+_ANSWERED, _WRONG = "right", "wrong"
 _Z = 1.959964  # 95% of a normal distribution are within so many standard deviations
 
 
@@ -78,24 +79,31 @@ def _p_value(function: Callable[[int, int], object]) -> Outcome:
 
 
 def _both_fail(answer: object, sides: Mapping[str, Side], precision: str = "bf16") -> Outcome:
-    from helpers.evaluation.comparison import GREEDY, compare, is_correct
-    from helpers.evaluation.data import names
+    from helpers.evaluation.comparison import GREEDY, compare
 
     item = _own_item(answer)
     asked = compare([item], sides, GREEDY, precision=precision)
-    seen, passed = [], []
-    for side, label in asked.labels.items():
+    seen, outcomes = [], []
+    for side, model in sides.items():
         text = asked.replies[side][0].text.strip()
-        outcome = "no answer"
-        if is_correct(item, text):
-            outcome = "right"
-            passed.append(label)
-        elif any(names(text, word) for word in item.others):
-            outcome = "wrong"
-        seen.append(f"{label} says {text!r} ({outcome}).")
-    if passed:
-        return " ".join([*seen, f"{' and '.join(passed)} did not fail."])
-    return _Found(" ".join([*seen, "One item is an anecdote: what would you need to call it a weakness?"]))
+        outcomes.append(_outcome(item, text))
+        seen.append(f"{getattr(model, 'ref', model).name} says {text!r} ({outcomes[-1]}).")
+    told = " ".join(seen)
+    if _ANSWERED in outcomes:
+        return f"{told} So they do not both fail."
+    if _WRONG not in outcomes:
+        # A model that never says one of the words may have understood the question all the same.
+        return f"{told} Neither chose one of the words. Write an item to which at least one of them gives a wrong answer."
+    return _Found(f"{told} One item is an anecdote: what would you need to call it a weakness?")
+
+
+def _outcome(item: Item, text: str) -> str:
+    from helpers.evaluation.comparison import is_correct
+    from helpers.evaluation.data import names
+
+    if is_correct(item, text):
+        return _ANSWERED
+    return _WRONG if any(names(text, word) for word in item.others) else "no answer"
 
 
 def _own_item(answer: object) -> Item:

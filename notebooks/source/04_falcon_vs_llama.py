@@ -434,7 +434,8 @@ exercises.check("04-3", p_value)
 
 # %% [markdown]
 # **4. A finding.** Write an item that both models fail: an `evaluation.Item` whose question offers what it asks for, with the words
-# of a right answer and those of a wrong one. It must not be among the items above. The check asks both models.
+# of a right answer and those of a wrong one. At least one of the models must name the wrong ones; it is not enough that both say
+# something else. The check asks both models.
 
 # %% tags=["exercise"]
 hard_item = ...  # evaluation.Item(id="mine", kind="choice", question=..., answer=..., others=...)
@@ -447,7 +448,11 @@ exercises.check("04-4", hard_item, sides=sides, precision=settings.precision)
 # ```python
 # # A model that always says No fails wherever Yes is right. Section 3 shows what each model prefers to say.
 # hard_item = evaluation.Item(
-#     id="mine", kind="yes_no", question="Is a puppy an animal?", answer=("yes",), others=("no",)
+#     id="mine",
+#     kind="yes_no",
+#     question="Is a puppy an animal? Answer yes or no.",
+#     answer=("yes",),
+#     others=("no",),
 # )
 #
 # exercises.check("04-4", hard_item, sides=sides, precision=settings.precision)
