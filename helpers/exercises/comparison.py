@@ -93,7 +93,7 @@ def _both_fail(answer: object, sides: Mapping[str, Side], precision: str = "bf16
         return f"{told} So they do not both fail."
     if _WRONG not in outcomes:
         # A model that never says one of the words may have understood the question all the same.
-        return f"{told} Neither chose one of the words. Write an item to which at least one of them gives a wrong answer."
+        return f"{told} Neither chose one of the words. Write an item to which at least one gives a wrong answer."
     return _Found(f"{told} One item is an anecdote: what would you need to call it a weakness?")
 
 

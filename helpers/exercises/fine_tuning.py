@@ -115,11 +115,10 @@ def _rank(answer: object) -> Outcome:
             return (
                 f"Rank {one}, trained here with the recipe of the exercise, does not have the loss {losses[one]:.3f}."
             )
-    return _Found(
-        f"Trained again, the losses agree with yours. Rank {rank} trains {parameters[rank]:,} parameters, rank {best} "
-        f"{parameters[best]:,}; the losses are {losses[rank] - losses[best]:.3f} nats per token apart. That is one "
-        f"seed and {_STEPS} steps: what would a longer training change?"
-    )
+    found = f"Trained again, the losses agree with yours. Rank {rank} trains {parameters[rank]:,} parameters"
+    if rank != best:
+        found += f" and is {losses[rank] - losses[best]:.3f} nats per token above rank {best} with {parameters[best]:,}"
+    return _Found(f"{found}. That is one seed and {_STEPS} steps: what would a longer training change?")
 
 
 def _evidence(answer: object) -> tuple[int, dict[int, float]]:

@@ -1,14 +1,9 @@
 """What the exercises' answers are measured on: the models that a notebook has in memory at its end."""
 
-import tempfile
-from pathlib import Path
-
 import pytest
+from exercise_cells import DATA, MODULES, SOLUTIONS, without_check
 
 from helpers import models, training
-from helpers.base.files import ROOT
-
-DATA = ROOT / "notebooks" / "data"
 
 
 @pytest.fixture(scope="session")
@@ -45,13 +40,10 @@ def measured_on(request):
 
 
 @pytest.fixture(scope="session")
-def held_out_loss(laptop):
-    """The held-out loss of rank 1, trained as the notebook's text says."""
-    loaded = models.load(laptop.falcon_chat, "nf4", unpacked=True)
-    recipe = training.Recipe(steps=12, batch_size=8, warmup_steps=2, rank=1, alpha=2, evaluate_every=12)
-    train, held_out = (
-        training.read_conversations(DATA / f"animal_{name}.jsonl") for name in ("training", "held_out")
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        tuned = training.finetune(loaded, train, recipe, Path(folder), held_out=held_out[:40])
-    return tuned.history[-1].held_out_loss
+def measured_choice():
+    """What the solution of 05-4 finds: the rank, and the held-out loss of each rank that it trains."""
+    namespace = dict(MODULES)
+    for variable, file in (("train", "animal_training"), ("held_out", "animal_held_out")):
+        namespace[variable] = training.read_conversations(DATA / f"{file}.jsonl")
+    exec(without_check(SOLUTIONS["05-4"])[0], namespace)
+    return namespace["choice"]

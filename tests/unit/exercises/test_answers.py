@@ -15,14 +15,15 @@ from scipy.stats import binomtest
 from torch import nn
 from transformers import TopPLogitsWarper
 
-from helpers import evaluation, exercises, machine, models
+from helpers import evaluation, exercises, machine
+from helpers.base.files import ROOT
 from helpers.exercises import checking
 
 RIGHT = None
 
 
 class Row(NamedTuple):
-    """An answer to an exercise; ``said`` is in the verdict of a wrong one. A text is code for a later fixture."""
+    """An answer to an exercise; ``said`` is in the verdict of a wrong one. Some are made by a fixture."""
 
     exercise: str
     what: str
@@ -165,11 +166,44 @@ def labels_of_tensors(ids, prompt):
     return labels
 
 
+def whole_words(text):
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def key_by_sets(text, answer, others):
+    """Right: as 0 or 1, by sets."""
+    return int({*answer} <= whole_words(text)) * int(not {*others} & whole_words(text))
+
+
+def key_by_the_helper(text, answer, others):
+    """Right: the helper also counts plurals, as an answer may."""
+    return evaluation.is_correct(ITEM("id", "kind", "question", tuple(answer), tuple(others)), text)
+
+
+def key_in_parts_of_words(text, answer, others):
+    return all(w in text.lower() for w in answer) and not any(w in text.lower() for w in others)
+
+
+def key_with_any_word(text, answer, others):
+    return any(w in whole_words(text) for w in answer) and not any(w in whole_words(text) for w in others)
+
+
+def p_value_doubled(a, b):
+    return 2 * sum(math.comb(a + b, k) for k in range(min(a, b) + 1)) / 2 ** (a + b)
+
+
+def yes_no(noun, answer, end=" Answer yes or no."):
+    others = ("no",) if answer == "yes" else ("yes",)
+    return {"id": "mine", "kind": "yes_no", "question": f"Is a {noun} an animal?{end}"} | {
+        "answer": (answer,), "others": others,
+    }  # fmt: skip
+
 
 DAYS = 6 * 178_557_088_768 * 3.5e12 / (4096 * 0.4 * 312e12) / 86_400
 CONTEXT = (640e9 - machine.weight_bytes(machine.published_config("tiiuae/falcon-180B"), "bf16")) / 4_751_360
 EIGHT = [f"transformer.h.{layer}.self_attention.dense" for layer in range(8)]
 ITEM = evaluation.Item
+PEDRO = "My name is Pedro, I live in"  # the article's; falcon-mini goes on repeating itself
 PIZZA = {"user": "Do you like {}?", "reply": "I love {}.", "question": "Why?", "words": ("pizza", "music")}
 GOOD_CHOICE = [
     "transformer.h.0.self_attention.dense", "transformer.h.0.self_attention.query_key_value",
@@ -215,8 +249,8 @@ ROWS = [
     Row("01-3", "not renormalised", top_p_not_renormalised, "sums to"),
     Row("01-3", "a threshold", lambda probabilities, p: probabilities * (probabilities > 1 - p), "too"),
     Row("01-3", "the kept ones alone", lambda probabilities, p: warped(probabilities, p)[:5], "shape"),
-    Row("01-4", "both repeat", ["My name is Pedro, I live in", "One two three one two three one two three one two"], "The second prompt saves too many"),
-    Row("01-4", "a list", ["The cat is black. The cat is black. The cat is black. The cat", "a b a b a b a b a b a b"]),
+    Row("01-4", "both repeat", [PEDRO, "One two three one two three one two three one two"], "saves too many"),
+    Row("01-4", "a list", [PEDRO, "a b a b a b a b a b a b"]),
     Row("01-4", "swapped", ("a b a b a b a b a b a b", "He said yes. She said yes. He said"), "first prompt does not"),
     Row("01-4", "one prompt", "Once upon a time", "Expected a list"),
     Row("02-1", "a tensor", lambda rows, columns: torch.tensor(rows * columns, dtype=torch.float64) * 0.5625),
@@ -258,10 +292,10 @@ ROWS = [
     Row("03-4", "the word in the question", PIZZA | {"question": "Why pizza?"}, "must not hold 'pizza'"),
     Row("03-4", "no gap", PIZZA | {"user": "Hello.", "reply": "Hi."}, "gap"),
     Row("03-4", "an empty word", PIZZA | {"words": ("pizza", "")}, "neither is part"),
-    Row("04-1", "names, which knows plurals", lambda text, words, others: evaluation.is_correct(ITEM("i", "k", "q", tuple(words), tuple(others)), text)),
-    Row("04-1", "0 and 1", lambda text, words, others: int({*words} <= {*re.findall(r"\w+", text.lower())} - {*others} and not {*others} & {*re.findall(r"\w+", text.lower())})),
-    Row("04-1", "parts of words", lambda text, words, others: all(w in text.lower() for w in words) and not any(w in text.lower() for w in others), "scapegoat"),
-    Row("04-1", "any word", lambda text, words, others: any(w in re.findall(r"\w+", text.lower()) for w in words) and not any(w in text.lower() for w in others), "'Goat'"),
+    Row("04-1", "plurals too", key_by_the_helper),
+    Row("04-1", "0 and 1", key_by_sets),
+    Row("04-1", "parts of words", key_in_parts_of_words, "scapegoat"),
+    Row("04-1", "any word", key_with_any_word, "'Goat'"),
     Row("04-1", "yes as a text", lambda _text, _words, _others: "yes", "True or False"),
     Row("04-2", "an array by scipy", wilson_by_scipy),
     Row("04-2", "the simple interval", wald, "simple interval"),
@@ -270,13 +304,13 @@ ROWS = [
     Row("04-2", "one number", lambda passed, n: [passed / n], "Expected 2 numbers"),
     Row("04-3", "by scipy", lambda a, b: np.float64(binomtest(a, a + b).pvalue)),
     Row("04-3", "one direction", lambda a, b: binomtest(min(a, b), a + b, alternative="less").pvalue, "one direction"),
-    Row("04-3", "more than 1", lambda a, b: 2 * sum(math.comb(a + b, k) for k in range(min(a, b) + 1)) / 2 ** (a + b), "more than 1"),
+    Row("04-3", "more than 1", p_value_doubled, "more than 1"),
     Row("04-3", "percent", lambda a, b: 100 * binomtest(a, a + b).pvalue, "in percent"),
-    Row("04-4", "a mapping", {"id": "mine", "kind": "yes_no", "question": "Is a kitten an animal? Answer yes or no.", "answer": ("yes",), "others": ("no",)}),
-    Row("04-4", "one that is answered", ITEM("mine", "yes_no", "Is a teapot an animal? Answer yes or no.", ("no",), ("yes",)), "do not both fail"),
-    Row("04-4", "an outlandish key", ITEM("mine", "choice", "Which is an animal?", ("quokka",), ("saddle",)), "does not offer"),
-    Row("04-4", "no answer", ITEM("mine", "yes_no", "Is a kitten an animal?", ("yes",), ("no",)), "Neither chose"),
-    Row("04-4", "half a key", ITEM("mine", "yes_no", "Is a kitten an animal?", ("yes",)), "both parts"),
+    Row("04-4", "a mapping", yes_no("kitten", "yes")),
+    Row("04-4", "one that is answered", ITEM(**yes_no("teapot", "no")), "do not both fail"),
+    Row("04-4", "an outlandish key", yes_no("kitten", "quokka"), "does not offer"),
+    Row("04-4", "no answer", ITEM(**yes_no("kitten", "yes", end="")), "Neither chose"),
+    Row("04-4", "half a key", yes_no("kitten", "yes") | {"others": ()}, "both parts"),
     Row("04-4", "an item of the test", "old item", "already"),
     Row("05-1", "a float", lambda inputs, outputs, rank: float(rank) * inputs + rank * outputs),
     Row("05-1", "the whole matrix", lambda inputs, outputs, _rank: inputs * outputs, "whole matrix"),
@@ -293,7 +327,7 @@ ROWS = [
     Row("05-3", "no weight", lambda _w, a, b, alpha, rank: alpha / rank * b @ a, "without the weight"),
     Row("05-3", "in place", lambda w, a, b, alpha, rank: w.add_(alpha / rank * b @ a), "changes the weight"),
     Row("05-3", "the wrong order", lambda w, a, b, _alpha, _rank: w + (a.T @ b.T), "raised RuntimeError"),
-    Row("05-4", "measured", "measured"),
+    Row("05-4", "measured by the solution, in other types", "measured"),
     Row("05-4", "invented", "invented", "does not have the loss"),
     Row("05-4", "no evidence", (1, {1: 1.5}), "little evidence"),
     Row("05-4", "against its own evidence", (1, {1: 2.5, 8: 1.5, 32: 1.4}), "above rank 32"),
@@ -306,24 +340,23 @@ ROWS = [
 def answer_of(request):
     def of(row):
         if row.answer == "old item":
-            return evaluation.read_items(models_data() / "animal_items.jsonl")[0]
+            return evaluation.read_items(ROOT / "notebooks" / "data" / "animal_items.jsonl")[0]
         if row.answer in ("measured", "invented"):
-            loss = request.getfixturevalue("held_out_loss")
-            if row.answer == "invented":
-                loss -= 1
-            return torch.tensor(1), {1: torch.tensor(loss), 4: loss + 0.01, 16: loss + 0.02}
+            rank, losses = request.getfixturevalue("measured_choice")
+            off = 1.0 if row.answer == "invented" else 0.0
+            return [torch.tensor(rank), {one: np.float64(loss + off) for one, loss in losses.items()}]
         return row.answer
 
     return of
 
 
-def models_data():
-    from helpers.base.files import ROOT
+def cases():
+    for row in ROWS:
+        marks = [pytest.mark.slow] if isinstance(row.answer, str) and row.exercise == "05-4" else []
+        yield pytest.param(row, id=f"{row.exercise} {row.what}", marks=marks)
 
-    return ROOT / "notebooks" / "data"
 
-
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.exercise} {row.what}")
+@pytest.mark.parametrize("row", cases())
 def test_an_own_answer_is_right_or_told_what_is_off(row, answer_of, measured_on):
     verdict = exercises.check(row.exercise, answer_of(row), **measured_on(row.exercise))
     assert verdict.started
