@@ -58,6 +58,8 @@ def _format_prompt(function: Callable[[str, list[Turn], str], object]) -> Outcom
             return f"{case} it ends too early, after {given[-30:]!r}."
         if right == expected:
             return f"{case} it is right at first, but then goes on with {given[len(right) :]!r}."
+        if not right:
+            return f"{case} it begins with {given[:30]!r}."
         return f"{case} it is right as far as {right[-30:]!r}, but then has {given[len(right) :][:30]!r}."
     return None
 

@@ -75,8 +75,8 @@ class _Verdict:
 
     def _repr_html_(self) -> str:
         # The text quotes what the reader's own function returned, so it may hold markup.
-        title, colour = f"Exercise {self.name}: {self.state}.", _COLOURS[self.state]
-        return _card(colour, f'<b style="color:{colour}">{html.escape(title)}</b> {html.escape(self._rest)}')
+        title = html.escape(f"Exercise {self.name}: {self.state}.")
+        return _card(_COLOURS[self.state], f"<b>{title}</b> {html.escape(self._rest)}")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from exercise_cells import DATA, MODULES, SOLUTIONS, STUBS, without_check
+from exercise_cells import DATA, MODULES, SOLUTIONS, SOURCES, STUBS, without_check
 from torch import nn
 
 from helpers import evaluation, exercises, models
@@ -43,10 +43,14 @@ def variables(request):
     return of
 
 
-def test_every_notebook_ends_with_three_exercises_and_a_finding():
-    assert (
-        list(STUBS) == list(SOLUTIONS) == [f"0{notebook}-{number}" for notebook in range(6) for number in range(1, 5)]
-    )
+def test_exercises_are_numbered_in_every_notebook_and_each_has_a_solution():
+    notebooks = [name.partition("-")[0] for name in STUBS]
+    assert sorted(set(notebooks)) == [path.stem[:2] for path in SOURCES]
+    for notebook in set(notebooks):
+        numbers = [name for name in STUBS if name.startswith(notebook)]
+        assert numbers == [f"{notebook}-{number}" for number in range(1, notebooks.count(notebook) + 1)]
+        assert len(numbers) >= 2
+    assert list(STUBS) == list(SOLUTIONS)
     assert set(STUBS) == set(checking._EXERCISES)
 
 
