@@ -167,7 +167,7 @@ EXERCISES = {
     "04-4": _Exercise(
         _both_fail,
         (
-            "Section 3 shows how a model answers when it does not know. Does it prefer one of the two words?",
+            "How does each model answer when it does not know? Does it prefer one of two words?",
             "Which answer does each of them give too often? Write a question for which that answer is wrong.",
             "Try a question with compare first, and read what the models say before you write the key.",
         ),

@@ -166,7 +166,7 @@ EXERCISES = {
     "05-1": _Exercise(
         _lora_parameters,
         (
-            "Section 1 names the two thin matrices. What is the shape of each, so that B·A has the shape of W?",
+            "LoRA trains two thin matrices. What is the shape of each, so that B·A has the shape of W?",
             "What should doubling the rank do to the result? And swapping inputs and outputs? Does yours do that?",
         ),
     ),
@@ -180,7 +180,7 @@ EXERCISES = {
     "05-3": _Exercise(
         _merged,
         (
-            "Section 1 says what the adapted layer computes from x. Which single matrix does the same?",
+            "The notebook says what the adapted layer computes from x. Which single matrix does the same?",
             "Only one order of the two thin matrices gives a product of the shape of W.",
             "Two numbers have not been used yet? The size of what is added depends on them.",
         ),

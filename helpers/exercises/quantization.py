@@ -163,7 +163,7 @@ EXERCISES = {
         _count_quantized,
         (
             "model.modules() visits every module, also those inside others.",
-            "Section 4: what exactly did transformers compare when it overlooked all of Falcon's layers?",
+            "The silent failure above: what did transformers compare when it overlooked all of Falcon's layers?",
         ),
     ),
     "02-3": _Exercise(
@@ -177,8 +177,8 @@ EXERCISES = {
     "02-4": _Exercise(
         _left_in_bf16,
         (
-            "The matrix with the largest error in section 6 need not be the one that moves the predictions most.",
-            "Put one matrix back into bf16 at a time (model.set_submodule, section 4), and measure again.",
+            "The matrix with the largest error of its own need not be the one that moves the predictions most.",
+            "Put one matrix back into bf16 at a time (model.set_submodule, as above), and measure again.",
             "Keep the four that bring the predictions of the whole model closest to bf16, each tried alone.",
         ),
     ),

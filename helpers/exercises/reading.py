@@ -76,7 +76,7 @@ def _plain(answer: object) -> object:
 
 def _expected(what: str, answer: object) -> str:
     if answer is None or answer is ...:
-        return f"Expected {what}, but it returned nothing yet."
+        return f"Expected {what}, but there is nothing yet."
     shown = repr(answer)
     if len(shown) > 80:
         shown = shown[:80] + "…"

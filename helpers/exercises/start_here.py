@@ -107,14 +107,14 @@ EXERCISES = {
     "00-1": _Exercise(
         _kv_bytes,
         (
-            "Section 3 describes what a token leaves in the cache. Does each head keep one vector, or more?",
+            "The notebook describes what a token leaves in the cache. Does each head keep one vector, or more?",
             "Change one argument at a time: if a head has twice as many numbers, how should the result change?",
         ),
     ),
     "00-2": _Exercise(
         _training_days,
         (
-            "Section 2 says how many operations a training takes. Which of its quantities do you know for Falcon-180B?",
+            "The notebook computes how many operations a training takes. Which of its quantities do you know for Falcon-180B?",
             "How many of these operations does one GPU do in a second, if it reaches the given share of its peak?",
             "4096 GPUs work at the same time. The time in seconds is not yet the time in days.",
         ),

@@ -30,7 +30,7 @@ def _is_stub(answer: object) -> bool:
     import dis
 
     for step in dis.get_instructions(answer):
-        if step.opname not in _EMPTY_BODY or step.argval not in (None, 0):
+        if step.opname not in _EMPTY_BODY or ("CONST" in step.opname and step.argval is not None):
             return False
     return True
 

@@ -446,7 +446,7 @@ exercises.check("04-4", hard_item, sides=sides, precision=settings.precision)
 # <details><summary>Solution</summary>
 #
 # ```python
-# # A model that always says No fails wherever Yes is right. Section 3 shows what each model prefers to say.
+# # A model that always says No fails wherever Yes is right. Look above at what each model prefers to say.
 # hard_item = evaluation.Item(
 #     id="mine",
 #     kind="yes_no",

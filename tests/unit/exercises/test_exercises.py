@@ -1,7 +1,9 @@
 """Every exercise: its stub is not started, its folded solution is right, and no hint or verdict gives it away."""
 
+import ast
 import re
 
+import jupytext
 import pytest
 import torch
 from exercise_cells import DATA, MODULES, SOLUTIONS, SOURCES, STUBS, without_check
@@ -174,7 +176,7 @@ def test_a_function_that_does_nothing_is_not_started_however_it_is_written():
 
     for stub in (documented, passing, returning, lambda *_: None, ...):
         assert not exercises.check("00-1", stub).started
-    for begun in (lambda *_: 5, lambda *_: print(), lambda *given: given, 3, None):
+    for begun in (lambda *_: 5, lambda *_: 0, lambda *_: False, lambda *_: print(), lambda *given: given, 3, None):
         assert exercises.check("00-1", begun).started
 
 
@@ -184,7 +186,7 @@ def test_the_published_function_is_the_stub_of_its_repair_under_any_name():
 
 
 def test_exactly_nn_linear_is_refused_for_the_subclass_that_falcon_has():
-    """The bug that section 4 of the notebook teaches; isinstance sees the subclass."""
+    """The bug that the notebook teaches; isinstance sees the subclass."""
 
     def count(model):
         from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -201,8 +203,24 @@ def test_an_answer_that_raises_is_not_right_and_an_unknown_exercise_is_named():
     verdict = exercises.check("00-1", lambda *_: 1 / 0)
     assert not verdict.right
     assert "ZeroDivisionError" in verdict.text
-    assert "returned nothing yet" in exercises.check("00-1", lambda *_: print()).text
+    assert "there is nothing yet" in exercises.check("00-1", lambda *_: print()).text
     assert "&#x27;" in exercises.check("03-3", lambda *_: "")._repr_html_()
     assert "<b>x" not in exercises.check("03-1", lambda *_: "<b>x")._repr_html_()
     with pytest.raises(WorkbookError, match="00-1"):
         exercises.check("99-9", 1)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_what_an_answer_is_measured_on_is_in_memory_at_the_end(path):
+    """Each name of a check's line is assigned in the notebook before, and not unloaded since."""
+    code = [cell["source"] for cell in jupytext.read(path)["cells"] if cell["cell_type"] == "code"]
+    begin = next(number for number, source in enumerate(code) if "exercises.check(" in source)
+    before = ast.parse("\n".join(code[:begin]))
+    stored = {node.id for node in ast.walk(before) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    unloaded = set(re.findall(r"models\.unload\((\w+)\)", "\n".join(code[:begin])))
+    for source in code[begin:]:
+        body, last = without_check(source)
+        own = {node.id for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Name)}
+        own |= {node.name for node in ast.walk(ast.parse(body)) if isinstance(node, ast.FunctionDef)}
+        used = {node.id for node in ast.walk(ast.parse(last)) if isinstance(node, ast.Name)} - own - {"exercises"}
+        assert used <= stored - unloaded
