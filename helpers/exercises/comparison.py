@@ -80,6 +80,7 @@ def _p_value(function: Callable[[int, int], object]) -> Outcome:
 
 def _both_fail(answer: object, sides: Mapping[str, Side], precision: str = "bf16") -> Outcome:
     from helpers.evaluation.comparison import GREEDY, compare
+    from helpers.models.loaded import Loaded
 
     item = _own_item(answer)
     asked = compare([item], sides, GREEDY, precision=precision)
@@ -87,7 +88,8 @@ def _both_fail(answer: object, sides: Mapping[str, Side], precision: str = "bf16
     for side, model in sides.items():
         text = asked.replies[side][0].text.strip()
         outcomes.append(_outcome(item, text))
-        seen.append(f"{getattr(model, 'ref', model).name} says {text!r} ({outcomes[-1]}).")
+        ref = model.ref if isinstance(model, Loaded) else model
+        seen.append(f"{ref.name} says {text!r} ({outcomes[-1]}).")
     told = " ".join(seen)
     if _ANSWERED in outcomes:
         return f"{told} So they do not both fail."

@@ -174,7 +174,7 @@ EXERCISES = {
     "01-1": _Exercise(
         _mlp_share,
         (
-            "The notebook prints a decoder layer. Write down the shape of each of its matrices; norms do not count here.",
+            "The notebook prints a decoder layer. Write down the shape of each of its matrices.",
             "query_key_value has rows for every query head, and for the key and the value of every key-value head.",
             "The MLP widens the hidden size by four and narrows it again.",
         ),

@@ -114,7 +114,7 @@ EXERCISES = {
     "00-2": _Exercise(
         _training_days,
         (
-            "The notebook computes how many operations a training takes. Which of its quantities do you know for Falcon-180B?",
+            "The notebook computes how many operations a training takes. Which quantities does that need?",
             "How many of these operations does one GPU do in a second, if it reaches the given share of its peak?",
             "4096 GPUs work at the same time. The time in seconds is not yet the time in days.",
         ),

@@ -20,13 +20,7 @@
 # - why the same model gets two different scores with two ways of scoring;
 # - what stand-ins can tell about the real pair, and what they cannot.
 #
-# | profile | time | memory |
-# |---|---|---|
-# | `laptop` | 60 s | 2 GiB |
-# | `1x24gb` | minutes, after a download of 28 GB | one 24 GB GPU |
-# | `2x80gb`, `8x40gb`, `8x80gb` | an hour or more, after a download of 500 GB | see notebook 00 |
-#
-# **Before:** [03 · Chat prompting](03_chat_prompting.ipynb) · **Next:** [05 · Fine-tuning](05_fine_tuning.ipynb)
+# **Before:** [03 · Chat prompting](03_chat_prompting.ipynb) · **Next:** [05 · Fine-tuning](05_fine_tuning.ipynb) · [Glossary](GLOSSARY.md)
 
 # %% tags=["parameters"]
 profile = "laptop"
@@ -64,7 +58,8 @@ for side, ref in {"falcon": settings.falcon_chat, "llama": settings.llama_chat}.
     print(f"--- {side}: {ref.label}\n{models.format_for(ref.format).render(messages)}\n")
 
 # %% [markdown]
-# In plain transformers: render, tokenize, generate, cut the prompt off. Greedy decoding makes the run repeatable.
+# In plain transformers: render, tokenize, generate, cut the prompt off. [Greedy decoding](GLOSSARY.md#greedy-decoding) makes the
+# run repeatable.
 
 # %%
 with evaluation.opened(sides["falcon"], settings.precision) as loaded:
@@ -143,8 +138,9 @@ saddles = [number for number, item in enumerate(items) if "saddle" in item.quest
 panels.replies_html(test, saddles)
 
 # %% [markdown]
-# A score over this number of items is an estimate. The interval (95%, Wilson's) says how far it may be off by chance. It treats
-# the items as independent, but each noun is in four or five of them, so it is somewhat too narrow.
+# A score over this number of items is an estimate. The [interval](GLOSSARY.md#interval) (95%, [Wilson's](GLOSSARY.md#wilson))
+# says how far it may be off by chance. It treats the items as independent, but each noun is in four or five of them, so it is
+# somewhat too narrow.
 
 # %%
 scores = test.scores()
@@ -170,9 +166,9 @@ for side in test.sides:
 # %% [markdown]
 # ### Which is better?
 #
-# Both models answered the same items, so compare them item by item: only items on which they differ say anything. The *paired
-# difference* has an interval of its own. The exact McNemar test computes how likely such an uneven split of the differing items
-# would be if the two were equally good.
+# Both models answered the same items, so compare them item by item: only items on which they differ say anything. The *[paired
+# difference](GLOSSARY.md#paired-difference)* has an interval of its own. The [exact McNemar test](GLOSSARY.md#mcnemar) computes
+# how likely such an uneven split of the differing items would be if the two were equally good.
 
 # %%
 difference = test.difference("falcon", "llama")
@@ -315,7 +311,7 @@ panels.comparison_panel(sides, greedy, script=script, precision=settings.precisi
 # ## 6 · What stand-ins can tell
 #
 # The *method* is the real one: formats, rules, intervals and the harness work the same on any pair. The *numbers* belong to the
-# models in the table at the top. How far are the stand-ins from the real pair, in parameters?
+# models in the table at the top. How far are the [stand-ins](GLOSSARY.md#stand-in) from the real pair, in parameters?
 
 # %%
 names = {"falcon": "tiiuae/falcon-180B", "llama": "meta-llama/Llama-2-70b-chat-hf"}
@@ -459,3 +455,6 @@ exercises.check("04-4", hard_item, sides=sides, precision=settings.precision)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Before:** [03 · Chat prompting](03_chat_prompting.ipynb) · **Next:** [05 · Fine-tuning](05_fine_tuning.ipynb) · [Glossary](GLOSSARY.md)

@@ -23,13 +23,7 @@
 # - how to tell what a fine-tune repaired from what it broke, with the test of notebook 04;
 # - how to avoid four silent traps.
 #
-# | profile | time | memory |
-# |---|---|---|
-# | `laptop` | 100 s | 2 GiB |
-# | `1x24gb` | minutes, after a download of 14 GB | one 24 GB GPU |
-# | `2x80gb`, `8x40gb`, `8x80gb` | hours, after a download of 360 GB | see notebook 00 |
-#
-# **Before:** [04 · Falcon and Llama](04_falcon_vs_llama.ipynb) · **This is the last notebook.**
+# **Before:** [04 · Falcon and Llama](04_falcon_vs_llama.ipynb) · **This is the last notebook.** · [Glossary](GLOSSARY.md)
 
 # %% tags=["parameters"]
 profile = "laptop"
@@ -60,9 +54,13 @@ models.table(settings)
 # %% [markdown]
 # ## 1 · LoRA, plainly
 #
-# LoRA freezes a model's matrices `W` and trains two thin ones next to each: the layer computes `W·x + (alpha / rank)·B·A·x`. With
-# rank 16 these are a few percent of the weights (0.15% of Falcon-180B's), and only they need gradients and optimizer state. Here
-# it is with peft and trl, for three steps, on a small model that runs everywhere: `falcon-mini-chat`.
+# [LoRA](GLOSSARY.md#lora) freezes a model's matrices `W` and trains two thin ones next to each: the layer computes `W·x + (alpha
+# / rank)·B·A·x`. With rank 16 these are a few percent of the weights (0.15% of Falcon-180B's), and only they need
+# [gradients](GLOSSARY.md#gradient) and [optimizer](GLOSSARY.md#optimizer) state. Here it is with peft and trl, for three steps,
+# on a small model that runs everywhere: `falcon-mini-chat`.
+
+# %%
+runs.record_figure("lora", figures.lora_and_qlora(14848, 59392, 16, "Falcon-180B, dense_h_to_4h"))
 
 # %%
 from peft import LoraConfig, get_peft_model
@@ -107,8 +105,8 @@ runs.record_all({"lora_parameters_by_hand": by_hand == trainable})
 # %% [markdown]
 # ## 2 · The base in four bits
 #
-# QLoRA keeps the frozen weights in nf4, a quarter of the memory (the article: two A100 of 80 GB for Falcon-180B, A15). There are
-# two traps:
+# [QLoRA](GLOSSARY.md#qlora) keeps the frozen weights in [nf4](GLOSSARY.md#nf4), a quarter of the memory (the article: two A100 of
+# 80 GB for Falcon-180B, A15). There are two traps:
 #
 # - transformers 5.5 to 5.23 silently leaves Falcon unquantized (notebook 02); `models.load` repairs and proves it.
 # - On a CPU with AVX512-BF16, bitsandbytes *repacks* nf4 weights in place at the first inference, even in an evaluation before or
@@ -124,8 +122,8 @@ models.report_table(loaded)
 # %% [markdown]
 # ## 3 · Before
 #
-# We run the animal test of notebook 04. We also measure the perplexity of short stories, which are very different from the
-# training samples: what does the fine-tune break?
+# We run the animal test of notebook 04. We also measure the [perplexity](GLOSSARY.md#perplexity) of short stories, which are very
+# different from the training samples: what does the fine-tune break?
 
 # %%
 items = evaluation.read_items(Path("data/animal_items.jsonl"))
@@ -143,7 +141,8 @@ print(f"{bits_before:.3f} bits per byte on {len(texts)} stories")
 #
 # The samples are questions and short right answers with other nouns: none of the test's nouns occurs in them, singular or plural.
 # The questions have the same form as in the test. So the test shows whether the model can apply it to nouns on which it was not
-# trained here. The held-out samples, used to follow the loss during training, use yet other nouns.
+# trained here. The [held-out samples](GLOSSARY.md#held-out), used to follow the [loss](GLOSSARY.md#loss) during training, use yet
+# other nouns.
 
 # %%
 train = training.read_conversations(Path("data/animal_training.jsonl"))
@@ -161,6 +160,10 @@ examples = training.examples(loaded, train)
 panels.trained_tokens_html(loaded.tokenizer, examples[0])
 
 # %%
+words = [loaded.tokenizer.decode([token]) for token in examples[0].input_ids]
+runs.record_figure("loss_tokens", figures.loss_tokens(words, examples[0].trained, loaded.ref.name))
+
+# %%
 counts = training.token_counts(examples)
 counts
 
@@ -170,9 +173,9 @@ values = {f"trained_{part}_tokens": number for part, number in trained.items()}
 runs.record_all(values, unit="tokens")
 
 # %% [markdown]
-# *Packing* is a third trap: trl can put several examples in one row, to save padding. Plain transformers builds Falcon's mask
-# without the position ids, so packed examples can read each other. The models of `models.load` keep them apart
-# (`helpers/models/workarounds/grouped_cache.py`). Even so, `training.finetune` does not pack, so it is also safe for other
+# *[Packing](GLOSSARY.md#packing)* is a third trap: trl can put several examples in one row, to save padding. Plain transformers
+# builds Falcon's mask without the position ids, so packed examples can read each other. The models of `models.load` keep them
+# apart (`helpers/models/workarounds/grouped_cache.py`). Even so, `training.finetune` does not pack, so it is also safe for other
 # models.
 #
 # ## 5 · Train
@@ -251,8 +254,8 @@ print(f"after - before: {difference.interval.estimate:+.3f} ({low:+.3f} to {high
 print(f"McNemar's exact p: {difference.p_value:.2g}")
 
 # %% [markdown]
-# Look at the figure again: which kinds of question improved, and which did not? (The interval and p treat the items as
-# independent; each noun is in four or five of them, so both are somewhat overconfident.)
+# Look at the figure again: which kinds of question improved, and which did not? (The [interval](GLOSSARY.md#interval) and p treat
+# the items as independent; each noun is in four or five of them, so both are somewhat overconfident.)
 #
 # What did it cost elsewhere, on the stories?
 
@@ -273,8 +276,8 @@ runs.record_all(values, model=label)
 # %% [markdown]
 # ## 7 · Save, reload, merge
 #
-# The adapter's folder holds only the thin matrices. Reloaded onto a fresh nf4 base, the adapter must give the same logits as the
-# model in memory.
+# The [adapter](GLOSSARY.md#adapter)'s folder holds only the thin matrices. Reloaded onto a fresh nf4 base, the adapter must give
+# the same [logits](GLOSSARY.md#logit) as the model in memory.
 
 # %%
 import torch
@@ -432,3 +435,6 @@ exercises.check("05-4", choice)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Before:** [04 · Falcon and Llama](04_falcon_vs_llama.ipynb) · **This is the last notebook.** · [Glossary](GLOSSARY.md)

@@ -209,7 +209,7 @@ GOOD_CHOICE = [
     "transformer.h.0.self_attention.dense", "transformer.h.0.self_attention.query_key_value",
     "transformer.h.7.mlp.dense_h_to_4h", "transformer.h.4.mlp.dense_h_to_4h",
 ]  # fmt: skip
-LARGEST_ERRORS = [f"transformer.h.{layer}.mlp.dense_4h_to_h" for layer in (1, 7, 6, 2)]  # of weights, section 6
+LARGEST_ERRORS = [f"transformer.h.{layer}.mlp.dense_4h_to_h" for layer in (1, 7, 6, 2)]  # of their weights
 
 ROWS = [
     Row("00-1", "a tensor", lambda *sizes: 2 * torch.tensor(sizes).prod()),
