@@ -1,5 +1,7 @@
 """The animal test and the texts that models are tuned on: nouns apart, positions balanced, made as the script says."""
 
+import ast
+import csv
 import json
 import re
 import sys
@@ -9,7 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from helpers import machine
 from helpers.base.files import ROOT
+from helpers.evaluation import leaderboard
 
 sys.path.insert(0, str(ROOT / "notebooks" / "data"))
 import make_animals
@@ -178,3 +182,29 @@ def test_no_short_fact_is_in_a_text_that_a_model_is_trained_on():
     assert "the opposite of big is small" in trained
     for item in FACTS:
         assert f"{item['text']} {item['options'][item['answer']]}".lower() not in trained
+
+
+def test_what_is_published_about_the_real_pair_has_sources_and_agrees_with_the_rest_of_the_project():
+    with (DATA / "real_pair.csv").open(encoding="utf-8", newline="") as file:
+        rows = {row["as published"]: row for row in csv.DictReader(file)}
+    assert all(all(row.values()) for row in rows.values())
+    (board,) = (row for name, row in rows.items() if name.startswith("Open LLM Leaderboard, September 2023"))
+    assert float(board["Falcon-180B"]) == leaderboard.PUBLISHED["Falcon-180B"]
+    assert float(board["Llama-2-70B"]) == leaderboard.PUBLISHED["Llama 2"]
+    source = (ROOT / "notebooks/source/04_falcon_vs_llama.py").read_text(encoding="utf-8")
+    tokens = ast.literal_eval(re.search(r"^tokens = (.*)$", source, re.MULTILINE)[1])
+    hours = ast.literal_eval(re.search(r"^gpu_hours = (.*)$", source, re.MULTILINE)[1])
+    for model in ("Falcon-180B", "Llama-2-70B"):
+        assert f"{tokens[model] / 1e12:g} trillion" == rows["training tokens"][model]
+        assert rows["GPU hours"][model].endswith(f"{hours[model]:,.0f}")
+
+
+def test_tokens_per_parameter_and_chinchillas_size():
+    """As in the issue of the comparison: 19.6 and 29.0 tokens per parameter (Hoffmann et al. 2022 ask for about 20)."""
+    for name, tokens, expected in (("falcon-180B", 3.5e12, 19.6), ("Llama-2-70b-chat-hf", 2e12, 29.0)):
+        owner = "tiiuae" if "falcon" in name else "meta-llama"
+        size = machine.count_parameters(machine.published_config(f"{owner}/{name}"))
+        assert round(tokens / size, 1) == expected
+        # 20 tokens per parameter of the size that the rule gives take the same compute.
+        ideal = (machine.training_flop(size, tokens) / 120) ** 0.5
+        assert machine.training_flop(ideal, 20 * ideal) == pytest.approx(machine.training_flop(size, tokens))
