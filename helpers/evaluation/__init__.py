@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = face(
             "sides",
         ],
         "data": ["Item", "read_items", "read_texts"],
+        "gains": ["Gain", "gains_table"],
         "harness": ["choice_rows", "evaluate"],
         "leaderboard": ["leaderboard_average"],
         "likelihood": ["perplexity"],
