@@ -264,7 +264,7 @@ def replies_html(comparison: Comparison, rows: Sequence[int] | None = None) -> _
 
 
 def _shown_reply(item: Item, reply: Reply) -> _ShownReply:
-    from helpers.evaluation.comparison import RULES
+    from helpers.evaluation.answers import RULES
 
     marks = []
     if item.answer:
