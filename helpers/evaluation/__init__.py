@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = face(
         "comparison": ["Comparison", "compare", "opened", "sides"],
         "conclusions": ["findings"],
         "data": ["Item", "names", "read_items", "read_texts"],
-        "gains": ["Gain", "gains_table"],
+        "gains": ["Gain"],
         "harness": ["choice_rows", "evaluate"],
         "leaderboard": ["leaderboard_average"],
         "likelihood": ["perplexity"],

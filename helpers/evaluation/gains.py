@@ -6,6 +6,7 @@ else. Only what the true answers add to it can be knowledge.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from helpers.base import stats
 from helpers.base.errors import WorkbookError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from pandas import DataFrame
 
@@ -84,24 +85,24 @@ class Gain:
             return f"{said}: random answers show no gain that can be told from chance."
         return f"{said}: random answers gain {_signed(self.form)}, true ones {_signed(self.knowledge)} more."
 
+    @staticmethod
+    def table(gains: Mapping[str, Gain]) -> DataFrame:
+        """The three scores by name, what of the gain is form and what knowledge, with intervals; the share of form."""
+        import pandas as pd
 
-def gains_table(gains: Mapping[str, Gain]) -> DataFrame:
-    """The three scores by name, what of the gain is form and what is knowledge with intervals, and the share of form."""
-    import pandas as pd
-
-    rows = {}
-    for name, gain in gains.items():
-        share = gain.form_share
-        rows[name] = {
-            "items": len(gain.before),
-            "before": _mean(gain.before),
-            "shuffled": _mean(gain.placebo),
-            "true": _mean(gain.true),
-            "form: shuffled - before": _signed(gain.form),
-            "knowledge: true - shuffled": _signed(gain.knowledge),
-            "share of form": "no gain" if share is None else _percent(share.estimate),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index")
+        rows = {}
+        for name, gain in gains.items():
+            share = gain.form_share
+            rows[name] = {
+                "items": len(gain.before),
+                "before": _mean(gain.before),
+                "shuffled": _mean(gain.placebo),
+                "true": _mean(gain.true),
+                "form: shuffled - before": _signed(gain.form),
+                "knowledge: true - shuffled": _signed(gain.knowledge),
+                "share of form": "no gain" if share is None else _percent(share.estimate),
+            }
+        return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def _mean(outcomes: Sequence[bool]) -> float:

@@ -16,7 +16,7 @@ from helpers.base.errors import WorkbookError
 from helpers.base.jsonl import scan_records
 from helpers.base.text import is_blank
 from helpers.models.formats import FORMATS, Message, MessageError, format_for
-from helpers.models.loaded import context_tokens
+from helpers.models.loaded import Loaded, context_tokens
 from helpers.models.tokens import continuation_ids
 from helpers.training.recipe import FinetuneError
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from helpers.base.jsonl import BadRow
-    from helpers.models.loaded import Loaded
     from helpers.models.tokens import Token
 
 TRAINED_ROLES = ("reply", "end")
@@ -131,8 +130,8 @@ def _select(loaded: Loaded, conversations: Sequence[Conversation]) -> _Selected:
         made += fitting
     if not made:
         raise FinetuneError(
-            f"None of the {too_long + blank} replies fits the context of {writer.context} tokens: {too_long} are longer with "
-            f"what comes before them, and {blank} are blank. Give other conversations."
+            f"None of the {too_long + blank} replies fits the context of {writer.context} tokens: {too_long} are "
+            f"longer with what comes before them, and {blank} are blank. Give other conversations."
         )
     return _Selected(made, blank, too_long)
 
