@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from helpers.base.isolation import started_alone
+from helpers.models.workarounds.frozen_head import contiguous_head
 from helpers.models.workarounds.nf4_repacking import may_repack
 from helpers.models.workarounds.short_attention import plain_attention
 from helpers.models.workarounds.trl_training import float_adapters, trained_positions_alone
@@ -104,6 +105,7 @@ def _adapters(loaded: Loaded, recipe: Recipe) -> Iterator[PeftModel]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = get_peft_model(loaded.model, config)
+    contiguous_head(loaded.model)
     try:
         yield model
     except BaseException:
