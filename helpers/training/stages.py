@@ -60,10 +60,9 @@ def stored_stage(path: Path, ref: ModelRef) -> _StoredStage | None:
     """
     if not path.is_file():
         return None
-    saved = read_json(path)
     try:
-        stage = _StoredStage(**cast("dict[str, Any]", saved))
-    except TypeError as error:
+        stage = _StoredStage(**cast("dict[str, Any]", read_json(path)))
+    except (TypeError, WorkbookError) as error:
         raise WorkbookError(
             f"{path} is not a stored fine-tune. Write it again with notebooks/data/store_repair.py."
         ) from error

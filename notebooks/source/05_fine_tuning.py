@@ -169,10 +169,10 @@ runs.record_all(values, unit="tokens")
 # the cell again (or `workbook run --resume`): training continues from the last checkpoint and loses at most a tenth of the steps.
 
 # %%
-few = training.Recipe(steps=4, batch_size=8, warmup_steps=1, seed=seed)
+few = training.Recipe(steps=4, batch_size=8, warmup_steps=1, log_every=2, seed=seed)
 folder = base.work_folder("mechanics")
 small = training.finetune(mini, train[:32], few, folder)
-print(f"loss of the last batch: {small.history[-1].loss:.3f}" if small.history else "no loss yet")
+print("loss:", [(point.step, round(point.loss, 3)) for point in small.history])
 
 # %% [markdown]
 # A fourth trap concerns training on several processes: `accelerate launch --cpu --num_processes 2` starts *one*. Start them with

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def contiguous_head(model: PreTrainedModel) -> None:
     """Give the output layer of a model contiguous hidden states from now on; the values do not change."""
     head = model.get_output_embeddings()
-    if head is not None and _contiguous not in head._forward_pre_hooks.values():
+    if head is not None:
         head.register_forward_pre_hook(_contiguous)
 
 
