@@ -26,7 +26,7 @@
 #
 # | profile | time | memory |
 # |---|---|---|
-# | `laptop` | 150 s | 3 GiB |
+# | `laptop` | 170 s | 3 GiB |
 # | `1x24gb` | minutes, after a download of 14 GB | one 24 GB GPU |
 # | `2x80gb`, `8x40gb`, `8x80gb` | hours, after a download of 360 GB | see notebook 00 |
 #
