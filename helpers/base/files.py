@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import re
+import stat
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -157,8 +158,8 @@ def _write_whole(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
-        # mkstemp makes files that only their owner can read; a report is for others too.
-        temporary.chmod(0o644)
+        # mkstemp makes files that only their owner can read; a report is for others too, unless its owner closed it.
+        temporary.chmod(stat.S_IMODE(path.stat().st_mode) if path.is_file() else 0o644)
         temporary.replace(path)
     except BaseException:
         # An interrupt may come after the renaming: it must stay the interrupt, and not become a missing file.

@@ -1,4 +1,4 @@
-"""What the environment tells huggingface_hub, checked before the library reads it: there a mistake is a traceback."""
+"""What the environment tells huggingface_hub and tqdm, checked before they read it: there a mistake is a traceback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _PUBLIC_HUB = "https://huggingface.co"
 
 
 def check_hub_variables() -> None:
-    """Refuse values that huggingface_hub cannot even be imported with. Raises WorkbookError."""
+    """Refuse values that huggingface_hub and tqdm cannot even be imported with. Raises WorkbookError."""
+    _check_bars()
     for name in _SECONDS:
         value = os.environ.get(name, "").strip()
         number = value.isascii() and value.isdecimal() and len(value) < 10
@@ -43,6 +44,16 @@ def without_password(address: str) -> str:
     scheme, slashes, _ = before.partition("://")
     start = f"{scheme}://" if at and slashes else ""
     return f"{start}{rest}".rstrip("/")
+
+
+def _check_bars() -> None:
+    """Refuse options of progress bars that tqdm cannot read, which it does when it is imported."""
+    names = sorted(name for name in os.environ if name.startswith("TQDM_"))
+    if names:
+        try:
+            import tqdm  # noqa: F401
+        except (ValueError, TypeError) as error:
+            raise WorkbookError(f"tqdm cannot read {' or '.join(names)} ({error}). Correct it, or unset it.") from error
 
 
 def _check_proxy(name: str) -> None:

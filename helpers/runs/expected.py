@@ -190,8 +190,10 @@ def _observed_by_key(runs: Sequence[Path]) -> dict[str, list[_Observed]]:
 
 
 def _check_whole(run: Path, usual: Usual) -> None:
-    """Raise ResultError for a run that lost values, or had other parameters than a run that is given none."""
+    """Raise ResultError for a run that goes on, that lost values, or that had other parameters than one given none."""
     manifest, status = store.read_manifest(run), _status_now(run)
+    if status.state == "running":
+        raise ResultError(f"{run}: the run is still going. Wait until it has finished.")
     for note in _lost(status, _read_results(run)):
         raise ResultError(f"{run}: {note}.")
     for notebook in status.notebooks:

@@ -158,7 +158,7 @@ def _machine_facts(hardware: _Hardware | _UnknownHardware) -> dict[str, str]:
     if isinstance(hardware, _UnknownHardware):
         return {"Machine": f"unknown ({hardware.error})"}
     return {
-        "CPU": f"{hardware.cpu_name}, {hardware.cpu_count} cores",
+        "CPU": f"{hardware.cpu_name}, {_cores(hardware)}",
         "Memory": gib(hardware.ram_bytes),
         "GPUs": _gpus(hardware) or "none",
         "System": hardware.system,
@@ -169,7 +169,12 @@ def _machine(hardware: _Hardware | _UnknownHardware) -> str:
     """Describe the machine of a run in half a sentence."""
     if isinstance(hardware, _UnknownHardware):
         return "an unknown machine"
-    return _gpus(hardware) or f"{hardware.cpu_count} CPU cores without a GPU"
+    return _gpus(hardware) or f"{_cores(hardware, 'CPU core')} without a GPU"
+
+
+def _cores(hardware: _Hardware, name: str = "core") -> str:
+    """How many cores a machine has, in words."""
+    return f"1 {name}" if hardware.cpu_count == 1 else f"{hardware.cpu_count} {name}s"
 
 
 def _gpus(hardware: _Hardware) -> str:

@@ -130,7 +130,10 @@ def _why_plain(data: Mapping[str, object], texts: Mapping[str, str], long: Mappi
         return page.left_out(f"An output ({', '.join(long)})", max(long.values()))
     if _SCRIPT.search(texts.get("text/html", "")) or any(map(_NEEDS_SCRIPTS.match, data)):
         kinds = ", ".join(sorted(kind for kind in data if kind != "text/plain"))
-        return _note(f"This output ({kinds}) needs scripts; this page runs none.")
+        return _note(
+            f"This output ({kinds}) needs scripts; this page runs none. "
+            "Let the cell show a picture as well to see it here."
+        )
     return ""
 
 

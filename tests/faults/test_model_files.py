@@ -491,7 +491,10 @@ def test_a_connection_that_cannot_be_made_is_named(name, value, monkeypatch):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize(("name", "value"), [("HF_HUB_DOWNLOAD_TIMEOUT", "abc"), ("HF_ENDPOINT", "http://hub:x")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("HF_HUB_DOWNLOAD_TIMEOUT", "abc"), ("HF_ENDPOINT", "http://hub:x"), ("TQDM_MININTERVAL", "abc")],
+)
 @pytest.mark.parametrize("command", ["run", "fetch", "doctor"])
 def test_every_command_names_it(command, name, value, tmp_path):
     """F13: the whole command, with one variable set."""

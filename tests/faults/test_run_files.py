@@ -1,6 +1,7 @@
 """Files of a run that are damaged, of another type, or not to be read: one sentence each, and nothing lost (C8, E5)."""
 
 import copy
+import fcntl
 import json
 import os
 import re
@@ -259,6 +260,16 @@ def test_lost_values_are_said_everywhere_and_never_made_the_expected_ones(run, m
     call("diff", run, run).ends(0, words)
     call("expect", run).ends(2, words, "Resume the run")
     kept(file_of(run, "expected"), expected)
+
+
+def test_a_run_that_still_goes_on_gives_no_expected_values(run):
+    """F5: its notebooks that passed may be all that it has so far."""
+    before = file_of(run, "expected").read_bytes()
+    edit("status", "state", value="running")(run)
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        call("expect", run).ends(2, "still going")
+    kept(file_of(run, "expected"), before)
 
 
 def test_expect_keeps_what_the_run_does_not_have(run):

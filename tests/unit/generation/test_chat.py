@@ -155,6 +155,14 @@ def test_save_and_load_go_on_where_the_conversation_was(chat, tiny_loaded, tmp_p
     assert loaded.ask("And now?").text == chat.ask("And now?").text
 
 
+def test_a_saved_chat_that_its_owner_closed_stays_closed(tiny_loaded, tmp_path):
+    path = tmp_path / "chat.json"
+    Chat(tiny_loaded).save(path)
+    path.chmod(0o600)
+    Chat(tiny_loaded, system="A secret.").save(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_new_chat_is_saved_and_loaded(tiny_loaded, tmp_path):
     Chat(tiny_loaded).save(tmp_path / "new.json")
     assert Chat.load(tmp_path / "new.json", tiny_loaded).messages == []
