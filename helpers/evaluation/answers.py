@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from helpers.base.text import is_blank
-from helpers.evaluation.data import names
+from helpers.evaluation.rules import names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,21 +22,21 @@ CONCISE_WORDS = 12
 
 
 def is_correct(item: Item, text: str) -> bool:
-    """The rule of correctness: the reply names every word of the answer, and none of the others."""
+    """The rule of correctness: the reply names all of the answer, none of the others, and follows the item's rules."""
     missing = [word for word in item.answer if not names(text, word)]
     wrong = [word for word in item.others if names(text, word)]
-    return not missing and not wrong
+    return not missing and not wrong and item.follows_rules(text)
 
 
 def is_concise(reply: Reply) -> bool:
-    """The rule of conciseness: the reply ended by itself, with at least one word and at most CONCISE_WORDS."""
+    """The rule of conciseness: the reply ended by itself and has 1 to CONCISE_WORDS words."""
     return reply.finish_reason != "length" and 1 <= len(reply.text.split()) <= CONCISE_WORDS
 
 
 def classify(item: Item, text: str) -> AnswerClass:
-    """The class of a reply: right, wrong, or no answer if it names none of the item's options, right or wrong.
+    """The class of a reply: right, wrong, or no answer if it names none of the item's options.
 
-    A key without wrong options does not list all answers: there, only a blank reply is no answer.
+    A key without wrong options does not list all of them: there, only a blank reply is no answer.
     """
     if is_correct(item, text):
         return "right"
@@ -50,8 +50,8 @@ def _named(item: Item, text: str) -> tuple[str, ...]:
 
 
 def _is_scored(item: Item) -> bool:
-    """Whether a rule can judge a reply to this item: whether it has a key."""
-    return bool(item.answer)
+    """Whether a rule can judge a reply to this item: whether it has an answer or rules."""
+    return item.scored
 
 
 def _guessing_level(item: Item) -> float:

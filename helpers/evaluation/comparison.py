@@ -72,7 +72,26 @@ class Comparison:
     @property
     def names(self) -> dict[str, str]:
         """What a reader sees for each side, by key: the model's own name, and the key where names alone are equal."""
-        return side_names({side: self.models.get(side, self.labels[side]) for side in self.sides})
+        return self.names_of({side: self.models.get(side, self.labels[side]) for side in self.sides})
+
+    @staticmethod
+    def names_of(models: Mapping[str, str]) -> dict[str, str]:
+        """What a reader sees for each side, from the models' names by side: the name, and the key if names are equal.
+
+        Sides of one and the same model ("before", "after") are told apart by their keys alone.
+        """
+        shown = {}
+        only_keys = len(set(models.values())) == 1 and not set(models) & set(_ROLES)
+        for side, model in models.items():
+            others = [other for other, name in models.items() if name == model and other != side]
+            # Of two sides of one model, the one that only has its role stands for the model itself.
+            if not others or (side in _ROLES and not set(others) & set(_ROLES)):
+                shown[side] = model
+            elif only_keys:
+                shown[side] = side
+            else:
+                shown[side] = f"{model}, {side}"
+        return shown
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -270,25 +289,6 @@ class Comparison:
         return replace(self, items=tuple(items))
 
 
-def side_names(models: Mapping[str, str]) -> dict[str, str]:
-    """What a reader sees for each side, from the models' names by side: the name, and the key if names are equal.
-
-    Sides of one and the same model ("before", "after") are told apart by their keys alone.
-    """
-    shown = {}
-    only_keys = len(set(models.values())) == 1 and not set(models) & set(_ROLES)
-    for side, model in models.items():
-        others = [other for other, name in models.items() if name == model and other != side]
-        # Of two sides of one model, the one that only has its role stands for the model itself.
-        if not others or (side in _ROLES and not set(others) & set(_ROLES)):
-            shown[side] = model
-        elif only_keys:
-            shown[side] = side
-        else:
-            shown[side] = f"{model}, {side}"
-    return shown
-
-
 def _check_several(verdicts: Sequence[object]) -> None:
     if len(verdicts) < 2:
         raise WorkbookError("An interval needs at least two items with an answer.")
@@ -326,7 +326,7 @@ def compare(
     return Comparison(items, replies, labels, sizes, names)
 
 
-def _check_asked(prompts: object, models: object) -> None:
+def _check_asked(prompts: Sequence[str | Item], models: Mapping[str, Side]) -> None:
     if isinstance(prompts, str) or not prompts:
         raise WorkbookError("Give a list of prompts, not a single text and not an empty list.")
     named = isinstance(models, Mapping) and models
@@ -368,13 +368,16 @@ def opened(model: Side, precision: str) -> Iterator[Loaded]:
         loading.unload(loaded)
 
 
-def _replies(
-    loaded: Loaded, asked: Sequence[Sequence[Message]], sampling: Sampling, batch_size: int
-) -> Iterator[Reply]:
+def _replies(loaded: Loaded, asked: Sequence[Sequence[Message]], sampling: Sampling, batch_size: int) -> list[Reply]:
     from transformers.utils.logging import tqdm
 
+    # Prompts of a batch are padded to its longest one: similar lengths together save most of that.
+    order = sorted(range(len(asked)), key=lambda number: sum(len(message["content"]) for message in asked[number]))
+    replies: dict[int, Reply] = {}
     with tqdm(total=len(asked), desc=f"replies of {loaded.ref.name}", unit="reply", delay=2, leave=False) as bar:
-        for begin in range(0, len(asked), batch_size):
-            batch = asked[begin : begin + batch_size]
-            yield from generate_batch(loaded, batch, sampling)
+        for begin in range(0, len(order), batch_size):
+            batch = order[begin : begin + batch_size]
+            generated = generate_batch(loaded, [asked[number] for number in batch], sampling)
+            replies.update(zip(batch, generated, strict=True))
             bar.update(len(batch))
+    return [replies[number] for number in range(len(asked))]

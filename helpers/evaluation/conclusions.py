@@ -13,7 +13,7 @@ from helpers.base import stats
 from helpers.evaluation.answers import _is_scored, _named
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from helpers.evaluation.comparison import Comparison
     from helpers.evaluation.options import _MultipleChoice
@@ -65,10 +65,34 @@ class _Kind:
         """The other side."""
         return self.sides[1] if self.better is self.sides[0] else self.sides[0]
 
+    @property
+    def earned(self) -> bool:
+        """Whether the better side is better, and cannot be so without reading the questions."""
+        return self.detected and self.better.knows
+
     def counts(self) -> str:
         """The numbers behind a sentence, in brackets."""
         first, second = self.sides
         return f"{self.name} ({first.right} and {second.right} of {self.count} right, p = {self.p_value:.2g})"
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What a comparison found, in sentences; they show themselves as a list.
+
+    ``better`` names the better side, both if each is better at something, or "neither".
+    """
+
+    sentences: tuple[str, ...]
+    better: str
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sentences)
+
+    def __str__(self) -> str:
+        return "\n".join(f"- {sentence}" for sentence in self.sentences)
+
+    __repr__ = __str__
 
 
 def findings(
@@ -77,8 +101,8 @@ def findings(
     second: str,
     asked: Mapping[str, _MultipleChoice] | None = None,
     greeted: Mapping[str, _MultipleChoice] | None = None,
-) -> list[str]:
-    """What a comparison found about two of its sides, one sentence each; the last one says which of them is better.
+) -> _Findings:
+    """What a comparison found about two of its sides, in sentences; the last one says which of them is better.
 
     ``asked`` and ``greeted`` are each side's choices by likelihood, after the question and after a greeting alone
     (give both or neither). Raises WorkbookError as ``Comparison.difference`` does.
@@ -90,7 +114,11 @@ def findings(
         by_likelihood = _by_likelihood(test, (first, second), asked, greeted)
         sentences += _likelihood(by_likelihood, asked, greeted, (first, second))
         kinds.append(by_likelihood)
-    return [*sentences, _verdict(kinds, together)]
+    sentences.append(_verdict(kinds, together))
+    # If no kind alone tells the two apart, all items together still may.
+    deciding = [kind for kind in kinds if kind.detected] or [together]
+    better = dict.fromkeys(kind.better.name for kind in deciding if kind.earned)
+    return _Findings(tuple(sentences), " and ".join(better) or "neither")
 
 
 def _of_kind(test: Comparison, sides: tuple[str, str], kind: str | None) -> _Kind:
@@ -205,8 +233,9 @@ def _against_guessing(kinds: Sequence[_Kind]) -> str:
             parts.append(f"{kinds[0].sides[place].name} scores above guessing in {_listed(above)}")
     if not parts:
         return "Neither scores above guessing in any kind."
-    others = "" if len(parts) == 2 else "; the other one does in none"
-    return f"{_listed(parts)}{others}."
+    if len(parts) == 1:
+        parts.append("the other one does in none")
+    return f"{'; '.join(parts)}."
 
 
 def _by_likelihood(
@@ -246,17 +275,18 @@ def _likelihood(
 
 def _verdict(kinds: Sequence[_Kind], together: _Kind) -> str:
     """Which of the two is better: a side that has more right, and cannot have it without reading the questions."""
-    different = [kind for kind in kinds if kind.detected]
     better: dict[str, list[str]] = {}
-    for kind in different:
-        if kind.better.knows:
+    hollow = []
+    for kind in kinds:
+        if kind.earned:
             better.setdefault(kind.better.name, []).append(kind.name)
-    parts = [f"{name} is better at {_listed(where)}" for name, where in better.items()]
-    parts += [_without_knowledge(kind) for kind in different if not kind.better.knows]
-    if different and not better:
-        parts.append("so nothing here shows that either is better")
-    if not different:
+        elif kind.detected:
+            hollow.append(_without_knowledge(kind))
+    parts = [f"{name} is better at {_listed(where)}" for name, where in better.items()] + hollow
+    if not parts:
         parts = [_undecided(together)]
+    elif not better:
+        parts.append("so nothing here shows that either is better")
     text = "; ".join(parts)
     # A model's name keeps its own first letter.
     if not better:
@@ -265,7 +295,7 @@ def _verdict(kinds: Sequence[_Kind], together: _Kind) -> str:
 
 
 def _undecided(together: _Kind) -> str:
-    if together.detected:
+    if together.earned:
         return f"all items together favour {together.better.name}, though no kind alone does"
     return "these items do not tell the two apart"
 

@@ -24,8 +24,8 @@ def compared(falcon, llama, items=ITEMS) -> Comparison:
     return Comparison(items, replies, NAMES, dict.fromkeys(NAMES, 1), NAMES)
 
 
-def found(falcon, llama, **likelihood) -> list[str]:
-    return evaluation.findings(compared(falcon, llama), "falcon", "llama", **likelihood)
+def found(falcon, llama, **likelihood) -> tuple[str, ...]:
+    return evaluation.findings(compared(falcon, llama), "falcon", "llama", **likelihood).sentences
 
 
 def right(item):
@@ -38,6 +38,10 @@ def gibberish(item):
 
 def says(word, otherwise=gibberish):
     return lambda item: word if item.kind == "yes_no" else otherwise(item)
+
+
+def only(kind):
+    return lambda item: right(item) if item.kind == kind else "?"
 
 
 def guess(seed):
@@ -78,17 +82,46 @@ def test_a_better_model_is_called_better_where_it_is():
     sentences = found(right, guess(3))
     assert sentences[-1] == "Which is better? mini is better at yes_no, choice and list."
     assert "mini scores above guessing in yes_no, choice and list; the other one does in none." in sentences
-    better_at_choices = found(gibberish, lambda item: right(item) if item.kind == "choice" else "?")
+    better_at_choices = found(gibberish, only("choice"))
     assert better_at_choices[-1] == "Which is better? smol is better at choice."
     assert "So all of the difference that can be detected comes from choice." in better_at_choices
     each = found(says("?", right), says("yes", guess(4)))[-1]
     assert each.startswith("Which is better? mini is better at choice and list; in yes_no smol has more right, but alw")
 
 
+@pytest.mark.parametrize(
+    ("falcon", "llama", "better"),
+    [
+        (right, gibberish, "mini"),
+        (gibberish, right, "smol"),
+        (right, right, "neither"),
+        (gibberish, says("No."), "neither"),
+        (
+            lambda i: right(i) if i.kind == "choice" else "?",
+            lambda i: right(i) if i.kind == "list" else "?",
+            "mini and smol",
+        ),
+    ],
+)
+def test_the_better_side_by_name(falcon, llama, better):
+    conclusion = evaluation.findings(compared(falcon, llama), "falcon", "llama")
+    assert conclusion.better == better
+    assert str(conclusion).splitlines()[-1] == f"- {conclusion.sentences[-1]}"
+
+
 def test_a_guesser_against_silence_is_no_better():
     last = found(gibberish, guess(5))[-1]
     assert "In yes_no smol has more right, but scores no better than a guess, and mini mostly gives no answer" in last
     assert last.endswith("so nothing here shows that either is better.")
+
+
+def test_many_kinds_of_few_items_can_decide_together():
+    """Two items of each of ten kinds: no kind alone can tell (p of 2 against 0 is 0.5), all of them can."""
+    kinds = [dataclasses.replace(item, id=str(n), kind=f"kind {n // 2}") for n, item in enumerate(ITEMS[100:120])]
+    conclusion = evaluation.findings(compared(right, gibberish, tuple(kinds)), "falcon", "llama")
+    assert "No kind alone shows the difference; only all items together do." in conclusion.sentences
+    last = "Which is better? All items together favour mini, though no kind alone does."
+    assert (conclusion.sentences[-1], conclusion.better) == (last, "mini")
 
 
 def test_scores_where_a_side_answers_are_given_as_such():
@@ -103,7 +136,7 @@ def test_scores_where_a_side_answers_are_given_as_such():
 
 def test_one_kind_alone_is_told_once():
     choices = tuple(item for item in ITEMS if item.kind == "choice")
-    sentences = evaluation.findings(compared(right, gibberish, choices), "falcon", "llama")
+    sentences = evaluation.findings(compared(right, gibberish, choices), "falcon", "llama").sentences
     assert not [sentence for sentence in sentences if "comes from" in sentence]
     assert sentences[-1] == "Which is better? mini is better at choice."
 
