@@ -59,8 +59,8 @@ settings = models.load_profile(profile)
 models.table(settings)
 
 # %% [markdown]
-# The mechanics, sections 1 to 4, are shown on `falcon-mini-chat`, which is small enough to run everywhere. The repair, from section
-# 5 on, is done on the model that the profile names for it.
+# The mechanics, sections 1 to 4, are shown on `falcon-mini-chat`, which is small enough to run everywhere. The repair, from
+# section 5 on, is done on the model that the profile names for it.
 #
 # ## 1 · LoRA, plainly
 #
@@ -228,9 +228,9 @@ runs.record_all(values)
 # ## 5 · Before
 #
 # The article's anecdote is a list: Falcon-180B counted a saddle among the animals. The profile names the model that we repair
-# (`repair:` in `env/profiles`): the Falcon chat model on the GPU profiles, and SmolLM2 on `laptop`. falcon-mini cannot read a list
-# yet: when this notebook still repaired it, it named the animals in none of the 24 lists, before 150 steps of 16 samples and after
-# them. What a model cannot read, no answer can teach it.
+# (`repair:` in `env/profiles`): the Falcon chat model on the GPU profiles, and SmolLM2 on `laptop`. falcon-mini cannot read a
+# list yet: when this notebook still repaired it, it named the animals in none of the 24 lists, before 150 steps of 16 samples and
+# after them. What a model cannot read, no answer can teach it.
 
 # %%
 loaded = models.load(settings.repaired, "nf4", unpacked=True)
@@ -259,8 +259,8 @@ before = compare(items, {"before": loaded}, short)
 likely = {"before": evaluation.multiple_choice(loaded, questions)}
 
 # %% [markdown]
-# A fine-tune may break what the test does not ask. So we also ask twelve everyday questions, and measure the bits per byte of short
-# stories, which are very different from the training samples.
+# A fine-tune may break what the test does not ask. So we also ask twelve everyday questions, and measure the bits per byte of
+# short stories, which are very different from the training samples.
 
 # %%
 daily = compare(everyday, {"before": loaded}, talk)
@@ -273,8 +273,8 @@ before.answers().round(3)
 #
 # If the score rises after training on true answers, was it their truth? Perhaps the model learned nothing but the *form*: to say
 # "Yes." or "No.", or one of the nouns, and to stop. To tell the two apart we need a placebo: the same recipe, the same questions,
-# and answers of the same form that say nothing about animals. `data/make_animals.py` shuffles the answers among the samples of each
-# kind; so each answer, and each place in a list, is as frequent as before.
+# and answers of the same form that say nothing about animals. `data/make_animals.py` shuffles the answers among the samples of
+# each kind; so each answer, and each place in a list, is as frequent as before.
 
 # %%
 for sample, other in zip(train[:6], shuffled[:6], strict=True):
@@ -295,8 +295,8 @@ recipe = training.Recipe(
 recipe
 
 # %% [markdown]
-# First the placebo. Its loss is measured on *true* held-out answers, at the start and at the end. Then we take the adapter off: the
-# base below it has not changed.
+# First the placebo. Its loss is measured on *true* held-out answers, at the start and at the end. Then we take the adapter off:
+# the base below it has not changed.
 
 # %%
 work, once = base.work_folder("placebo"), replace(recipe, evaluate_every=steps)
@@ -311,7 +311,7 @@ shutil.rmtree(work)
 
 # %%
 work = base.work_folder("fine-tune")
-draw = partial(figures.loss_curve, steps=steps, subject=f"{label}, nf4, LoRA rank {rank}")
+draw = partial(figures.loss_curve, steps=steps, subject=f"{name}, nf4, LoRA rank {rank}")
 curve = panels.LiveCurve(draw)
 options = {"held_out": held_out[:40], "on_point": curve.update}
 tuned = training.finetune(loaded, train, recipe, work, **options)
@@ -342,7 +342,8 @@ runs.record_all({"settled_step": step}, tolerance=steps / 2, model=label)
 # %% [markdown]
 # ## 7 · After: form, or knowledge?
 #
-# The same items again.
+# The same items again. A reply that names no answer at all, such as "A stork is a bird", fails by its form; a wrong one fails by
+# what it says.
 
 # %%
 after = compare(items, {"true": tuned.loaded}, short)
@@ -352,12 +353,12 @@ saddles = [number for number, item in enumerate(items) if "saddle" in item.quest
 panels.replies_html(test, saddles)
 
 # %%
-runs.record_figure("stages", figures.score_intervals(test.scores(), f"{label}, nf4"))
+runs.record_figure("stages", figures.reply_classes(test.answers(), f"{name}, nf4"))
 
 # %% [markdown]
-# All three stages answered the same items, so each difference is paired. What random answers gain is form. What true answers gain on
-# top of it can be knowledge. (The intervals treat the items as independent; each noun is in four or five of them, so they are
-# somewhat too narrow.)
+# All three stages answered the same items, so each difference is paired. What random answers gain is form. What true answers gain
+# on top of it can be knowledge. (The intervals treat the items as independent; each noun is in four or five of
+# them, so they are somewhat too narrow.)
 
 # %%
 gains = {}
@@ -425,8 +426,8 @@ shutil.rmtree(work)
 # ## 9 · Would more steps help?
 #
 # Three stages side by side: before, this run, and a longer training that took too long for this notebook. Its results are stored
-# with the command that made them (`data/repair_stage.json`). The held-out loss says when more steps gain little *on average*; most
-# samples are yes-or-no questions. A hard kind of question may still improve after that, and the stories may still get worse.
+# with the command that made them (`data/repair_stage.json`). The held-out loss says when more steps gain little *on average*;
+# most samples are yes-or-no questions. A hard kind of question may still improve after that, and the stories may still get worse.
 
 # %%
 import pandas as pd
