@@ -441,6 +441,8 @@ if stage:
     rows[stage.title] = [stage.values[f"{column}_true"] for column in columns]
     print(stage.origin)
     print(stage.lesson(steps))
+else:
+    print(f"There is no stored stage of {name}.")
 pd.DataFrame.from_dict(rows, orient="index", columns=columns).round(3)
 
 # %% [markdown]
