@@ -5,6 +5,7 @@ from helpers.base.lazy import face
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
+        "drawings": ["decoder_layer", "lora_and_qlora", "loss_tokens", "quantization_grids", "shared_heads"],
         "memory": ["cache_growth", "memory_by_precision", "parameter_breakdown", "placement", "training_compute"],
         "precision": ["layer_errors", "logit_differences", "nf4_code", "precision_comparison", "quality_against_bytes"],
         "replies": [

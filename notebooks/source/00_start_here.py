@@ -21,21 +21,16 @@
 # - what a key-value cache costs, and what *multi-query attention* saves;
 # - which machine runs Falcon-180B in which precision, and what *your* machine can run.
 #
-# | profile | time | memory |
-# |---|---|---|
-# | `laptop` | 15 s | 1 GiB |
-# | all others | 15 s | 1 GiB |
-#
-# **Next:** [01 · Loading](01_loading.ipynb)
+# **Next:** [01 · Loading](01_loading.ipynb) · [Glossary](GLOSSARY.md)
 
 # %% tags=["parameters"]
 profile = "laptop"
 seed = 0  # nothing here is random, but all notebooks take a seed
 
 # %% [markdown]
-# These are the models of this profile. On a laptop, *stand-ins* take the place of the real ones: tiny models with the same
-# architecture. What a stand-in says or scores is **not** what Falcon-180B says or scores, so its name is always shown with the
-# word *stand-in*.
+# These are the models of this profile. On a laptop, *[stand-ins](GLOSSARY.md#stand-in)* take the place of the real ones: tiny
+# models with the same architecture. What a stand-in says or scores is **not** what Falcon-180B says or scores, so its name is
+# always shown with the word *stand-in*.
 
 # %%
 from helpers import exercises, figures, machine, models, panels, runs
@@ -47,11 +42,18 @@ settings = models.load_profile(profile)
 models.table(settings)
 
 # %% [markdown]
+# How long should each notebook take with this profile, and when does a run end one that takes too long? A dash means that it was
+# not measured yet. The report of a run shows the time that each notebook really took.
+
+# %%
+models.times(settings)
+
+# %% [markdown]
 # ## 1 · One hundred and eighty billion?
 #
-# A configuration of a few hundred bytes fixes the shape of every weight. On PyTorch's *meta* device a model has shapes but no
-# storage, so all 80 layers can be built and counted in a moment. `word_embeddings` and `lm_head` may share one matrix
-# (*tied*); counting it twice gives the larger number.
+# A configuration of a few hundred bytes fixes the shape of every weight. On PyTorch's *[meta](GLOSSARY.md#meta-device)* device a
+# model has shapes but no storage, so all 80 layers can be built and counted in a moment. `word_embeddings` and `lm_head` may
+# share one matrix (*[tied](GLOSSARY.md#tied)*); counting it twice gives the larger number.
 
 # %%
 import torch
@@ -114,8 +116,8 @@ runs.record_all(values, unit="parameters")
 # ([Touvron et al. 2023](https://arxiv.org/abs/2307.09288), table 2).
 #
 # The other way is to count the work itself. Training a dense transformer of N parameters on D tokens takes about 6·N·D
-# floating-point operations: for each parameter and token, two in the forward pass and four in the backward pass
-# ([Kaplan et al. 2020](https://arxiv.org/abs/2001.08361)). Falcon-180B saw 3.5 trillion tokens, Llama 2 saw 2 trillion.
+# [floating-point operations](GLOSSARY.md#flop): for each parameter and token, two in the forward pass and four in the backward
+# pass ([Kaplan et al. 2020](https://arxiv.org/abs/2001.08361)). Falcon-180B saw 3.5 trillion tokens, Llama 2 saw 2 trillion.
 
 # %%
 falcon_hours, llama_hours = 7e6, 1_720_320
@@ -128,8 +130,9 @@ compute = {"Falcon-180B": falcon_flop, "Llama-2-70B": llama_flop}
 runs.record_figure("training_compute", figures.training_compute(compute))
 
 # %% [markdown]
-# The two ratios differ, and both are right: an hour of one run did more work than an hour of the other. *Utilisation* is the
-# share of a GPU's peak that a run turns into operations. An A100 has a peak of 312 TFLOP/s in bf16 (NVIDIA's data sheet), and
+# The two ratios differ, and both are right: an hour of one run did more work than an hour of the other.
+# *[Utilisation](GLOSSARY.md#utilisation)* is the share of a GPU's peak that a run turns into operations. An A100 has a peak of
+# 312 TFLOP/s in bf16 (NVIDIA's data sheet), and
 #
 # *operations = GPU hours · peak · utilisation*
 #
@@ -153,7 +156,7 @@ for hours in (6.5e6, 7.5e6):
 # [Chowdhery et al. 2022](https://arxiv.org/abs/2204.02311), table 3) and below the 54.2% that others reached on 2240 A100s
 # ([Korthikanti et al. 2022](https://arxiv.org/abs/2205.05198)). So the three published figures (parameters, tokens, hours) are
 # consistent, but only just (A4). How long would it have taken with 4096 GPUs all the time? And are 3.5 trillion tokens *less than
-# one epoch* (A2)? 85% of the tokens come from RefinedWeb, which has five trillion
+# one [epoch](GLOSSARY.md#epoch)* (A2)? 85% of the tokens come from RefinedWeb, which has five trillion
 # ([Penedo et al. 2023](https://arxiv.org/abs/2306.01116)).
 
 # %%
@@ -175,12 +178,16 @@ runs.record_all(values)
 # %% [markdown]
 # ## 3 · Multi-query attention: a cache of 8 heads, not 232
 #
-# While a model writes, it keeps the keys and values of all tokens so far: the *KV cache*. With one key-value head for all query
-# heads, attention is called *multi-query*; with a few, *grouped-query*. The article uses the first name for the 8 key-value heads
-# of Falcon-180B. Llama-2-70B has 8 as well.
+# While a model writes, it keeps the keys and values of all tokens so far: the *[KV cache](GLOSSARY.md#kv-cache)*. With one
+# key-value head for all query heads, attention is called *[multi-query](GLOSSARY.md#multi-query-attention)*; with a few,
+# *[grouped-query](GLOSSARY.md#grouped-query-attention)*. The article uses the first name for the 8 key-value heads of
+# Falcon-180B. Llama-2-70B has 8 as well.
 #
 # Falcon-180B has 232 query heads. A token takes *2 · layers · heads · head size · bytes* of cache (2: keys and values), with 8
 # heads instead of 232. The article says that this improves *scalability*. Here is how much it saves:
+
+# %%
+runs.record_figure("shared_heads", figures.shared_heads(config, "Falcon-180B"))
 
 # %%
 head_size = config.hidden_size // config.num_attention_heads
@@ -208,14 +215,14 @@ runs.record_all(values, unit="bytes/token", claim="A8")
 #
 # For each kind of work, the article names a machine that it takes *at least* (A13 to A17). Such a claim says two things: this
 # machine is enough, and no smaller one is. That somebody used the machine shows only the first. A smaller one that will do
-# refutes the second. The table compares the published machine with the sum of the bytes: weights, cache for 2048 tokens, gradients,
-# optimizer and activations.
+# refutes the second. The table compares the published machine with the sum of the bytes: weights, cache for 2048 tokens,
+# [gradients](GLOSSARY.md#gradient), [optimizer](GLOSSARY.md#optimizer) and [activations](GLOSSARY.md#activations).
 #
 # For inference, a GPU holds whole layers, and 5% of it is kept free. For training, weights and optimizer state are split evenly
-# (ZeRO-3). Each GPU also holds its own sequence and the layers that it has just gathered, so the total grows with the number of
-# GPUs. What comes and goes leaves fragments: we count 37%, computed from one published run; another run left more, so the number
-# of GPUs for full fine-tuning is a rough one. With these terms, the plan is within 10% of nearly all memory figures that others
-# published for fine-tuning Falcon and Llama 2 (`tests/unit/machine/test_published_memory.py`).
+# ([ZeRO-3](GLOSSARY.md#zero-3)). Each GPU also holds its own sequence and the layers that it has just gathered, so the total
+# grows with the number of GPUs. What comes and goes leaves fragments: we count 37%, computed from one published run; another run
+# left more, so the number of GPUs for full fine-tuning is a rough one. With these terms, the plan is within 10% of nearly all
+# memory figures that others published for fine-tuning Falcon and Llama 2 (`tests/unit/machine/test_published_memory.py`).
 
 # %%
 machines_table = machine.hardware_claims()
@@ -325,9 +332,9 @@ pd.DataFrame(rows, columns=["precision", "tokens/s at most"]).set_index("precisi
 # ### A27 · Dense, although a mixture of experts was due?
 #
 # A critic quoted in the article made two points. A model trained on so little code cannot claim GPT-3.5's level (cited; not
-# testable here). And above 30 billion parameters a *mixture of experts* is due: a router sends each token through only a few
-# expert MLPs, so only a few of the parameters are *active*. A forward pass costs about two operations per active parameter.
-# Mixtral 8x7B, released three months later, has 47 billion parameters and uses 13 billion
+# testable here). And above 30 billion parameters a *[mixture of experts](GLOSSARY.md#mixture-of-experts)* is due: a router sends
+# each token through only a few expert MLPs, so only a few of the parameters are *active*. A forward pass costs about two
+# operations per active parameter. Mixtral 8x7B, released three months later, has 47 billion parameters and uses 13 billion
 # ([Jiang et al. 2024](https://arxiv.org/abs/2401.04088)).
 
 # %%
@@ -432,3 +439,6 @@ exercises.check("00-3", longest_context)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Next:** [01 · Loading](01_loading.ipynb) · [Glossary](GLOSSARY.md)

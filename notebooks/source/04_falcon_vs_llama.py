@@ -21,13 +21,7 @@
 # - why the same model gets two different scores with two ways of scoring;
 # - what stand-ins can tell about the real pair, and what they cannot.
 #
-# | profile | time | memory |
-# |---|---|---|
-# | `laptop` | 60 s | 2 GiB |
-# | `1x24gb` | minutes, after a download of 28 GB | one 24 GB GPU |
-# | `2x80gb`, `8x40gb`, `8x80gb` | an hour or more, after a download of 500 GB | see notebook 00 |
-#
-# **Before:** [03 · Chat prompting](03_chat_prompting.ipynb) · **Next:** [05 · Fine-tuning](05_fine_tuning.ipynb)
+# **Before:** [03 · Chat prompting](03_chat_prompting.ipynb) · **Next:** [05 · Fine-tuning](05_fine_tuning.ipynb) · [Glossary](GLOSSARY.md)
 
 # %% tags=["parameters"]
 profile = "laptop"
@@ -69,7 +63,7 @@ for ref in (settings.falcon_chat, settings.llama_chat):
 # Is that fair? On the `laptop` profile one side gets more than the question: the format with which SmolLM2 was trained puts a
 # *system message* first if there is none, and Falcon's does not. Section 3 measures what it does.
 #
-# In plain transformers: render, tokenize, generate, cut the prompt off. Greedy decoding makes the run repeatable.
+# In plain transformers: render, tokenize, generate, cut the prompt off. [Greedy decoding](GLOSSARY.md#greedy-decoding) makes the run repeatable.
 
 # %%
 with evaluation.opened(sides["falcon"], settings.precision) as loaded:
@@ -246,7 +240,7 @@ table = with_controls.answers()
 table.round(3)
 
 # %% [markdown]
-# `share` is the share of right replies. Its interval (95%, Wilson's: `low` to `high`) says how far it may be off by chance. It
+# `share` is the share of right replies. Its [interval](GLOSSARY.md#interval) (95%, [Wilson's](GLOSSARY.md#wilson): `low` to `high`) says how far it may be off by chance. It
 # treats the items as independent, but each noun is in four or five of them, so it is somewhat too narrow.
 
 # %%
@@ -256,8 +250,8 @@ runs.record_figure("scores", figures.reply_classes(table, subject))
 # %% [markdown]
 # ### The difference, by kind
 #
-# Both models answered the same items, so compare them item by item: only items on which they differ say anything. The *paired
-# difference* has an interval of its own. The exact McNemar test computes how likely such an uneven split of the differing items
+# Both models answered the same items, so compare them item by item: only items on which they differ say anything. The *[paired
+# difference](GLOSSARY.md#paired-difference)* has an interval of its own. The [exact McNemar test](GLOSSARY.md#mcnemar) computes how likely such an uneven split of the differing items
 # would be if the two were equally good: a small `p` speaks against luck. It says nothing about *why* they differ, and the
 # difference over all items mixes kinds of questions, so look at each kind.
 
@@ -624,3 +618,6 @@ exercises.check("04-3", p_value)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Before:** [03 · Chat prompting](03_chat_prompting.ipynb) · **Next:** [05 · Fine-tuning](05_fine_tuning.ipynb) · [Glossary](GLOSSARY.md)

@@ -24,13 +24,7 @@
 # - how to read from the loss when more steps gain little, and what a fine-tune costs elsewhere;
 # - how to avoid four silent traps.
 #
-# | profile | time | memory |
-# |---|---|---|
-# | `laptop` | 170 s | 3 GiB |
-# | `1x24gb` | minutes, after a download of 14 GB | one 24 GB GPU |
-# | `2x80gb`, `8x40gb`, `8x80gb` | hours, after a download of 360 GB | see notebook 00 |
-#
-# **Before:** [04 · Falcon and Llama](04_falcon_vs_llama.ipynb) · **This is the last notebook.**
+# **Before:** [04 · Falcon and Llama](04_falcon_vs_llama.ipynb) · **This is the last notebook.** · [Glossary](GLOSSARY.md)
 
 # %% tags=["parameters"]
 profile = "laptop"
@@ -64,9 +58,12 @@ models.table(settings)
 #
 # ## 1 · LoRA, plainly
 #
-# LoRA freezes a model's matrices `W` and trains two thin ones next to each: the layer computes `W·x + (alpha / rank)·B·A·x`. With
-# rank 16 these are a few percent of the weights (0.15% of Falcon-180B's), and only they need gradients and optimizer state. Here
-# it is with peft and trl, for three steps.
+# [LoRA](GLOSSARY.md#lora) freezes a model's matrices `W` and trains two thin ones next to each: the layer computes `W·x + (alpha
+# / rank)·B·A·x`. With rank 16 these are a few percent of the weights (0.15% of Falcon-180B's), and only they need
+# [gradients](GLOSSARY.md#gradient) and [optimizer](GLOSSARY.md#optimizer) state. Here it is with peft and trl, for three steps.
+
+# %%
+runs.record_figure("lora", figures.lora_and_qlora(14848, 59392, 16, "Falcon-180B, dense_h_to_4h"))
 
 # %%
 from peft import LoraConfig, get_peft_model
@@ -111,8 +108,8 @@ runs.record_all({"lora_parameters_by_hand": by_hand == trainable})
 # %% [markdown]
 # ## 2 · The base in four bits
 #
-# QLoRA keeps the frozen weights in nf4, a quarter of the memory (the article: two A100 of 80 GB for Falcon-180B, A15). There are
-# two traps:
+# [QLoRA](GLOSSARY.md#qlora) keeps the frozen weights in [nf4](GLOSSARY.md#nf4), a quarter of the memory (the article: two A100 of
+# 80 GB for Falcon-180B, A15). There are two traps:
 #
 # - transformers 5.5 to 5.23 silently leaves Falcon unquantized (notebook 02); `models.load` repairs and proves it.
 # - On a CPU with AVX512-BF16, bitsandbytes *repacks* nf4 weights in place at the first inference, even in an evaluation before or
@@ -130,7 +127,8 @@ models.report_table(mini)
 #
 # The samples are questions and short right answers with other nouns: none of the test's nouns occurs in them, singular or plural.
 # The questions have the same form as in the test. So the test shows whether the model can apply it to nouns on which it was not
-# trained here. The held-out samples, used to follow the loss during training, use yet other nouns.
+# trained here. The [held-out samples](GLOSSARY.md#held-out), used to follow the [loss](GLOSSARY.md#loss) during training, use yet
+# other nouns.
 
 # %%
 train = training.read_conversations(Path("data/animal_training.jsonl"))
@@ -149,6 +147,10 @@ examples = training.examples(mini, train)
 panels.trained_tokens_html(mini.tokenizer, examples[0])
 
 # %%
+words = [mini.tokenizer.decode([token]) for token in examples[0].input_ids]
+runs.record_figure("loss_tokens", figures.loss_tokens(words, examples[0].trained, mini.ref.name))
+
+# %%
 counts = training.token_counts(examples)
 counts
 
@@ -158,9 +160,9 @@ values = {f"trained_{part}_tokens": number for part, number in trained.items()}
 runs.record_all(values, unit="tokens")
 
 # %% [markdown]
-# *Packing* is a third trap: trl can put several examples in one row, to save padding. Plain transformers builds Falcon's mask
-# without the position ids, so packed examples can read each other. The models of `models.load` keep them apart
-# (`helpers/models/workarounds/grouped_cache.py`). Even so, `training.finetune` does not pack, so it is also safe for other
+# *[Packing](GLOSSARY.md#packing)* is a third trap: trl can put several examples in one row, to save padding. Plain transformers
+# builds Falcon's mask without the position ids, so packed examples can read each other. The models of `models.load` keep them
+# apart (`helpers/models/workarounds/grouped_cache.py`). Even so, `training.finetune` does not pack, so it is also safe for other
 # models.
 #
 # ## 4 · Train a few steps, save, reload, merge
@@ -182,8 +184,8 @@ print("loss:", [(point.step, round(point.loss, 3)) for point in small.history])
 print("processes that trained:", small.processes)
 
 # %% [markdown]
-# The adapter's folder holds only the thin matrices. Reloaded onto a fresh nf4 base, the adapter must give the same logits as the
-# model in memory.
+# The [adapter](GLOSSARY.md#adapter)'s folder holds only the thin matrices. Reloaded onto a fresh nf4 base, the adapter must give
+# the same [logits](GLOSSARY.md#logit) as the model in memory.
 
 # %%
 import torch
@@ -259,8 +261,8 @@ before = compare(items, {"before": loaded}, short)
 likely = {"before": evaluation.multiple_choice(loaded, questions)}
 
 # %% [markdown]
-# A fine-tune may break what the test does not ask. So we also ask twelve everyday questions, and measure the bits per byte of
-# short stories, which are very different from the training samples.
+# A fine-tune may break what the test does not ask. So we also ask twelve everyday questions, and measure the [bits per
+# byte](GLOSSARY.md#bits-per-byte) of short stories, which are very different from the training samples.
 
 # %%
 daily = compare(everyday, {"before": loaded}, talk)
@@ -357,8 +359,8 @@ runs.record_figure("stages", figures.reply_classes(test.answers(), f"{name}, nf4
 
 # %% [markdown]
 # All three stages answered the same items, so each difference is paired. What random answers gain is form. What true answers gain
-# on top of it can be knowledge. (The intervals treat the items as independent; each noun is in four or five of
-# them, so they are somewhat too narrow.)
+# on top of it can be knowledge. (The [intervals](GLOSSARY.md#interval) treat the items as independent; each noun is in four or
+# five of them, so they are somewhat too narrow.)
 
 # %%
 gains = {}
@@ -538,3 +540,6 @@ exercises.check("05-3", merged_weight)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Before:** [04 · Falcon and Llama](04_falcon_vs_llama.ipynb) · **This is the last notebook.** · [Glossary](GLOSSARY.md)

@@ -97,6 +97,30 @@ def test_laptop_budgets_are_four_times_the_expected_time():
         assert budget.seconds == budget.cell_seconds == max(120, 4 * budget.expected_seconds)
 
 
+def test_the_times_shown_are_those_of_the_profile_s_file():
+    written = yaml.safe_load((ROOT / "env" / "profiles" / "laptop.yaml").read_text(encoding="utf-8"))["budgets"]
+    shown = models.times(models.load_profile("laptop"))
+    assert list(shown.index) == [*written, "all"]
+    expected = [times["expected_seconds"] for times in written.values()]
+    assert [seconds_of(text) for text in shown["expected"]] == [*expected, sum(expected)]
+    ended = [times["seconds"] for times in written.values()]
+    assert [seconds_of(text) for text in shown["ended after"][:-1]] == ended
+
+
+def seconds_of(text):
+    """ "3 min 5 s" -> 185"""
+    units = {"s": 1, "min": 60, "h": 3600}
+    words = text.split()
+    return sum(float(number) * units[unit] for number, unit in zip(words[::2], words[1::2], strict=True))
+
+
+@pytest.mark.parametrize("name", GPU_PROFILES)
+def test_a_time_that_was_not_measured_is_a_dash(name):
+    shown = models.times(models.load_profile(name))
+    assert set(shown["expected"]) == {"–"}
+    assert all(seconds_of(text) >= 600 for text in shown["ended after"][:-1])
+
+
 @pytest.mark.parametrize("name", GPU_PROFILES)
 def test_downloads_are_two_bytes_a_parameter(name):
     profile = models.load_profile(name)
