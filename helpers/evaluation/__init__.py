@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = face(
         "comparison": ["Comparison", "compare", "opened", "sides"],
         "conclusions": ["findings"],
         "data": ["Item", "read_items", "read_texts"],
+        "gains": ["Gain"],
         "harness": ["choice_rows", "evaluate"],
         "judging": ["judge", "win_rates"],
         "leaderboard": ["leaderboard_average"],

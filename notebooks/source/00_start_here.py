@@ -374,7 +374,9 @@ runs.recorded()
 # %% [markdown]
 # ## Exercises
 #
-# Replace the three dots and run the cell. The check says *right* or *not yet*. Each solution is folded below.
+# Replace the three dots and run the cell. The check says *not yet* and what is off, or *right*.
+# `exercises.hint("00-1")` gives a hint, and one more each time. The solutions are folded. The last exercise asks for a finding:
+# there may be several right answers, and the check measures yours.
 #
 # **1.** Write a function that returns the bytes of one token in the KV cache.
 
@@ -436,6 +438,31 @@ exercises.check("00-3", longest_context)
 # longest_context = free / machine.kv_bytes_per_token(falcon, "bf16", heads="library")
 #
 # exercises.check("00-3", longest_context)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **4. A finding.** Falcon-180B in int8 is to write 8 replies at once, each with a full context of 2048 tokens. There are cards
+# of 24, 40, 48, 80, 96 and 141 GB; a machine has one kind of them. Which machine holds it with the fewest bytes in all? Give the
+# number of GPUs and the gigabytes of one. The check asks the planner.
+
+# %% tags=["exercise"]
+smallest_machine = ...
+
+exercises.check("00-4", smallest_machine)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# falcon = machine.Resident(machine.published_config("tiiuae/falcon-180B"), "int8")
+# load = machine.Workload(batch_size=8, context_tokens=2048)
+# cards = (24, 40, 48, 80, 96, 141)
+# candidates = [(machine.least_gpus([falcon], size * 1e9, load), size) for size in cards]
+# smallest_machine = min(candidates, key=lambda pair: pair[0] * pair[1])
+#
+# exercises.check("00-4", smallest_machine)
 # ```
 #
 # </details>

@@ -460,6 +460,10 @@ runs.recorded()
 # %% [markdown]
 # ## Exercises
 #
+# Replace the three dots and run the cell. The check says *not yet* and what is off, or *right*.
+# `exercises.hint("01-1")` gives a hint, and one more each time. The solutions are folded. The last exercise asks for a finding:
+# there may be several right answers, and the check measures yours.
+#
 # **1.** What share of a decoder layer's matrix weights is in the MLP? Write a function for any Falcon configuration with the new
 # decoder architecture (fields `hidden_size`, `num_attention_heads`, `num_kv_heads`).
 
@@ -538,6 +542,29 @@ exercises.check("01-3", top_p)
 #
 #
 # exercises.check("01-3", top_p)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **4. A finding.** When does prompt lookup pay? Find two prompts: after the first, writing 40 tokens takes at most half as many
+# passes; after the second, at least 85%. The check asks the loaded model, with greedy decoding.
+
+# %% tags=["exercise"]
+two_prompts = ...  # the one that pays, the one that does not
+
+exercises.check("01-4", two_prompts, model=loaded)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# # falcon-mini goes on repeating a sentence, but not single letters. Another model needs other prompts.
+# pays = "He said yes. She said yes. He said yes. She said yes. He said"
+# does_not = "a b a b a b a b a b a b"
+# two_prompts = (pays, does_not)
+#
+# exercises.check("01-4", two_prompts, model=loaded)
 # ```
 #
 # </details>

@@ -359,6 +359,10 @@ runs.recorded()
 # %% [markdown]
 # ## Exercises
 #
+# Replace the three dots and run the cell. The check says *not yet* and what is off, or *right*.
+# `exercises.hint("02-1")` gives a hint, and one more each time. The solutions are folded. The last exercise asks for a finding:
+# there may be several right answers, and the check measures yours.
+#
 # **1.** How many bytes does an nf4 matrix of `rows` by `columns` take, with one fp32 scale per 64 weights?
 
 
@@ -423,6 +427,40 @@ exercises.check("02-3", nf4_back)
 #     return (code[indices.long()].view(-1, 64) * scales[:, None]).flatten()
 # exercises.check("02-3", nf4_back)
 # ```
+# </details>
+
+# %% [markdown]
+# **4. A finding.** Which matrices should stay in bf16? Name the four of falcon-mini's 32 (`models.quantizable_layers(full.model)`)
+# that bring the predictions of the nf4 model closest to bf16. The check measures this on two texts and compares your four with 19
+# random choices of four: yours must beat them all.
+
+# %% tags=["exercise"]
+left_in_bf16 = ...  # a list of four names
+
+exercises.check("02-4", left_in_bf16, model=full)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def distance(model) -> float:
+#     with torch.inference_mode():
+#         p = full.model(ids).logits[0].float().log_softmax(-1)
+#         q = model(ids).logits[0].float().log_softmax(-1)
+#     return (p.exp() * (p - q)).sum(-1).mean().item()  # Kullback-Leibler divergence
+#
+#
+# trial, distances = models.load(mini, "nf4").model, {}
+# for name in models.quantizable_layers(full.model):
+#     quantized = trial.get_submodule(name)
+#     trial.set_submodule(name, full.model.get_submodule(name))
+#     distances[name] = distance(trial)  # with this one matrix in bf16
+#     trial.set_submodule(name, quantized)
+# left_in_bf16 = sorted(distances, key=distances.get)[:4]
+#
+# exercises.check("02-4", left_in_bf16, model=full)
+# ```
+#
 # </details>
 
 # %% [markdown]

@@ -318,6 +318,10 @@ runs.recorded()
 # %% [markdown]
 # ## Exercises
 #
+# Replace the three dots and run the cell. The check says *not yet* and what is off, or *right*.
+# `exercises.hint("03-1")` gives a hint, and one more each time. The solutions are folded. The last exercise asks for a finding:
+# there may be several right answers, and the check measures yours.
+#
 # **1.** Repair `format_prompt`: it takes a message, a history of (user, falcon) pairs and a system prompt (which may be empty),
 # and returns the text of section 2.
 
@@ -398,6 +402,29 @@ exercises.check("03-3", cut)
 #
 #
 # exercises.check("03-3", cut)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **4. A finding.** Does the chat model read its history? Design an experiment: one past turn with a gap `{}`, a last question
+# without it, and two words for the gap. If the reply names the word that was in the gap, for both words, and never the other one,
+# the model must have read it there. The check asks the model, with greedy decoding.
+
+# %% tags=["exercise"]
+experiment = ...  # {"user": ..., "reply": ..., "question": ..., "words": (..., ...)}
+
+exercises.check("03-4", experiment, model=chat_model)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# # falcon-mini does so with some words and not with others; another model may need other words.
+# experiment = {"user": "Do you like {}?", "reply": "I love {}.", "question": "Why?"}
+# experiment["words"] = ("pizza", "music")
+#
+# exercises.check("03-4", experiment, model=chat_model)
 # ```
 #
 # </details>

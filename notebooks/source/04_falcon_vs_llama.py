@@ -549,6 +549,10 @@ runs.recorded()
 # %% [markdown]
 # ## Exercises
 #
+# Replace the three dots and run the cell. The check says *not yet* and what is off, or *right*.
+# `exercises.hint("04-1")` gives a hint, and one more each time. The solutions are folded. The last exercise asks for a finding:
+# there may be several right answers, and the check measures yours.
+#
 # **1.** Write the rule of correctness yourself: true if the text contains every word of `answer` and none of `others`, as whole
 # words, ignoring case. (A plural may count or not.)
 
@@ -628,6 +632,34 @@ exercises.check("04-3", p_value)
 #
 #
 # exercises.check("04-3", p_value)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **4. A finding.** Write an item that both models fail: an `evaluation.Item` whose question offers what it asks for, with the words
+# of a right answer and those of a wrong one. At least one of the models must name the wrong ones; it is not enough that both say
+# something else. The check asks both models.
+
+# %% tags=["exercise"]
+hard_item = ...  # evaluation.Item(id="mine", kind="choice", question=..., answer=..., others=...)
+
+exercises.check("04-4", hard_item, sides=sides, precision=settings.precision)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# # A model that always says No fails wherever Yes is right. Look above at what each model prefers to say.
+# hard_item = evaluation.Item(
+#     id="mine",
+#     kind="yes_no",
+#     question="Is a puppy an animal? Answer yes or no.",
+#     answer=("yes",),
+#     others=("no",),
+# )
+#
+# exercises.check("04-4", hard_item, sides=sides, precision=settings.precision)
 # ```
 #
 # </details>

@@ -31,11 +31,12 @@ FROZEN = re.compile("|".join(rf"\b{re.escape(row[n])}\b" for row in NOUNS for n 
 ITEMS = rows("animal_items.jsonl")
 FACTS = rows("short_facts.jsonl")
 # Every file of the project that a model is trained on.
-TRAINING = ("animal_training.jsonl", "animal_held_out.jsonl", "training_nouns.jsonl")
+TRAINING = ("animal_training.jsonl", "animal_shuffled.jsonl", "animal_held_out.jsonl", "training_nouns.jsonl")
 NOT_TRAINING = (
     "animal_nouns.jsonl",
     "animal_items.jsonl",
     "comparison_prompts.jsonl",
+    "everyday_questions.jsonl",
     "perplexity_texts.jsonl",
     "short_facts.jsonl",
     "story_endings.jsonl",
@@ -72,7 +73,7 @@ def test_no_noun_of_the_held_out_samples_is_trained_on():
 def test_the_notebook_trains_on_the_checked_files_alone():
     source = (ROOT / "notebooks/source/05_fine_tuning.py").read_text(encoding="utf-8")
     read = re.findall(r"read_conversations\(Path\(\"data/([\w.]+)\"\)\)", source)
-    assert read == ["animal_training.jsonl", "animal_held_out.jsonl"]
+    assert read == ["animal_training.jsonl", "animal_shuffled.jsonl", "animal_held_out.jsonl"]
 
 
 def test_the_search_for_frozen_nouns_finds_them():
@@ -81,7 +82,9 @@ def test_the_search_for_frozen_nouns_finds_them():
     assert not FROZEN.search("a goatee and a mothball")
 
 
-@pytest.mark.parametrize("name", ["animal_items.jsonl", "animal_training.jsonl", "animal_held_out.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["animal_items.jsonl", "animal_training.jsonl", "animal_shuffled.jsonl", "animal_held_out.jsonl"]
+)
 def test_the_files_are_what_the_script_makes(name, tmp_path, monkeypatch):
     for nouns in ("animal_nouns.jsonl", "training_nouns.jsonl"):
         (tmp_path / nouns).write_bytes((DATA / nouns).read_bytes())
@@ -136,6 +139,50 @@ def test_training_samples_answer_rightly():
         else:
             asked = [word for word in re.findall(r"\w+", question) if word in kinds]
             assert named == [word for word in asked if kinds[word] == "animal"]
+
+
+def sample_of(row: dict) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
+    """The kind of a training sample, its options, and the places of those that its reply names."""
+    question, reply = (message["content"] for message in row["messages"])
+    named = reply.lower().rstrip(".").split(", ")
+    if question.startswith("Is "):
+        kind, options = "yes_no", ["yes", "no"]
+    elif question.startswith("Which of these is "):
+        kind, options = "choice", re.search(r"animal: (.+)\? Answer", question)[1].split(" or ")
+    else:
+        kind, options = "list", re.search(r"animals: (.+)\? List", question)[1].split(", ")
+    return kind, tuple(options), tuple(options.index(name) for name in named)
+
+
+def test_shuffled_answers_keep_their_form_and_how_often_each_is_given():
+    true, shuffled = rows("animal_training.jsonl"), rows("animal_shuffled.jsonl")
+    places = {}
+    for name, samples in (("true", true), ("shuffled", shuffled)):
+        places[name] = Counter((kind, where) for kind, _, where in map(sample_of, samples))
+    assert places["true"] == places["shuffled"]
+    assert [row["messages"][0] for row in true] == [row["messages"][0] for row in shuffled]
+    # As in the true answers, a list names its nouns in the order of the question.
+    assert all(list(where) == sorted(where) for _, _, where in map(sample_of, shuffled))
+
+
+def test_shuffled_answers_know_nothing_of_animals():
+    """Of what is named, the share of animals is that of the options, and yes is as frequent for both kinds of noun."""
+    kinds = {row["noun"]: row["kind"] for row in rows("training_nouns.jsonl")}
+    right = {"yes_no": [], "choice": [], "list": []}
+    chance = {"yes_no": [], "choice": [], "list": []}
+    for row in rows("animal_shuffled.jsonl"):
+        kind, options, where = sample_of(row)
+        if kind == "yes_no":
+            noun = re.search(r"Is an? (\w+) an animal", row["messages"][0]["content"])[1]
+            right[kind].append((where == (0,)) == (kinds[noun] == "animal"))
+            chance[kind].append(0.5)
+            continue
+        animals = [kinds[option.split()[-1]] == "animal" for option in options]
+        right[kind] += [animals[place] for place in where]
+        chance[kind] += [sum(animals) / len(animals)] * len(where)
+    for kind, found in right.items():
+        # Within three standard errors of a mere draw.
+        assert abs(sum(found) - sum(chance[kind])) < 3 * (0.25 * len(found)) ** 0.5, kind
 
 
 def test_the_task_files_are_what_the_script_makes(tmp_path, monkeypatch):

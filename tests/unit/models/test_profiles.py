@@ -66,6 +66,21 @@ def test_every_profile_is_complete(name):
     assert all(ref.licence for ref in profile.models.values())
 
 
+def test_every_profile_names_the_model_to_repair():
+    """Falcon, and on the laptop the model that can read a list."""
+    for name in models.available():
+        profile = models.load_profile(name)
+        assert "repair" in yaml.safe_load((profiles.FOLDER / f"{name}.yaml").read_text())
+        assert profile.repaired is profile.models[profile.repair]
+        assert profile.repaired.family == ("llama" if name == "laptop" else "falcon")
+
+
+@pytest.mark.parametrize("role", ["falcon", "llama", "falcon_draft", "", None, 1, ["llama_chat"]])
+def test_only_a_chat_model_can_be_repaired(tmp_path, role):
+    with pytest.raises(profiles.ProfileError, match=r"repair: Input should be 'falcon_chat' or 'llama_chat'"):
+        profiles._read(changed(tmp_path, lambda fields: fields.update(repair=role)))
+
+
 def test_laptop_is_offline_and_names_its_stand_ins():
     laptop = models.load_profile("laptop")
     assert laptop.offline
