@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 GREEDY = Sampling(temperature=0, max_new_tokens=24)
 Side = Loaded | ModelRef
+_MOST_PADDED = 5  # times the length of the shortest prompt of a batch; its format adds to both
 _ROLES = ("falcon", "llama")  # the keys of ``sides``: a reader sees the model's own name instead
 
 
@@ -371,13 +372,24 @@ def opened(model: Side, precision: str) -> Iterator[Loaded]:
 def _replies(loaded: Loaded, asked: Sequence[Sequence[Message]], sampling: Sampling, batch_size: int) -> list[Reply]:
     from transformers.utils.logging import tqdm
 
-    # Prompts of a batch are padded to its longest one: similar lengths together save most of that.
-    order = sorted(range(len(asked)), key=lambda number: sum(len(message["content"]) for message in asked[number]))
     replies: dict[int, Reply] = {}
     with tqdm(total=len(asked), desc=f"replies of {loaded.ref.name}", unit="reply", delay=2, leave=False) as bar:
-        for begin in range(0, len(order), batch_size):
-            batch = order[begin : begin + batch_size]
+        for batch in _batches(asked, batch_size):
             generated = generate_batch(loaded, [asked[number] for number in batch], sampling)
             replies.update(zip(batch, generated, strict=True))
             bar.update(len(batch))
     return [replies[number] for number in range(len(asked))]
+
+
+def _batches(asked: Sequence[Sequence[Message]], batch_size: int) -> list[list[int]]:
+    """The numbers of the prompts that are generated together: of similar length, for all are padded to the longest."""
+    lengths = []
+    for messages in asked:
+        lengths.append(sum(len(message["content"]) for message in messages))
+    batches: list[list[int]] = []
+    for number in sorted(range(len(asked)), key=lengths.__getitem__):
+        if batches and len(batches[-1]) < batch_size and lengths[number] <= _MOST_PADDED * lengths[batches[-1][0]]:
+            batches[-1].append(number)
+        else:
+            batches.append([number])
+    return batches

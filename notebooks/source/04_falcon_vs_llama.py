@@ -28,7 +28,7 @@ profile = "laptop"
 seed = 0
 max_new_tokens = 40
 batch_size = 56
-tested_pairs = 8
+tested_pairs = 6
 
 # %%
 import inspect
@@ -159,8 +159,9 @@ if tested_pairs:  # 0: no judge
 # ### Win rates by kind
 #
 # A right reply beats a wrong one; two right or two wrong ones tie, and a tie counts half. A rate of 0.5 means that neither is
-# ahead. The interval (95%, from `low` to `high`) is wide for kinds of 4 to 12 questions: a single kind can show a large
-# difference only. What a judge says that is worth no more than a coin is no result, and its rows are there to be seen as such.
+# ahead. The [interval](GLOSSARY.md#interval) (95%, from `low` to `high`) is wide for kinds of 4 to 12 questions: a single kind
+# can show a large difference only. What a judge says that is worth no more than a coin is no result, and its rows are there to
+# be seen as such.
 
 # %%
 rates = evaluation.win_rates(talk, judged)
