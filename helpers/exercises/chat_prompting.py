@@ -149,7 +149,7 @@ def _cut(function: Callable[[str, tuple[str, ...]], object]) -> Outcome:
 
 
 def _reads_history(answer: object, model: Loaded) -> Outcome:
-    from helpers.evaluation.data import names
+    from helpers.evaluation.rules import names
     from helpers.generation.generating import generate
     from helpers.generation.sampling import Sampling
 

@@ -79,6 +79,7 @@ def _p_value(function: Callable[[int, int], object]) -> Outcome:
 
 
 def _both_fail(answer: object, sides: Mapping[str, Side], precision: str = "bf16") -> Outcome:
+    from helpers.evaluation.answers import classify
     from helpers.evaluation.comparison import GREEDY, compare
     from helpers.models.loaded import Loaded
 
@@ -87,7 +88,7 @@ def _both_fail(answer: object, sides: Mapping[str, Side], precision: str = "bf16
     seen, outcomes = [], []
     for side, model in sides.items():
         text = asked.replies[side][0].text.strip()
-        outcomes.append(_outcome(item, text))
+        outcomes.append(classify(item, text))
         ref = model.ref if isinstance(model, Loaded) else model
         seen.append(f"{ref.name} says {text!r} ({outcomes[-1]}).")
     told = " ".join(seen)
@@ -97,15 +98,6 @@ def _both_fail(answer: object, sides: Mapping[str, Side], precision: str = "bf16
         # A model that never says one of the words may have understood the question all the same.
         return f"{told} Neither chose one of the words. Write an item to which at least one gives a wrong answer."
     return _Found(f"{told} One item is an anecdote: what would you need to call it a weakness?")
-
-
-def _outcome(item: Item, text: str) -> str:
-    from helpers.evaluation.comparison import is_correct
-    from helpers.evaluation.data import names
-
-    if is_correct(item, text):
-        return _ANSWERED
-    return _WRONG if any(names(text, word) for word in item.others) else "no answer"
 
 
 def _own_item(answer: object) -> Item:
@@ -128,7 +120,7 @@ def _own_item(answer: object) -> Item:
 
 def _check_key(item: Item) -> None:
     """Raise _UnreadableError if a reader of the question could not know what to choose from."""
-    from helpers.evaluation.data import names
+    from helpers.evaluation.rules import names
 
     if not item.answer or not item.others:
         raise _UnreadableError("Give both parts of the key: the words of a right answer, and those of a wrong one.")
