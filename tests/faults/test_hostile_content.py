@@ -309,7 +309,9 @@ def test_a_long_output_is_saved_in_linear_time(outputs):
         _Document(("Zx81kQ0pLmN3vB7t",)).text(notebook)
         return time.process_time() - begun
 
-    small, large = max(seconds(300_000), 0.02), seconds(1_200_000)
+    # The best of three: beside other processes, one measurement may take several times as long.
+    small, large = (min(seconds(size) for _ in range(3)) for size in (300_000, 1_200_000))
+    small = max(small, 0.02)
     if large > 10 * small:
         raise Fault("wrong", f"four times the output took {large / small:.0f} times the time")
 

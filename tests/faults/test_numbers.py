@@ -122,11 +122,11 @@ def test_a_number_that_is_not_finite_is_refused(bad):
 
 @pytest.mark.parametrize("text", ["", " "], ids=["B4-nothing", "B4-blank"])
 def test_a_model_that_answers_nothing_has_no_speed_and_says_so(text):
-    table = said(*[(text, "goat")] * 3).speed()
-    missing = base.known(table.loc["a", "tokens/s"], "none: no reply has a second token", 3)
+    test = said(*[(text, "goat")] * 3)
+    missing = base.known(test.speed().loc[test.names["a"], "tokens/s"], "none: no reply has a second token", 3)
     same(missing, "none: no reply has a second token")
     recording.record("a_speed", missing)  # a run keeps it
-    same(said(*[(text, "goat")] * 3).score("a").estimate, 0)
+    same(test.score("a").estimate, 0)
 
 
 @pytest.mark.parametrize(
