@@ -5,6 +5,13 @@
 #       falcon: [profile, bf16]
 #       laptop/falcon: [bf16, fp32]
 #       laptop/falcon_draft: [fp32]
+#     work:  # counted by tests/notebooks/test_work.py; what the laptop's own models do is not declared
+#       falcon:
+#         - {load: 1, precisions: [bf16]}
+#         - {load: 1, precisions: [profile]}
+#         - {reply: 4, tokens: max_new_tokens, prompt: 10, precisions: [profile]}
+#         - {reply: 4, tokens: 25, prompt: 10, precisions: [profile]}
+#         - {read: 6, tokens: 10, precisions: [profile]}
 #     parameters:
 #       seed: {least: 0, most: 4294967295}
 #       prompt: {blank: false}

@@ -4,6 +4,18 @@
 #     models:
 #       falcon_chat: [profile]
 #       llama_chat: [profile]
+#     work:
+#       falcon_chat:
+#         - {load: 1, in_turn: 8}
+#         - {reply: 1, tokens: 24, prompt: 31}
+#         - {reply: 10, tokens: max_new_tokens, prompt: 25}
+#         - {reply: 168, tokens: 24, prompt: 34, together: batch_size}
+#         - {read: 353, tokens: 36, together: 16}
+#       llama_chat:
+#         - {load: 1, in_turn: 6}
+#         - {reply: 10, tokens: max_new_tokens, prompt: 42}
+#         - {reply: 168, tokens: 24, prompt: 50, together: batch_size}
+#         - {read: 216, tokens: 50, together: 16}
 #     parameters:
 #       seed: {least: 0, most: 4294967295}
 #       max_new_tokens: {least: 2, most: 100000}

@@ -4,6 +4,13 @@
 #     models:
 #       falcon_chat: [nf4]
 #       laptop/falcon_chat: [bf16]
+#     work:
+#       falcon_chat:
+#         - {load: 2}
+#         - {reply: 336, tokens: 24, prompt: 34, together: questions_at_once}
+#         - {read: 64, tokens: 190, together: 4}
+#         - {read: 400, tokens: 40, together: batch_size}
+#         - {train: steps, tokens: 40, together: batch_size}
 #     parameters:
 #       seed: {least: 0, most: 4294967295}
 #       steps: {least: 1, most: 1000000}

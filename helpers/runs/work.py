@@ -1,0 +1,100 @@
+"""What the notebooks do with the profile's models, as their headers declare it: ``workbook: work:``.
+
+A role has a list of entries, such as ``falcon: [{load: 1}, {reply: 4, tokens: max_new_tokens, prompt: 10}]``. A value is
+a whole number, the name of a parameter of the notebook, or a list of these, which are multiplied. An entry is done in all
+the precisions that ``models:`` declares for the role, unless it names ``precisions`` of its own; those that do not fit on
+the profile's machine are left out, as the notebooks do. ``in_turn``: the loads if the model is alone in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from helpers.base.settings import DEFAULT_PROFILE
+from helpers.models.profiles import load_profile
+from helpers.planning.hours import Kind, Work, estimate, fits_alone
+from helpers.runs.document import UsageError, _metadata, _read_notebook
+from helpers.runs.notebook import _plan_run, _precisions
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from helpers.models.references import Profile
+    from helpers.planning.plan import _Hours
+    from helpers.runs.notebook import _DeclaredModel, _Plan
+
+_KINDS: tuple[Kind, ...] = ("load", "reply", "read", "train")
+_COUNTS = ("tokens", "prompt", "together")
+
+
+def notebook_hours(profile: Profile, folder: Path) -> tuple[_Hours, ...]:
+    """The estimated hours of a folder's notebooks on the profile's GPUs; none for a profile without GPUs.
+
+    Raises UsageError for a declaration that is not valid.
+    """
+    if not profile.requires.gpus:
+        return ()
+    works = {name: list(entries) for name, entries in declared_work(profile, folder).items()}
+    # What does not depend on the profile's models takes the time it takes on a laptop, at most.
+    laptop = load_profile(DEFAULT_PROFILE).budgets
+    other = {name: budget.expected_seconds or 0.0 for name, budget in laptop.items()}
+    return estimate(profile, works, other)
+
+
+def declared_work(profile: Profile, folder: Path, given: Mapping[str, str] | None = None) -> dict[str, list[Work]]:
+    """What each notebook of a folder does with the profile's models, by its name; ``given``: parameters, as texts.
+
+    Raises UsageError for a declaration that is not valid.
+    """
+    works: dict[str, list[Work]] = {}
+    for plan in _plan_run(profile, folder, (), given or {}, {}):
+        declaration = _metadata(_read_notebook(plan.path)).get("work", {})
+        if not isinstance(declaration, dict):
+            raise UsageError(f"{plan.name}: `workbook: work:` must name roles, each with a list of entries.")
+        declared = {model.role: model for model in plan.models or ()}
+        works[plan.name] = []
+        for role, entries in declaration.items():
+            if role not in declared:
+                raise UsageError(f"{plan.name} declares work of {role!r}, but no such model. Add it to `models:`.")
+            for entry in entries:
+                works[plan.name] += _works(declared[role], entry, plan, profile)
+    return works
+
+
+def _works(model: _DeclaredModel, entry: object, plan: _Plan, profile: Profile) -> Iterator[Work]:
+    """An entry in each of its precisions that fits. Raises UsageError for one that is not valid."""
+    title = f"{plan.name}, work of {model.role}, {entry}"
+    if not isinstance(entry, Mapping):
+        raise UsageError(f"{title} is not valid. Write {{load: 1}} or {{reply: 4, tokens: 50, prompt: 10}}.")
+    kinds = [kind for kind in _KINDS if kind in entry]
+    unknown = entry.keys() - {*_KINDS, *_COUNTS, "precisions", "in_turn"}
+    if len(kinds) != 1 or unknown:
+        raise UsageError(f"{title} is not valid. Give one of {', '.join(_KINDS)}, and {', '.join(_COUNTS)} as needed.")
+    counts = {name: _number(entry[name], plan.effective, title) for name in _COUNTS if name in entry}
+    count = _number(entry[kinds[0]], plan.effective, title)
+    if "in_turn" in entry and not _together(model.role, profile):
+        count = _number(entry["in_turn"], plan.effective, title)
+    precisions = dict.fromkeys(model.precisions)  # bf16 may be named twice: as such, and as the profile's
+    if "precisions" in entry:
+        precisions = dict.fromkeys(_precisions(entry["precisions"], profile, title))
+    for precision in precisions:
+        if fits_alone(model.ref, precision, profile):
+            yield Work(model.ref, precision, kinds[0], count, **counts)
+
+
+def _together(role: str, profile: Profile) -> bool:
+    """Whether a model stays in memory beside another one: then nothing makes a notebook load it again."""
+    return any(role in group and len(group) > 1 for group in profile.resident)
+
+
+def _number(value: object, parameters: Mapping[str, object], title: str) -> int:
+    """A value of an entry as a number. Raises UsageError if it is none, and for an unknown parameter."""
+    if isinstance(value, list) and value:
+        return math.prod(_number(factor, parameters, title) for factor in value)
+    if isinstance(value, str) and value in parameters:
+        value = parameters[value]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise UsageError(f"{title}: {value!r} is neither a whole number nor a parameter of the notebook.")
+    return value
