@@ -1,8 +1,8 @@
 """Quantized copies of checkpoints: saved at the first load, so that later loads read a quarter or half of the bytes.
 
-A model's entry in a profile names the precisions that it keeps (``keep: [nf4]``). A copy belongs to the very files it was
-made from, by their hashes, and to the libraries that made it. It gets its name when it is whole. transformers reads it
-with several threads; while it quantizes, it reads with one, so that no unquantized layers pile up on the GPUs.
+A model's entry in a profile names the precisions that it keeps (``keep: [nf4]``). A copy belongs to the very files it
+was made from, by their hashes, and to the libraries that made it. It gets its name when it is whole. transformers reads
+it with up to four threads; while it quantizes, it reads with one, lest unquantized layers pile up on the GPUs.
 """
 
 from __future__ import annotations
@@ -35,8 +35,12 @@ _SPARE_BYTES = 2 * 10**9  # what stays free on the disk
 
 
 def _find_copy(ref: ModelRef, checkpoint: Path, precision: str, *, double_quant: bool) -> Path | None:
-    """The folder of the copy of a checkpoint in a precision; None if there is none, or if its files have changed."""
-    if not _keeps(ref, precision):
+    """The folder of the copy of a checkpoint in a precision; None if there is none, or if its files have changed.
+
+    Whoever loads the model finds it, such as ``training.reload``: the profile only says whether it is saved.
+    """
+    # A hub's files are known by their hashes already; those of other folders would have to be read for it.
+    if precision not in QUANTIZED or not (ref.keep or ref.source == "hub") or not _copies().is_dir():
         return None
     folder = _folder(ref, checkpoint, precision, double_quant=double_quant)
     try:
@@ -54,7 +58,7 @@ def _save_copy(
     A disk without enough free bytes is no error: the next load quantizes again. Raises LoadError if writing fails.
     """
     # Of several processes that load the same model, none saves: they would write the same files.
-    if not _keeps(ref, precision) or "WORLD_SIZE" in os.environ:
+    if precision not in QUANTIZED or precision not in ref.keep or "WORLD_SIZE" in os.environ:
         return None
     folder = _folder(ref, checkpoint, precision, double_quant=double_quant)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -77,8 +81,9 @@ def _save_copy(
     return folder
 
 
-def _keeps(ref: ModelRef, precision: str) -> bool:
-    return precision in ref.keep and precision in QUANTIZED
+def _copies() -> Path:
+    """The folder of all copies. A rehearsal leaves nothing outside of its own."""
+    return (settings.rehearsal_folder() or settings.cache_folder()) / "quantized"
 
 
 def _folder(ref: ModelRef, checkpoint: Path, precision: str, *, double_quant: bool) -> Path:
@@ -89,9 +94,7 @@ def _folder(ref: ModelRef, checkpoint: Path, precision: str, *, double_quant: bo
         "libraries": {name: version(name) for name in ("transformers", "bitsandbytes")},
     }
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
-    # A rehearsal leaves nothing outside of its own folder.
-    above = settings.rehearsal_folder() or settings.cache_folder()
-    return above / "quantized" / f"{ref.name}-{precision}-{key}"
+    return _copies() / f"{ref.name}-{precision}-{key}"
 
 
 def _states(folder: Path) -> dict[str, list[int]]:

@@ -1,8 +1,8 @@
 """Estimate how long notebooks take on a profile's GPUs, from the bytes they read and the tokens they process.
 
-``runs.work`` reads what the notebooks declare. ``estimate`` turns it into seconds for each card of the profile's size
-and two speeds of the disk; ``budget`` is the time that a notebook may take. Nothing here was measured on such a
-machine: each constant below says where it comes from, or that it is assumed.
+``runs.work`` reads what the notebooks declare. ``_estimate`` turns it into seconds for each card of the profile's size
+and two speeds of the disk. Nothing here was measured on such a machine: each constant below says where it comes from,
+or that it is assumed. The budgets in the profiles are three times the slowest estimate, in whole minutes.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ from helpers.machine import anatomy, memory
 from helpers.machine.memory import Workload
 from helpers.machine.placement import Devices, Resident, place_together
 from helpers.models import finding
+from helpers.models.references import ModelRef
 from helpers.planning.plan import CARDS, DECIMAL, _Hour, _Hours
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from helpers.models.references import ModelRef, Profile
+    from helpers.models.references import Profile
     from helpers.planning.plan import _Card
 
 Kind = Literal["load", "reply", "read", "train"]
-DISKS = (1e9, 3e9)  # bytes per second: a fast network disk, and one local NVMe disk
-TIMES_ESTIMATE = 3  # a budget: the assumptions below may be off by as much
-_LEAST_BUDGET = 600.0
+_DISKS = (1e9, 3e9)  # bytes per second: a fast network disk, and one local NVMe disk
 # Assumed: the share of a card's bandwidth and of its peak that plain transformers reaches, and Python's time for the
 # kernels of one layer. With these, Falcon-180B in bf16 on A100s writes 2.3 tokens per second.
 _OF_BANDWIDTH, _OF_PEAK, _LAYER_SECONDS = 0.5, 0.4, 1e-3
@@ -72,44 +71,57 @@ class _Pace:
         return max(moving, computing) + self.layers * _LAYER_SECONDS
 
 
-def estimate(profile: Profile, works: Mapping[str, Sequence[Work]], other: Mapping[str, float]) -> tuple[_Hours, ...]:
+def _estimate(profile: Profile, works: Mapping[str, Sequence[Work]], other: Mapping[str, float]) -> tuple[_Hours, ...]:
     """The hours of notebooks, in their order, which matters: a copy saved by one is read by those after it.
 
-    ``other``: seconds of each notebook that do not depend on the profile's models, as measured on a laptop.
+    ``other``: seconds of each notebook that do not depend on the profile's models, as measured on a laptop. Work in a
+    precision in which a model does not fit is left out, as the notebooks leave it out.
     """
     cards = [card for card in CARDS if card.gigabytes == round(profile.requires.gpu_bytes / DECIMAL)]
     saved: set[tuple[str, str]] = set()
     hours = []
-    for name, entries in works.items():
-        read = written = unsaved = 0
-        loads = 0
-        for work in entries:
-            if work.kind == "load":
-                loads += work.count
-                unsaved += work.count * _file_bytes(work.ref)
-                more_read, more_written = _load_bytes(work, saved)
-                read, written = read + more_read, written + more_written
+    for name, declared in works.items():
+        entries = [work for work in declared if _fits(work, profile)]
+        files = _Files.of(entries, saved)
         times = []
         for card in cards:
             passes = sum(_work_seconds(work, card) for work in entries)
-            for disk in DISKS:
-                seconds = other.get(name, 0) + loads * _LOAD_SECONDS + (read + written) / disk + passes
+            for disk in _DISKS:
+                seconds = (
+                    other.get(name, 0) + files.loads * _LOAD_SECONDS + (files.read + files.written) / disk + passes
+                )
                 times.append(_Hour(card.name, disk, seconds))
-        hours.append(_Hours(name, loads, read, written, unsaved, tuple(times)))
+        hours.append(_Hours(name, files.loads, files.read, files.written, files.unsaved, tuple(times)))
     return tuple(hours)
 
 
-def budget(hours: _Hours) -> float:
-    """The seconds a notebook may take: three times its slowest estimate, in whole minutes."""
-    slowest = max((hour.seconds for hour in hours.times), default=0.0)
-    return max(_LEAST_BUDGET, 60.0 * math.ceil(TIMES_ESTIMATE * slowest / 60))
+@dataclass(frozen=True)
+class _Files:
+    """Bytes that the loads of a notebook read and write; ``unsaved``: those read if no copy were saved."""
+
+    loads: int
+    read: int
+    written: int
+    unsaved: int
+
+    @classmethod
+    def of(cls, entries: Sequence[Work], saved: set[tuple[str, str]]) -> _Files:
+        """Count them; ``saved`` are the copies that there are, and gains those that are saved now."""
+        loads = read = written = unsaved = 0
+        for work in entries:
+            if work.kind == "load":
+                more_read, more_written = _load_bytes(work, saved)
+                loads, unsaved = loads + work.count, unsaved + work.count * _file_bytes(work.ref)
+                read, written = read + more_read, written + more_written
+        return cls(loads, read, written, unsaved)
 
 
-def fits_alone(ref: ModelRef, precision: str, profile: Profile) -> bool:
+def _fits(work: Work, profile: Profile) -> bool:
     """Whether a model fits on the profile's GPUs in a precision, with one sequence of 2048 tokens."""
     need = profile.requires
     devices = Devices((need.gpu_bytes,) * need.gpus)
-    (placement,) = place_together([Resident(finding.config(ref), precision, ref.name)], devices, Workload())
+    resident = Resident(finding.config(work.ref), work.precision, work.ref.name)
+    (placement,) = place_together([resident], devices, Workload())
     return placement.fits
 
 

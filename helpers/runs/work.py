@@ -1,9 +1,9 @@
 """What the notebooks do with the profile's models, as their headers declare it: ``workbook: work:``.
 
-A role has a list of entries, such as ``falcon: [{load: 1}, {reply: 4, tokens: max_new_tokens, prompt: 10}]``. A value is
-a whole number, the name of a parameter of the notebook, or a list of these, which are multiplied. An entry is done in all
-the precisions that ``models:`` declares for the role, unless it names ``precisions`` of its own; those that do not fit on
-the profile's machine are left out, as the notebooks do. ``in_turn``: the loads if the model is alone in memory.
+A role has a list of entries, such as ``falcon: [{load: 1}, {reply: 4, tokens: max_new_tokens, prompt: 10}]``. A value
+is a whole number, the name of a parameter of the notebook, or a list of these, which are multiplied. An entry is done
+in all the precisions that ``models:`` declares for the role, unless it names ``precisions`` of its own. ``in_turn`` is
+the number of loads if the model is alone in memory.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from helpers.base.settings import DEFAULT_PROFILE
-from helpers.models.profiles import load_profile
-from helpers.planning.hours import Kind, Work, estimate, fits_alone
+from helpers.planning.hours import Kind, Work
 from helpers.runs.document import UsageError, _metadata, _read_notebook
 from helpers.runs.notebook import _plan_run, _precisions
 
@@ -22,25 +20,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from helpers.models.references import Profile
-    from helpers.planning.plan import _Hours
     from helpers.runs.notebook import _DeclaredModel, _Plan
 
 _KINDS: tuple[Kind, ...] = ("load", "reply", "read", "train")
 _COUNTS = ("tokens", "prompt", "together")
-
-
-def notebook_hours(profile: Profile, folder: Path) -> tuple[_Hours, ...]:
-    """The estimated hours of a folder's notebooks on the profile's GPUs; none for a profile without GPUs.
-
-    Raises UsageError for a declaration that is not valid.
-    """
-    if not profile.requires.gpus:
-        return ()
-    works = {name: list(entries) for name, entries in declared_work(profile, folder).items()}
-    # What does not depend on the profile's models takes the time it takes on a laptop, at most.
-    laptop = load_profile(DEFAULT_PROFILE).budgets
-    other = {name: budget.expected_seconds or 0.0 for name, budget in laptop.items()}
-    return estimate(profile, works, other)
 
 
 def declared_work(profile: Profile, folder: Path, given: Mapping[str, str] | None = None) -> dict[str, list[Work]]:
@@ -64,24 +47,33 @@ def declared_work(profile: Profile, folder: Path, given: Mapping[str, str] | Non
 
 
 def _works(model: _DeclaredModel, entry: object, plan: _Plan, profile: Profile) -> Iterator[Work]:
-    """An entry in each of its precisions that fits. Raises UsageError for one that is not valid."""
+    """An entry in each of its precisions. Raises UsageError for one that is not valid."""
     title = f"{plan.name}, work of {model.role}, {entry}"
     if not isinstance(entry, Mapping):
         raise UsageError(f"{title} is not valid. Write {{load: 1}} or {{reply: 4, tokens: 50, prompt: 10}}.")
-    kinds = [kind for kind in _KINDS if kind in entry]
-    unknown = entry.keys() - {*_KINDS, *_COUNTS, "precisions", "in_turn"}
-    if len(kinds) != 1 or unknown:
-        raise UsageError(f"{title} is not valid. Give one of {', '.join(_KINDS)}, and {', '.join(_COUNTS)} as needed.")
-    counts = {name: _number(entry[name], plan.effective, title) for name in _COUNTS if name in entry}
-    count = _number(entry[kinds[0]], plan.effective, title)
-    if "in_turn" in entry and not _together(model.role, profile):
-        count = _number(entry["in_turn"], plan.effective, title)
-    precisions = dict.fromkeys(model.precisions)  # bf16 may be named twice: as such, and as the profile's
+    kind = _kind(entry, title)
+    numbers = {}
+    for name in (kind, *_COUNTS, "in_turn"):
+        if name in entry:
+            numbers[name] = _number(entry[name], plan.effective, title)
+    count, in_turn = numbers.pop(kind), numbers.pop("in_turn", None)
+    if in_turn is not None and not _together(model.role, profile):
+        count = in_turn
+    precisions = model.precisions
     if "precisions" in entry:
-        precisions = dict.fromkeys(_precisions(entry["precisions"], profile, title))
-    for precision in precisions:
-        if fits_alone(model.ref, precision, profile):
-            yield Work(model.ref, precision, kinds[0], count, **counts)
+        precisions = _precisions(entry["precisions"], profile, title)
+    for precision in dict.fromkeys(precisions):  # bf16 may be named twice: as such, and as the profile's
+        yield Work(model.ref, precision, kind, count, **numbers)
+
+
+def _kind(entry: Mapping[str, object], title: str) -> Kind:
+    """What an entry says is done. Raises UsageError if it does not say one thing, or says what nobody reads."""
+    kinds = [kind for kind in _KINDS if kind in entry]
+    if len(kinds) != 1 or entry.keys() - {*_KINDS, *_COUNTS, "precisions", "in_turn"}:
+        raise UsageError(
+            f"{title} is not valid. Give one of {', '.join(_KINDS)}, and {', '.join(_COUNTS)}, precisions or in_turn."
+        )
+    return kinds[0]
 
 
 def _together(role: str, profile: Profile) -> bool:

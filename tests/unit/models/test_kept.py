@@ -136,8 +136,16 @@ def test_the_copy_of_another_model_does_not_pass_for_this_one(refs, quantized):
     shutil.rmtree(mine)
     shutil.copytree(other, mine)
     (mine / "copy.json").write_text(json.dumps(kept._states(mine)))
-    with pytest.raises(QuantizationError, match="is not .*falcon-180B"):
+    with pytest.raises(QuantizationError, match=r"is not .*falcon-180B"):
         models.load(falcon, "nf4")
+
+
+def test_a_load_that_keeps_nothing_finds_the_copy_too(refs, quantized):
+    """As ``training.reload`` does, which knows the model but not the profile."""
+    models.load(refs[0], "nf4")
+    assert models.load(replace(refs[0], keep=()), "nf4").report.copied
+    assert not models.load(replace(refs[1], keep=()), "nf4").report.copied
+    assert len(copies(quantized)) == 1
 
 
 def test_without_space_on_the_disk_the_model_is_loaded_all_the_same(refs, quantized, monkeypatch):
