@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections import namedtuple
 from dataclasses import replace
 
@@ -55,6 +56,24 @@ def taken(monkeypatch):
 
     monkeypatch.setattr(core_model_loading, "_materialize_copy", counting)
     return counted
+
+
+def test_a_copy_is_read_by_other_threads_than_the_one_that_waits(refs, monkeypatch):
+    """While it quantizes, transformers reads in one thread; what is quantized already, in up to four."""
+    threads = []
+    original = core_model_loading._materialize_copy
+
+    def noted(*arguments):
+        threads.append(threading.get_ident())
+        return original(*arguments)
+
+    monkeypatch.setattr(core_model_loading, "_materialize_copy", noted)
+    models.load(refs[0], "nf4")
+    assert set(threads) == {threading.get_ident()}
+    threads.clear()
+    models.load(refs[0], "nf4")
+    assert threading.get_ident() not in threads
+    assert 1 <= len(set(threads)) <= core_model_loading.GLOBAL_WORKERS
 
 
 def logits(loaded):
