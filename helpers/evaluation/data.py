@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING
 from helpers.base.errors import WorkbookError, first_names
 from helpers.base.jsonl import scan_records
 from helpers.base.text import is_blank, well_formed
+from helpers.evaluation.rules import _follows, _Rule, _rules, names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,24 +18,15 @@ if TYPE_CHECKING:
     from helpers.base.jsonl import Record
 
 
-def names(text: str, word: str) -> bool:
-    """True if the text contains the word, in singular or plural, ignoring case, the kind of spaces and of characters.
-
-    A letter may be one character or two (a letter and its accent), and words may stand on two lines.
-    """
-    text, word = _uniform(text), _uniform(word)
-    # Not \b, which would never end a word such as C++.
-    return re.search(rf"(?<!\w){re.escape(word)}(e?s)?(?!\w)", text, re.IGNORECASE) is not None
-
-
-def _uniform(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).replace("\u2019", "'").split())
+_KEYS = frozenset({"id", "kind", "question", "answer", "others", "rules", "source", "difficulty"})
+_DIFFICULTIES = ("easy", "medium", "hard")
 
 
 @dataclass(frozen=True)
 class Item:
-    """A question with its key: what a correct reply names, and what it must not name. Without an answer: not scored.
+    """A question with its key: what a correct reply names, what it must not name, and the rules that it must follow.
 
+    Without an answer and rules it is not scored. ``source``: who wrote it. ``difficulty``: easy, medium or hard.
     Raises ValueError for a key that is not a list of words, for a word that is in both, and for what is not a text.
     """
 
@@ -45,6 +35,9 @@ class Item:
     question: str
     answer: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    rules: tuple[_Rule, ...] = ()
+    source: str = ""
+    difficulty: str = ""
 
     def __post_init__(self) -> None:
         for name in ("id", "kind", "question"):
@@ -54,10 +47,21 @@ class Item:
         everything = " and ".join(self.answer)
         if wrong := [word for word in self.others if names(everything, word)]:
             raise ValueError(f"No reply can be right: {first_names(wrong)} is in both answer and others")
+        if self.difficulty and self.difficulty not in _DIFFICULTIES:
+            raise ValueError(f"difficulty must be {', '.join(_DIFFICULTIES)}, but is {self.difficulty!r}")
+
+    @property
+    def scored(self) -> bool:
+        """Whether it has a key: an answer or rules."""
+        return bool(self.answer or self.rules)
+
+    def follows_rules(self, text: str) -> bool:
+        """Whether a reply follows all of the item's rules; true if there are none."""
+        return _follows(self.rules, text)
 
 
-def read_items(path: Path) -> list[Item]:
-    """The items of a JSON Lines file.
+def read_items(path: Path, *, sourced: bool = False) -> list[Item]:
+    """The items of a JSON Lines file; ``sourced``: each must say who wrote it, and how difficult it is.
 
     Raises WorkbookError, which lists the lines with the reasons, if some row is not a valid item, or if two rows have
     one id.
@@ -68,6 +72,9 @@ def read_items(path: Path) -> list[Item]:
     for line, row, record in records.valid:
         try:
             item = _item(record)
+            if sourced:
+                _check_text("source", record.get("source"))
+                _check_text("difficulty", record.get("difficulty"))
             if item.id in first_line:
                 raise ValueError(f"line {first_line[item.id]} has the id {item.id!r} already")
         except ValueError as error:
@@ -106,7 +113,7 @@ def _check_questions(items: Sequence[Item]) -> None:
 
 
 def _item(record: Record) -> Item:
-    unknown = record.keys() - {"id", "kind", "question", "answer", "others"}
+    unknown = record.keys() - _KEYS
     if unknown:
         raise ValueError(f"An item has no key {first_names(map(repr, unknown))}")
     words = {name: record.get(name, ()) for name in ("answer", "others")}
@@ -117,7 +124,11 @@ def _item(record: Record) -> Item:
     texts = {name: record.get(name) for name in ("id", "kind", "question")}
     if type(texts["id"]) is int:
         texts["id"] = str(texts["id"])
-    return Item(**texts, **words)  # type: ignore[arg-type]  # Item checks the types
+    about = {name: record[name] for name in ("source", "difficulty") if name in record}
+    for name, value in about.items():
+        _check_text(name, value)
+    rules = _rules(record.get("rules", {}))
+    return Item(**texts, **words, **about, rules=rules)  # type: ignore[arg-type]  # Item checks the types
 
 
 def _check_text(name: str, value: object) -> None:

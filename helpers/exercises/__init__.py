@@ -5,6 +5,6 @@ from helpers.base.lazy import face
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
-        "checking": ["check"],
+        "checking": ["check", "hint"],
     },
 )

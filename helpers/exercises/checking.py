@@ -1,43 +1,51 @@
-"""The checks of all exercises by name: an answer is right, or not yet, with a hint."""
+"""The checks of all exercises by name, and their hints."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import Counter
 
-from helpers.base.errors import choose
+from helpers.base.errors import WorkbookError, choose
 from helpers.exercises import chat_prompting, comparison, fine_tuning, loading, quantization, start_here
-from helpers.exercises.verdict import _Verdict
+from helpers.exercises.reading import _UnreadableError
+from helpers.exercises.verdict import _NOT_STARTED, _NOT_YET, _RIGHT, _Exercise, _Found, _Hints, _Verdict
 
-if TYPE_CHECKING:
-    from helpers.exercises.verdict import Check
-
-_CHECKS: dict[str, Check] = {
-    **start_here.CHECKS,
-    **loading.CHECKS,
-    **quantization.CHECKS,
-    **chat_prompting.CHECKS,
-    **comparison.CHECKS,
-    **fine_tuning.CHECKS,
+_EXERCISES: dict[str, _Exercise] = {
+    **start_here.EXERCISES,
+    **loading.EXERCISES,
+    **quantization.EXERCISES,
+    **chat_prompting.EXERCISES,
+    **comparison.EXERCISES,
+    **fine_tuning.EXERCISES,
 }
+_asked: Counter[str] = Counter()  # how many hints of each exercise this session has shown
 
 
-def check(name: str, answer: object) -> _Verdict:
+def check(name: str, answer: object, **measured_on: object) -> _Verdict:
     """Check an answer, a value or a function, to the exercise ``name`` such as "00-1".
 
-    A function that raises is not right yet, and the hint says what it raised. Raises WorkbookError for an unknown name.
+    ``measured_on`` are the models in memory by which some answers are measured, such as ``model=loaded``. A function
+    that raises is not right yet, and the verdict says what it raised. Raises WorkbookError for an unknown name.
     """
-    choose(name, _CHECKS, "exercise")
+    choose(name, _EXERCISES, "exercise")
+    exercise = _EXERCISES[name]
+    if exercise.is_untouched(answer):
+        return _Verdict(name, _NOT_STARTED)
     try:
-        hint = _CHECKS[name](answer)
+        outcome = exercise.check(answer, **measured_on)
+    except (_UnreadableError, WorkbookError) as error:
+        outcome = str(error)
     except Exception as error:
-        hint = _hint_for(error)
-    if hint is None:
-        return _Verdict(name, True, "Well done.")
-    return _Verdict(name, False, hint)
+        outcome = f"It raised {type(error).__name__}: {error}"
+    if isinstance(outcome, str):
+        return _Verdict(name, _NOT_YET, outcome)
+    if isinstance(outcome, _Found):
+        return _Verdict(name, _RIGHT, outcome.text)
+    return _Verdict(name, _RIGHT, "Well done.")
 
 
-def _hint_for(error: Exception) -> str:
-    # A stub still returns None, with which the check's own arithmetic fails: that is no error of the reader's code.
-    if isinstance(error, TypeError) and "NoneType" in str(error):
-        return "It returned nothing yet."
-    return f"It raised {type(error).__name__}: {error}"
+def hint(name: str) -> _Hints:
+    """The hints of an exercise so far, with one more at each call. Raises WorkbookError for an unknown name."""
+    choose(name, _EXERCISES, "exercise")
+    hints = _EXERCISES[name].hints
+    _asked[name] = min(_asked[name] + 1, len(hints))
+    return _Hints(name, hints[: _asked[name]], len(hints))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from helpers.figures.style import (
     BLACK,
     BLUE,
+    GREY,
     ORANGE,
     PALETTE,
     _canvas,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
+    from matplotlib.container import BarContainer
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
@@ -50,6 +52,22 @@ class _Score(NamedTuple):
     share: float
     low: float
     high: float
+    guessing: float | None
+
+
+class _Bar(NamedTuple):
+    """One side's replies to a group of items, by class; the interval of the right ones and the guess are percent."""
+
+    side: str
+    numbers: dict[str, int]
+    items: int
+    low: float
+    high: float
+    guessing: float
+
+
+_RULE_TITLES = {"concise": "correct and concise"}  # what the rule asks for, where its name is shorter
+_ANSWER_COLOURS = {"right": BLUE, "wrong": ORANGE, "no answer": GREY}
 
 
 @_styled
@@ -109,7 +127,8 @@ def token_times(arrivals: Sequence[float], subject: str) -> Figure:
 def score_intervals(scores: DataFrame | Sequence[Mapping[str, Cell]], subject: str) -> Figure:
     """Shares with their 95% intervals: a row for each group of items, a mark for each side, a panel for each rule.
 
-    ``scores`` is ``Comparison.scores``' table, or rows with items, side, rule, share, low and high (0 to 1).
+    ``scores`` is ``Comparison.scores``' table, or rows with items, side, rule, share, low and high (0 to 1). If a row
+    has ``guessing``, the level that guesses reach, a dashed line marks it.
     """
     rows = _scores(scores)
     # Dictionaries keep the order in which rules, groups and sides occur.
@@ -121,12 +140,21 @@ def score_intervals(scores: DataFrame | Sequence[Mapping[str, Cell]], subject: s
     figure, axes = _canvas("Share of the replies, with 95% intervals", subject, 1.7 + 0.55 * len(groups), len(by_rule))
     for axis, (rule, of_rule) in zip(axes, by_rule.items(), strict=True):
         _score_panel(axis, of_rule, groups, sides)
-        axis.set(title=rule, xlabel="share of the replies (%)", xlim=(-4, 104), ylim=(len(groups) - 0.5, -0.5))
+        axis.set(
+            title=_RULE_TITLES.get(rule, rule),
+            xlabel="share of the replies (%)",
+            xlim=(-4, 104),
+            ylim=(len(groups) - 0.5, -0.5),
+        )
         axis.set_yticks(range(len(groups)), [""] * len(groups))
         axis.grid(axis="x")
     # The panels share their rows, so the groups' names stand at the first alone.
     axes[0].set_yticks(range(len(groups)), groups)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(sides))
+    handles, labels = axes[0].get_legend_handles_labels()
+    if "guessing" in labels:
+        # It is no side, so it comes after them.
+        handles.append(handles.pop(labels.index("guessing")))
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(3, len(sides)))
     return figure
 
 
@@ -134,7 +162,8 @@ def _scores(table: DataFrame | Sequence[Mapping[str, Cell]]) -> list[_Score]:
     scores = []
     for row in _records(table):
         share, low, high = (_number(row, column) or 0.0 for column in ("share", "low", "high"))
-        scores.append(_Score(str(row["items"]), str(row["side"]), str(row["rule"]), share, low, high))
+        items, side, rule = (str(row[column]) for column in ("items", "side", "rule"))
+        scores.append(_Score(items, side, rule, share, low, high, _number(row, "guessing")))
     return scores
 
 
@@ -151,6 +180,70 @@ def _score_panel(axis: Axes, rows: Sequence[_Score], groups: Sequence[str], side
                 above.append(100 * abs(row.share - row.high))
         marker, colour = "osD^v"[index % 5], PALETTE[index % len(PALETTE)]
         axis.errorbar(shares, places, xerr=[below, above], fmt=marker, color=colour, capsize=3, label=side)
+    levels = {row.items: row.guessing for row in rows}
+    for group, level in levels.items():
+        if level is not None:
+            _guessing_line(axis, 100 * level, groups.index(group), 0.42)
+
+
+def _guessing_line(axis: Axes, level: float, place: float, half: float) -> None:
+    """Mark the score of a guess (in percent) with a dashed line across the rows of one group."""
+    # One entry in the legend stands for the lines of all groups.
+    label = "_" if "guessing" in axis.get_legend_handles_labels()[1] else "guessing"
+    axis.vlines(level, place - half, place + half, color=BLACK, linestyles="dashed", linewidth=1.2, label=label)
+
+
+@_styled
+def reply_classes(answers: DataFrame | Sequence[Mapping[str, Cell]], subject: str) -> Figure:
+    """How many replies are right, wrong and no answer: a panel for each group of items, a bar for each side.
+
+    ``answers`` is ``Comparison.answers``' table, or rows with items, side, of, right, wrong, no answer, low, high and
+    guessing. A whisker is the 95% interval of the right ones, the dashed line what a guess would score.
+    """
+    groups: dict[str, list[_Bar]] = {}
+    for row in _records(answers):
+        count, low, high, guessing = (_number(row, name) or 0.0 for name in ("of", "low", "high", "guessing"))
+        numbers = {name: round(_number(row, name) or 0) for name in _ANSWER_COLOURS}
+        bar = _Bar(str(row["side"]), numbers, round(count), 100 * low, 100 * high, 100 * guessing)
+        groups.setdefault(str(row["items"]), []).append(bar)
+    height = 1.2 + sum(0.55 + 0.27 * len(bars) for bars in groups.values())
+    title = "Right, wrong and no answer, by kind of item"
+    figure, axes = _canvas(title, subject, height, len(groups), share_x=True, stacked=True)
+    for axis, (group, bars) in zip(axes, groups.items(), strict=True):
+        _class_bars(axis, bars)
+        axis.set_title(f"{group}: {bars[0].items} items", loc="left")
+    axes[-1].set(xlabel="share of the replies (%)", xlim=(0, 100))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
+
+
+def _class_bars(axis: Axes, bars: Sequence[_Bar]) -> None:
+    """The bars of one group of items, each with its numbers of replies inside."""
+    places = range(len(bars))
+    left = [0.0] * len(bars)
+    for name, colour in _ANSWER_COLOURS.items():
+        shares = [100 * bar.numbers[name] / bar.items for bar in bars]
+        drawn = axis.barh(places, shares, left=left, height=0.74, color=colour, label=name)
+        _numbers_inside(axis, drawn, [bar.numbers[name] for bar in bars], colour)
+        left = [start + share for start, share in zip(left, shares, strict=True)]
+    _guessing_line(axis, bars[0].guessing, (len(bars) - 1) / 2, len(bars) / 2)
+    for place, bar in enumerate(bars):
+        label = "_" if place else "95% interval of the right ones"
+        # Below the numbers, so that it strikes none of them out.
+        axis.plot([bar.low, bar.high], [place + 0.3] * 2, color=BLACK, linewidth=1.4, label=label, zorder=5)
+    axis.set_yticks(places, [bar.side for bar in bars])
+    axis.invert_yaxis()
+
+
+def _numbers_inside(axis: Axes, drawn: BarContainer, numbers: Sequence[int], colour: str) -> None:
+    """Write each number into its segment of a bar, unless the segment is too narrow for it."""
+    texts = []
+    for segment, number in zip(drawn.patches, numbers, strict=True):
+        texts.append(str(number) if segment.get_width() >= 4 else "")
+    ink = "white" if colour == BLUE else BLACK  # black is hard to read on blue
+    # The segment's own colour behind a number keeps it readable where the guessing line crosses it.
+    behind = {"facecolor": colour, "edgecolor": "none", "pad": 0.3}
+    axis.bar_label(drawn, texts, label_type="center", fontsize=9, color=ink, bbox=behind)
 
 
 @_styled

@@ -72,6 +72,11 @@ class Reply:
             return float("nan")
         return (self.tokens - 1) / after
 
+    @property
+    def characters_per_second(self) -> float:
+        """Decoding speed in characters of the text: tokens of two tokenizers are not of the same length."""
+        return self.tokens_per_second * len(self.text) / self.tokens
+
 
 DEFAULT_SAMPLING = Sampling()
 

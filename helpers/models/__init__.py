@@ -20,7 +20,7 @@ __getattr__, __dir__, __all__ = face(
         "layers": ["quantizable_layers", "stored_bytes"],
         "loaded": ["LoadReport", "Loaded", "context_tokens", "report_table"],
         "loading": ["LoadOptions", "load", "save", "tidy_output", "unload"],
-        "profiles": ["ProfileError", "available", "downloaded_bytes", "load_profile", "missing", "table"],
+        "profiles": ["ProfileError", "available", "downloaded_bytes", "load_profile", "missing", "table", "times"],
         "quantization": [
             "LayerError",
             "NF4_TAIL",

@@ -16,7 +16,7 @@ from helpers.base.errors import WorkbookError, choose, first_names
 from helpers.base.files import ROOT, read_yaml
 from helpers.base.hub_variables import check_hub_variables
 from helpers.base.settings import DEFAULT_PROFILE
-from helpers.base.units import gib
+from helpers.base.units import duration, gib
 from helpers.machine import hardware
 from helpers.models.hub_cache import _downloaded_bytes
 from helpers.models.references import Profile
@@ -106,6 +106,22 @@ def table(profile: Profile) -> pd.DataFrame:
         for role, ref in profile.models.items()
     ]
     return pd.DataFrame(rows).set_index("role")
+
+
+def times(profile: Profile) -> pd.DataFrame:
+    """How long each notebook should take with a profile, and when a run ends it; a dash for a time not yet measured.
+
+    This is the one place for such times. The report of a run shows its own beside them.
+    """
+    import pandas as pd
+
+    budgets = profile.budgets
+    expected = [budget.expected_seconds for budget in budgets.values()]
+    known = [seconds for seconds in expected if seconds is not None]
+    total = sum(known) if len(known) == len(expected) else None
+    rows = {"expected": [*map(duration, expected), duration(total)]}
+    rows["ended after"] = [duration(budget.seconds) for budget in budgets.values()] + [""]
+    return pd.DataFrame(rows, index=pd.Index([*budgets, "all"], name="notebook"))
 
 
 def _read(file: Path) -> Profile:

@@ -132,6 +132,7 @@ class Profile:
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
     decoding: Literal["plain", "compiled", "lookup"] = "plain"  # of single replies: see helpers.generation.decoding
     falcon_draft: ModelRef | None = None  # a small Falcon that proposes tokens to the others
+    repair: Literal["falcon_chat", "llama_chat"] = "falcon_chat"  # the role of the model that notebook 05 repairs
 
     @property
     def offline(self) -> bool:
@@ -142,6 +143,11 @@ class Profile:
     def models(self) -> dict[str, ModelRef]:
         """The three models by role."""
         return {"falcon": self.falcon, "falcon_chat": self.falcon_chat, "llama_chat": self.llama_chat}
+
+    @property
+    def repaired(self) -> ModelRef:
+        """The model that notebook 05 repairs."""
+        return self.models[self.repair]
 
     def in_rehearsal(self) -> Profile:
         """The profile with each model that would come from a hub marked as rehearsed."""

@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = face(
     {
         "chat": ["chat_panel"],
         "comparison": ["comparison_panel"],
-        "html": ["MARKS", "TRAINED", "replies_html", "tokens_html", "trained_tokens_html"],
+        "html": ["TRAINED", "replies_html", "tokens_html", "trained_tokens_html"],
         "memory": ["memory_planner"],
         "widgets": ["LiveCurve"],
     },

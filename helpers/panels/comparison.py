@@ -55,7 +55,7 @@ def _compared_html(models: Mapping[str, Side], script: Sequence[str], sampling: 
             reply = compared.replies[side][place]
             replies.append((name, reply.text, _reply_summary(reply)))
         asked.append((question, replies))
-    medians = "; ".join(f"{side} {_speed_text(row)}" for side, row in compared.speed().iterrows())
+    medians = "; ".join(f"{name} {_speed_text(row)}" for name, row in compared.speed().iterrows())
     caption = f"Medians of {_counted(len(script), 'reply', 'replies')}, written one at a time: {medians}"
     return _render("compared.j2", labels=_labels(models), asked=asked, caption=caption)
 
@@ -65,20 +65,26 @@ def _speed_text(row: Series) -> str:
     # Replies of one token have no speed.
     if math.isnan(row["tokens/s"]):
         return first
-    return f"{row['tokens/s']:.0f} tokens/s, {first}"
+    return f"{row['tokens/s']:.0f} tokens/s, {row['characters/s']:.0f} characters/s, {first}"
 
 
 def _ref(model: Side) -> ModelRef:
     return model.ref if isinstance(model, Loaded) else model
 
 
-def _labels(models: Mapping[str, Side]) -> dict[str, str]:
-    """Which model each side is, stand-ins named as such."""
-    return {side: _ref(model).label for side, model in models.items()}
+def _labels(models: Mapping[str, Side]) -> list[tuple[str, str]]:
+    """Each model's name with what its label adds to it: stand-ins are named as such."""
+    labels = []
+    for side, name in _column_names(models).items():
+        ref = _ref(models[side])
+        labels.append((name, ref.label.removeprefix(ref.name).strip()))
+    return labels
 
 
 def _column_names(models: Mapping[str, Side]) -> dict[str, str]:
-    return {side: f"{side}: {_ref(model).name}" for side, model in models.items()}
+    from helpers.evaluation.comparison import Comparison
+
+    return Comparison.names_of({side: _ref(model).name for side, model in models.items()})
 
 
 class _ComparisonPanel(_QuestionPanel):

@@ -31,6 +31,7 @@ Live = TypeVar("Live")
 Static = TypeVar("Static")
 _GOOD = "background:#d5f0e6;color:#00482f"
 _BAD = "background:#fbe3df;color:#8c1d0a"
+_NEUTRAL = "background:#e4e4e4;color:#333333"
 _ERROR = f"{_BAD};padding:2px 6px"
 _BLOCK = "font-family:sans-serif;font-size:14px;line-height:1.45;max-width:860px"
 _ASKED = "background:#cfe4f7;color:#1c1c1c"
@@ -66,7 +67,7 @@ _ROLE_TAGS = {
 }
 _NO_TAGS = r"(?!)"  # matches nowhere
 _FINISHED = {"end": "ended by itself", "stop": "ended at a stop string", "length": "cut at the token limit"}
-MARKS = {"correct": ("correct", "wrong"), "concise": ("concise", "long")}
+_CLASS_MARKS = {"right": ("correct", _GOOD), "wrong": ("wrong", _BAD), "no answer": ("no answer", _NEUTRAL)}
 _SHOWN_CHARACTERS = 400
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -234,10 +235,10 @@ def _reply_summary(reply: Reply) -> str:
 
 
 class _Mark(NamedTuple):
-    """What a rule says about a reply, in a word."""
+    """What a rule says about a reply, in a word, with its colours."""
 
     word: str
-    passed: bool
+    look: str
 
 
 class _ShownReply(NamedTuple):
@@ -250,28 +251,38 @@ class _ShownReply(NamedTuple):
 def replies_html(comparison: Comparison, rows: Sequence[int] | None = None) -> _Html:
     """The replies of a comparison side by side: all, or those of the items ``rows`` (places from 0).
 
-    A reply to an item with an answer key is marked by ``comparison.RULES``: correct or wrong, concise or long.
+    A reply to an item with an answer key is marked: correct, wrong or no answer, and a correct one also as concise or
+    long. A reply that was cut at the token limit is marked as such.
     """
     places = range(len(comparison.items)) if rows is None else rows
-    labels = {side: comparison.labels[side] for side in comparison.sides}
+    heads = []
+    for side, name in comparison.names.items():
+        # Below the name stands only what the label adds to it.
+        heads.append((name, comparison.labels[side].removeprefix(name).strip()))
     table = []
     for place in places:
         item = comparison.items[place]
         replies = [_shown_reply(item, comparison.replies[side][place]) for side in comparison.sides]
         table.append((_beginning(item.question), replies))
     # Columns narrower than 220 pixels are unreadable: the table scrolls instead.
-    return _render("replies.j2", labels=labels, rows=table, width=220 * (1 + len(labels)))
+    return _render("replies.j2", heads=heads, rows=table, width=220 * (1 + len(heads)))
 
 
 def _shown_reply(item: Item, reply: Reply) -> _ShownReply:
-    from helpers.evaluation.comparison import RULES
+    from helpers.evaluation.answers import RULES, classify
 
     marks = []
+    cut = reply.finish_reason == "length"
+    if item.scored:
+        marks.append(_Mark(*_CLASS_MARKS[classify(item, reply.text)]))
+    # A program or a story need not be short.
     if item.answer:
-        for rule, passes in RULES.items():
-            passed = passes(item, reply)
-            yes, no = MARKS[rule]
-            marks.append(_Mark(yes if passed else no, passed))
+        if RULES["concise"](item, reply):
+            marks.append(_Mark("concise", _GOOD))
+        elif RULES["correct"](item, reply) and not cut:
+            marks.append(_Mark("long", _NEUTRAL))
+    if cut:
+        marks.append(_Mark(_FINISHED["length"], _NEUTRAL))
     return _ShownReply(_beginning(reply.text.strip() or "(no text)"), marks)
 
 

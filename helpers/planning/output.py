@@ -303,7 +303,8 @@ def _article_table(plan: _Plan) -> RenderableType:
     return _section(
         "Falcon-180B: the article's machines, and the least that will do",
         table,
-        "The article names machines that were tried, not the least. 1 GB = 1e9 bytes, as published.",
+        "The article says at least these; the announcement's page says today that they are not the minimum.",
+        "1 GB = 1e9 bytes, as published.",
         "Computed: one sequence of 2048 tokens; training with gradient checkpointing, spread evenly as ZeRO-3 does.",
     )
 

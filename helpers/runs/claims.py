@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from helpers.base.files import ROOT
 from helpers.runs import store
+from helpers.runs.expected import _with_unit
 from helpers.runs.holding import _status_now
-from helpers.runs.schema import _Claim, _RecordedValue
+from helpers.runs.schema import _Claim, _ClaimPart, _RecordedValue
 from helpers.runs.store import _read_claims_file, _read_results
+from helpers.runs.wording import TOO_CLOSE, _agrees, _answer, _judged_parts, _meets, _plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -36,11 +39,33 @@ class _Verdict:
 
 @dataclass(frozen=True)
 class _ClaimValue:
-    """One value that a notebook of the run recorded for a claim."""
+    """One value that a notebook of the run recorded for a claim; ``answer`` is what it says to it, in words."""
 
     notebook: str
     name: str
     content: _RecordedValue
+    answer: str
+
+
+@dataclass(frozen=True)
+class _JudgedPart:
+    """One reading of a statement with its own verdict; ``found`` are the values that it is judged by, in words."""
+
+    part: _ClaimPart
+    verdict: _Verdict
+    found: str = ""
+
+    @property
+    def compared(self) -> str:
+        """What the wording demands beside what this run found; empty if there is nothing to compare."""
+        if not self.found:
+            return ""
+        number = _plain(self.part.number)
+        if self.part.wording == "at least" and self.verdict.mark == "failed":
+            return f"{self.found} will do, so at least {number} is refuted"
+        demanded = f"{number} or less" if self.part.wording == "enough" else f"{self.part.wording} {number}"
+        sure = f", sure to {self.part.margin:.0%}" if self.verdict.text == TOO_CLOSE and self.part.margin else ""
+        return f"{demanded}; this run: {self.found}{sure}"
 
 
 @dataclass(frozen=True)
@@ -51,6 +76,7 @@ class _JudgedClaim:
     claim: _Claim
     verdict: _Verdict
     values: tuple[_ClaimValue, ...]
+    parts: tuple[_JudgedPart, ...] = ()
 
     @property
     def reach(self) -> str:
@@ -64,13 +90,16 @@ class _JudgedClaim:
 
     @property
     def confirmed_in_part(self) -> bool:
-        """True if a part of the statement was confirmed."""
-        return self.verdict.mark == "passed" and self.claim.reach != ""
+        """True if a part of the statement was confirmed, or one reading of it and not another."""
+        split = any(part.found and part.verdict.mark != "passed" for part in self.parts)
+        return self.verdict.mark == "passed" and (split or self.claim.reach != "")
 
     @property
     def text(self) -> str:
         """The verdict in words."""
-        return "confirmed in part" if self.confirmed_in_part else self.verdict.text
+        # A split verdict names the reading that it is about.
+        whole = self.verdict.text == "confirmed"
+        return "confirmed in part" if whole and self.confirmed_in_part else self.verdict.text
 
 
 def _ledger(run_dir: Path) -> list[_JudgedClaim]:
@@ -85,24 +114,84 @@ def _judged_claims(status: _Status, manifest: _Manifest, recorded: _Results) -> 
     """Judge all claims in numeric order: each has the run's verdict, or says why there is none."""
     if manifest.of_own_notebooks:  # they are not asked about the article
         return []
-    by_claim: dict[str, list[_ClaimValue]] = {}
-    for notebook in status.notebooks:
-        for name, value in recorded.values.get(notebook, {}).items():
-            if value.claim:
-                by_claim.setdefault(value.claim, []).append(_ClaimValue(notebook, name, value))
     statements = _read_claims()
+    by_claim = _values_by_claim(status, recorded, statements)
     claims = []
     # A10 comes after A9: the shorter number is the smaller one.
     for number in sorted({*statements, *by_claim}, key=lambda number: (len(number), number)):
         claim, values = statements.get(number, _UNKNOWN), by_claim.get(number, [])
-        verdict = _verdict(values, manifest) if values else _unmeasured(claim, status, manifest)
-        claims.append(_JudgedClaim(number, claim, verdict, tuple(values)))
+        parts = [_judged_part(part, values, manifest) for part in claim.parts]
+        verdict = _whole_verdict(claim, parts, values, manifest) if values else _unmeasured(claim, status, manifest)
+        claims.append(_JudgedClaim(number, claim, verdict, tuple(values), tuple(parts)))
     return claims
+
+
+def _values_by_claim(
+    status: _Status, recorded: _Results, statements: Mapping[str, _Claim]
+) -> dict[str, list[_ClaimValue]]:
+    """The values of a run by claim, judged by its wording of today, also if an earlier workbook recorded them."""
+    by_claim: dict[str, list[_ClaimValue]] = {}
+    for notebook in status.notebooks:
+        for name, value in recorded.values.get(notebook, {}).items():
+            if value.claim:
+                claim = statements.get(value.claim)
+                content = value.model_copy(update={"agrees": _agrees(claim, name, value)})
+                answered = _ClaimValue(notebook, name, content, _answer(claim, name, value))
+                by_claim.setdefault(value.claim, []).append(answered)
+    return by_claim
 
 
 def _read_claims() -> dict[str, _Claim]:
     """Read the article's statements by number; the head of the file says what each field holds."""
     return _read_claims_file(CLAIMS)
+
+
+def _claims_for_recording() -> Mapping[str, _Claim]:
+    """The article's statements, read once in a process: a notebook records dozens of times."""
+    return _claims_at(CLAIMS)
+
+
+@lru_cache(maxsize=1)
+def _claims_at(path: Path) -> Mapping[str, _Claim]:
+    return _read_claims_file(path)
+
+
+def _judged_part(part: _ClaimPart, values: Sequence[_ClaimValue], manifest: _Manifest) -> _JudgedPart:
+    """One reading of a statement with its verdict, by the values that it names."""
+    if part.cited:
+        return _JudgedPart(part, _Verdict("cited", "untested", part.cited))
+    own = []
+    for value in values:
+        if value.name in part.values:
+            content = value.content.model_copy(update={"agrees": _meets(part, value.content.value)})
+            own.append(replace(value, content=content))
+    if not own:
+        return _JudgedPart(part, _Verdict("not measured in this run", "untested"))
+    verdict = _verdict(own, manifest)
+    # A value that was measured keeps the words of its model: a stand-in's or a rehearsal's value tells nothing anyway.
+    if all(value.content.agrees is None for value in own) and not any(value.content.model for value in own):
+        verdict = _Verdict(TOO_CLOSE, "shown")
+    found = " and ".join(_with_unit(value.content.value, value.content.unit) for value in own)
+    return _JudgedPart(part, verdict, found)
+
+
+def _whole_verdict(
+    claim: _Claim, parts: Sequence[_JudgedPart], values: Sequence[_ClaimValue], manifest: _Manifest
+) -> _Verdict:
+    """The verdict of a claim: that of its values or, if it has readings, the one that they share.
+
+    If they differ, it is the first reading's, and says so: the first is the statement as it was worded.
+    """
+    if not _judged_parts(claim):
+        return _verdict(values, manifest)
+    judged = [part for part in parts if part.part.wording is not None]
+    answered = [part for part in judged if part.verdict.mark != "untested"]
+    if not answered:
+        return _Verdict("shown, not judged", "shown")
+    first = answered[0]
+    if len(answered) == len(judged) and len({part.verdict.mark for part in judged}) == 1:
+        return first.verdict
+    return replace(first.verdict, text=f"{first.verdict.text} {first.part.name}".rstrip())
 
 
 def _verdict(values: Sequence[_ClaimValue], manifest: _Manifest) -> _Verdict:

@@ -24,7 +24,7 @@ from helpers.runs.child import _Job
 from helpers.runs.display import _display
 from helpers.runs.document import UsageError
 from helpers.runs.fetching import fetch
-from helpers.runs.folder import _executed_notebook, _held, _outline, _utc_now
+from helpers.runs.folder import _executed_notebook, _held, _keep_glossary, _outline, _utc_now
 from helpers.runs.holding import _interrupted
 from helpers.runs.interrupts import _Stop, interruptible
 from helpers.runs.notebook import _roles_to_fetch, _undeclared
@@ -244,6 +244,7 @@ class _Session:
         _forget(self.folder, plan.name)
         forget_loads(self.folder, plan.name)
         _executed_notebook(self.folder, plan.name).unlink(missing_ok=True)
+        _keep_glossary(self.folder, plan.path)
         self.upkeep.note_start(plan)
         try:
             log = self.folder / "logs" / f"{plan.name}.log"

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from helpers.runs.notebook import _Plan
 
 # Executed notebooks, figures and logs of a whole run take some tens of MiB.
+GLOSSARY = "GLOSSARY"  # the name of the glossary's file and page, without its ending
 LEAST_FREE_BYTES = 100 * 2**20
 _LOOK_SECONDS = 0.3
 
@@ -112,6 +113,20 @@ def _check_space(folder: Path) -> None:
 def _executed_notebook(folder: Path, name: str) -> Path:
     """The path of a notebook's executed copy."""
     return folder / "notebooks" / f"{name}.ipynb"
+
+
+def _kept_glossary(folder: Path) -> Path:
+    """The path of the run's copy of the glossary, to which the executed notebooks link."""
+    return folder / "notebooks" / f"{GLOSSARY}.md"
+
+
+def _keep_glossary(folder: Path, notebook: Path) -> None:
+    """Copy the glossary that lies beside a notebook, if there is one that can be read."""
+    source = notebook.parent / f"{GLOSSARY}.md"
+    # Beside a reader's own notebook, a file of this name may be anything: the run does not depend on it.
+    if source.is_file():
+        with suppress(OSError):
+            shutil.copyfile(source, _kept_glossary(folder))
 
 
 def _outline(profile: Profile, plans: Sequence[_Plan], raw: Mapping[str, str], command: Sequence[str]) -> _Manifest:

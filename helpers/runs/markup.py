@@ -184,6 +184,7 @@ def _safe_markdown(source: str, attachments: _Attachments | None = None) -> str:
         def image(self, text: str, url: str, title: str | None = None) -> str:
             return f'<img src="{html.escape(url)}" alt="{html.escape(text)}" title="{html.escape(title or text)}">'
 
+    # Without the renderer's own embed_images, which would end each <details> before the text that it folds.
     rendered = MarkdownWithMath(renderer=Renderer(escape=False, exclude_anchor_links=True)).render(source)
     safe = _safe_html(rendered, attachments)
     for name, equation in equations.items():

@@ -278,14 +278,17 @@ def _with_profile(profile: Profile, given: Mapping[str, object]) -> dict[str, ob
 def _declared_models(notebook: _Document, profile: Profile, title: str) -> tuple[_DeclaredModel, ...]:
     """Return the models that a notebook declares, as they are in a profile.
 
-    A role that the profile leaves open, such as falcon_draft, is left out. Raises UsageError if the declaration has
-    another form, and for a role or precision that does not exist.
+    A role that the profile leaves open, such as falcon_draft, is left out, and "repair" becomes the role that the
+    profile names. Raises UsageError if the declaration has another form, and for a role or precision that does not
+    exist.
     """
     declaration = _metadata(notebook).get("models", {})
     if not isinstance(declaration, dict):
         raise UsageError(f"{title}: `workbook: models:` must name roles, each with a list of precisions.")
     models = []
-    for role, words in declaration.items():
+    for name, words in declaration.items():
+        # The profile says which of its models is the one that is repaired.
+        role = profile.repair if name == "repair" else name
         source, ref = _resolve(role, profile, title)
         precisions = _precisions(words, source, f"{title}, model {role}")
         if ref is not None:
@@ -301,7 +304,7 @@ def _resolve(role: str, profile: Profile, title: str) -> tuple[Profile, ModelRef
     source = load_profile(name) if name else profile
     roles = _roles(source)
     if own not in roles:
-        raise UsageError(f"{title} declares the unknown role {role!r}. Use one of {', '.join(roles)}.")
+        raise UsageError(f"{title} declares the unknown role {role!r}. Use one of {', '.join([*roles, 'repair'])}.")
     return source, roles[own]
 
 

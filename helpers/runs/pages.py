@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from helpers.base.errors import WorkbookError
 from helpers.base.files import write_text
 from helpers.base.text import visible
-from helpers.runs.folder import _executed_notebook
+from helpers.runs.folder import GLOSSARY, _executed_notebook, _kept_glossary
 from helpers.runs.outputs import _presentable
 from helpers.runs.redaction import for_screen
 
@@ -27,6 +27,7 @@ ROLES = {"falcon": "Falcon, base", "falcon_chat": "Falcon, chat", "llama_chat": 
 _TEMPLATES = Path(__file__).parent / "templates"
 # The forms of an output that ``outputs`` leaves.
 _SHOWN = ["text/html", "image/png", "image/jpeg", "text/plain"]
+_GLOSSARY_LINK = re.compile(r"\[([^\]]*)\]\(GLOSSARY\.md(#[^)\s]*)?\)")
 _NOTEBOOK_LINK = re.compile(r"\]\(([\w.-]+)\.ipynb(#[^)\s]*)?\)")
 
 
@@ -46,17 +47,16 @@ def _write_pages(run_dir: Path, notebooks: Iterable[str]) -> tuple[dict[str, str
     run folder, by notebook, and a sentence for each page that could not be made; a notebook that never started has
     neither.
     """
-    executed = [name for name in notebooks if _executed_notebook(run_dir, name).exists()]
-    pages = {name: f"html/{name}.html" for name in executed}
-    stale = _stale(run_dir, pages)
+    sources = _sources(run_dir, notebooks)
+    pages = {name: f"html/{name}.html" for name in sources}
+    stale = _stale(run_dir, sources, pages)
     if not stale:
         return pages, []
     exporter, problems = _exporter(), []
     for name in stale:
         try:
             (run_dir / "html").mkdir(exist_ok=True)
-            page = _page(exporter, _executed_notebook(run_dir, name), run_dir.resolve().name, pages)
-            write_text(run_dir / pages[name], page)
+            write_text(run_dir / pages[name], _page(exporter, sources[name], run_dir.resolve().name, pages))
         except Exception as error:  # whatever a library makes of a notebook, the report and the other pages go on
             told = str(error) if isinstance(error, WorkbookError) else f"{type(error).__name__}: {error}"
             problems.append(f"The page of {name} cannot be made: {' '.join(told.split())[:500]}")
@@ -65,11 +65,19 @@ def _write_pages(run_dir: Path, notebooks: Iterable[str]) -> tuple[dict[str, str
     return pages, problems
 
 
-def _stale(run_dir: Path, pages: Mapping[str, str]) -> list[str]:
-    """The notebooks whose page is to be written."""
+def _sources(run_dir: Path, notebooks: Iterable[str]) -> dict[str, Path]:
+    """The files that have a page, by its name: the executed notebooks, and the glossary that is kept beside them."""
+    # First, because the others link to it only if it could be made.
+    paths = {GLOSSARY: _kept_glossary(run_dir)}
+    paths |= {name: _executed_notebook(run_dir, name) for name in notebooks}
+    return {name: path for name, path in paths.items() if path.exists()}
+
+
+def _stale(run_dir: Path, sources: Mapping[str, Path], pages: Mapping[str, str]) -> list[str]:
+    """The names of the pages that are to be written."""
     if not all((run_dir / page).exists() for page in pages.values()):
         return list(pages)
-    return [name for name, page in pages.items() if _is_newer(_executed_notebook(run_dir, name), run_dir / page)]
+    return [name for name, page in pages.items() if _is_newer(sources[name], run_dir / page)]
 
 
 def _is_newer(source: Path, page: Path) -> bool:
@@ -95,15 +103,26 @@ def _unchanged(text: str) -> str:
 
 
 def _page(exporter: HTMLExporter, path: Path, run: str, pages: Container[str]) -> str:
-    import nbformat
-
-    with warnings.catch_warnings():  # such as of two cells of one id, which no page shows
-        warnings.simplefilter("ignore")
-        notebook = _linked(nbformat.read(path, as_version=4), pages)
+    notebook = _linked(_read(path), pages)
     resources = {"metadata": {"name": path.stem}, "run": run}
     page: str
     page, _ = exporter.from_notebook_node(_presentable(notebook, path.stem), resources=resources)
     return _finished(page)
+
+
+def _read(path: Path) -> NotebookNode:
+    """A notebook; a file of markdown is one of a single cell."""
+    import nbformat
+    from nbformat.v4 import new_markdown_cell, new_notebook
+
+    notebook: NotebookNode
+    if path.suffix == ".md":
+        notebook = new_notebook(cells=[new_markdown_cell(path.read_text(encoding="utf-8"))])
+        return notebook
+    with warnings.catch_warnings():  # such as of two cells of one id, which no page shows
+        warnings.simplefilter("ignore")
+        notebook = nbformat.read(path, as_version=4)
+    return notebook
 
 
 def _finished(page: str) -> str:
@@ -122,7 +141,10 @@ def _linked(notebook: NotebookNode, pages: Container[str]) -> NotebookNode:
 
 
 def _link_to_pages(markdown: str, pages: Container[str]) -> str:
-    """Return markdown whose links to notebooks lead to their pages, or to the report's table if there is no page."""
+    """Return markdown whose links lead to pages: to notebooks, or to the report's table if there is no page.
+
+    Links to the glossary lead to its page; an earlier run has none, and shows their words alone.
+    """
 
     def address(match: re.Match[str]) -> str:
         name, anchor = match[1], match[2] or ""
@@ -130,4 +152,5 @@ def _link_to_pages(markdown: str, pages: Container[str]) -> str:
             return f"]({name}.html{anchor})"
         return "](../report.html#notebooks)"
 
-    return _NOTEBOOK_LINK.sub(address, markdown)
+    entry = rf"[\1]({GLOSSARY}.html\2)" if GLOSSARY in pages else r"\1"
+    return _GLOSSARY_LINK.sub(entry, _NOTEBOOK_LINK.sub(address, markdown))

@@ -1,31 +1,34 @@
 """Record the values and figures of a notebook, compared with the values that were expected.
 
-``schema`` describes the files. A verdict is "as expected", "differs" or "unmeasured" (nothing to compare
-with; this never counts as passed). The judgement ``agrees`` answers another question: whether the value agrees with a
-statement of the article. The runner names the run to a notebook through environment variables (``base.settings``);
-without a run, values are compared and shown, and kept only in memory.
+``schema`` describes the files. A verdict is "as expected", "differs" or "unmeasured" (nothing to compare with; this
+never counts as passed). The judgement ``agrees`` answers another question: whether the value agrees with a statement
+of the article. What is shown of a value says both, each in words of its own. The runner names the run to a notebook
+through environment variables (``base.settings``); without a run, values are compared and shown, and kept only in
+memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-import html
 import math
 import re
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeGuard
 
 from helpers.base import settings
 from helpers.base.stats import Measured
 from helpers.base.text import is_blank, well_formed
 from helpers.runs import store
-from helpers.runs.expected import _is_number, _matches, _with_tolerance, _with_unit
+from helpers.runs.claims import _claims_for_recording
+from helpers.runs.expected import _is_number, _matches
 from helpers.runs.redaction import _redact
-from helpers.runs.schema import AS_EXPECTED, DIFFERS, UNMEASURED, _plain_value, _RecordedValue
+from helpers.runs.schema import AS_EXPECTED, DIFFERS, _plain_value, _RecordedValue
 from helpers.runs.store import ResultError, _changed_results, _read_results
+from helpers.runs.value_lines import _COLUMNS, _Record, _Records
+from helpers.runs.wording import _agrees
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,62 +38,10 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from helpers.base.stats import Recordable
-    from helpers.runs.schema import Value, Verdict, _ExpectedValue
+    from helpers.runs.schema import Value, _Claim, _ExpectedValue
 
-_COLOURS: dict[Verdict, str] = {AS_EXPECTED: "#00805a", DIFFERS: "#c0392b", UNMEASURED: "#777777"}
 # Without a run, what each notebook recorded, by name.
 _session: dict[str, dict[str, _RecordedValue]] = {}
-
-
-@dataclass(frozen=True)
-class _Record:
-    """One recorded value compared with the expected one. It shows itself as a line in a notebook."""
-
-    name: str
-    content: _RecordedValue
-
-    @property
-    def value(self) -> Value:
-        """The value, a plain number, text or bool."""
-        return self.content.value
-
-    @property
-    def verdict(self) -> Verdict:
-        """Whether the value is as expected."""
-        return self.content.verdict
-
-    def __str__(self) -> str:
-        shown = _with_unit(self.content.value, self.content.unit)
-        return f"{self.name}: {shown} | {self._expectation()} | {self.content.verdict}"
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        colour = _COLOURS[self.verdict]
-        claim = f" (claim {html.escape(self.content.claim)})" if self.content.claim else ""
-        shown = html.escape(_with_unit(self.content.value, self.content.unit))
-        return (
-            f'<div style="border-left:4px solid {colour};padding:2px 10px">{html.escape(self.name)}{claim}: '
-            f"<b>{shown}</b>, {html.escape(self._expectation())}: "
-            f'<b style="color:{colour}">{self.verdict}</b></div>'
-        )
-
-    def _expectation(self) -> str:
-        if self.verdict == UNMEASURED:
-            return "no expected value"
-        return f"expected {_with_tolerance(self.content.expected, self.content.tolerance, self.content.unit)}"
-
-
-class _Records(tuple[_Record, ...]):
-    """Several recorded values. They show themselves as a line each in a notebook."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "\n".join(str(entry) for entry in self)
-
-    def _repr_html_(self) -> str:
-        return "".join(entry._repr_html_() for entry in self)
 
 
 def record(  # noqa: PLR0913 (every notebook uses these names)
@@ -108,8 +59,10 @@ def record(  # noqa: PLR0913 (every notebook uses these names)
     ``value`` is a number, a text or a bool (numpy and torch scalars too); ``claim`` names a statement of the source
     article, such as "A1". ``tolerance``, in the value's unit, is the least that ``expected_from_runs`` allows a number:
     give it if a hundredth of the value is finer than the value's own meaning, as for a difference near zero.
-    ``agrees`` says whether the value agrees with that statement as published; None: it only illustrates it. ``model``
-    is the ``ModelRef.label`` of the model it was measured on; None: it was computed from published configurations.
+    ``agrees`` says whether the value agrees with that statement as published; None: it only illustrates it. If the
+    list of claims has a wording for the statement, such as "at least", that decides and ``agrees`` is not asked.
+    ``model`` is the ``ModelRef.label`` of the model it was measured on; None: it was computed from published
+    configurations.
     A name recorded again in the same notebook replaces the earlier value.
     Raises ResultError for an empty name, any other type, NaN and infinity, a tolerance that is negative or not finite,
     ``agrees`` without a claim or other than true or false, and for what is not a text where one is due.
@@ -143,11 +96,11 @@ def record_all(
         raise ResultError('Give the values by name: {"a_name": 1.5, ...}.')
     common = Measured(0, unit, claim, tolerance, None, model)
     expected = store.read_expected(settings.expected_file())
-    entries = []
+    contents = {}
     for name, value in values.items():
         measured = _completed(value, common)
-        content = _judged(name, measured, expected.get(f"{settings.notebook_name()}/{name}"))
-        entries.append(_Record(name, content))
+        contents[name] = _judged(name, measured, expected.get(f"{settings.notebook_name()}/{name}"))
+    entries = _with_claims(contents)
     _keep(entries)
     return _Records(entries)
 
@@ -181,19 +134,27 @@ def _file_part(name: str) -> str:
 
 
 def recorded() -> DataFrame:
-    """Return a table of what this notebook recorded, with the expected values."""
+    """Return a table of what this notebook recorded: is it as in earlier runs, and does it agree with the article?"""
     import pandas as pd
 
     folder, notebook = settings.run_folder(), settings.notebook_name()
     by_notebook = _session if folder is None else _read_results(folder).values
-    entries = by_notebook.get(notebook, {})
-    rows = []
-    for entry in entries.values():
-        shown = _with_unit(entry.value, entry.unit)
-        expected = _with_tolerance(entry.expected, entry.tolerance, entry.unit)
-        rows.append({"value": shown, "expected": expected, "verdict": entry.verdict, "claim": entry.claim or ""})
-    index = pd.Index(list(entries), name="name")
-    return pd.DataFrame(rows, index=index, columns=["value", "expected", "verdict", "claim"])
+    entries = _with_claims(by_notebook.get(notebook, {}))
+    index = pd.Index([entry.shown_name for entry in entries], name="name")
+    return pd.DataFrame([entry.row() for entry in entries], index=index, columns=_COLUMNS)
+
+
+def _with_claims(contents: Mapping[str, _RecordedValue]) -> list[_Record]:
+    """The values with the statements that they are about, judged by the wording of these."""
+    claims: Mapping[str, _Claim] = {}
+    if any(content.claim for content in contents.values()):
+        claims = _claims_for_recording()
+    entries = []
+    for name, content in contents.items():
+        claim = claims.get(content.claim or "")
+        judged = content.model_copy(update={"agrees": _agrees(claim, name, content)})
+        entries.append(_Record(name, judged, claim))
+    return entries
 
 
 def _forget(run_dir: Path, notebook: str) -> None:

@@ -19,6 +19,8 @@ from helpers.runs.origins import _commit, _machine, _machine_facts, _source_note
 from helpers.runs.pages import ROLES, _render_page, _write_pages
 from helpers.runs.schema import AS_EXPECTED, DIFFERS, UNMEASURED, _NotebookStatus, _RecordedValue
 from helpers.runs.store import _read_results
+from helpers.runs.value_lines import _shown_name
+from helpers.runs.wording import TOO_CLOSE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -35,14 +37,15 @@ _MAIN_PACKAGES = (
 
 @dataclass(frozen=True)
 class _ValueRow:
-    """A recorded value as the report shows it."""
+    """A recorded value as the report shows it; ``answer`` is what it says to its claim, in words."""
 
     key: str
     content: _RecordedValue
+    answer: str = ""
 
     @property
     def name(self) -> str:
-        return self.key.replace("_", " ")
+        return _shown_name(self.key, self.content.model)
 
     @property
     def claim(self) -> str:
@@ -67,6 +70,10 @@ class _ValueRow:
     @property
     def mark(self) -> str:
         return self.content.verdict.replace(" ", "-")
+
+    @property
+    def answer_mark(self) -> str:
+        return self.answer.replace(" ", "-")
 
     @property
     def model(self) -> str | None:
@@ -157,18 +164,19 @@ def _content(run_dir: Path) -> dict[str, object]:
     pages, problems = _write_pages(run_dir, status.notebooks)
     sources = _value_origins(manifest)
     numbers = {name: source.number for source in sources for name in source.notebooks}
-    notebooks = _notebook_rows(status, recorded, pages, numbers)
-    figures = _figures(run_dir, recorded, notebooks, problems)
     claims = _judged_claims(status, manifest, recorded)
+    notebooks = _notebook_rows(status, recorded, pages, numbers, _answers(claims))
+    figures = _figures(run_dir, recorded, notebooks, problems)
     return _setting(manifest) | {
         "name": run_dir.resolve().name,
         "outcome": _outcome(status),
         "tiles": _tiles(status, claims, _verdicts(notebooks)),
         "facts": _facts(manifest, mixed=bool(sources)),
         "notebooks": notebooks,
-        "claims": [(claim, _sources(claim, notebooks)) for claim in claims],
+        "claims": [(claim, _sources(claim, notebooks), _earlier_counts(claim)) for claim in claims],
         "judged": Counter(claim.verdict.mark for claim in claims),
         "in_part": Counter(claim.confirmed_in_part for claim in claims)[True],
+        "too_close": Counter(claim.verdict.text.startswith(TOO_CLOSE) for claim in claims)[True],
         "verdicts": _verdicts(notebooks),
         "figures": figures,
         "notes": [*_lost(status, recorded), *_source_notes(manifest)],
@@ -193,13 +201,24 @@ def _setting(manifest: _Manifest) -> dict[str, object]:
     }
 
 
+def _answers(claims: Iterable[_JudgedClaim]) -> dict[tuple[str, str], str]:
+    """What each value says to its claim, in words, by notebook and name."""
+    return {(value.notebook, value.name): value.answer for claim in claims for value in claim.values}
+
+
 def _notebook_rows(
-    status: _Status, recorded: _Results, pages: Mapping[str, str], origins: Mapping[str, int]
+    status: _Status,
+    recorded: _Results,
+    pages: Mapping[str, str],
+    origins: Mapping[str, int],
+    answers: Mapping[tuple[str, str], str],
 ) -> list[_NotebookRow]:
     rows = []
     for name, entry in status.notebooks.items():
-        values = tuple(_ValueRow(key, value) for key, value in recorded.values.get(name, {}).items())
-        rows.append(_NotebookRow(name, entry, pages.get(name, ""), values, origins.get(name, 0)))
+        values = []
+        for key, value in recorded.values.get(name, {}).items():
+            values.append(_ValueRow(key, value, answers.get((name, key), "")))
+        rows.append(_NotebookRow(name, entry, pages.get(name, ""), tuple(values), origins.get(name, 0)))
     return rows
 
 
@@ -263,8 +282,19 @@ def _sources(claim: _JudgedClaim, notebooks: Iterable[_NotebookRow]) -> list[_Va
     for value in claim.values:
         key = value.notebook, value.content.model
         source = sources.setdefault(key, _ValueSource(rows[value.notebook], value.content.model))
-        source.values.append(_ValueRow(value.name, value.content))
+        source.values.append(_ValueRow(value.name, value.content, value.answer))
     return list(sources.values())
+
+
+def _earlier_counts(claim: _JudgedClaim) -> list[tuple[str, str]]:
+    """How many values of a claim are as in earlier runs, in words, each with its mark."""
+    counts = Counter(value.content.verdict for value in claim.values)
+    words = {AS_EXPECTED: "as expected", DIFFERS: "differ", UNMEASURED: "without an earlier run"}
+    if counts[DIFFERS] == 1:
+        words[DIFFERS] = "differs"
+    return [
+        (f"{counts[verdict]} {text}", verdict.replace(" ", "-")) for verdict, text in words.items() if counts[verdict]
+    ]
 
 
 def _model(role: str, ref: _ModelFacts) -> dict[str, str | None]:

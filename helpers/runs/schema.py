@@ -27,6 +27,7 @@ Verdict = Literal["as expected", "differs", "unmeasured"]
 AS_EXPECTED: Verdict = "as expected"
 DIFFERS: Verdict = "differs"
 UNMEASURED: Verdict = "unmeasured"
+Wording = Literal["about", "at least", "enough"]
 NotebookState = Literal["pending", "running", "passed", "failed"]
 # A count of bytes, cells or cores; and what a float can hold, for an integer of any length is valid JSON.
 _LARGEST_COUNT = 2**63
@@ -57,6 +58,12 @@ def _distance(value: object) -> int | float | None:
     return value
 
 
+def _number(value: object) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
+        raise ValueError("a number above 0 is needed")
+    return value
+
+
 def _zero_if_redacted(value: object) -> object:
     # Earlier workbooks blanked numbers too, and one must not make a whole run unreadable.
     return 0 if value == REDACTED else value
@@ -84,6 +91,7 @@ def _figure_path(value: str) -> str:
 
 _AnyValue = Annotated[Value, PlainValidator(_plain_value)]
 _Distance = Annotated[int | float | None, PlainValidator(_distance)]
+_Number = Annotated[int | float, PlainValidator(_number)]
 _Count = Annotated[int, BeforeValidator(_zero_if_redacted), Field(ge=0, le=_LARGEST_COUNT)]
 _Seconds = Annotated[float, BeforeValidator(_zero_if_redacted), Field(ge=0, le=_LARGEST_COUNT)]
 _Moment = Annotated[str, AfterValidator(_moment)]
@@ -144,6 +152,29 @@ class _ExpectedValue(_Part):
         return self.source.startswith("citation")
 
 
+class _ClaimPart(_Part):
+    """One reading of a statement, with a verdict of its own; ``claims.yaml`` says what each field holds.
+
+    It is judged by what its ``wording`` demands of the recorded ``values`` that it names, or it is only ``cited``.
+    """
+
+    name: str = ""
+    wording: Wording | None = None
+    number: _Number | None = None
+    margin: _Distance = None
+    values: list[str] = Field(default_factory=list)
+    cited: str = ""
+    source: str = ""
+
+    @model_validator(mode="after")
+    def _judged_or_cited(self) -> Self:
+        judged = self.wording is not None and self.number is not None and bool(self.values)
+        unjudged = self.wording is None and self.number is None and not self.values
+        if not (unjudged if self.cited else judged):
+            raise ValueError("a part needs wording, number and values, or cited alone")
+        return self
+
+
 class _Claim(_Part):
     """One statement of the article. The head of ``claims.yaml`` says what each field holds."""
 
@@ -155,6 +186,7 @@ class _Claim(_Part):
     how: str
     why: str = ""
     reach: str = ""
+    parts: list[_ClaimPart] = Field(default_factory=list)
 
 
 class _NotebookStatus(_Part):

@@ -9,5 +9,6 @@ __getattr__, __dir__, __all__ = face(
         "conversations": ["Conversations", "examples", "read_conversations", "token_counts"],
         "finetuning": ["finetune"],
         "recipe": ["FinetuneError", "Point", "Recipe", "TARGETS", "TrainingStoppedError"],
+        "stages": ["stored_stage"],
     },
 )

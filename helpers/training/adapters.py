@@ -23,6 +23,7 @@ from helpers.base.text import well_formed
 from helpers.models import finding, loading
 from helpers.models.checkpoint import LoadError, content_hashes
 from helpers.models.references import ModelRef
+from helpers.models.workarounds.frozen_head import contiguous_head
 from helpers.training.checkpoints import _damage
 from helpers.training.recipe import FinetuneError, TrainingStoppedError
 
@@ -53,6 +54,7 @@ def reload(adapter_dir: Path) -> Loaded:
     with unchanged(adapter_dir, FinetuneError), _quiet_libraries():
         loaded = _load_base(adapter_dir)
         model = PeftModel.from_pretrained(loaded.model, adapter_dir)
+    contiguous_head(loaded.model)
     model.eval()
     # a PeftModel is no PreTrainedModel, but passes all calls on to the one inside it
     return replace(loaded, model=cast("PreTrainedModel", model))

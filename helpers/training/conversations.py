@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 from helpers.base.errors import WorkbookError
 from helpers.base.jsonl import scan_records
 from helpers.base.text import is_blank
 from helpers.models.formats import FORMATS, Message, MessageError, format_for
-from helpers.models.loaded import context_tokens
+from helpers.models.loaded import Loaded, context_tokens
 from helpers.models.tokens import continuation_ids
 from helpers.training.recipe import FinetuneError
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from helpers.base.jsonl import BadRow
-    from helpers.models.loaded import Loaded
     from helpers.models.tokens import Token
 
 TRAINED_ROLES = ("reply", "end")
@@ -118,42 +118,22 @@ def _select(loaded: Loaded, conversations: Sequence[Conversation]) -> _Selected:
     """The examples of conversations with the count of what was left out. Raises as ``examples`` does."""
     _check_conversations(conversations)
     closers = (*loaded.format.control_strings, loaded.tokenizer.eos_token or "")
-    limit = context_tokens(loaded)
-    most = limit * max(map(len, loaded.tokenizer.get_vocab()))  # characters, if every token were the longest one
+    # get_vocab builds a dictionary of all tokens each time: that takes longer than to encode a sample
+    writer = _Writer(loaded, loaded.tokenizer.get_vocab(), context_tokens(loaded))
     made: list[Example] = []
     blank = too_long = 0
     for conversation in conversations:
         spoken = _spoken(conversation, closers)
         blank += len(_replies(conversation)) - len(_replies(spoken))
-        fitting = _fitting(loaded, spoken, limit, most)
+        fitting = writer.fitting(spoken)
         too_long += len(_replies(spoken)) - len(fitting)
         made += fitting
     if not made:
         raise FinetuneError(
-            f"None of the {too_long + blank} replies fits the context of {limit} tokens: {too_long} are longer with "
-            f"what comes before them, and {blank} are blank. Give other conversations."
+            f"None of the {too_long + blank} replies fits the context of {writer.context} tokens: {too_long} are "
+            f"longer with what comes before them, and {blank} are blank. Give other conversations."
         )
     return _Selected(made, blank, too_long)
-
-
-def _fitting(loaded: Loaded, conversation: Conversation, limit: int, most: int) -> list[Example]:
-    """The examples of a conversation's replies, up to the first one that does not fit the context of ``limit`` tokens.
-
-    What has more than ``most`` characters cannot fit, and is not even encoded: megabytes would take a minute.
-    """
-    made: list[Example] = []
-    characters = 0
-    for position, message in enumerate(conversation):
-        characters += len(message["content"])
-        if characters > most:
-            break
-        if message["role"] == "assistant":
-            example = _example(loaded, conversation[: position + 1])
-            # What follows is longer still: to encode it would cost the square of a long conversation.
-            if len(example.input_ids) > limit:
-                break
-            made.append(example)
-    return made
 
 
 def token_counts(rows: Sequence[Example]) -> DataFrame:
@@ -248,35 +228,69 @@ def _without_closers(reply: str, closers: Sequence[str]) -> str:
         end = visible - len(closer)
 
 
-def _example(loaded: Loaded, messages: Conversation) -> Example:
-    """The example for the last message, a reply."""
-    prompt = loaded.format.render(messages[:-1])
-    whole = loaded.format.render(messages, add_generation_prompt=False)
-    reply, end = _reply_and_end(loaded, whole[len(prompt) :].rstrip())
-    before = loaded.format.tokens(loaded.tokenizer, prompt)
-    reply_ids = continuation_ids(loaded.tokenizer, reply)
-    ids = (*[token.id for token in before], *reply_ids, end)
-    contents = [(loaded.format.escape(message["content"]).strip(), message["role"]) for message in messages[:-1]]
-    roles = _prompt_roles(prompt, before, contents)
-    return Example(ids, (*roles, *["reply"] * len(reply_ids), "end"))
+@dataclass(frozen=True)
+class _Writer:
+    """Writes conversations as examples of one model. ``context``: the tokens that it holds at most."""
 
+    loaded: Loaded
+    vocabulary: Mapping[str, int]
+    context: int
 
-def _reply_and_end(loaded: Loaded, reply: str) -> tuple[str, int]:
-    """The reply without the end that its format writes, and the id of that end, or else of the tokenizer's end token.
+    def fitting(self, conversation: Conversation) -> list[Example]:
+        """The examples of a conversation's replies, up to the first one that does not fit the context.
 
-    The end must come once, as a token and not as its letters; the tokenizer may name another one than the format does.
-    """
-    vocabulary, end = loaded.tokenizer.get_vocab(), loaded.tokenizer.eos_token
-    for control in loaded.format.control_tokens:
-        if reply.endswith(control):
-            reply = reply.removesuffix(control)
-            if control in vocabulary:
-                end = control
-    if end is None:
-        raise FinetuneError(
-            f"The tokenizer of {loaded.ref.label} has no end token, so no reply would end. Set its eos_token first."
-        )
-    return reply, vocabulary[end]
+        What has more characters than the longest tokens could hold is not even encoded: megabytes would take a minute.
+        """
+        most = self.context * self._longest
+        made: list[Example] = []
+        characters = 0
+        for position, message in enumerate(conversation):
+            characters += len(message["content"])
+            if characters > most:
+                break
+            if message["role"] == "assistant":
+                example = self._example(conversation[: position + 1])
+                # What follows is longer still: to encode it would cost the square of a long conversation.
+                if len(example.input_ids) > self.context:
+                    break
+                made.append(example)
+        return made
+
+    @cached_property
+    def _longest(self) -> int:
+        """The characters of the longest token."""
+        return max(map(len, self.vocabulary))
+
+    def _example(self, messages: Conversation) -> Example:
+        """The example for the last message, a reply."""
+        form, tokenizer = self.loaded.format, self.loaded.tokenizer
+        prompt = form.render(messages[:-1])
+        whole = form.render(messages, add_generation_prompt=False)
+        reply, end = self._reply_and_end(whole[len(prompt) :].rstrip())
+        before = form.tokens(tokenizer, prompt)
+        reply_ids = continuation_ids(tokenizer, reply)
+        ids = (*[token.id for token in before], *reply_ids, end)
+        contents = [(form.escape(message["content"]).strip(), message["role"]) for message in messages[:-1]]
+        roles = _prompt_roles(prompt, before, contents)
+        return Example(ids, (*roles, *["reply"] * len(reply_ids), "end"))
+
+    def _reply_and_end(self, reply: str) -> tuple[str, int]:
+        """The reply without the end that its format writes, and the id of that end, or else of the tokenizer's end.
+
+        The end must come once, as a token and not as its letters; the tokenizer may name another one than the format.
+        """
+        end = self.loaded.tokenizer.eos_token
+        for control in self.loaded.format.control_tokens:
+            if reply.endswith(control):
+                reply = reply.removesuffix(control)
+                if control in self.vocabulary:
+                    end = control
+        if end is None:
+            raise FinetuneError(
+                f"The tokenizer of {self.loaded.ref.label} has no end token, so no reply would end. Set its eos_token "
+                "first."
+            )
+        return reply, self.vocabulary[end]
 
 
 def _prompt_roles(prompt: str, tokens: Sequence[Token], contents: Sequence[tuple[str, str]]) -> list[str]:

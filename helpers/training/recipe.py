@@ -12,6 +12,7 @@ TARGETS = {
     "falcon": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
+_MOST_OF_THE_FALL = 0.95
 
 
 class FinetuneError(WorkbookError):
@@ -87,3 +88,18 @@ class _Finetuned:
     blank_replies: int
     seconds: float
     processes: int
+
+    @property
+    def settled_step(self) -> int | None:
+        """The step by which the held-out loss had made 95% of its fall to the lowest value: more steps gain little.
+
+        None if it never fell, or was measured less than twice.
+        """
+        measured = [(point.step, point.held_out_loss) for point in self.history if point.held_out_loss is not None]
+        if len(measured) < 2:
+            return None
+        start, lowest = measured[0][1], min(loss for _, loss in measured)
+        if lowest >= start:
+            return None
+        enough = start - _MOST_OF_THE_FALL * (start - lowest)
+        return next(step for step, loss in measured if loss <= enough)

@@ -1,16 +1,18 @@
-"""Write animal_items.jsonl, animal_training.jsonl and animal_held_out.jsonl from the lists of nouns in this folder.
+"""Write the animal test, its training samples, true and shuffled, and the held-out ones, from the nouns in this folder.
 
     python notebooks/data/make_animals.py
 
 The items of the test use animal_nouns.jsonl. The samples of the fine-tune use training_nouns.jsonl: every
 HELD_OUT_NOUN-th noun for the held-out samples, the others for training. No noun is in two of the three, singular or
-plural (a test checks it). The same nouns and the same seed give the same files.
+plural (a test checks it). animal_shuffled.jsonl is the placebo: the questions of animal_training.jsonl with random
+answers. The same nouns and the same seed give the same files.
 """
 
 import itertools
 import json
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -85,25 +87,55 @@ def split_nouns(nouns: Nouns) -> tuple[Nouns, Nouns]:
     return {kind: [n for n in found if n not in held_out[kind]] for kind, found in nouns.items()}, held_out
 
 
-def samples_of(nouns: Nouns, counts: dict[str, int], rng: random.Random) -> list[dict]:
+@dataclass(frozen=True)
+class Sample:
+    """A question, the options that it leaves, and the places of the right ones among them."""
+
+    kind: str
+    question: str
+    options: tuple[str, ...]
+    places: tuple[int, ...]
+
+    def row(self) -> dict:
+        """The sample as a conversation; its reply names the options at the places."""
+        reply = ", ".join(self.options[place] for place in self.places).capitalize()
+        contents = {"user": self.question, "assistant": f"{reply}."}
+        return {"messages": [{"role": role, "content": content} for role, content in contents.items()]}
+
+
+def samples_of(nouns: Nouns, counts: dict[str, int], rng: random.Random) -> list[Sample]:
     """Questions of the test's three forms with short right answers, in a random order."""
     animals, others = nouns["animal"], nouns["animal gear"] * 2 + nouns["object"]
     samples = []
     for number in range(counts["yes_no"]):
         right = number % 2 == 0
         noun = rng.choice(animals if right else others)
-        samples.append((yes_no_question(noun), "Yes." if right else "No."))
+        samples.append(Sample("yes_no", yes_no_question(noun), ("yes", "no"), (0 if right else 1,)))
     for _ in range(counts["choice"]):
         pair = [rng.choice(animals), rng.choice(others)]
-        samples.append((choice_question(*rng.sample(pair, 2)), f"{with_article(pair[0]).capitalize()}."))
+        shown = rng.sample(pair, 2)
+        options = tuple(map(with_article, shown))
+        samples.append(Sample("choice", choice_question(*shown), options, (shown.index(pair[0]),)))
     for _ in range(counts["list"]):
         found = rng.sample(animals, rng.randint(1, 3))
         listed = rng.sample(found + rng.sample(sorted(set(others)), LISTED - len(found)), LISTED)
-        kept = [noun for noun in listed if noun in found]
-        samples.append((list_question(listed), f"{', '.join(kept).capitalize()}."))
+        places = tuple(place for place, noun in enumerate(listed) if noun in found)
+        samples.append(Sample("list", list_question(listed), tuple(listed), places))
     rng.shuffle(samples)
-    roles = ("user", "assistant")
-    return [{"messages": [{"role": r, "content": t} for r, t in zip(roles, s, strict=True)]} for s in samples]
+    return samples
+
+
+def shuffled(samples: Sequence[Sample], rng: random.Random) -> list[Sample]:
+    """The same questions with random answers: each takes its places from another sample of its kind.
+
+    So the form stays, and how often each place is right, and how many are; but they do not depend on the nouns.
+    """
+    places: dict[str, list[tuple[int, ...]]] = {}
+    for sample in samples:
+        places.setdefault(sample.kind, []).append(sample.places)
+    for drawn in places.values():
+        rng.shuffle(drawn)
+    return [replace(sample, places=places[sample.kind].pop()) for sample in samples]
 
 
 def write(name: str, rows: Iterable[dict]) -> None:
@@ -112,7 +144,7 @@ def write(name: str, rows: Iterable[dict]) -> None:
 
 
 def main() -> None:
-    """Write the three files."""
+    """Write the four files."""
     frozen = read_nouns("animal_nouns.jsonl")
     kinds = {"yes_no": yes_no_items(frozen), "choice": choice_items(frozen), "list": list_items(frozen)}
     items = [
@@ -122,8 +154,10 @@ def main() -> None:
     ]
     write("animal_items.jsonl", items)
     to_train, held_out = split_nouns(read_nouns("training_nouns.jsonl"))
-    write("animal_training.jsonl", samples_of(to_train, TRAINING, random.Random(0)))
-    write("animal_held_out.jsonl", samples_of(held_out, HELD_OUT, random.Random(1)))
+    samples = samples_of(to_train, TRAINING, random.Random(0))
+    write("animal_training.jsonl", [sample.row() for sample in samples])
+    write("animal_shuffled.jsonl", [sample.row() for sample in shuffled(samples, random.Random(2))])
+    write("animal_held_out.jsonl", [sample.row() for sample in samples_of(held_out, HELD_OUT, random.Random(1))])
 
 
 if __name__ == "__main__":

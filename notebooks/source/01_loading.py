@@ -2,16 +2,15 @@
 # jupyter:
 #   workbook:
 #     models:
-#       falcon: [profile, bf16]
+#       falcon: [profile]
 #       laptop/falcon: [bf16, fp32]
 #       laptop/falcon_draft: [fp32]
 #     work:  # counted by tests/notebooks/test_work.py; what the laptop's own models do is not declared
 #       falcon:
-#         - {load: 1, precisions: [bf16]}
-#         - {load: 1, precisions: [profile]}
-#         - {reply: 4, tokens: max_new_tokens, prompt: 10, precisions: [profile]}
-#         - {reply: 4, tokens: 25, prompt: 10, precisions: [profile]}
-#         - {read: 6, tokens: 10, precisions: [profile]}
+#         - {load: 1}
+#         - {reply: 4, tokens: max_new_tokens, prompt: 10}
+#         - {reply: 4, tokens: 25, prompt: 10}
+#         - {read: 6, tokens: 10}
 #     parameters:
 #       seed: {least: 0, most: 4294967295}
 #       prompt: {blank: false}
@@ -26,15 +25,10 @@
 # - where Falcon-180B's parameters are, and how its 80 layers are placed on several GPUs;
 # - what temperature and top-p do to the model's own next-token probabilities;
 # - to stream a reply, and to read its timings;
-# - what the KV cache holds, with and without the benefit of multi-query attention, and how to decode faster.
+# - what the KV cache holds, with and without the benefit of multi-query attention;
+# - how several tokens can come out of one pass, and when that saves time.
 #
-# | profile | time | memory |
-# |---|---|---|
-# | `laptop` | 30 s | 2 GiB |
-# | `1x24gb` | minutes, after a download of 14 GB | one 24 GB GPU |
-# | `2x80gb`, `8x40gb`, `8x80gb` | many minutes, after a download of 360 GB | see notebook 00 |
-#
-# **Before:** [00 · Start here](00_start_here.ipynb) · **Next:** [02 · Quantization](02_quantization.ipynb)
+# **Before:** [00 · Start here](00_start_here.ipynb) · **Next:** [02 · Quantization](02_quantization.ipynb) · [Glossary](GLOSSARY.md)
 
 # %% tags=["parameters"]
 profile = "laptop"
@@ -56,18 +50,32 @@ models.table(settings)
 # %% [markdown]
 # ## 1 · Load
 #
-# The announcement asks for transformers 4.33 or later (A24), a login and acceptance of the licence. Then a few lines load the
-# model. `device_map="auto"` spreads the layers over the GPUs of this machine, and `dtype` keeps the weights in bf16. The same
-# lines load the 360 GB of Falcon-180B or the stand-in of this profile. If the model does not fit this machine in bf16, the cell
-# loads the stand-in. The helper below loads the profile's model in the profile's precision.
+# The announcement asks for transformers 4.33 or later (A24), acceptance of the licence, and a login with `huggingface-cli login`.
+# (The models of the laptop profile need no login.) Try it as printed, and you find that the command is gone. Which commands does
+# the library of today install?
+
+# %%
+from importlib import metadata
+
+library = metadata.distribution("huggingface_hub")
+installed = {entry.name for entry in library.entry_points if entry.group == "console_scripts"}
+for command, login in {"huggingface-cli": "huggingface-cli login", "hf": "hf auth login"}.items():
+    state = "installed" if command in installed else "not installed"
+    print(f"{login}: {command} is {state} by huggingface_hub {library.version}")
+
+# %% [markdown]
+# After `hf auth login`, a few lines load the model. `device_map="auto"` spreads the layers over the GPUs of this machine, and
+# `dtype` keeps the weights in bf16. (The announcement writes `torch_dtype`, its old name. Notebook 02, section 4, tries the
+# announcement's other options as they are printed.) The same lines would load the 360 GB of Falcon-180B. But 360 GB should be read
+# once, and the helper below does that, in the profile's precision. So if the profile's model comes from the hub, this cell loads its
+# [stand-in](GLOSSARY.md#stand-in) of the laptop profile.
 
 # %%
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 stand_in = models.load_profile("laptop").falcon
-too_big = machine.shortfall(models.config(settings.falcon), "bf16", machine.detect())
-chosen = stand_in if too_big else settings.falcon
+chosen = stand_in if settings.falcon.source == "hub" else settings.falcon
 checkpoint = models.resolve(chosen)  # its folder on this machine
 tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, device_map="auto")
@@ -77,8 +85,8 @@ print("the code is the library's own, not the repository's:", library_code)
 
 # %% [markdown]
 # Did everything arrive? transformers initialises a missing weight at random and only warns. `models.load` refuses. It checks that
-# no weight is missing or left over, that each has the requested type and device, that the files are safetensors, and that no code
-# of the repository is run. Then it reports what it loaded.
+# no weight is missing or left over, that each has the requested type and device, that the files are
+# [safetensors](GLOSSARY.md#safetensors), and that no code of the repository is run. Then it reports what it loaded.
 
 # %%
 import gc
@@ -88,10 +96,11 @@ gc.collect()
 torch.cuda.empty_cache()
 loaded = models.load(settings.falcon, settings.precision)
 tokenizer = loaded.tokenizer  # the lines above may have loaded a stand-in
+library_code = type(loaded.model).__module__.startswith("transformers.")
 models.report_table(loaded)
 
 # %% tags=["record"]
-by_library = Measured(library_code, claim="A24", agrees=library_code, model=chosen.label)
+by_library = Measured(library_code, claim="A24", agrees=library_code, model=settings.falcon.label)
 values = {"loaded_by_transformers": by_library}
 values["parameters"] = Measured(loaded.report.parameters, "parameters")
 values["stored"] = Measured(loaded.report.stored_bytes, "bytes")
@@ -100,18 +109,29 @@ runs.record_all(values)
 # %% [markdown]
 # ## 2 · Anatomy
 #
-# This is one decoder layer of the loaded model. Attention and MLP read the same input side by side (*parallel attention*). In
-# Falcon-40B and 180B, each has its own layer norm. No linear layer has a bias. `query_key_value` is one matrix; its rows are
-# grouped by key-value head: the query heads of the group, one key, one value.
+# This is one decoder layer of the loaded model. Attention and MLP read the same input side by side (*[parallel
+# attention](GLOSSARY.md#parallel-attention)*). In Falcon-40B and 180B, each has its own [layer norm](GLOSSARY.md#layer-norm). No
+# linear layer has a bias. `query_key_value` is one matrix; its rows are grouped by key-value head: the query heads of the group,
+# one key, one value.
 
 # %%
 loaded.model.transformer.h[0]
+
+# %% [markdown]
+# Drawn with the sizes of Falcon-180B, from bottom to top: the [residual stream](GLOSSARY.md#residual-stream) goes straight
+# through, and the layer adds two results to it.
+
+# %%
+published = machine.published_config("tiiuae/falcon-180B")
+runs.record_figure("decoder_layer", figures.decoder_layer(published, "Falcon-180B"))
+
+# %% [markdown]
+# These settings of the configuration make it so. `alibi` is off: positions are rotary embeddings, not [ALiBi](GLOSSARY.md#alibi).
 
 # %%
 flags = ["new_decoder_architecture", "num_ln_in_parallel_attn", "parallel_attn"]
 flags += ["multi_query", "alibi", "bias"]
 sizes = ["num_hidden_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "vocab_size"]
-published = machine.published_config("tiiuae/falcon-180B")
 print(f"{'':26} {'180B':>8} {'loaded':>8}")
 for key in flags + sizes:
     print(f"{key:26} {getattr(published, key)!s:>8} {getattr(loaded.model.config, key)!s:>8}")
@@ -122,17 +142,19 @@ for key in flags + sizes:
 
 # %%
 anatomy = machine.parameter_table(published)
+mlp = anatomy.loc[["mlp up", "mlp down"], "share"].sum()
 runs.record_figure("anatomy", figures.parameter_breakdown(anatomy, "Falcon-180B"))
 
 # %% [markdown]
-# Four fifths are in the MLPs. The keys and values of attention, the part that multi-query attention shrinks, are 0.7% of all: 80
-# layers of 2 · 8 heads · 64 by 14848 weights, inside the bar *attention qkv*.
+# Four fifths are in the MLPs. The keys and values of attention, the part that [multi-query
+# attention](GLOSSARY.md#multi-query-attention) shrinks, are 0.7% of all: 80 layers of 2 · 8 heads · 64 by 14848 weights, inside
+# the bar *attention qkv*.
 
 # %% [markdown]
 # ## 3 · On several GPUs
 #
-# accelerate can plan a placement on the meta device, without any GPU. Layers may not be split (a residual stream would
-# have to move between devices), so it needs the name of the layer class.
+# accelerate can plan a placement on the [meta device](GLOSSARY.md#meta-device), without any GPU. Layers may not be split (a
+# residual stream would have to move between devices), so it needs the name of the layer class.
 
 # %%
 import logging
@@ -155,6 +177,8 @@ device_map = infer_auto_device_map(empty, max_memory=limits, no_split_module_cla
 
 # %%
 placement = machine.place(published, "bf16", gpus=[80e9] * 8)
+gpus = [gpu for name, gpu in placement.device_map.items() if ".h." in name]  # of each layer
+most = max(map(gpus.count, gpus))  # layers on one GPU
 print("fits" if placement.fits else f"does not fit: it {placement.shortfall}")
 memory = dict.fromkeys(range(8), 80e9)
 figure = figures.placement(placement, memory, "Falcon-180B in bf16 on 8x A100 80GB")
@@ -163,8 +187,9 @@ runs.record_figure("placement", figure)
 # %% [markdown]
 # ## 4 · Generate
 #
-# This is the announcement's example with its settings: temperature 0.6, top-p 0.9, 50 new tokens (A25). First in plain
-# transformers. The call passes two inputs by name, because some tokenizers return a third that Falcon refuses.
+# This is the announcement's example with its settings: [temperature](GLOSSARY.md#temperature) 0.6, [top-p](GLOSSARY.md#top-p)
+# 0.9, 50 new tokens (A25). First in plain transformers. The call passes two inputs by name, because some tokenizers return a
+# third that Falcon refuses.
 
 # %%
 torch.manual_seed(seed)
@@ -213,8 +238,9 @@ runs.record_all(values)
 # %% [markdown]
 # ## 5 · What temperature does
 #
-# A model gives each token of its vocabulary a score (*logit*). Softmax turns the scores into probabilities. Before that, the
-# scores are divided by the *temperature*: below 1 it sharpens the probabilities, above 1 it flattens them. In plain PyTorch:
+# A model gives each token of its vocabulary a score (*[logit](GLOSSARY.md#logit)*). [Softmax](GLOSSARY.md#softmax) turns the
+# scores into probabilities. Before that, the scores are divided by the *temperature*: below 1 it sharpens the probabilities,
+# above 1 it flattens them. In plain PyTorch:
 
 # %%
 ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(loaded.model.device)
@@ -244,17 +270,17 @@ def kept(probabilities: torch.Tensor, p: float) -> int:
 
 
 tops = (0.5, 0.9, 0.99)
-rows = {}
+kept_tokens = {}
 for t in temperatures:
-    rows[t] = [kept((logits / t).softmax(-1), p) for p in tops]
+    kept_tokens[t] = [kept((logits / t).softmax(-1), p) for p in tops]
 columns = [f"top-p {p}" for p in tops]
-pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("temperature")
+pd.DataFrame.from_dict(kept_tokens, orient="index", columns=columns).rename_axis("temperature")
 
 # %% [markdown]
 # ## 6 · Stream
 #
 # A reader wants to see words as they come. `generation.stream` yields pieces of text; joined, they are exactly the reply of
-# `generate`. The times show that the first token is different: it waits for the whole prompt (*prefill*).
+# `generate`. The times show that the first token is different: it waits for the whole prompt (*[prefill](GLOSSARY.md#prefill)*).
 
 # %%
 import time
@@ -345,11 +371,12 @@ values["grouped_logits_differ"] = Measured(distance, tolerance=1e-5, model=stand
 runs.record_all(values)
 
 # %% [markdown]
-# ## 8 · Faster, with the same text
+# ## 8 · Fewer passes, the same text
 #
 # A pass of the model reads all its weights, whether it processes one new token or six. So several tokens can be *proposed* and
-# checked in one pass; with greedy decoding the text stays the same. *Prompt lookup* looks for an earlier occurrence of the last
-# two tokens and proposes whatever followed it. In plain transformers it is one option:
+# checked in one pass; with [greedy decoding](GLOSSARY.md#greedy-decoding) the text stays the same. What this saves is passes.
+# *[Prompt lookup](GLOSSARY.md#prompt-lookup)* looks for an earlier occurrence of the last two tokens and proposes whatever
+# followed it. In plain transformers it is one option:
 
 # %%
 story = "The dog ran to the red house. The cat ran to the red house. The bird"
@@ -361,9 +388,9 @@ n = min(plain.shape[1], lookup.shape[1])
 print("the same tokens:", torch.equal(plain[:, :n], lookup[:, :n]))
 
 # %% [markdown]
-# In *speculative decoding* a small model proposes. For Falcon-180B this could be Falcon-7B, which has the same vocabulary; here a
-# Falcon of one layer drafts for one of eight. Pass the method to `generation.generate` as `decoding`; the reply counts passes and
-# accepted proposals.
+# In *[speculative decoding](GLOSSARY.md#speculative-decoding)* a small model proposes. For Falcon-180B this could be Falcon-7B,
+# which has the same vocabulary; here a Falcon of one layer drafts for one of eight. Pass the method to `generation.generate` as
+# `decoding`; the reply counts passes and accepted proposals.
 
 # %%
 draft = models.load(models.load_profile("laptop").falcon_draft, "fp32")
@@ -374,33 +401,74 @@ expected = generation.generate(grouped, story, greedy_sampling)
 table = {}
 for name, method in methods.items():
     reply = generation.generate(grouped, story, greedy_sampling, decoding=method)
-    row = {"tokens": reply.tokens, "passes": reply.passes, "accepted": reply.acceptance_rate}
-    row["tokens/s"] = round(reply.tokens_per_second, 1)
+    row = {"tokens": reply.tokens, "passes": reply.passes}
+    row["passes saved"] = 1 - reply.passes / reply.tokens
+    row["accepted"], row["tokens/s"] = reply.acceptance_rate, reply.tokens_per_second
     row["same text"] = reply.text == expected.text
     table[name] = row
 pd.DataFrame.from_dict(table, orient="index").round(2)
 
 # %% [markdown]
-# Fewer passes do not always take less time: these miniatures spend most of a pass outside their weights, and a draft of one layer
-# costs more than an eighth of its model. A third method, `Decoding("compiled")`, compiles the pass, which takes about a minute
-# the first time. `workbook bench` measures all of them and compares them with other engines.
+# Do fewer passes take less time? In these miniatures hardly: they spend most of a pass outside their weights, and a draft of one
+# layer costs more than an eighth of its model. (Each speed is of one reply, so a few percent mean nothing.) In Falcon-180B,
+# reading the weights is most of a pass, and Falcon-7B has few of them. If a pass takes as long as its weights are large, and if
+# Falcon-7B were right as often as the draft here, then:
+
+# %%
+sizes = [machine.published_config(f"tiiuae/falcon-{size}") for size in ("7b", "180B")]
+small, large = map(machine.count_parameters, sizes)
+speculative = table["speculative"]
+cost = speculative["passes"] * (1 + 3 * small / large)  # each pass checks three tokens of the draft
+would_be = speculative["tokens"] / cost
+faster = [n for n, r in table.items() if r["tokens/s"] > 1.2 * table["plain"]["tokens/s"]]
+print(f"Falcon-7B has {small / large:.1%} of Falcon-180B's parameters.")
+print(
+    f"{speculative['tokens']} tokens would take the time of {cost:.1f} passes: {would_be:.1f} times as fast"
+)
+print("At least a fifth faster here, in this run:", ", ".join(faster) or "none")
+
+# %% [markdown]
+# A third method, `Decoding("compiled")`, compiles the pass, which takes about a minute the first time. `workbook bench` measures
+# all of them and compares them with other engines.
 
 # %% tags=["record"]
-accepted = round(table["speculative"]["accepted"], 2)
-runs.record_all({"draft_acceptance": accepted}, model=stand_in.label, tolerance=0.1)
+values = {"draft_acceptance": Measured(round(table["speculative"]["accepted"], 2), tolerance=0.1)}
+for name in ("prompt lookup", "speculative"):
+    saved = Measured(round(table[name]["passes saved"], 3), "of plain's", tolerance=0.05)
+    values[f"passes_saved_{name.replace(' ', '_')}"] = saved
+values["same_text_by_all_methods"] = all(row["same text"] for row in table.values())
+runs.record_all(values, model=stand_in.label)
 
 # %% [markdown]
 # ## What you saw
 #
-# A load is only as good as its check: a few lines load a model, and a report proves it. Four fifths of the parameters are
-# MLP weights. The announcement's example runs with its own settings and can be repeated. With the grouped cache, a token of
-# Falcon-180B takes 163,840 bytes, a 29th of what plain transformers stores, and the results stay the same.
+# A load is only as good as its check. The answers to the goals at the top, with the numbers of this run:
+
+# %%
+stream = "no piece came"  # as from the random models of a rehearsal
+if times:
+    pause = (times[-1] - times[0]) / max(1, len(times) - 1)
+    stream = f"{times[0]:.3f} s to the first piece, then {pause:.3f} s for each"
+few, many = kept_tokens[0.3][1], kept_tokens[1.5][1]
+answers = [
+    f"Load: {loaded.report.parameters:,} parameters, every one checked.",
+    f"Anatomy: {mlp:.0%} of Falcon-180B is in MLPs; a GPU of 8 holds at most {most} of 80 layers.",
+    f"Top-p 0.9 keeps {few} of {len(logits):,} tokens at temperature 0.3, and {many} at 1.5.",
+    f"Stream: {stream}.",
+    f"Cache: {library_bytes:,} bytes per token, or {grouped_bytes:,} if only 8 heads are stored.",
+    f"Decode: {speculative['passes']} passes for {speculative['tokens']} tokens, with a draft.",
+]
+print(*answers, sep="\n")
 
 # %%
 runs.recorded()
 
 # %% [markdown]
 # ## Exercises
+#
+# Replace the three dots and run the cell. The check says *not yet* and what is off, or *right*.
+# `exercises.hint("01-1")` gives a hint, and one more each time. The solutions are folded. The last exercise asks for a finding:
+# there may be several right answers, and the check measures yours.
 #
 # **1.** What share of a decoder layer's matrix weights is in the MLP? Write a function for any Falcon configuration with the new
 # decoder architecture (fields `hidden_size`, `num_attention_heads`, `num_kv_heads`).
@@ -483,3 +551,29 @@ exercises.check("01-3", top_p)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **4. A finding.** When does prompt lookup pay? Find two prompts: after the first, writing 40 tokens takes at most half as many
+# passes; after the second, at least 85%. The check asks the loaded model, with greedy decoding.
+
+# %% tags=["exercise"]
+two_prompts = ...  # the one that pays, the one that does not
+
+exercises.check("01-4", two_prompts, model=loaded)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# # falcon-mini goes on repeating a sentence, but not single letters. Another model needs other prompts.
+# pays = "He said yes. She said yes. He said yes. She said yes. He said"
+# does_not = "a b a b a b a b a b a b"
+# two_prompts = (pays, does_not)
+#
+# exercises.check("01-4", two_prompts, model=loaded)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Before:** [00 · Start here](00_start_here.ipynb) · **Next:** [02 · Quantization](02_quantization.ipynb) · [Glossary](GLOSSARY.md)

@@ -48,13 +48,7 @@
 # - to save and reload quantized weights without making the same mistake;
 # - to measure the price with its uncertainty: bytes, logits, perplexity, tasks, tokens per second.
 #
-# | profile | time | memory |
-# |---|---|---|
-# | `laptop` | 90 s | 5 GiB |
-# | `1x24gb` | minutes | one 24 GB GPU |
-# | `2x80gb`, `8x40gb`, `8x80gb` | an hour and more | see notebook 00 |
-#
-# **Before:** [01 · Loading](01_loading.ipynb) · **Next:** [03 · Chat prompting](03_chat_prompting.ipynb)
+# **Before:** [01 · Loading](01_loading.ipynb) · **Next:** [03 · Chat prompting](03_chat_prompting.ipynb) · [Glossary](GLOSSARY.md)
 
 # %% tags=["parameters"]
 profile = "laptop"
@@ -86,11 +80,11 @@ models.table(settings)
 # %% [markdown]
 # ## 1 · What shrinking promises
 #
-# A weight in bf16 takes 16 bits. *int8* takes 8, with one scale per row of a matrix ([Dettmers et al.
-# 2022](https://arxiv.org/abs/2208.07339)). *nf4* takes 4, the index of one of 16 values, with one scale per 64 weights ([Dettmers
-# et al. 2023](https://arxiv.org/abs/2305.14314)). Embeddings and norms stay in 16 bits. The table is computed for Falcon-180B.
-# Sections 2 to 6 hold several copies of a model at once, so they use the laptop's falcon-mini on every profile; sections 7 and 8
-# measure the profile's own models. Below the table: one matrix of falcon-mini, and its inputs for a real text.
+# A weight in bf16 takes 16 bits. *[int8](GLOSSARY.md#int8)* takes 8, with one scale per row of a matrix ([Dettmers et al.
+# 2022](https://arxiv.org/abs/2208.07339)). *[nf4](GLOSSARY.md#nf4)* takes 4, the index of one of 16 values, with one scale per 64
+# weights ([Dettmers et al. 2023](https://arxiv.org/abs/2305.14314)). Embeddings and norms stay in 16 bits. The table is computed
+# for Falcon-180B. Sections 2 to 6 hold several copies of a model at once, so they use the laptop's falcon-mini on every profile;
+# sections 7 and 8 measure the profile's own models. Below the table: one matrix of falcon-mini, and its inputs for a real text.
 
 # %%
 published = machine.published_config("tiiuae/falcon-180B")
@@ -110,10 +104,11 @@ print("inputs", tuple(x.shape), x.dtype, "largest", x.abs().max().item())
 # %% [markdown]
 # ## 2 · int8, by hand
 #
-# *Absmax*: the largest magnitude of a row becomes 127, and every other weight a whole number in between. To multiply in 8 bits,
-# the inputs are rounded too, each token by its own largest value. One huge value leaves only a few of the 127 steps to the
-# others, and large models have such *outliers*, always in the same few columns. LLM.int8() takes every column with a magnitude
-# of 6 or more out of the 8-bit product and multiplies it in 16 bits. Here is all of it, and the comparison with bitsandbytes:
+# *[Absmax](GLOSSARY.md#absmax)*: the largest magnitude of a row becomes 127, and every other weight a whole number in between. To
+# multiply in 8 bits, the inputs are rounded too, each token by its own largest value. One huge value leaves only a few of the 127
+# steps to the others, and large models have such *[outliers](GLOSSARY.md#outlier)*, always in the same few columns. LLM.int8()
+# takes every column with a magnitude of 6 or more out of the 8-bit product and multiplies it in 16 bits. Here is all of it, and
+# the comparison with bitsandbytes:
 
 # %%
 for rule in (models.absmax_int8, models.int8_product, models.int8_equals_bitsandbytes):
@@ -131,35 +126,55 @@ for threshold in (6.0, 1e9):
 #
 # ## 3 · nf4, by hand
 #
-# Trained weights are distributed much like a normal distribution. So nf4's 16 values are *quantiles* of one: dense in the middle,
-# where most weights are, and sparse in the tails. Seven are negative, eight are positive, 0 is exact. The ends are -1 and 1, the
-# largest magnitude of a block of 64 weights (QLoRA, section 3 and appendix E). The figure shows the normal distribution, which
-# nf4 cuts at 1.85 standard deviations. The real weights (blue) are closer to the middle, because the largest of 64 normal values
-# is usually farther out; it makes the spikes at the ends.
+# Trained weights are distributed much like a normal distribution. So nf4's 16 values are *[quantiles](GLOSSARY.md#quantile)* of
+# one: dense in the middle, where most weights are, and sparse in the tails. Seven are negative, eight are positive, 0 is exact.
+# The ends are -1 and 1, the largest magnitude of a block of 64 weights ([QLoRA](GLOSSARY.md#qlora), section 3 and appendix E).
+# The figure shows the normal distribution, which nf4 cuts at 1.85 standard deviations. The real weights (blue) are closer to the
+# middle, because the largest of 64 normal values is usually farther out; it makes the spikes at the ends.
 #
-# To store a weight, find the nearest value; its index takes 4 bits, and two share a byte. A 32-bit scale per 64 weights is half a
-# bit per weight. *Double quantization* subtracts the mean of the scales and stores them in 8 bits (also a fixed list, fine near
-# 0), with one 32-bit scale per 256 of them: 0.127 bits per weight.
+# The drawing shows both grids with real numbers: int8 with and without the outliers of one token, and 4 bits evenly spaced and as
+# nf4. To store a weight, find the nearest value; its index takes 4 bits, and two share a byte. A 32-bit scale per 64 weights is
+# half a bit per weight. *[Double quantization](GLOSSARY.md#double-quantization)* subtracts the mean of the scales and stores them
+# in 8 bits (also a fixed list, fine near 0), with one 32-bit scale per 256 of them: 0.127 bits per weight.
 
 # %%
 scaled = models.scaled_blocks(weight).numpy()
+token = x[x.abs().amax(1).argmax()].float()  # the token with the largest input
+figure = figures.quantization_grids(token, scaled, models.nf4_code(), mini.label)
+runs.record_figure("grids", figure)
+
+# %%
 figure = figures.nf4_code(models.nf4_code(), scaled, mini.label, models.NF4_TAIL)
 display(runs.record_figure("nf4_code", figure))
 for rule in (models.nf4, models.double_quantized, models.nf4_equals_bitsandbytes):
     print(inspect.getsource(rule))
 
 # %% tags=["record"]
-runs.record_all(models.equal_to_bitsandbytes(weight, x))
+by_hand = models.equal_to_bitsandbytes(weight, x)
+runs.record_all(by_hand)
 
 # %% [markdown]
 # ## 4 · The silent failure
 #
-# This is how the documentation loads a model in 4 bits. The model says that it is quantized; the only log line is about *eetq*,
-# another library. So, is it quantized?
+# First the call as the announcement prints it, with `torch_dtype` and `load_in_8bit`:
+
+# %%
+files, as_printed = models.resolve(mini), "loads"
+options = {"torch_dtype": torch.bfloat16, "load_in_8bit": True, "device_map": "auto"}
+try:
+    AutoModelForCausalLM.from_pretrained(files, **options)
+except TypeError as error:
+    as_printed = "TypeError"
+    print("TypeError:", error)
+
+# %% [markdown]
+# `torch_dtype` is only an old name: the library says so and takes it as `dtype`. `load_in_8bit` is gone since transformers 5, and
+# falls through to the model, which does not know it. Today the settings are an object, a `BitsAndBytesConfig`. This is how the
+# documentation loads a model in 4 bits. The model says that it is quantized; the only log line is about *eetq*, another library.
+# So, is it quantized?
 
 # %%
 config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-files = models.resolve(mini)
 plain = AutoModelForCausalLM.from_pretrained(files, quantization_config=config, device_map="auto")
 print("is_quantized:", plain.is_quantized, "· is_loaded_in_4bit:", plain.is_loaded_in_4bit)
 with torch.inference_mode():
@@ -173,9 +188,10 @@ except models.QuantizationError as error:
 # %% [markdown]
 # Not one layer is. Since transformers 5.5, the code that replaces layers looks for exactly the type `nn.Linear`, and Falcon's
 # layers have a subclass, `FalconLinear`. If you trust the flag, you compare bf16 with bf16 and find *almost no difference*.
-# `models.load` swaps the subclass for `nn.Linear` while it loads (in full precision the logits stay identical). Then it proves
-# that every layer was converted: by its class, its storage type and bytes, and one weight compared with the checkpoint. One
-# unconverted layer makes the proof fail, and the error names it. (In Falcon-180B, nf4 takes 29% of bf16's bytes; here more.)
+# `models.load` swaps the subclass for `nn.Linear` while it loads (in full precision the [logits](GLOSSARY.md#logit) stay
+# identical). Then it proves that every layer was converted: by its class, its storage type and bytes, and one weight compared
+# with the checkpoint. One unconverted layer makes the proof fail, and the error names it. (In Falcon-180B, nf4 takes 29% of
+# bf16's bytes; here more.)
 
 # %%
 small = {precision: models.load(mini, precision) for precision in ("int8", "nf4")}
@@ -227,7 +243,7 @@ runs.record_figure("layer_errors", figures.layer_errors(errors, mini.label))
 
 # %% tags=["record"]
 share = round(small["nf4"].report.stored_bytes / full.report.stored_bytes, 3)
-values = {"plain_load_quantizes": not same}
+values = {"plain_load_quantizes": not same, "printed_8bit_call": as_printed}
 values["nf4_layers"] = runs.Measured(small["nf4"].report.quantized_layers, "layers")
 values["nf4_share_of_bf16"] = runs.Measured(share, "of bf16")
 values["reloaded_equals_saved"] = all(equal)
@@ -237,11 +253,11 @@ runs.record_all(values)
 # %% [markdown]
 # ## 7 · The price in quality
 #
-# *Perplexity* is the exponential of the mean negative log-likelihood of a token: 10 means that the model is as unsure as if it
-# chose among 10 tokens. Each text follows the token that began a document in training. *Bits per byte* divides by the bytes of the
-# text instead, so it can compare models with different vocabularies. In a *task* the model chooses an ending: the one it finds most
-# likely (notebook 04 does one item by hand). The first cell measures a story on which falcon-mini was not trained, in plain
-# PyTorch.
+# *[Perplexity](GLOSSARY.md#perplexity)* is the exponential of the mean negative [log-likelihood](GLOSSARY.md#likelihood) of a
+# token, in [nats](GLOSSARY.md#nats): 10 means that the model is as unsure as if it chose among 10 tokens. Each text follows the
+# token that began a document in training. *[Bits per byte](GLOSSARY.md#bits-per-byte)* divides by the bytes of the text instead,
+# so it can compare models with different vocabularies. In a *task* the model chooses an ending: the one it finds most likely
+# (notebook 04 does one item by hand). The first cell measures a story on which falcon-mini was not trained, in plain PyTorch.
 #
 # `evaluation.evaluate` runs EleutherAI's lm-evaluation-harness on the first items of `story_endings` and `short_facts`.
 # `evaluation.measure_precisions` measures bytes, logits, texts, tasks and the speeds of section 8 for every precision of this
@@ -250,7 +266,7 @@ runs.record_all(values)
 #
 # Llama's layers are plain `nn.Linear` and need no repair; they are proven all the same. On the laptop profile, SmolLM2's *bf16*
 # is a dequantized 4-bit file (Q4_1), so its int8 and nf4 are a second rounding. It is slower, so it reads fewer texts and items,
-# and its intervals are wider.
+# and its [intervals](GLOSSARY.md#interval) are wider.
 
 # %%
 row = full.tokenizer(full.tokenizer.bos_token + texts[0], return_tensors="pt")["input_ids"]
@@ -301,12 +317,13 @@ runs.record_all(values)
 # %% [markdown]
 # ## 8 · The price in speed and memory
 #
-# Before the first token of a reply, the model reads the whole prompt (*prefill*); each later token is a step over a single token
-# (*decoding*), as notebook 01 timed by hand. `speed.measure`, which ran above, times both at batch sizes 1, 4 and 16, several
-# times after a warm-up. If all precisions are in memory at once, it measures them in turn, so that a slow moment affects all of
-# them alike. The tables show medians, with the smallest and the largest run in brackets. *Peak* is the weights plus the most that
-# a run allocates (counted by torch's allocator). *Limit* is what the memory bandwidth allows: every step reads all the weights
-# once, and the cache of each reply. Only the weights shrink: with int8 and nf4 weights the cache stays in 16 bits.
+# Before the first token of a reply, the model reads the whole prompt (*[prefill](GLOSSARY.md#prefill)*); each later token is a
+# step over a single token (*decoding*), as notebook 01 timed by hand. `speed.measure`, which ran above, times both at batch sizes
+# 1, 4 and 16, several times after a warm-up. If all precisions are in memory at once, it measures them in turn, so that a slow
+# moment affects all of them alike. The tables show medians, with the smallest and the largest run in brackets. *Peak* is the
+# weights plus the most that a run allocates (counted by torch's allocator). *Limit* is what the memory bandwidth allows: every
+# step reads all the weights once, and the cache of each reply. Only the weights shrink: with int8 and nf4 weights the cache stays
+# in 16 bits.
 #
 # On a laptop, falcon-mini is far below its limit: Python starts an operation more slowly than the CPU finishes it. In a larger
 # model the bytes decide. One reading of the weights serves all replies of a batch, so a batch writes more tokens per second.
@@ -340,15 +357,32 @@ runs.record_all(falcon.speed_values("A19"))
 #
 # ## What you saw
 #
-# A flag is not a proof: the plain 4-bit load changed nothing and said that it had. Repaired and proven, nf4 layers take a little
-# over a quarter of bf16's bytes. The cost in quality has an interval and differs from model to model. Which precision is fastest
-# depends on the machine and its kernels.
+# A flag is not a proof. The answers to the goals at the top, with the numbers of this run:
+
+# %%
+prices = []
+for (measured, precision), pair in falcon.pairs.items():
+    if measured == "text":
+        low, high = pair.difference.low, pair.difference.high
+        prices.append(f"{precision} {low:+.4f} to {high:+.4f}")
+converted = small["nf4"].report.quantized_layers
+answers = [
+    f"{sum(by_hand.values())} of {len(by_hand)} grids by hand equal bitsandbytes' bit for bit.",
+    f"Plain 4-bit load: logits {'unchanged' if same else 'changed'}. Proven: {converted} layers.",
+    f"Logits equal after saving and loading again: {all(equal)}.",
+    f"Bits per byte more than bf16 (95%): {'; '.join(prices) or 'bf16 does not fit here'}.",
+]
+print(*answers, sep="\n")
 
 # %%
 runs.recorded()
 
 # %% [markdown]
 # ## Exercises
+#
+# Replace the three dots and run the cell. The check says *not yet* and what is off, or *right*.
+# `exercises.hint("02-1")` gives a hint, and one more each time. The solutions are folded. The last exercise asks for a finding:
+# there may be several right answers, and the check measures yours.
 #
 # **1.** How many bytes does an nf4 matrix of `rows` by `columns` take, with one fp32 scale per 64 weights?
 
@@ -415,3 +449,40 @@ exercises.check("02-3", nf4_back)
 # exercises.check("02-3", nf4_back)
 # ```
 # </details>
+
+# %% [markdown]
+# **4. A finding.** Which matrices should stay in bf16? Name the four of falcon-mini's 32 (`models.quantizable_layers(full.model)`)
+# that bring the predictions of the nf4 model closest to bf16. The check measures this on two texts and compares your four with 19
+# random choices of four: yours must beat them all.
+
+# %% tags=["exercise"]
+left_in_bf16 = ...  # a list of four names
+
+exercises.check("02-4", left_in_bf16, model=full)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def distance(model) -> float:
+#     with torch.inference_mode():
+#         p = full.model(ids).logits[0].float().log_softmax(-1)
+#         q = model(ids).logits[0].float().log_softmax(-1)
+#     return (p.exp() * (p - q)).sum(-1).mean().item()  # Kullback-Leibler divergence
+#
+#
+# trial, distances = models.load(mini, "nf4").model, {}
+# for name in models.quantizable_layers(full.model):
+#     quantized = trial.get_submodule(name)
+#     trial.set_submodule(name, full.model.get_submodule(name))
+#     distances[name] = distance(trial)  # with this one matrix in bf16
+#     trial.set_submodule(name, quantized)
+# left_in_bf16 = sorted(distances, key=distances.get)[:4]
+#
+# exercises.check("02-4", left_in_bf16, model=full)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Before:** [01 · Loading](01_loading.ipynb) · **Next:** [03 · Chat prompting](03_chat_prompting.ipynb) · [Glossary](GLOSSARY.md)

@@ -28,13 +28,7 @@
 # - stop strings, history, system prompts, and what happens when the context is full;
 # - how the same conversation looks in other models' formats.
 #
-# | profile | time | memory |
-# |---|---|---|
-# | `laptop` | 30 s | 2 GiB |
-# | `1x24gb` | minutes, after a download of 28 GB | one 24 GB GPU |
-# | `2x80gb`, `8x40gb`, `8x80gb` | many minutes, after a download of 720 GB | see notebook 00 |
-#
-# **Before:** [02 · Quantization](02_quantization.ipynb) · **Next:** [04 · Falcon and Llama](04_falcon_vs_llama.ipynb)
+# **Before:** [02 · Quantization](02_quantization.ipynb) · **Next:** [04 · Falcon and Llama](04_falcon_vs_llama.ipynb) · [Glossary](GLOSSARY.md)
 
 # %% tags=["parameters"]
 profile = "laptop"
@@ -55,9 +49,9 @@ models.table(settings)
 # %% [markdown]
 # ## 1 · Base model and chat model
 #
-# The base model has no prompt format: it continues text. The article says that it is not meant for conversation, but for further
-# fine-tuning (A20). The chat model was fine-tuned on conversations (Open-Platypus, UltraChat and Airoboros, A23). First we ask
-# the base model a question, in plain transformers:
+# The [base model](GLOSSARY.md#base-model) has no prompt format: it continues text. The article says that it is not meant for
+# conversation, but for further fine-tuning (A20). The chat model was fine-tuned on conversations (Open-Platypus, UltraChat and
+# Airoboros, A23). First we ask the base model a question, in plain transformers:
 
 # %%
 import torch
@@ -71,7 +65,7 @@ print(base.tokenizer.decode(output[0]))
 
 # %% [markdown]
 # `generation.generate` takes a text as it is, or messages, which it renders in the format of the model. The reply says why it
-# ended: at an end token, at a stop string, or at the token limit.
+# ended: at an end token, at a [stop string](GLOSSARY.md#stop-string), or at the token limit.
 
 # %%
 sampling = Sampling(temperature=0.6, top_p=0.9, max_new_tokens=max_new_tokens, seed=seed)
@@ -113,7 +107,8 @@ plain = "\n".join(f"{names[m['role']]}: {m['content']}" for m in messages) + "\n
 print(plain)
 
 # %% [markdown]
-# The model's format renders the same text, and so does the chat template of its tokenizer, if it has one:
+# The model's format renders the same text, and so does the [chat template](GLOSSARY.md#chat-template) of its tokenizer, if it has
+# one:
 
 # %%
 falcon = models.format_for("falcon-chat")
@@ -127,8 +122,8 @@ if tokenizer.chat_template:
 print(repr(rendered))
 
 # %% [markdown]
-# The model reads tokens. `encode` gives the ids of a conversation: the text's, except that nothing a user writes becomes a control
-# token such as `<|endoftext|>`. Hover over a token to see its id.
+# The model reads tokens. `encode` gives the ids of a conversation: the text's, except that nothing a user writes becomes a
+# control token such as `<|endoftext|>`. Hover over a token to see its id.
 
 # %%
 panels.tokens_html(tokenizer, chat_model.format.encode(tokenizer, messages))
@@ -142,8 +137,9 @@ if templated is not None:
 # %% [markdown]
 # ## 3 · The printed `format_prompt` is wrong
 #
-# The announcement prints a function that builds the prompt from a message, the history and a system prompt. Its last line is
-# *inside* the loop over the history. This function does the same, and so does `models.published_format_prompt`.
+# The announcement prints a function that builds the prompt from a message, the history and a [system
+# prompt](GLOSSARY.md#system-prompt). Its last line is *inside* the loop over the history. This function does the same, and so
+# does `models.published_format_prompt`.
 
 
 # %%
@@ -195,7 +191,8 @@ for user_message, reply in history:
 print(falcon.render([*conversation, {"role": "user", "content": saddle}]))
 
 # %% [markdown]
-# Does it matter? The chat model replies to both prompts with greedy decoding. With the wrong prompt, it never sees the question.
+# Does it matter? The chat model replies to both prompts with [greedy decoding](GLOSSARY.md#greedy-decoding). With the wrong
+# prompt, it never sees the question.
 
 # %%
 greedy = Sampling(temperature=0, max_new_tokens=40)
@@ -219,11 +216,13 @@ runs.record_all(values)
 # format that the model never saw raises no error. This is what the chat model of this profile replies to each.
 
 # %%
+different = {}
 for name in ("falcon-chat", "falcon-instruct", "llama-2", "chatml", "plain"):
     text = models.format_for(name).render(messages)
     reply = generation.generate(chat_model, text, greedy)
     print(f"--- {name} " + "-" * (60 - len(name)))
     print(f"{text}\n>>> {reply.text!r}")
+    different[name] = reply.text
 
 # %% [markdown]
 # ## 5 · Where to stop
@@ -298,8 +297,8 @@ runs.record_all(values)
 # %% [markdown]
 # ## 7 · Talk to it
 #
-# Type a message, change the temperature, stop a reply half-way, look at the literal prompt. In an unattended run the panel plays
-# the script below and shows the transcript instead.
+# Type a message, change the [temperature](GLOSSARY.md#temperature), stop a reply half-way, look at the literal prompt. In an
+# unattended run the panel plays the script below and shows the transcript instead.
 
 # %%
 script = ["Hello! How are you?", "What did you do today?", "Tell me a story about a little bird."]
@@ -310,14 +309,27 @@ panels.chat_panel(panel_chat, script=script)
 # ## What you saw
 #
 # The chat format is plain text. A prompt is right only if it equals, character by character, the text on which the model was
-# trained. The printed function drops or repeats the question, without an error. Stop strings and dropping whole turns keep a long
-# conversation in this format.
+# trained. The answers to the goals at the top, with what happened in this run:
+
+# %%
+ends = {"end": "by itself", "stop": "at a stop string", "length": "at the token limit"}
+answers = [
+    f"The base model ended {ends[base_end]}, the chat model {ends[chat_end]}.",
+    f"The printed function lost the question: {lost}; with two turns it asked {asked} times.",
+    f"{len(kept)} of {len(long)} messages fit {limit} tokens; system prompt kept: {kept[0] == long[0]}.",
+    f"One conversation in {len(different)} formats: {len(set(different.values()))} different replies.",
+]
+print(*answers, sep="\n")
 
 # %%
 runs.recorded()
 
 # %% [markdown]
 # ## Exercises
+#
+# Replace the three dots and run the cell. The check says *not yet* and what is off, or *right*.
+# `exercises.hint("03-1")` gives a hint, and one more each time. The solutions are folded. The last exercise asks for a finding:
+# there may be several right answers, and the check measures yours.
 #
 # **1.** Repair `format_prompt`: it takes a message, a history of (user, falcon) pairs and a system prompt (which may be empty),
 # and returns the text of section 2.
@@ -402,3 +414,29 @@ exercises.check("03-3", cut)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **4. A finding.** Does the chat model read its history? Design an experiment: one past turn with a gap `{}`, a last question
+# without it, and two words for the gap. If the reply names the word that was in the gap, for both words, and never the other one,
+# the model must have read it there. The check asks the model, with greedy decoding.
+
+# %% tags=["exercise"]
+experiment = ...  # {"user": ..., "reply": ..., "question": ..., "words": (..., ...)}
+
+exercises.check("03-4", experiment, model=chat_model)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# # falcon-mini does so with some words and not with others; another model may need other words.
+# experiment = {"user": "Do you like {}?", "reply": "I love {}.", "question": "Why?"}
+# experiment["words"] = ("pizza", "music")
+#
+# exercises.check("03-4", experiment, model=chat_model)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Before:** [02 · Quantization](02_quantization.ipynb) · **Next:** [04 · Falcon and Llama](04_falcon_vs_llama.ipynb) · [Glossary](GLOSSARY.md)

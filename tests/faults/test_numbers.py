@@ -265,7 +265,7 @@ def test_b1_numpy_records_what_it_holds_and_nothing_that_is_masked():
     refused(lambda: recording.record_all([1]), "by name")
     records = recording.record_all({"right": np.bool_(True), "loss": np.float32(0.5)}, tolerance=np.float32(0.25))
     same([(entry.value, entry.content.floor) for entry in records], [(True, None), (0.5, 0.25)])
-    entry = recording.record("agreed", 1, claim="A1", agrees=np.bool_(False))
+    entry = recording.record("agreed", 1, claim="A22", agrees=np.bool_(False))
     same(entry.content.agrees, False)
 
 

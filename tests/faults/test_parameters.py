@@ -67,9 +67,9 @@ def asked(notebooks, run, only, *parameters, profile="laptop"):
             ("05", "steps=٣", ["steps"]),
             ("05", "rank=0", ["rank", "from 1 to"]),
             ("05", "batch_size=0", ["batch_size"]),
-            ("05", "merge=yes", ["merge", "true or false"]),
-            ("05", "merge=on", ["merge"]),
-            ("05", "merge=1", ["merge"]),
+            ("05", "gradient_checkpointing=yes", ["gradient_checkpointing", "true or false"]),
+            ("05", "gradient_checkpointing=on", ["gradient_checkpointing"]),
+            ("05", "gradient_checkpointing=1", ["gradient_checkpointing"]),
             ("05", "gradient_checkpointing=off", ["gradient_checkpointing"]),
             ("00", "seed=-1", ["seed", "from 0 to 4294967295"]),
             ("00", f"seed={2**63}", ["seed", "from 0 to 4294967295"]),
@@ -145,7 +145,7 @@ def test_b8_a_parameter_given_twice_is_refused(notebooks, tmp_path):
             ("05", "learning_rate", "1", 1.0),
             ("05", "learning_rate", "2e-4", 2e-4),
             ("05", "learning_rate", ".5", 0.5),
-            ("05", "merge", "False", False),
+            ("05", "gradient_checkpointing", "False", False),
             ("00", "seed", str(2**32 - 1), 2**32 - 1),
             ("00", "seed", "-0", 0),
         ]
@@ -170,7 +170,7 @@ def test_a_value_reaches_the_notebook_as_it_was_given(notebooks, only, given, va
             ("learning_rate", float("inf")),
             ("learning_rate", 2),
             ("seed", 2**63),
-            ("merge", "no"),
+            ("gradient_checkpointing", "no"),
         ]
     ],
 )

@@ -10,8 +10,8 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Literal, cast
 
 from helpers.base import stats
-from helpers.evaluation.data import names
 from helpers.evaluation.options import Question, multiple_choice
+from helpers.evaluation.rules import names
 from helpers.generation.generating import generate_batch
 from helpers.generation.sampling import Reply, Sampling
 from helpers.models.tokens import encode

@@ -25,7 +25,7 @@ def reply(text: str, finish_reason="end", tokens=3, seconds=1.0, first=0.5) -> R
 
 def table(items, **texts: list[str]) -> Comparison:
     replies = {side: tuple(map(reply, said)) for side, said in texts.items()}
-    return Comparison(tuple(items), replies, dict.fromkeys(texts, "a model"), dict.fromkeys(texts, 2**20))
+    return Comparison(tuple(items), replies, {side: side for side in texts}, dict.fromkeys(texts, 2**20))
 
 
 # --- the rules --------------------------------------------------------------------------------------------------------
@@ -71,12 +71,84 @@ def test_scores_by_hand():
     assert rows.loc[("all", "falcon", "correct"), ["passed", "of"]].tolist() == [2, 3]
     assert rows.loc[("choice", "falcon", "correct"), ["passed", "of"]].tolist() == [1, 2]
     assert rows.loc[("list", "llama", "correct"), ["passed", "of"]].tolist() == [0, 1]
-    assert rows.loc[("all", "llama", "concise"), "share"] == 1
+    assert rows.loc[("choice", "falcon", "correct"), "guessing"] == 1 / 2
     # Wilson 1927 for 2 of 3 with z = 1.959964: centre (p + z²/2n)/(1 + z²/n), half-width z/(1 + z²/n)·sqrt(...)
     z, n, p = 1.959964, 3, 2 / 3
     centre, half = (p + z * z / 6) / (1 + z * z / 3), z / (1 + z * z / 3) * math.sqrt(p * (1 - p) / n + z * z / 36)
     score = test.score("falcon")
     assert (score.low, score.high) == pytest.approx((centre - half, centre + half), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("item", "text", "expected"),
+    [
+        (GOAT, "A goat.", "right"),
+        (GOAT, "A saddle.", "wrong"),
+        (GOAT, "A goat or a saddle.", "wrong"),
+        (GOAT, "A horse is an animal.", "no answer"),
+        (GOAT, "", "no answer"),
+        (LIST, "goats and swans", "right"),
+        (LIST, "A goat.", "wrong"),  # incomplete
+        (LIST, "The answer to this question is:", "no answer"),
+        # Without wrong options nobody can list all answers: any other word is one.
+        (Item("3", "fact", "Capital?", ("Paris",)), "Rome", "wrong"),
+        (Item("3", "fact", "Capital?", ("Paris",)), " \u200b", "no answer"),
+    ],
+)
+def test_the_three_classes_of_reply(item, text, expected):
+    assert evaluation.classify(item, text) == expected
+
+
+def test_classes_and_guessing_by_kind_by_hand():
+    fact = Item("3", "fact", "Capital?", ("Paris",))
+    said = ["goat", "a horse", "swan", "Rome"]
+    test = table([GOAT, GOAT, LIST, fact], falcon=said)
+    assert test.kinds == ("choice", "list", "fact")
+    assert test.classes("falcon") == ("right", "no answer", "wrong", "wrong")
+    assert test.classes("falcon", "choice") == ("right", "no answer")
+    # one of two options; each of three words by a coin; nothing to guess from
+    assert [test.guessing(kind) for kind in (*test.kinds, None)] == [1 / 2, 1 / 8, 0, (1 / 2 + 1 / 2 + 1 / 8) / 4]
+    rows = test.answers().set_index(["items", "side"])
+    assert rows.loc[("choice", "falcon"), ["of", "right", "wrong", "no answer"]].tolist() == [2, 1, 0, 1]
+    assert rows.loc[("all", "falcon"), ["right", "wrong", "no answer", "share"]].tolist() == [1, 2, 1, 0.25]
+
+
+def test_gibberish_is_never_concise():
+    test = table([GOAT] * 3, falcon=["Ainit.", "A saddle.", "A goat."])
+    assert test.verdicts("falcon", "concise") == (False, False, True)
+    assert test.score("falcon", "concise").estimate == pytest.approx(1 / 3)
+
+
+def test_differences_by_kind_add_up_to_that_of_all_items():
+    said = {"falcon": ["?"] * 10 + ["goat, swan"] * 2, "llama": ["goat"] * 8 + ["saddle"] * 2 + ["?"] * 2}
+    test = table([GOAT] * 10 + [LIST] * 2, **said)
+    rows = test.differences("falcon", "llama").set_index("items")
+    assert rows["difference"].tolist() == pytest.approx([-0.8, 1, (2 - 8) / 12])
+    assert rows.loc["choice", ["only falcon", "only llama"]].tolist() == [0, 8]
+    assert rows["p"].tolist() == pytest.approx([2 / 2**8, 2 / 2**2, 2 * (1 + 10 + 45) / 2**10])
+    # One kind alone is not repeated as all.
+    assert table([GOAT] * 2, a=["goat"] * 2, b=["?"] * 2).differences("a", "b")["items"].tolist() == ["choice"]
+
+
+@pytest.mark.parametrize(
+    ("models", "shown"),
+    [
+        ({"falcon": "mini", "llama": "smol"}, ["mini", "smol"]),
+        ({"before": "mini"}, ["mini"]),
+        ({"before": "mini", "after": "mini"}, ["before", "after"]),
+        ({"falcon": "mini", "llama": "smol", "without": "smol"}, ["mini", "smol", "smol, without"]),
+        ({"falcon": "mini", "llama": "mini"}, ["mini, falcon", "mini, llama"]),
+        ({"llama": "smol", "without": "smol"}, ["smol", "smol, without"]),
+        ({"a": "mini", "b": "mini", "c": "smol"}, ["mini, a", "mini, b", "smol"]),
+    ],
+)
+def test_a_reader_sees_the_models_own_names(models, shown):
+    none = dict.fromkeys(models, (reply("goat"),))
+    test = Comparison((GOAT,), none, {side: f"{name} (x)" for side, name in models.items()}, {}, models)
+    assert list(test.names.values()) == shown
+    assert test.table().columns.tolist() == ["question", *shown]
+    assert test.scores()["side"].tolist()[::2] == shown
+    assert test.answers()["side"].tolist() == shown
 
 
 def test_a_changed_key_changes_the_score():
@@ -110,6 +182,8 @@ def test_the_win_rate_counts_correct_before_concise_and_ties_half():
     test = table([GOAT] * 4, falcon=["goat", "goat", "saddle", "saddle"], llama=["saddle", long, "goat", wrong])
     assert test.win_rate().estimate == pytest.approx((1 + 1 + 0 + 0.5) / 4)
     assert test.win_rate("llama", "falcon").estimate == pytest.approx(1 - 2.5 / 4)
+    by_kind = table([GOAT] * 2 + [LIST] * 2, a=["goat"] * 2 + ["?"] * 2, b=["?"] * 2 + ["goat, swan", "?"])
+    assert (by_kind.win_rate("a", "b", "choice").estimate, by_kind.win_rate("a", "b", "list").estimate) == (1, 0.25)
 
 
 def test_a_win_rate_of_all_or_of_ties_alone_says_how_little_is_known():
@@ -163,9 +237,11 @@ def test_the_table_has_the_replies_side_by_side():
 def test_speeds_are_medians():
     replies = (reply("a b", first=0.1, seconds=1.1), reply("a", first=0.3, seconds=0.7), reply("", tokens=1))
     shown = Comparison((GOAT,) * 3, {"falcon": replies}, {"falcon": "mini"}, {"falcon": 3 * 2**20}).speed()
-    row = shown.loc["falcon"]
+    row = shown.loc["mini"]
     assert row["first token (s)"] == 0.3
     assert row["tokens/s"] == pytest.approx((2 / 1.0 + 2 / 0.4) / 2)
+    # "a b" has 3 characters in 3 tokens at 2 tokens per second, "a" one in 3 at 5
+    assert row["characters/s"] == pytest.approx((3 / 3 * 2 + 1 / 3 * 5) / 2)
     assert row["words per reply"] == 1
     assert row["weights (MiB)"] == 3
 
@@ -181,15 +257,24 @@ def mini() -> Loaded:
 
 
 def test_replies_are_generations_own_one_at_a_time_or_in_batches(mini):
-    asked = ["Hello! How are you?", GOAT, "What do you like to eat in the morning?"]
+    # Batches are made of similar lengths; the replies stay in the order of the questions.
+    asked = ["What do you like to eat in the morning?", GOAT, "Hello!"]
     messages = [[{"role": "user", "content": p if isinstance(p, str) else p.question}] for p in asked]
     expected = [generate(mini, message, SHORT).text for message in messages]
     for batch_size in (1, 2, 5):
         found = compare(asked, {"mini": mini}, SHORT, batch_size=batch_size)
         assert [r.text for r in found.replies["mini"]] == expected
-    assert found.items[0] == Item("prompt-1", "prompt", "Hello! How are you?")
+    assert found.items[0] == Item("prompt-1", "prompt", "What do you like to eat in the morning?")
     assert found.labels == {"mini": mini.ref.label}
     assert found.stored_bytes == {"mini": mini.report.stored_bytes}
+    assert found.names == {"mini": "falcon-mini-chat"}
+
+
+def test_a_system_message_for_every_model_is_asked_with_each_question(mini):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]
+    found = compare(["Hello!"], {"mini": mini}, SHORT, system="Be brief.").replies["mini"][0]
+    expected = generate(mini, messages, SHORT)
+    assert (found.text, found.prompt_tokens) == (expected.text, expected.prompt_tokens)
 
 
 def test_a_model_reference_is_loaded_for_its_turn_only(mini, monkeypatch):

@@ -1,5 +1,7 @@
 """The animal test and the texts that models are tuned on: nouns apart, positions balanced, made as the script says."""
 
+import ast
+import csv
 import json
 import re
 import sys
@@ -9,7 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from helpers import machine
 from helpers.base.files import ROOT
+from helpers.evaluation import leaderboard
 
 sys.path.insert(0, str(ROOT / "notebooks" / "data"))
 import make_animals
@@ -27,11 +31,12 @@ FROZEN = re.compile("|".join(rf"\b{re.escape(row[n])}\b" for row in NOUNS for n 
 ITEMS = rows("animal_items.jsonl")
 FACTS = rows("short_facts.jsonl")
 # Every file of the project that a model is trained on.
-TRAINING = ("animal_training.jsonl", "animal_held_out.jsonl", "training_nouns.jsonl")
+TRAINING = ("animal_training.jsonl", "animal_shuffled.jsonl", "animal_held_out.jsonl", "training_nouns.jsonl")
 NOT_TRAINING = (
     "animal_nouns.jsonl",
     "animal_items.jsonl",
     "comparison_prompts.jsonl",
+    "everyday_questions.jsonl",
     "perplexity_texts.jsonl",
     "short_facts.jsonl",
     "story_endings.jsonl",
@@ -68,7 +73,7 @@ def test_no_noun_of_the_held_out_samples_is_trained_on():
 def test_the_notebook_trains_on_the_checked_files_alone():
     source = (ROOT / "notebooks/source/05_fine_tuning.py").read_text(encoding="utf-8")
     read = re.findall(r"read_conversations\(Path\(\"data/([\w.]+)\"\)\)", source)
-    assert read == ["animal_training.jsonl", "animal_held_out.jsonl"]
+    assert read == ["animal_training.jsonl", "animal_shuffled.jsonl", "animal_held_out.jsonl"]
 
 
 def test_the_search_for_frozen_nouns_finds_them():
@@ -77,7 +82,9 @@ def test_the_search_for_frozen_nouns_finds_them():
     assert not FROZEN.search("a goatee and a mothball")
 
 
-@pytest.mark.parametrize("name", ["animal_items.jsonl", "animal_training.jsonl", "animal_held_out.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["animal_items.jsonl", "animal_training.jsonl", "animal_shuffled.jsonl", "animal_held_out.jsonl"]
+)
 def test_the_files_are_what_the_script_makes(name, tmp_path, monkeypatch):
     for nouns in ("animal_nouns.jsonl", "training_nouns.jsonl"):
         (tmp_path / nouns).write_bytes((DATA / nouns).read_bytes())
@@ -134,6 +141,50 @@ def test_training_samples_answer_rightly():
             assert named == [word for word in asked if kinds[word] == "animal"]
 
 
+def sample_of(row: dict) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
+    """The kind of a training sample, its options, and the places of those that its reply names."""
+    question, reply = (message["content"] for message in row["messages"])
+    named = reply.lower().rstrip(".").split(", ")
+    if question.startswith("Is "):
+        kind, options = "yes_no", ["yes", "no"]
+    elif question.startswith("Which of these is "):
+        kind, options = "choice", re.search(r"animal: (.+)\? Answer", question)[1].split(" or ")
+    else:
+        kind, options = "list", re.search(r"animals: (.+)\? List", question)[1].split(", ")
+    return kind, tuple(options), tuple(options.index(name) for name in named)
+
+
+def test_shuffled_answers_keep_their_form_and_how_often_each_is_given():
+    true, shuffled = rows("animal_training.jsonl"), rows("animal_shuffled.jsonl")
+    places = {}
+    for name, samples in (("true", true), ("shuffled", shuffled)):
+        places[name] = Counter((kind, where) for kind, _, where in map(sample_of, samples))
+    assert places["true"] == places["shuffled"]
+    assert [row["messages"][0] for row in true] == [row["messages"][0] for row in shuffled]
+    # As in the true answers, a list names its nouns in the order of the question.
+    assert all(list(where) == sorted(where) for _, _, where in map(sample_of, shuffled))
+
+
+def test_shuffled_answers_know_nothing_of_animals():
+    """Of what is named, the share of animals is that of the options, and yes is as frequent for both kinds of noun."""
+    kinds = {row["noun"]: row["kind"] for row in rows("training_nouns.jsonl")}
+    right = {"yes_no": [], "choice": [], "list": []}
+    chance = {"yes_no": [], "choice": [], "list": []}
+    for row in rows("animal_shuffled.jsonl"):
+        kind, options, where = sample_of(row)
+        if kind == "yes_no":
+            noun = re.search(r"Is an? (\w+) an animal", row["messages"][0]["content"])[1]
+            right[kind].append((where == (0,)) == (kinds[noun] == "animal"))
+            chance[kind].append(0.5)
+            continue
+        animals = [kinds[option.split()[-1]] == "animal" for option in options]
+        right[kind] += [animals[place] for place in where]
+        chance[kind] += [sum(animals) / len(animals)] * len(where)
+    for kind, found in right.items():
+        # Within three standard errors of a mere draw.
+        assert abs(sum(found) - sum(chance[kind])) < 3 * (0.25 * len(found)) ** 0.5, kind
+
+
 def test_the_task_files_are_what_the_script_makes(tmp_path, monkeypatch):
     monkeypatch.setattr(make_tasks, "HERE", tmp_path)
     make_tasks.main()
@@ -178,3 +229,29 @@ def test_no_short_fact_is_in_a_text_that_a_model_is_trained_on():
     assert "the opposite of big is small" in trained
     for item in FACTS:
         assert f"{item['text']} {item['options'][item['answer']]}".lower() not in trained
+
+
+def test_what_is_published_about_the_real_pair_has_sources_and_agrees_with_the_rest_of_the_project():
+    with (DATA / "real_pair.csv").open(encoding="utf-8", newline="") as file:
+        rows = {row["as published"]: row for row in csv.DictReader(file)}
+    assert all(all(row.values()) for row in rows.values())
+    (board,) = (row for name, row in rows.items() if name.startswith("Open LLM Leaderboard, September 2023"))
+    assert float(board["Falcon-180B"]) == leaderboard.PUBLISHED["Falcon-180B"]
+    assert float(board["Llama-2-70B"]) == leaderboard.PUBLISHED["Llama 2"]
+    source = (ROOT / "notebooks/source/04_falcon_vs_llama.py").read_text(encoding="utf-8")
+    tokens = ast.literal_eval(re.search(r"^tokens = (.*)$", source, re.MULTILINE)[1])
+    hours = ast.literal_eval(re.search(r"^gpu_hours = (.*)$", source, re.MULTILINE)[1])
+    for model in ("Falcon-180B", "Llama-2-70B"):
+        assert f"{tokens[model] / 1e12:g} trillion" == rows["training tokens"][model]
+        assert rows["GPU hours"][model].endswith(f"{hours[model]:,.0f}")
+
+
+def test_tokens_per_parameter_and_chinchillas_size():
+    """As in the issue of the comparison: 19.6 and 29.0 tokens per parameter (Hoffmann et al. 2022 ask for about 20)."""
+    for name, tokens, expected in (("falcon-180B", 3.5e12, 19.6), ("Llama-2-70b-chat-hf", 2e12, 29.0)):
+        owner = "tiiuae" if "falcon" in name else "meta-llama"
+        size = machine.count_parameters(machine.published_config(f"{owner}/{name}"))
+        assert round(tokens / size, 1) == expected
+        # 20 tokens per parameter of the size that the rule gives take the same compute.
+        ideal = (machine.training_flop(size, tokens) / 120) ** 0.5
+        assert machine.training_flop(ideal, 20 * ideal) == pytest.approx(machine.training_flop(size, tokens))

@@ -35,6 +35,11 @@ SCORES = [
     for side in ("falcon", "llama")
     for rule in ("correct", "concise")
 ]
+ANSWERS = [
+    {"items": "choice", "side": side, "of": 40, "right": right, "wrong": wrong, "no answer": 40 - right - wrong,
+     "share": right / 40, "low": right / 80, "high": 0.9, "guessing": 0.5}
+    for side, right, wrong in (("mini", 10, 1), ("smol", 20, 20))
+]  # fmt: skip
 FIGURES = {
     "parameter_breakdown": lambda: figures.parameter_breakdown({"parameters": {"MLP": 75, "attention": 25}}, SUBJECT),
     "memory_by_precision": lambda: figures.memory_by_precision([MemoryEstimate("bf16", "inference", GIB)], {}, SUBJECT),
@@ -46,6 +51,7 @@ FIGURES = {
     "precision_comparison_long_reason": lambda: figures.precision_comparison([WITHOUT, *ROWS[1:]], SUBJECT),
     "logit_differences": lambda: figures.logit_differences({"int8": 0.03, "nf4": 0.0}, SUBJECT),
     "score_intervals": lambda: figures.score_intervals(SCORES, SUBJECT),
+    "reply_classes": lambda: figures.reply_classes(ANSWERS, SUBJECT),
     "loss_curve": lambda: figures.loss_curve([Point(5, 2.0)], 10, SUBJECT),
     "token_times": lambda: figures.token_times([0.08, 0.09, 0.102], SUBJECT),
     "nf4_code": lambda: figures.nf4_code(nf4_code(), [0.0, 0.5, 1.0], SUBJECT, NF4_TAIL),
@@ -236,7 +242,7 @@ def test_training_compute_of_the_article():
 def test_score_intervals_stand_where_the_scores_are():
     figure = figures.score_intervals(SCORES, SUBJECT)
     correct, concise = figure.axes
-    assert (correct.get_title(), concise.get_title()) == ("correct", "concise")
+    assert (correct.get_title(), concise.get_title()) == ("correct", "correct and concise")
     assert [label.get_text() for label in correct.get_yticklabels()] == ["yes_no", "all"]
     for container in correct.containers:
         marks, _, (bars,) = container
@@ -245,6 +251,30 @@ def test_score_intervals_stand_where_the_scores_are():
         assert ends == [pytest.approx([40, 70]), pytest.approx([15, 45])]
     falcon, llama = (container[0].get_ydata() for container in correct.containers)
     assert all(a < b for a, b in zip(falcon, llama, strict=True))
+
+
+def test_score_intervals_mark_what_a_guess_would_score():
+    rows = [row | {"guessing": 0.3 if row["rule"] == "correct" else None} for row in SCORES]
+    figure = figures.score_intervals(rows, SUBJECT)
+    correct, concise = figure.axes
+    lines = [group for group in correct.collections if group.get_linestyle()[0][1]]  # dashed
+    assert [segment[:, 0].tolist() for line in lines for segment in line.get_segments()] == [[30, 30]] * 2
+    assert not [group for group in concise.collections if group.get_linestyle()[0][1]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["falcon", "llama", "guessing"]
+
+
+def test_reply_classes_stack_to_the_whole_with_the_guessing_line():
+    figure = figures.reply_classes([*ANSWERS, *(row | {"items": "all"} for row in ANSWERS)], SUBJECT)
+    choice, everything = figure.axes
+    assert (choice.get_title(loc="left"), everything.get_title(loc="left")) == ("choice: 40 items", "all: 40 items")
+    assert [[bar.get_width() for bar in group] for group in choice.containers] == [[25, 50], [2.5, 50], [72.5, 0]]
+    assert [bar.get_x() for bar in choice.containers[2]] == [27.5, 100]
+    # numbers of replies; a segment too narrow for its number has none
+    assert [text for text in texts(choice) if text] == ["10", "20", "20", "29"]
+    assert [label.get_text() for label in choice.get_yticklabels()] == ["mini", "smol"]
+    (guess,) = choice.collections
+    assert guess.get_segments()[0][:, 0].tolist() == [50, 50]
+    assert [list(line.get_xdata()) for line in choice.lines] == [[12.5, 90], [25, 90]]
 
 
 def test_the_loss_curve_shows_both_losses_over_all_steps():

@@ -66,6 +66,21 @@ def test_every_profile_is_complete(name):
     assert all(ref.licence for ref in profile.models.values())
 
 
+def test_every_profile_names_the_model_to_repair():
+    """Falcon, and on the laptop the model that can read a list."""
+    for name in models.available():
+        profile = models.load_profile(name)
+        assert "repair" in yaml.safe_load((profiles.FOLDER / f"{name}.yaml").read_text())
+        assert profile.repaired is profile.models[profile.repair]
+        assert profile.repaired.family == ("llama" if name == "laptop" else "falcon")
+
+
+@pytest.mark.parametrize("role", ["falcon", "llama", "falcon_draft", "", None, 1, ["llama_chat"]])
+def test_only_a_chat_model_can_be_repaired(tmp_path, role):
+    with pytest.raises(profiles.ProfileError, match=r"repair: Input should be 'falcon_chat' or 'llama_chat'"):
+        profiles._read(changed(tmp_path, lambda fields: fields.update(repair=role)))
+
+
 def test_laptop_is_offline_and_names_its_stand_ins():
     laptop = models.load_profile("laptop")
     assert laptop.offline
@@ -80,6 +95,30 @@ def test_laptop_is_offline_and_names_its_stand_ins():
 def test_laptop_budgets_are_four_times_the_expected_time():
     for budget in models.load_profile("laptop").budgets.values():
         assert budget.seconds == budget.cell_seconds == max(120, 4 * budget.expected_seconds)
+
+
+def test_the_times_shown_are_those_of_the_profile_s_file():
+    written = yaml.safe_load((ROOT / "env" / "profiles" / "laptop.yaml").read_text(encoding="utf-8"))["budgets"]
+    shown = models.times(models.load_profile("laptop"))
+    assert list(shown.index) == [*written, "all"]
+    expected = [times["expected_seconds"] for times in written.values()]
+    assert [seconds_of(text) for text in shown["expected"]] == [*expected, sum(expected)]
+    ended = [times["seconds"] for times in written.values()]
+    assert [seconds_of(text) for text in shown["ended after"][:-1]] == ended
+
+
+def seconds_of(text):
+    """ "3 min 5 s" -> 185"""
+    units = {"s": 1, "min": 60, "h": 3600}
+    words = text.split()
+    return sum(float(number) * units[unit] for number, unit in zip(words[::2], words[1::2], strict=True))
+
+
+@pytest.mark.parametrize("name", GPU_PROFILES)
+def test_a_time_that_was_not_measured_is_a_dash(name):
+    shown = models.times(models.load_profile(name))
+    assert set(shown["expected"]) == {"–"}
+    assert all(seconds_of(text) >= 600 for text in shown["ended after"][:-1])
 
 
 @pytest.mark.parametrize("name", GPU_PROFILES)

@@ -515,7 +515,7 @@ def test_each_model_answers_the_same_question_in_its_own_format(comparing, minis
         reply = asked(loaded)
         assert comparing.replies[side].token_ids == reply.token_ids
         summary = html._reply_summary(comparing.replies[side])
-        assert texts[side] == f"{side}: {loaded.ref.name}{reply.text.strip()}{summary}"
+        assert texts[side] == f"{loaded.ref.name}{reply.text.strip()}{summary}"
     assert texts["chat"] != texts["base"]
     assert check_harmless(comparing.question.value).text == f"Question{QUESTION}"
     assert "at the same time" in comparing.status.value
@@ -542,6 +542,7 @@ def test_the_same_model_may_stand_on_both_sides(minis):
     panel = comparison._ComparisonPanel({"one": minis["chat"], "two": minis["chat"]}, GREEDY)
     say(panel, QUESTION)
     panel.wait(60)
+    assert [column.name for column in panel.columns.values()] == ["one", "two"]
     assert panel.replies["one"].text == panel.replies["two"].text == asked(minis["chat"]).text
 
 
@@ -592,7 +593,7 @@ def test_after_a_stop_no_further_model_is_loaded(falcon, refs):
     say(panel, QUESTION)
     panel.wait(60)
     assert said == ["writing ...", "Stopped."]
-    assert shown(panel)["second"] == f"second: {refs['chat'].name}"
+    assert shown(panel)["second"] == refs["chat"].name
 
 
 def test_a_question_too_long_for_one_model_is_answered_by_the_other(falcon, minis):
@@ -632,8 +633,8 @@ def test_the_sliders_set_the_sampling_of_the_comparison(comparing):
 
 def test_the_comparison_names_the_stand_ins_and_wraps_in_a_narrow_window(comparing):
     title, _, row, *_ = comparing.box.children
-    assert "<b>chat</b>: falcon-mini-chat (stand-in for tiiuae/falcon-180B-chat)" in title.value
-    assert "<b>base</b>: falcon-mini (stand-in for tiiuae/falcon-180B)" in title.value
+    assert "<b>falcon-mini-chat</b> (stand-in for tiiuae/falcon-180B-chat)" in title.value
+    assert "<b>falcon-mini</b> (stand-in for tiiuae/falcon-180B)" in title.value
     assert row.layout.flex_flow == "row wrap"
     assert row.children == tuple(column.view for column in comparing.columns.values())
     assert comparing.text.options == (QUESTION,)
@@ -645,12 +646,14 @@ def test_unattended_the_script_is_compared(minis, monkeypatch):
     monkeypatch.setenv("WORKBOOK_UNATTENDED", "1")
     view = panels.comparison_panel(minis, GREEDY, script=[QUESTION, EVIL])
     text = check_harmless(view).text
-    assert "chat: falcon-mini-chat (stand-in for tiiuae/falcon-180B-chat)" in text
+    assert "falcon-mini-chat (stand-in for tiiuae/falcon-180B-chat)" in text
     places = [text.index(f"Question{question}") for question in (QUESTION, EVIL)]
     for question, part in zip((QUESTION, EVIL), (text[places[0] : places[1]], text[places[1] :]), strict=True):
         assert all(asked(loaded, question).text.strip() in part for loaded in minis.values())
-    numbers = r"(\d+ tokens/s, )?first token after \d\.\d\d s"
-    assert re.search(f"Medians of 2 replies, written one at a time: chat {numbers}; base {numbers}$", text)
+    numbers = r"(\d+ tokens/s, \d+ characters/s, )?first token after \d\.\d\d s"
+    assert re.search(
+        f"Medians of 2 replies, written one at a time: falcon-mini-chat {numbers}; falcon-mini {numbers}$", text
+    )
 
 
 # Replies in a table
@@ -671,7 +674,9 @@ def compared():
         "left": (reply("A dog."), reply(""), reply("one\n  two")),
         "right": (reply(f"A cat. {EVIL}"), reply("dog " * 30, "length"), reply("x" * 300 + " " + "y" * 300)),
     }
-    return evaluation.Comparison(items, replies, {"left": "model <1>", "right": "model 2"}, {"left": 1, "right": 1})
+    names = {"left": "model <1>", "right": "model 2"}
+    labels = {**names, "right": "model 2 (stand-in)"}
+    return evaluation.Comparison(items, replies, labels, {"left": 1, "right": 1}, names)
 
 
 def cells(source):
@@ -682,19 +687,44 @@ def test_replies_stand_side_by_side_with_the_rules_verdicts_in_words(compared):
     source = panels.replies_html(compared)
     check_harmless(source)
     rows = cells(source)
-    assert rows[:3] == ["question", "leftmodel <1>", "rightmodel 2"]
-    assert rows[3:6] == [f"What? {EVIL}", "A dog.correct concise", f"A cat. {EVIL}wrong concise"]
-    assert rows[6:9] == ["Which?", "(no text)wrong long", f"{'dog ' * 29}dogcorrect long"]
+    assert rows[:3] == ["question", "model <1>", "model 2(stand-in)"]
+    assert rows[3:6] == [f"What? {EVIL}", "A dog.correct concise", f"A cat. {EVIL}wrong"]
+    assert rows[6:9] == ["Which?", "(no text)no answer", f"{'dog ' * 29}dogcorrect cut at the token limit"]
     assert rows[9:11] == ["Tell me.", "one\n  two"]
 
 
 def test_the_marks_are_those_of_the_comparison(compared):
     source = panels.replies_html(compared)
-    for rule, (word, other) in panels.MARKS.items():
-        verdicts = [verdict for side in compared.sides for verdict in compared.verdicts(side, rule)]
-        assert source.count(f">{word}</span>") == sum(verdicts)
-        assert source.count(f">{other}</span>") == len(verdicts) - sum(verdicts)
-    assert set(panels.MARKS) == set(evaluation.RULES)
+    classes = [word for side in compared.sides for word in compared.classes(side)]
+    for mark, name in (("correct", "right"), ("wrong", "wrong"), ("no answer", "no answer")):
+        assert source.count(f">{mark}</span>") == classes.count(name)
+    concise = [verdict for side in compared.sides for verdict in compared.verdicts(side, "concise")]
+    assert source.count(">concise</span>") == sum(concise) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "marks"),
+    [
+        ("A dog.", "end", "correct concise"),
+        ("dog " * 13, "end", "correct long"),
+        ("A dog.", "length", "correct cut at the token limit"),
+        ("Ainit.", "end", "no answer"),
+        ("cat " * 13, "length", "wrong cut at the token limit"),
+    ],
+)
+def test_only_a_correct_reply_is_concise_or_long_and_a_cut_one_is_marked(text, reason, marks):
+    item = evaluation.Item("a", "kind", "Which?", ("dog",), ("cat",))
+    compared = evaluation.Comparison((item,), {"x": (reply(text, reason),)}, {"x": "model"}, {"x": 1})
+    assert cells(panels.replies_html(compared))[-1] == f"{text.strip()}{marks}"
+
+
+def test_a_reply_that_only_rules_score_is_marked_but_need_not_be_concise():
+    from helpers.evaluation.rules import _Rule
+
+    item = evaluation.Item("a", "arithmetic", "2 + 3?", rules=(_Rule("number", 5),))
+    for text, mark in (("It is 5." + " So it is 5." * 9, "correct"), ("6", "wrong")):
+        compared = evaluation.Comparison((item,), {"x": (reply(text),)}, {"x": "model"}, {"x": 1})
+        assert cells(panels.replies_html(compared))[-1] == f"{text}{mark}"
 
 
 def test_a_long_reply_is_cut_with_an_ellipsis(compared):

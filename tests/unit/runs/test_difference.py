@@ -54,7 +54,7 @@ def model(name):
 
 
 VALUES = {
-    "00_a": {"size": value(2.5, "x", expected=2.5, tolerance=0.1, claim="A5", agrees=True), "layers": value(80)},
+    "00_a": {"size": value(2.5, "x", expected=2.5, tolerance=0.1, claim="A22", agrees=True), "layers": value(80)},
     "01_b": {"speed": value(10.0, "tokens/s"), "reply": value("a saddle", model=LABEL), "quantized": value(False)},
 }
 
@@ -198,10 +198,10 @@ def test_another_unit_or_model_or_judgement_is_named(runs):
     set_value(runs[1], "01_b", "reply", model="falcon-180B")
     found = difference.compare_runs(*runs)
     assert line(found, "size").verdict == BEYOND
-    assert line(found, "size").notes == ("unit: x → times", "agrees with A5: yes → no")
+    assert line(found, "size").notes == ("unit: x → times", "agrees with A22: yes → no")
     assert line(found, "reply").notes == (f"model: {LABEL} → falcon-180B",)
     (claim,) = found.claims
-    assert claim.what.startswith("A5: ")
+    assert claim.what.startswith("A22: ")
     assert (claim.first, claim.second) == ("confirmed", "not confirmed")
 
 
@@ -308,7 +308,7 @@ def test_the_page_says_all_and_loads_nothing(runs):
     assert path == runs[1] / "diff-A.html"
     text = path.read_text(encoding="utf-8")
     page = Page(text)
-    for shown in ("B beside A", "3 differences beyond tolerance", "2.5 x", "3.5 x", "+40%", "± 0.1", "agrees with A5",
+    for shown in ("B beside A", "3 differences beyond tolerance", "2.5 x", "3.5 x", "+40%", "± 0.1", "agrees with A22",
                   "<b>a saddle</b> [red]", "beyond machine noise", "2.14.0", "not confirmed", "failed"):  # fmt: skip
         assert shown in page.text
     assert page.text.index("reply") < page.text.index("quantized")  # what differs comes first
@@ -350,7 +350,7 @@ def test_the_text_fits_the_terminal_and_loses_nothing(runs, width):
         "[red]",
         "beyond tolerance",
         "2.14.0",
-        "A5: ",
+        "A22: ",
         "1 beyond machine noise",
     ):
         assert shown in text
@@ -386,7 +386,7 @@ def test_two_real_runs(tmp_path, monkeypatch):
         for index, (text, tags) in enumerate([
             ('profile = "laptop"\nseed = 0', ["parameters"]),
             ("import time\nfrom helpers import runs\n"
-             "runs.record('drawn', seed * 1.5, claim='A1', agrees=seed < 2)\n"
+             "runs.record('drawn', seed * 1.5, claim='A22', agrees=seed < 2)\n"
              "runs.record('clock', time.perf_counter(), 's')", []),
         ])
     ]  # fmt: skip

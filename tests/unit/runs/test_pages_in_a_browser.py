@@ -1,16 +1,24 @@
-"""D6: a browser opens the page of a hostile notebook and asks the network for nothing. Skipped without Chromium."""
+"""What a browser makes of a run's pages. Skipped without Chromium.
 
+D6: it opens the page of a hostile notebook and asks the network for nothing. Solutions of exercises are folded.
+"""
+
+import re
 import shutil
 import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, writes
 
-from helpers.runs import pages
+from helpers.base.files import ROOT
+from helpers.runs import pages, rendering
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# ``innerText`` is the text that is rendered.
+SHOW = "<script>document.body.setAttribute('data-seen', document.body.innerText)</script>"
 
 
 @pytest.fixture
@@ -81,3 +89,32 @@ def test_a_hostile_page_asks_the_network_for_nothing(tmp_path, asked):
     (tmp_path / "policy.html").write_text(f"<html><head>{policy}</head><body><img{unscripted}</body></html>")
     browse(tmp_path / "policy.html", tmp_path / "profile")
     assert requests == ["/bare"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_solutions_are_folded_until_the_reader_opens_them(tmp_path):
+    sources = sorted((ROOT / "notebooks" / "source").glob("*.py"))
+    everything = new_notebook(cells=[cell for path in sources for cell in rendering._source_notebook(path).cells])
+    (tmp_path / "run" / "notebooks").mkdir(parents=True)
+    (tmp_path / "run" / "notebooks" / "all.ipynb").write_text(writes(everything), encoding="utf-8")
+    pages._write_pages(tmp_path / "run", ["all"])
+    page = tmp_path / "run" / "html" / "all.html"
+    # The browser's own tree: a <details> that ended too early would leave the code outside of it.
+    tree = BeautifulSoup(browse(page, tmp_path / "profile"), "html.parser")
+    folds = [fold.extract() for fold in tree.find_all("details") if fold.summary.get_text() == "Solution"]
+    numbers = [re.findall(r'check\("(.*?)"', fold.get_text()) for fold in folds]
+    checks = [re.findall(r'check\("(.*?)"', c.source) for c in everything.cells if c.cell_type == "code"]
+    assert numbers == [names for names in checks if names]
+    lines = {" ".join(line.split()) for fold in folds for line in fold.pre.get_text().splitlines()}
+    # Some lines, such as the checks, are outside of the solutions too.
+    outside = " ".join(tree.get_text().split())
+    solved = [line for line in lines if len(line) > 30 and line not in outside]
+    assert len(solved) > 40
+    # What the page shows, without and with the solutions opened. Only this copy of it may run a script.
+    text = page.read_text(encoding="utf-8").replace("Content-Security-Policy", "x-none")
+    for opened in (False, True):
+        copy = page.with_name("seen.html")
+        copy.write_text((text.replace("<details>", "<details open>") if opened else text) + SHOW, encoding="utf-8")
+        shown = BeautifulSoup(browse(copy, tmp_path / "profile"), "html.parser").body["data-seen"]
+        assert [line for line in solved if (line in " ".join(shown.split())) is not opened] == []

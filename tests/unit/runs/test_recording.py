@@ -94,7 +94,7 @@ def test_other_values_are_refused_by_name(run, value):
 
 @pytest.mark.parametrize(("agrees", "kept"), [(True, True), (np.bool_(False), False), (None, None)])
 def test_a_judgement_and_its_model_are_kept(run, agrees, kept):
-    recording.record("ratio", 2.6, claim="A5", agrees=agrees, model="falcon-mini (stand-in for x)")
+    recording.record("ratio", 2.6, claim="A22", agrees=agrees, model="falcon-mini (stand-in for x)")
     entry = stored(run)["values"]["01_x"]["ratio"]
     assert entry["agrees"] is kept
     assert entry["model"] == "falcon-mini (stand-in for x)"
@@ -120,18 +120,18 @@ def test_a_section_is_recorded_with_one_call(run):
             "share": base.Measured(0.5, "of all", "A2", tolerance=0.2, model="falcon-180B"),
             "same": base.Measured(True),
         },
-        claim="A1", model="falcon-mini", tolerance=0.01, unit="x",
+        claim="A22", model="falcon-mini", tolerance=0.01, unit="x",
     )  # fmt: skip
     entries = stored(run)["values"]["01_x"]
     kept = {
         name: (e["value"], e["unit"], e["claim"], e["floor"], e["agrees"], e["model"]) for name, e in entries.items()
     }
     assert kept == {
-        "loss": (2.5, "nats", "A1", 0.01, True, "falcon-mini"),
-        "layers": (80, "x", "A1", 0.01, None, "falcon-mini"),
-        "reply": ("a saddle", "x", "A1", None, None, "falcon-mini"),
+        "loss": (2.5, "nats", "A22", 0.01, True, "falcon-mini"),
+        "layers": (80, "x", "A22", 0.01, None, "falcon-mini"),
+        "reply": ("a saddle", "x", "A22", None, None, "falcon-mini"),
         "share": (0.5, "of all", "A2", 0.2, None, "falcon-180B"),
-        "same": (True, "x", "A1", None, None, "falcon-mini"),
+        "same": (True, "x", "A22", None, None, "falcon-mini"),
     }
     assert [(entry.name, entry.verdict) for entry in shown] == [
         ("loss", "differs"), ("layers", "as expected"), ("reply", "as expected"), ("share", "unmeasured"),
@@ -208,7 +208,7 @@ def test_recap_table(run):
     recording.record("speed", 12.3456789, "tokens/s")
     table = recording.recorded()
     assert list(table.index) == ["loss", "layers", "speed"]
-    assert list(table["verdict"]) == ["differs", "as expected", "unmeasured"]
+    assert list(table["earlier runs"]) == ["differs from earlier runs", "as expected", "no earlier run"]
     assert list(table["value"]) == ["2.5", "80", "12.3457 tokens/s"]
     assert list(table["expected"]) == ["2 ± 0.1", "80", "–"]
     assert list(table["claim"]) == ["", "A8", ""]
@@ -237,7 +237,7 @@ def test_record_shows_itself_escaped(run):
     assert "2 ± 0.1" in html
     assert "&lt;A1&gt;" in html
     assert "<A1>" not in html
-    assert str(recording.record("n", 1_000_000)) == "n: 1,000,000 | no expected value | unmeasured"
+    assert str(recording.record("n", 1_000_000)) == "n: 1,000,000 | no earlier run"
 
 
 def test_figure_is_saved_listed_and_returned(run):

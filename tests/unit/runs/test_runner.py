@@ -798,6 +798,7 @@ def test_a_declared_precision_is_the_profile_s_its_list_or_a_literal_one():
     ]  # fmt: skip
     assert [model.precisions for model in found] == [(profile.precision, "nf4"), profile.precisions, ("fp32",)]
     assert declared({"laptop/falcon": ["profile"]})[0].precisions == (load_profile("laptop").precision,)
+    assert declared({"repair": ["nf4"]}) == declared({profile.repair: ["nf4"]})
     assert declared({"falcon_draft": ["fp32"]}) == ()  # this profile has no draft
     assert _declared_models({"metadata": {}, "cells": []}, profile, "x") == ()
 

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
-from helpers import models
+from helpers import models, training
 from helpers.base.files import ROOT
 from helpers.generation import Sampling, generate
 from helpers.models import format_for, load_profile
@@ -586,3 +586,20 @@ def test_nothing_is_merged_over_what_is_there(tuned, tmp_path):
     with pytest.raises(FinetuneError, match="is there already"):
         merge(tuned.adapter_dir, tmp_path / "merged")
     assert (tmp_path / "merged" / "mine.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("losses", "step"),
+    [
+        ([3.0, 1.04, 1.0, 1.2], 10),  # 1.96 of a fall of 2 is 98%
+        ([3.0, 1.2, 1.0, 1.2], 20),  # 1.8 of 2 is 90%
+        ([3.0, 2.0, 1.5, 1.0], 30),
+        ([3.0, 3.5], None),
+        ([3.0], None),
+        ([], None),
+    ],
+)
+def test_the_step_by_which_the_held_out_loss_has_settled(losses, step, tuned):
+    history = [training.Point(10 * number, held_out_loss=loss) for number, loss in enumerate(losses)]
+    history.insert(1, training.Point(5, loss=0.1))  # the training loss says nothing about it
+    assert replace(tuned, history=tuple(history)).settled_step == step
