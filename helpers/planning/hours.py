@@ -91,29 +91,35 @@ def _estimate(profile: Profile, works: Mapping[str, Sequence[Work]], other: Mapp
                     other.get(name, 0) + files.loads * _LOAD_SECONDS + (files.read + files.written) / disk + passes
                 )
                 times.append(_Hour(card.name, disk, seconds))
-        hours.append(_Hours(name, files.loads, files.read, files.written, files.unsaved, tuple(times)))
+        hours.append(_Hours(name, files.loads, files.read, files.written, files.unsaved, files.later, tuple(times)))
     return tuple(hours)
 
 
 @dataclass(frozen=True)
 class _Files:
-    """Bytes that the loads of a notebook read and write; ``unsaved``: those read if no copy were saved."""
+    """Bytes that the loads of a notebook read and write.
+
+    ``unsaved``: those read if no copy were saved; ``later``: by another run, which finds all copies.
+    """
 
     loads: int
     read: int
     written: int
     unsaved: int
+    later: int
 
     @classmethod
     def of(cls, entries: Sequence[Work], saved: set[tuple[str, str]]) -> _Files:
         """Count them; ``saved`` are the copies that there are, and gains those that are saved now."""
-        loads = read = written = unsaved = 0
+        loads = read = written = unsaved = later = 0
         for work in entries:
             if work.kind == "load":
                 more_read, more_written = _load_bytes(work, saved)
                 loads, unsaved = loads + work.count, unsaved + work.count * _file_bytes(work.ref)
                 read, written = read + more_read, written + more_written
-        return cls(loads, read, written, unsaved)
+                # By now each copy is there.
+                later += _load_bytes(work, saved)[0]
+        return cls(loads, read, written, unsaved, later)
 
 
 def _fits(work: Work, profile: Profile) -> bool:

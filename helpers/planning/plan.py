@@ -184,7 +184,8 @@ class _Hour:
 class _Hours:
     """What a notebook will take on the profile's GPUs, estimated.
 
-    ``read_bytes`` and ``written_bytes`` are those of model files; ``unsaved_bytes`` would be read without saved copies.
+    ``read_bytes`` and ``written_bytes`` are those of model files. ``unsaved_bytes`` would be read without saved copies,
+    ``later_bytes`` are read by another run, which finds them.
     """
 
     notebook: str
@@ -192,6 +193,7 @@ class _Hours:
     read_bytes: int
     written_bytes: int
     unsaved_bytes: int
+    later_bytes: int
     times: tuple[_Hour, ...]
 
 

@@ -56,12 +56,13 @@ def _notes(hours: Sequence[_Hours]) -> Iterator[str]:
         "From the bytes that loads read, the tokens that are written and read, and the training steps that each "
         "notebook declares; helpers/planning/hours.py says what is assumed. A budget is three times the slowest."
     )
-    read, unsaved = sum(hour.read_bytes for hour in hours), sum(hour.unsaved_bytes for hour in hours)
-    written = sum(hour.written_bytes for hour in hours)
+    written, read = sum(hour.written_bytes for hour in hours), sum(hour.read_bytes for hour in hours)
+    unsaved, later = sum(hour.unsaved_bytes for hour in hours), sum(hour.later_bytes for hour in hours)
     if written:
         yield (
-            f"Quantized copies are saved at the first load if the disk of .cache has {gib(written)} free for them. "
-            f"Without them, {_terabytes(unsaved)} TB would be read, not {_terabytes(read)}."
+            f"Quantized copies are saved at the first load if the disk of .cache has {gib(written)} free for them. The "
+            f"first run then reads {_terabytes(read)} TB, each later one {_terabytes(later)}; without copies, "
+            f"every run reads {_terabytes(unsaved)}."
         )
     yield (
         "Linux keeps files that were read in memory that is free. A model read again soon comes from there if the "

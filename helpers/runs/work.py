@@ -26,21 +26,24 @@ _KINDS: tuple[Kind, ...] = ("load", "reply", "read", "train")
 _COUNTS = ("tokens", "prompt", "together")
 
 
-def declared_work(profile: Profile, folder: Path, given: Mapping[str, str] | None = None) -> dict[str, list[Work]]:
-    """What each notebook of a folder does with the profile's models, by its name; ``given``: parameters, as texts.
+def declared_work(profile: Profile, folder: Path) -> dict[str, list[Work]]:
+    """What each notebook of a folder that declares it does with the profile's models, by the notebook's name.
 
     Raises UsageError for a declaration that is not valid.
     """
     works: dict[str, list[Work]] = {}
-    for plan in _plan_run(profile, folder, (), given or {}, {}):
-        declaration = _metadata(_read_notebook(plan.path)).get("work", {})
-        if not isinstance(declaration, dict):
+    for plan in _plan_run(profile, folder, (), {}, {}):
+        declaration = _metadata(_read_notebook(plan.path)).get("work")
+        if declaration is None:
+            continue
+        if not isinstance(declaration, dict) or not all(isinstance(entries, list) for entries in declaration.values()):
             raise UsageError(f"{plan.name}: `workbook: work:` must name roles, each with a list of entries.")
         declared = {model.role: model for model in plan.models or ()}
         works[plan.name] = []
-        for role, entries in declaration.items():
+        for name, entries in declaration.items():
+            role = profile.repair if name == "repair" else name
             if role not in declared:
-                raise UsageError(f"{plan.name} declares work of {role!r}, but no such model. Add it to `models:`.")
+                raise UsageError(f"{plan.name} declares work of {name!r}, but no such model. Add it to `models:`.")
             for entry in entries:
                 works[plan.name] += _works(declared[role], entry, plan, profile)
     return works

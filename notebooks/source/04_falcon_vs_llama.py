@@ -16,7 +16,9 @@
 #         - {load: 1, in_turn: 9}
 #         - {reply: 6, tokens: max_new_tokens, prompt: 50}
 #         - {reply: 89, tokens: max_new_tokens, prompt: 75, together: batch_size}
-#         - {reply: 225, tokens: 24, prompt: 50, together: batch_size}
+#         - {reply: 168, tokens: 24, prompt: 50, together: batch_size}
+#         - {reply: [2, 28], tokens: 24, prompt: 50, together: 28}
+#         - {reply: 1, tokens: 24, prompt: 35}
 #         - {read: 288, tokens: 50, together: 16}
 #         - {read: [2, 40], tokens: 250, together: 16}
 #         - {read: [4, tested_pairs], tokens: 250, together: 16}

