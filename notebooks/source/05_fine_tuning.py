@@ -38,7 +38,7 @@
 # %% tags=["parameters"]
 profile = "laptop"
 seed = 0
-steps = 60
+steps = 50
 batch_size = 8
 learning_rate = 0.002
 rank = 16
@@ -367,8 +367,9 @@ panels.replies_html(test, saddles)
 runs.record_figure("stages", figures.reply_classes(test.answers(), f"{name}, nf4"))
 
 # %% [markdown]
-# All three stages answered the same items, so each difference is paired. What random answers gain is form. What true answers gain
-# on top of it can be knowledge. (The [intervals](GLOSSARY.md#interval) treat the items as independent; each noun is in four or
+# All three stages answered the same items, so each difference is paired. What random answers gain is form. What true answers
+# gain on top of it can be knowledge. By likelihood nothing is written: there, random answers can only take away a preference
+# for one of the two words. (The [intervals](GLOSSARY.md#interval) treat the items as independent; each noun is in four or
 # five of them, so they are somewhat too narrow.)
 
 # %%

@@ -239,8 +239,8 @@ def test_what_is_published_about_the_real_pair_has_sources_and_agrees_with_the_r
     assert float(board["Falcon-180B"]) == leaderboard.PUBLISHED["Falcon-180B"]
     assert float(board["Llama-2-70B"]) == leaderboard.PUBLISHED["Llama 2"]
     source = (ROOT / "notebooks/source/04_falcon_vs_llama.py").read_text(encoding="utf-8")
-    tokens = ast.literal_eval(re.search(r"^tokens = (.*)$", source, re.MULTILINE)[1])
-    hours = ast.literal_eval(re.search(r"^gpu_hours = (.*)$", source, re.MULTILINE)[1])
+    tokens = ast.literal_eval(re.search(r"^tokens = (\{.*)$", source, re.MULTILINE)[1])
+    hours = ast.literal_eval(re.search(r"^gpu_hours = (\{.*)$", source, re.MULTILINE)[1])
     for model in ("Falcon-180B", "Llama-2-70B"):
         assert f"{tokens[model] / 1e12:g} trillion" == rows["training tokens"][model]
         assert rows["GPU hours"][model].endswith(f"{hours[model]:,.0f}")
