@@ -34,19 +34,22 @@ def declared_work(profile: Profile, folder: Path) -> dict[str, list[Work]]:
     works: dict[str, list[Work]] = {}
     for plan in _plan_run(profile, folder, (), {}, {}):
         declaration = _metadata(_read_notebook(plan.path)).get("work")
-        if declaration is None:
-            continue
-        if not isinstance(declaration, dict) or not all(isinstance(entries, list) for entries in declaration.values()):
-            raise UsageError(f"{plan.name}: `workbook: work:` must name roles, each with a list of entries.")
-        declared = {model.role: model for model in plan.models or ()}
-        works[plan.name] = []
-        for name, entries in declaration.items():
-            role = profile.repair if name == "repair" else name
-            if role not in declared:
-                raise UsageError(f"{plan.name} declares work of {name!r}, but no such model. Add it to `models:`.")
-            for entry in entries:
-                works[plan.name] += _works(declared[role], entry, plan, profile)
+        if declaration is not None:
+            works[plan.name] = list(_of_notebook(plan, declaration, profile))
     return works
+
+
+def _of_notebook(plan: _Plan, declaration: object, profile: Profile) -> Iterator[Work]:
+    """All that one notebook declares. Raises UsageError for a declaration that is not valid."""
+    if not isinstance(declaration, dict) or not all(isinstance(entries, list) for entries in declaration.values()):
+        raise UsageError(f"{plan.name}: `workbook: work:` must name roles, each with a list of entries.")
+    declared = {model.role: model for model in plan.models or ()}
+    for name, entries in declaration.items():
+        role = profile.repair if name == "repair" else name
+        if role not in declared:
+            raise UsageError(f"{plan.name} declares work of {name!r}, but no such model. Add it to `models:`.")
+        for entry in entries:
+            yield from _works(declared[role], entry, plan, profile)
 
 
 def _works(model: _DeclaredModel, entry: object, plan: _Plan, profile: Profile) -> Iterator[Work]:

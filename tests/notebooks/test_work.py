@@ -9,12 +9,13 @@ from tests.notebooks.counted import count, declared
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["01_loading", "03_chat_prompting"])
-def test_a_notebook_does_what_its_header_declares(name):
+@pytest.mark.parametrize(("name", "more_loads"), [("01_loading", 1), ("03_chat_prompting", 0)])
+def test_a_notebook_does_what_its_header_declares(name, more_loads):
+    """01's plain lines load the laptop's Falcon on every profile; only here is it also the profile's own."""
     counted = count(name)
     for model, at_most in declared(name).items():
         done = counted[model]
-        assert done["loads"] == at_most["loads"], f"{name}, {model}: correct `work:` in its header"
+        assert done["loads"] == at_most["loads"] + more_loads, f"{name}, {model}: correct `work:` in its header"
         # A reply may end early; prompts differ by some tokens from one tokenizer to the next.
         assert at_most["steps"] / 6 <= done["steps"] <= at_most["steps"], (name, model, done, at_most)
         assert at_most["passes"] / 2 <= done["passes"] <= at_most["passes"] * 1.5, (name, model, done, at_most)
