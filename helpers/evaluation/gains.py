@@ -76,7 +76,8 @@ class Gain:
             whole = self.whole
             change = "The score fell" if whole.high < 0 else "No gain can be told from chance"
             return f"{change} ({_signed(whole)}), so there is no share of form."
-        said = f"{_percent(share.estimate)} of the gain ({_percent(share.low)} to {_percent(share.high)}) comes from random answers too"
+        interval = f"({_percent(share.low)} to {_percent(share.high)})"
+        said = f"{_percent(share.estimate)} of the gain {interval} comes from random answers too"
         if self.knowledge.low <= 0 <= self.knowledge.high:
             return f"{said}: true answers cannot be told from random ones."
         if self.knowledge.high < 0:

@@ -117,13 +117,13 @@ pd.DataFrame.from_dict(overview, orient="index", columns=columns)
 # %% [markdown]
 # ### Speed: one question at a time
 #
-# A model's speed is that of a single reply, so four of the questions are asked one at a time. The table has medians over these
+# A model's speed is that of a single reply, so three of the questions are asked one at a time. The table has medians over these
 # replies. A conversation takes more memory than the weights: each token adds its keys and values to the cache. The two models
 # cut text into different tokens, so only characters per second compare them.
 
 # %%
 greedy = Sampling(temperature=0, max_new_tokens=max_new_tokens, seed=seed)
-timed = [item for item in prompts if item.id in ("story-1", "fact-5", "instruction-6", "opinion-2")]
+timed = [item for item in prompts if item.id in ("story-1", "fact-5", "opinion-2")]
 single = evaluation.compare(timed, sides, greedy, precision=settings.precision)
 panels.replies_html(single)
 

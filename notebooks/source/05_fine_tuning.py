@@ -38,7 +38,7 @@
 # %% tags=["parameters"]
 profile = "laptop"
 seed = 0
-steps = 50
+steps = 40
 batch_size = 8
 learning_rate = 0.002
 rank = 16
@@ -249,7 +249,7 @@ name, label = settings.repaired.name, settings.repaired.label
 print(f"05 repairs {label}")
 items = evaluation.read_items(Path("data/animal_items.jsonl"))
 everyday = evaluation.read_items(Path("data/everyday_questions.jsonl"))
-texts = evaluation.read_texts(Path("data/perplexity_texts.jsonl"))[:16]
+texts = evaluation.read_texts(Path("data/perplexity_texts.jsonl"))[:12]
 
 # %% [markdown]
 # A reply shows form and knowledge at once: "A stork is a bird" is no yes and no no. So we ask the yes-or-no questions in a second
@@ -300,7 +300,7 @@ recipe = training.Recipe(
     rank=rank,
     alpha=2 * rank,
     gradient_checkpointing=gradient_checkpointing,
-    evaluate_every=max(1, steps // 6),
+    evaluate_every=max(1, steps // 4),
     seed=seed,
 )
 recipe

@@ -33,8 +33,8 @@ def test_the_interval_of_the_share_is_that_of_a_ratio_of_sums():
     ("before", "placebo", "true", "share", "said"),
     [
         (20, 50, 80, 0.5, "50% of the gain (37% to 63%) comes from random answers too: random answers gain +0.30"),
-        (20, 20, 80, 0.0, "0% of the gain (0% to 0%) comes from random answers too: random answers show no gain that can be told from"),
-        (20, 80, 80, 1.0, "100% of the gain (100% to 100%) comes from random answers too: true answers cannot be told from random ones."),
+        (20, 20, 80, 0.0, "0% of the gain (0% to 0%) comes from random answers too: random answers show no gain"),
+        (20, 80, 80, 1.0, "100% of the gain (100% to 100%) comes from random answers too: true answers cannot be told"),
         (20, 90, 60, 1.75, "true answers do worse than random ones."),
         (50, 80, 50, None, "No gain can be told from chance (+0.00 (-0.04 to +0.04)), so there is no share"),
         (80, 50, 20, None, "The score fell (-0.60"),
