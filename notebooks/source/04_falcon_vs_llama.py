@@ -8,13 +8,13 @@
 #       falcon_chat:
 #         - {load: 1, in_turn: 9}
 #         - {reply: 1, tokens: 24, prompt: 31}
-#         - {reply: 6, tokens: max_new_tokens, prompt: 40}
+#         - {reply: 5, tokens: max_new_tokens, prompt: 40}
 #         - {reply: 89, tokens: max_new_tokens, prompt: 60, together: batch_size}
 #         - {reply: 169, tokens: 24, prompt: 34, together: batch_size}
 #         - {read: 434, tokens: 36, together: 16}
 #       llama_chat:
 #         - {load: 1, in_turn: 9}
-#         - {reply: 6, tokens: max_new_tokens, prompt: 50}
+#         - {reply: 5, tokens: max_new_tokens, prompt: 50}
 #         - {reply: 89, tokens: max_new_tokens, prompt: 75, together: batch_size}
 #         - {reply: 168, tokens: 24, prompt: 50, together: batch_size}
 #         - {reply: [2, 28], tokens: 24, prompt: 50, together: 28}
