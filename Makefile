@@ -1,4 +1,4 @@
-# PYTHON=/path/to/python3.11 chooses the Python, LOCK=gpu the CUDA build of torch; .venv keeps both choices.
+# PYTHON=/path/to/python3.11 chooses the Python, LOCK=gpu the CUDA build of torch that the driver runs; .venv keeps both choices.
 # FAULTS_SEED=1 chooses other random moments.
 .PHONY: setup run test faults lint lab render lock
 

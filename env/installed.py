@@ -1,6 +1,6 @@
 """Say how the packages of the Python that runs this differ from lock files, as JSON: installed.py [FILE...]
 
-Without files, from the lock of the build of torch that is installed.
+Without files, from the lock that the set-up was asked for; if it made no .venv here, from that of the installed torch.
 
 The set-up asks this of .venv, `workbook doctor` of its own Python. Files are compared by their lengths, which takes a
 third of a second; whoever changes a library in place and keeps its length is not found out.
@@ -16,6 +16,9 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+LOCKS = Path(__file__).resolve().parent / "requirements"
+CUDA_LOCKS = ("gpu", "gpu12")
+
 
 def compare(files: Iterable[Path], packages: Path) -> list[dict[str, str]]:
     """Return how the folder ``packages`` differs from the pins of the lock files: the pin, a kind, and what was found.
@@ -30,7 +33,7 @@ def compare(files: Iterable[Path], packages: Path) -> list[dict[str, str]]:
     for path in files:
         for pin, name, version in pins_for_this_python(path.read_text(encoding="utf-8")):
             kind, words = judge(name, version, found.get(normal(name), []), sizes)
-            if not kind and (name, path.stem) == ("torch", "gpu") and not built_for_cuda(packages):
+            if not kind and name == "torch" and path.stem in CUDA_LOCKS and not built_for_cuda(packages):
                 kind, words = "other", f"torch {version} is built for the CPU, not for CUDA"
             if kind:
                 problems.append({"pin": pin, "kind": kind, "found": words})
@@ -102,11 +105,26 @@ def built_for_cuda(packages: Path) -> bool:
 
 
 def lock_of(packages: Path) -> Path:
-    """Return the lock of the installed build of torch."""
-    cpu = any(packages.glob("torch-*+cpu.dist-info"))
+    """Return the lock that this environment was set up with, as its stamp says; else that of the installed torch."""
+    try:
+        name = json.loads((Path(sys.prefix) / "setup.json").read_text(encoding="utf-8"))["lock"]
+    except (OSError, ValueError, TypeError, KeyError):
+        name = ""
+    if name not in ("cpu", *CUDA_LOCKS):
+        name = lock_by_torch(packages)
+    return LOCKS / f"{name}.txt"
+
+
+def lock_by_torch(packages: Path) -> str:
+    """Return the name of the lock that the installed build of torch is from."""
     # macOS has one build of torch, and only the CPU's lock serves it.
-    name = "cpu.txt" if cpu or sys.platform == "darwin" else "gpu.txt"
-    return Path(__file__).resolve().parent / "requirements" / name
+    if any(packages.glob("torch-*+cpu.dist-info")) or sys.platform == "darwin":
+        return "cpu"
+    for name in reversed(CUDA_LOCKS):
+        for _, package, version in pins_for_this_python((LOCKS / f"{name}.txt").read_text(encoding="utf-8")):
+            if package == "torch" and any(packages.glob(f"torch-{version}.dist-info")):
+                return name
+    return "gpu"
 
 
 def main(arguments: list[str]) -> None:

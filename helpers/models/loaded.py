@@ -91,6 +91,8 @@ class LoadReport:
     cache_bytes_per_token: int = 0  # keys and values of one sequence
     grouped_cache: bool = False  # Falcon with a cache of its key-value heads only: see workarounds.grouped_cache
     commit: str | None = None  # of a hub's repository, and whether the profile pins it
+    copied: bool = False  # from a quantized copy that an earlier load saved: see helpers.models.kept
+    read_bytes: int = 0  # of the tensors in the files that were read
 
 
 def _build_report(ref: ModelRef, precision: str, model: PreTrainedModel, device_map: DeviceMap) -> LoadReport:
@@ -141,6 +143,7 @@ def report_table(loaded: Loaded) -> pd.DataFrame:
         "types": _shares(report.dtypes),
         "devices": _shares(report.devices),
         "loaded in": f"{report.seconds:.1f} s",
+        "read": f"{human(report.read_bytes)}, {'a saved quantized copy' if report.copied else 'the published files'}",
         "Falcon repair": "applied while loading" if report.repaired else "not needed",
         "KV cache": f"{cache}, grouped" if report.grouped_cache else cache,
     }

@@ -19,7 +19,7 @@ from helpers.base.hashes import unchanged
 from helpers.base.progress import bar_class, bars, weights_bar
 from helpers.base.units import DTYPES, PRECISIONS, QUANTIZED
 from helpers.machine.memory import Workload
-from helpers.models.checkpoint import LoadError, _checked
+from helpers.models.checkpoint import LoadError, _checked, _inspect
 from helpers.models.devices import (
     STRATEGIES,
     DeviceMap,
@@ -31,6 +31,7 @@ from helpers.models.devices import (
 from helpers.models.finding import _load_errors, _read_config, _read_tokenizer, _recheck, resolve
 from helpers.models.formats import format_for
 from helpers.models.hub import _describe_commit
+from helpers.models.kept import _find_copy, _save_copy
 from helpers.models.layers import _quantized_layers
 from helpers.models.loaded import Loaded, _build_report, _dtype, _note_load
 from helpers.models.matching import _check_layers
@@ -97,7 +98,8 @@ def load(
     (``workarounds.grouped_cache``); if False, that of transformers. ``options`` holds the rest.
 
     Layers that int8 and nf4 do not quantize are in bfloat16; a checkpoint that is quantized already stays as it is.
-    Only safetensors are read, code of a repository never runs, and only the cache of downloads is written.
+    Only safetensors are read, code of a repository never runs, and only the cache of downloads is written, and that of
+    the workbook, if the profile keeps quantized copies of the model (``keep``): later loads read these.
 
     Memory of this process, besides the weights that stay on the CPU (weights kept in their stored type are mapped from
     their files, which counts as file cache): at most four of the checkpoint's largest tensors in the type they are
@@ -120,7 +122,7 @@ def load(
         if places is None:
             places = _default_device_map(config, precision, workload, offload=offload)
         with _repair(ref, precision) as repaired, _grouping(ref, wanted=grouped_cache), _load_errors(ref, checkpoint):
-            model = _verified_model(files, config, precision, places, options.double_quant)
+            model, copied, read = _from_files_or_copy(ref, files, config, precision, places, options.double_quant)
     _recheck(ref, checkpoint)
     if unpacked:
         _keep_unpacked(model)
@@ -129,6 +131,8 @@ def load(
         _build_report(ref, precision, model, places),
         seconds=seconds,
         repaired=repaired,
+        copied=copied,
+        read_bytes=read,
         commit=_describe_commit(ref, checkpoint),
     )
     _note_load(ref, precision, checkpoint)
@@ -176,6 +180,22 @@ def tidy_output() -> None:
     quiet_bitsandbytes()
     _ignore_renamed_names()
     logging.set_tqdm_hook(lambda _, args, options: bar_class()(*args, **options))
+
+
+def _from_files_or_copy(
+    ref: ModelRef, files: _Shards, config: PreTrainedConfig, precision: str, places: DeviceMap, double_quant: bool
+) -> tuple[PreTrainedModel, bool, int]:
+    """The model, whether it comes from a quantized copy (``kept``), and the bytes of the tensors that were read."""
+    copy = _find_copy(ref, files.folder, precision, double_quant=double_quant)
+    if copy is None:
+        model = _verified_model(files, config, precision, places, double_quant)
+        _save_copy(model, ref, files.folder, precision, double_quant=double_quant)
+        return model, False, sum(files.sizes.values())
+    shards = _inspect(copy)
+    model = _verified_model(shards, _read_config(ref, copy), precision, places, double_quant)
+    # The copy was compared with itself; the published weights show that it is theirs.
+    _verify_against_checkpoint(model, files.folder)
+    return model, True, sum(shards.sizes.values())
 
 
 def _verified_model(

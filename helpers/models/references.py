@@ -41,6 +41,7 @@ class ModelRef:
     licence: str = ""
     download_bytes: int | None = None
     shards: int | None = None  # safetensors files it is published in
+    keep: tuple[str, ...] = ()  # precisions whose quantized copy is saved at the first load: see helpers.models.kept
     rehearsed: bool = False  # replaced by a tiny checkpoint of random weights: see helpers.planning.rehearsal
 
     def __post_init__(self) -> None:

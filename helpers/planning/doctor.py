@@ -110,7 +110,7 @@ def _check_driver(
     if cuda is None:
         yield Finding("driver", wanted, f"{found} uses no GPU", "Set up the CUDA build of torch: make setup LOCK=gpu")
     elif _major(driver.cuda) < _major(cuda):
-        advice = f"Install a driver that runs CUDA {_major(cuda)}."
+        advice = f"Set up the build that this driver runs: make setup LOCK=gpu. Or install one for CUDA {_major(cuda)}."
         yield Finding("driver", wanted, f"{found} needs CUDA {cuda}", advice)
     elif usable < len(driver.gpus):
         advice = "Check CUDA_VISIBLE_DEVICES, and how many GPUs the job asked for."

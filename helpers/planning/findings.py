@@ -42,7 +42,7 @@ class Finding:
 
 
 def _check_versions(lock: Path | None = None) -> Iterator[Finding]:
-    """Check the installed packages as make setup does, against the lock of this build: cpu.txt or gpu.txt."""
+    """Check the installed packages as make setup does, against the lock that was asked for, such as cpu.txt."""
     compared = compare_packages(lock)
     if not compared.differences:
         yield Finding("versions", "ok", f"{compared.pins} packages as in {compared.lock}")

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, TypeVar
 from helpers.base.errors import WorkbookError
 from helpers.base.units import GIB, duration, gib
 from helpers.machine import memory, placement
+from helpers.planning.layout import _counted, _gib, _rate, _section, _series, _table
 from helpers.planning.plan import CARDS, COUNTS, DECIMAL, GIGABIT, PARTS, QUESTIONS, SIZES, _Need, _Plan, _SpeedLimit
 from helpers.planning.request import FALCON_180B
+from helpers.planning.times import _hours_table, _time_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
     from rich.console import RenderableType
-    from rich.table import Table
 
     from helpers.machine.memory import Workload
     from helpers.planning.plan import _Group, _Here
@@ -83,7 +84,9 @@ def tables(plan: _Plan) -> Iterator[RenderableType]:
     yield _verdict(plan)
     yield _speed_table(plan)
     yield _storage_table(plan)
-    if plan.budgets:
+    if plan.hours:
+        yield _hours_table(plan)
+    elif plan.budgets:
         yield _time_table(plan)
     if plan.article:
         yield _article_table(plan)
@@ -285,16 +288,6 @@ def _disk_words(here: _Here) -> str:
     return f"{speed:.2f} GiB/s as measured just now on {size:.0f} MiB written to and read from {disk.folder}, {how}"
 
 
-def _time_table(plan: _Plan) -> RenderableType:
-    table = _table(["notebook"], ["expected", "budget", "budget of a cell"])
-    for name, budget in plan.budgets.items():
-        expected = "not measured"
-        if budget["expected"]:
-            expected = f"{budget['expected']:,.0f}"
-        table.add_row(name, expected, f"{budget['budget']:,.0f}", f"{budget['cell']:,.0f}")
-    return _section("Time of the notebooks (seconds)", table)
-
-
 def _article_table(plan: _Plan) -> RenderableType:
     numbers = ["its GB", "computed GB", "least 80 GB GPUs", "least 40 GB GPUs"]
     table = _table(["use", "article's machine"], numbers)
@@ -314,58 +307,6 @@ def _article_table(plan: _Plan) -> RenderableType:
         "1 GB = 1e9 bytes, as published.",
         "Computed: one sequence of 2048 tokens; training with gradient checkpointing, spread evenly as ZeRO-3 does.",
     )
-
-
-def _table(texts: Sequence[str], numbers: Sequence[str], ends: Sequence[str] = ()) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="underline")
-    for name in texts:
-        table.add_column(name)
-    for name in numbers:
-        table.add_column(name, justify="right")
-    for name in ends:
-        table.add_column(name)
-    return table
-
-
-def _section(title: str, table: Table, *notes: str) -> RenderableType:
-    """A table under its title and above its notes, which take the whole width."""
-    from rich.console import Group as Together
-    from rich.text import Text
-
-    parts: list[RenderableType] = [Text(title, style="bold"), table]
-    for note in notes:
-        parts.append(Text(note, style="italic"))
-    return Together(*parts)
-
-
-def _gib(size: float) -> str:
-    """GiB as a bare number: two decimals, four for small sizes."""
-    if not size:
-        return "0"
-    decimals = 4
-    if abs(size) > GIB / 10:
-        decimals = 2
-    return f"{size / GIB:,.{decimals}f}"
-
-
-def _rate(value: float) -> str:
-    """A positive number with three digits or more that count."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
-
-
-def _counted(number: int, noun: str) -> str:
-    """A number of things, such as "one sequence" or "3 sequences"."""
-    if number == 1:
-        return f"one {noun}"
-    return f"{number} {noun}s"
-
-
-def _series(numbers: Sequence[int]) -> str:
-    return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}"
 
 
 def _part_name(part: str) -> str:

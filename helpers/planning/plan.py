@@ -27,23 +27,27 @@ QUESTIONS = Workload(batch_size=56, context_tokens=144)
 
 @dataclass(frozen=True)
 class _Card:
-    """A GPU with its memory in GB, as sold, and its published memory bandwidth in bytes per second."""
+    """A GPU with its memory in GB, as sold, its published memory bandwidth and its peak in 16 bits.
+
+    bandwidth: bytes per second. flops: of dense products in bf16 or fp16, accumulated in fp32.
+    """
 
     name: str
     gigabytes: int
     bandwidth: float
     source: str
+    flops: float = 0.0
 
 
 CARDS = (
-    _Card("RTX 3090", 24, 936e9, "NVIDIA specifications"),
-    _Card("RTX 4090", 24, 1008e9, "NVIDIA specifications"),
-    _Card("A100 40GB", 40, 1555e9, "NVIDIA A100 data sheet"),
-    _Card("RTX A6000", 48, 768e9, "NVIDIA RTX A6000 data sheet"),
-    _Card("L40S", 48, 864e9, "NVIDIA L40S data sheet"),
-    _Card("A100 80GB", 80, 2039e9, "NVIDIA A100 data sheet, SXM"),
-    _Card("H100 80GB", 80, 3350e9, "NVIDIA H100 data sheet, SXM"),
-    _Card("H200", 141, 4800e9, "NVIDIA H200 data sheet"),
+    _Card("RTX 3090", 24, 936e9, "NVIDIA specifications", 71e12),
+    _Card("RTX 4090", 24, 1008e9, "NVIDIA specifications", 165e12),
+    _Card("A100 40GB", 40, 1555e9, "NVIDIA A100 data sheet", 312e12),
+    _Card("RTX A6000", 48, 768e9, "NVIDIA RTX A6000 data sheet", 155e12),
+    _Card("L40S", 48, 864e9, "NVIDIA L40S data sheet", 362e12),
+    _Card("A100 80GB", 80, 2039e9, "NVIDIA A100 data sheet, SXM", 312e12),
+    _Card("H100 80GB", 80, 3350e9, "NVIDIA H100 data sheet, SXM", 989e12),
+    _Card("H200", 141, 4800e9, "NVIDIA H200 data sheet", 989e12),
 )
 
 
@@ -168,12 +172,39 @@ class _Repository:
 
 
 @dataclass(frozen=True)
+class _Hour:
+    """The estimated seconds of a notebook on cards of a kind, with a disk of this many bytes per second."""
+
+    card: str
+    disk: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Hours:
+    """What a notebook will take on the profile's GPUs, estimated.
+
+    ``read_bytes`` and ``written_bytes`` are those of model files. ``unsaved_bytes`` would be read without saved copies,
+    ``later_bytes`` are read by another run, which finds them.
+    """
+
+    notebook: str
+    loads: int
+    read_bytes: int
+    written_bytes: int
+    unsaved_bytes: int
+    later_bytes: int
+    times: tuple[_Hour, ...]
+
+
+@dataclass(frozen=True)
 class _Plan:
     """All that is planned for a profile, or for a model on GPUs.
 
     ``on_gpus``: False if all is in host memory. ``contexts``: the tokens of one sequence, each number that a model
     is planned for. ``questions``: the groups with ``QUESTIONS`` in place of ``work``; empty for a plan of no profile.
-    ``budgets``: seconds by notebook ("expected", "budget", and "cell" for each cell).
+    ``budgets``: seconds by notebook ("expected", "budget", and "cell" for each cell). ``hours``: of the notebooks on
+    the profile's GPUs; empty without GPUs.
     """
 
     title: str
@@ -193,6 +224,7 @@ class _Plan:
     questions: tuple[_Group, ...] = ()
     budgets: dict[str, dict[str, float | None]] = field(default_factory=dict)
     article: tuple[dict[Hashable, Any], ...] = ()
+    hours: tuple[_Hours, ...] = ()
 
     @property
     def download_bytes(self) -> int:

@@ -19,6 +19,7 @@ from helpers.machine.memory import Workload
 from helpers.machine.placement import RESERVED, Devices, Resident, least_gpus, parts_by_device, place_together
 from helpers.models import finding, profiles
 from helpers.models.references import ModelRef
+from helpers.planning.hours import _estimate
 from helpers.planning.plan import (
     AS_MANY_AS_FIT,
     CARDS,
@@ -28,6 +29,7 @@ from helpers.planning.plan import (
     _Device,
     _Group,
     _Here,
+    _Hours,
     _Need,
     _Plan,
     _Repository,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
     from helpers.machine.placement import Device, Placement
     from helpers.models.references import Profile
+    from helpers.planning.hours import Work
 
 
 def _measure(cpu: bool = False) -> _Here:
@@ -106,8 +109,11 @@ def make(
     gpus: str | None = None,
     precision: str | None = None,
     work: Workload = AS_MANY_AS_FIT,
+    declared: Mapping[str, Sequence[Work]] | None = None,
 ) -> _Plan:
     """The plan of a profile, or of a model (Falcon-180B) on GPUs (8x80), measuring this machine.
+
+    ``declared``: what each notebook does with the profile's models, for the hours that they take.
 
     Raises WorkbookError for unknown names, and for arguments that do not go together.
     """
@@ -118,7 +124,19 @@ def make(
         ref, sizes = _published_ref(model or FALCON_180B), _parse_gpus(gpus or "8x80")
         return _plan_model(ref, sizes, _measure(), work, precision or "bf16")
     chosen = profiles.load_profile(profile or DEFAULT_PROFILE)
-    return _plan_profile(chosen, _measure(cpu=not chosen.requires.gpus), work, precision)
+    plan = _plan_profile(chosen, _measure(cpu=not chosen.requires.gpus), work, precision)
+    return replace(plan, hours=_hours(chosen, declared))
+
+
+def _hours(profile: Profile, declared: Mapping[str, Sequence[Work]] | None) -> tuple[_Hours, ...]:
+    """The estimated hours of the notebooks on the profile's GPUs; empty without GPUs."""
+    if not profile.requires.gpus or declared is None:
+        return ()
+    # What does not depend on the profile's models takes at most as long as on a laptop.
+    other = {}
+    for name, budget in profiles.load_profile(DEFAULT_PROFILE).budgets.items():
+        other[name] = budget.expected_seconds or 0.0
+    return _estimate(profile, declared, other)
 
 
 def _plan_profile(

@@ -185,6 +185,7 @@ def _model(ref: ModelRef) -> _ModelFacts:
 
 def _model_facts(ref: ModelRef, hashes: Mapping[str, str]) -> _ModelFacts:
     facts = asdict(ref) | {"label": ref.label, "sha256": dict(hashes), "commit": _hub_commit(ref)}
+    del facts["keep"]  # where copies of a model are kept does not change it
     return _ModelFacts.model_validate(facts)
 
 

@@ -102,12 +102,14 @@ class _Identity:
     def of(cls, loaded: Loaded, recipe: Recipe, data: Sequence[Sequence[Example]], processes: int) -> _Identity:
         """The identity of a fine-tune; ``data``: the examples to train on, and those held out."""
         quantization = getattr(loaded.model.config, "quantization_config", None)
+        base = asdict(loaded.ref)
+        del base["keep"]  # where copies of a model are kept does not change it
         ids = []
         for part in data:
             ids.append([example.input_ids for example in part])
         return cls(
             recipe=asdict(recipe),
-            base=asdict(loaded.ref),
+            base=base,
             base_commit=loaded.report.commit,
             base_files=_base_files(loaded),
             precision=loaded.report.precision,

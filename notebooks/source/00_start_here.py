@@ -2,6 +2,7 @@
 # jupyter:
 #   workbook:
 #     models: {}
+#     work: {}
 #     parameters:
 #       seed: {least: 0, most: 4294967295}
 # ---

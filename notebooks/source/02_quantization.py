@@ -5,6 +5,27 @@
 #       falcon: [precisions]
 #       llama_chat: [precisions]
 #       laptop/falcon: [bf16, int8, nf4]
+#     work:  # the speeds: a run without a clock and the repeats, one, four and sixteen replies at once
+#       falcon:
+#         - {load: 1}
+#         - {reply: repeats, tokens: new_tokens, prompt: prompt_tokens}
+#         - {reply: 1, tokens: new_tokens, prompt: prompt_tokens}
+#         - {reply: [4, repeats], tokens: new_tokens, prompt: prompt_tokens, together: 4}
+#         - {reply: 4, tokens: new_tokens, prompt: prompt_tokens, together: 4}
+#         - {reply: [16, repeats], tokens: new_tokens, prompt: prompt_tokens, together: 16}
+#         - {reply: 16, tokens: new_tokens, prompt: prompt_tokens, together: 16}
+#         - {read: texts_falcon, tokens: 190, together: 4}
+#         - {read: [4, items_falcon], tokens: 40, together: 16}
+#       llama_chat:
+#         - {load: 1}
+#         - {reply: repeats, tokens: new_tokens_llama, prompt: prompt_tokens_llama}
+#         - {reply: 1, tokens: new_tokens_llama, prompt: prompt_tokens_llama}
+#         - {reply: [4, repeats], tokens: new_tokens_llama, prompt: prompt_tokens_llama, together: 4}
+#         - {reply: 4, tokens: new_tokens_llama, prompt: prompt_tokens_llama, together: 4}
+#         - {reply: [16, repeats], tokens: new_tokens_llama, prompt: prompt_tokens_llama, together: 16}
+#         - {reply: 16, tokens: new_tokens_llama, prompt: prompt_tokens_llama, together: 16}
+#         - {read: texts_llama, tokens: 190, together: 4}
+#         - {read: [4, items_llama], tokens: 40, together: 16}
 #     parameters:
 #       seed: {least: 0, most: 4294967295}
 #       texts_falcon: {least: 2, most: 100000}

@@ -4,6 +4,15 @@
 #     models:
 #       falcon: [profile]
 #       falcon_chat: [profile]
+#     work:
+#       falcon:
+#         - {load: 1}
+#         - {reply: 1, tokens: 60, prompt: 10}
+#         - {reply: 1, tokens: max_new_tokens, prompt: 10}
+#       falcon_chat:
+#         - {load: 1}
+#         - {reply: 9, tokens: max_new_tokens, prompt: 40}
+#         - {reply: 7, tokens: 40, prompt: 52}
 #     parameters:
 #       seed: {least: 0, most: 4294967295}
 #       question: {blank: false}

@@ -4,6 +4,24 @@
 #     models:
 #       falcon_chat: [profile]
 #       llama_chat: [profile]
+#     work:  # in_turn: one load for each time that a model is used
+#       falcon_chat:
+#         - {load: 1, in_turn: 9}
+#         - {reply: 1, tokens: 24, prompt: 31}
+#         - {reply: 5, tokens: max_new_tokens, prompt: 40}
+#         - {reply: 89, tokens: max_new_tokens, prompt: 60, together: batch_size}
+#         - {reply: 169, tokens: 24, prompt: 34, together: batch_size}
+#         - {read: 434, tokens: 36, together: 16}
+#       llama_chat:
+#         - {load: 1, in_turn: 9}
+#         - {reply: 5, tokens: max_new_tokens, prompt: 50}
+#         - {reply: 89, tokens: max_new_tokens, prompt: 75, together: batch_size}
+#         - {reply: 168, tokens: 24, prompt: 50, together: batch_size}
+#         - {reply: [2, 28], tokens: 24, prompt: 50, together: 28}
+#         - {reply: 1, tokens: 24, prompt: 35}
+#         - {read: 288, tokens: 50, together: 16}
+#         - {read: [2, 40], tokens: 250, together: 16}
+#         - {read: [4, tested_pairs], tokens: 250, together: 16}
 #     parameters:
 #       seed: {least: 0, most: 4294967295}
 #       max_new_tokens: {least: 2, most: 100000}

@@ -4,6 +4,15 @@
 #     models:
 #       repair: [nf4]
 #       laptop/falcon_chat: [bf16, nf4]
+#     work:  # two fine-tunes, and seven looks at the held-out samples
+#       repair:
+#         - {load: 1}
+#         - {reply: [3, 168], tokens: 24, prompt: 50, together: questions_at_once}
+#         - {reply: 24, tokens: 40, prompt: 50, together: 12}
+#         - {read: [3, 144], tokens: 50, together: 16}
+#         - {read: 32, tokens: 190, together: 4}
+#         - {read: [7, 40], tokens: 60, together: batch_size}
+#         - {train: [2, steps], tokens: 60, together: batch_size}
 #     parameters:
 #       seed: {least: 0, most: 4294967295}
 #       steps: {least: 1, most: 1000000}

@@ -82,7 +82,8 @@ def make_project(folder: Path, pip: Path | None = None) -> Path:
     shutil.copytree(ROOT / "env/setup", folder / "env/setup", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("env/installed.py", "env/setup.sh", "Makefile"):
         shutil.copy(ROOT / name, folder / name)
-    for name, text in {"cpu": "one==1.0  # via x\ntorch==2.0+cpu\ntwo==1.0\n", "gpu": "one==1.0\ntorch==2.0\n",
+    for name, text in {"cpu": "one==1.0  # via x\ntorch==2.0+cpu\ntwo==1.0\n", "gpu": "one==1.0\ntorch===2.0\n",
+                       "gpu12": "one==1.0\ntorch===1.9\n",
                        "dev": "tool==1.0\n", "models": ""}.items():  # fmt: skip
         (folder / "env" / "requirements" / f"{name}.txt").write_text(f"# head\n{text}")
     helpers = folder / "helpers"
@@ -97,7 +98,11 @@ def make_project(folder: Path, pip: Path | None = None) -> Path:
     editable = {"__editable__.falcon_180b_workbook-0.pth": f"{folder}\n"}
     wheel(folder, "falcon_180b_workbook", "0", editable)
     # A free disk of gibibytes is not what is tried here.
-    change(folder / "env/setup/place.py", '{"cpu": 3 * GIB, "gpu": 10 * GIB}', '{"cpu": 0, "gpu": 0}')
+    change(
+        folder / "env/setup/place.py",
+        '"cpu": 3 * GIB, "gpu": 10 * GIB, "gpu12": 10 * GIB',
+        '"cpu": 0, "gpu": 0, "gpu12": 0',
+    )
     if pip:
         (folder / "env/make_venv.py").write_text(VENV_WITH_PIP.format(version=VERSION, pip=str(pip)))
         change(folder / "env/setup/environment.py", '"-m", "venv"', 'str(ROOT / "env/make_venv.py")')
@@ -332,6 +337,63 @@ def test_e7_the_gpu_lock_ends_ready_with_the_cuda_build_alone(tmp_path, unpacked
     pip(project, wheels, "install", "--no-deps", "torch==2.0+cpu")
     make_setup(project, wheels).ends(0, "torch 2.0+cpu, not 2.0", "Ready")
     same(installed(project), ["one-1.0", "tool-1.0", "torch-2.0"])
+
+
+@pytest.mark.parametrize(
+    ("cuda", "asked", "last", "lock"),
+    [
+        ("13.0", "gpu", None, "gpu"),
+        ("14.1", "gpu", "gpu12", "gpu"),
+        ("12.2", "gpu", None, "gpu12"),
+        ("12.9", "gpu", "gpu", "gpu12"),
+        ("N/A", "gpu", None, "gpu"),
+        (None, "gpu", None, "gpu"),
+        ("13.0", "gpu12", None, "gpu12"),
+        ("12.2", None, "gpu", "gpu"),
+        ("12.2", None, None, "cpu"),
+        ("12.2", "cpu", "gpu", "cpu"),
+    ],
+    ids=lambda value: f"E7-{value}",
+)
+def test_e7_the_driver_chooses_the_cuda_build(cuda, asked, last, lock, tmp_path, monkeypatch):
+    """E7: the workbook's own question to a real program of the driver's name; without one, the newest build."""
+    if cuda:
+        answer = f"<nvidia_smi_log><cuda_version>{cuda}</cuda_version></nvidia_smi_log>"
+        script(tmp_path / "nvidia-smi", f"echo '{answer}'")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    own = modules(ROOT)
+    same(own.driver.chosen_lock(asked, last), lock)
+
+
+def test_e7_a_driver_too_old_for_every_build_is_named(tmp_path, monkeypatch):
+    script(tmp_path / "nvidia-smi", "echo '<nvidia_smi_log><cuda_version>11.4</cuda_version></nvidia_smi_log>'")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    own = modules(ROOT)
+    refused(lambda: own.driver.chosen_lock("gpu", None), "CUDA 11.4", "525 or later", error=own.place.SetupError)
+
+
+@pytest.mark.parametrize(
+    ("stamp", "build", "lock"),
+    [
+        ('{"lock": "gpu"}', "2.13.0+cpu", "gpu.txt"),
+        ('{"lock": "gpu12"}', "2.10.0", "gpu12.txt"),
+        ('{"lock": "cpu"}', "2.13.0", "cpu.txt"),
+        (None, "2.13.0+cpu", "cpu.txt"),
+        (None, "2.13.0", "gpu.txt"),
+        (None, "2.10.0", "gpu12.txt"),
+        ('{"lock": "../../etc"}', "2.10.0", "gpu12.txt"),
+        ("[", "2.13.0", "gpu.txt"),
+    ],
+    ids=lambda value: f"E7-{value}",
+)
+def test_e7_doctor_compares_with_the_lock_that_was_asked_for(stamp, build, lock, tmp_path, monkeypatch):
+    """E7: a CPU build in an environment that was set up for CUDA is a difference, not another lock's right build."""
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", "linux")
+    if stamp:
+        (tmp_path / "setup.json").write_text(stamp)
+    (tmp_path / f"torch-{build}.dist-info").mkdir()
+    same(runpy.run_path(str(ROOT / "env" / "installed.py"))["lock_of"](tmp_path).name, lock)
 
 
 # --- where it is, and whose -------------------------------------------------------------------------------------------

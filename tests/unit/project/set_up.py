@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-_FILES = {"place": "place", "pip_runs": "pip_runs", "environment": "environment", "packages": "packages",
-          "main": "__main__"}  # fmt: skip
+_FILES = {"place": "place", "pip_runs": "pip_runs", "environment": "environment", "driver": "driver",
+          "packages": "packages", "main": "__main__"}  # fmt: skip
 
 
 def modules(project: Path) -> SimpleNamespace:

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "env" / "requirements"
-LOCKS = ("cpu", "gpu", "dev", "models", "bench")
+LOCKS = ("cpu", "gpu", "gpu12", "dev", "models", "bench")
 LINUX = {"sys_platform": "linux", "platform_machine": "x86_64", "os_name": "posix", "platform_system": "Linux"}
 CUDA = re.compile(r"nvidia-|cuda-|triton$")
 # Direct requirements that no file imports, and what needs them.
@@ -79,7 +79,10 @@ def test_every_entry_pins_one_exact_version(name):
     entries = requirements(f"{name}.txt")
     assert entries
     for entry in entries:
-        assert [(part.operator, "*" in part.version) for part in entry.specifier] == [("==", False)], str(entry)
+        (part,) = entry.specifier
+        # 2.13.0+cpu, which some indexes have, fits ==2.13.0.
+        operator = "===" if entry.name == "torch" and "+" not in part.version else "=="
+        assert (part.operator, "*" in part.version) == (operator, False), str(entry)
         assert entry.url is None
 
 
@@ -101,6 +104,30 @@ def test_the_two_builds_differ_in_torch_and_its_cuda_packages_only(python):
     assert {"triton", "nvidia-nccl-cu13"} <= only_gpu
     assert all(CUDA.match(name) for name in only_gpu)
     assert not any(CUDA.match(name) for name in cpu)
+
+
+def test_a_local_build_does_not_fit_the_pin_of_a_cuda_build():
+    for name in ("gpu", "gpu12"):
+        (pin,) = (entry for entry in requirements(f"{name}.txt") if entry.name == "torch")
+        version = next(iter(pin.specifier)).version
+        assert pin.specifier.contains(version)
+        assert not pin.specifier.contains(f"{version}+cpu")
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_the_two_cuda_locks_differ_in_torch_and_its_cuda_packages_only(python):
+    where = {"python_version": python, "python_full_version": f"{python}.9"}
+    newer, older = versions("gpu", **where), versions("gpu12", **where)
+    for versions_of_lock in (newer, older):
+        for name in [name for name in versions_of_lock if CUDA.match(name) or name == "torch"]:
+            del versions_of_lock[name]
+    assert newer == older
+    cuda = [entry for entry in requirements("gpu12.txt") if entry.name.startswith("nvidia-cuda-runtime")]
+    assert [(entry.name, next(iter(entry.specifier)).version[:4]) for entry in cuda] == [
+        ("nvidia-cuda-runtime-cu12", "12.8")
+    ]
+    header = (FOLDER / "gpu12.txt").read_text(encoding="utf-8").partition("\nabsl")[0]
+    assert "Untried" in header
 
 
 def test_cpu_lock_is_made_from_gpu_lock():
