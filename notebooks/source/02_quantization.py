@@ -54,9 +54,9 @@
 profile = "laptop"
 seed = 0
 texts_falcon = 32
-texts_llama = 6
+texts_llama = 5
 items_falcon = 100
-items_llama = 16
+items_llama = 12
 prompt_tokens = 32
 new_tokens = 16
 prompt_tokens_llama = 8
