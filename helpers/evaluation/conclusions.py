@@ -109,7 +109,7 @@ def findings(
     """
     kinds = [_of_kind(test, (first, second), kind) for kind in test.kinds]
     together = _of_kind(test, (first, second), None)
-    sentences = [_overall(together), *_by_kind(kinds, together), *_how(kinds), _against_guessing(kinds)]
+    sentences = [_overall(together), *_by_kind(kinds, together), *_how(kinds), _against_guessing(test, kinds)]
     if asked and greeted:
         by_likelihood = _by_likelihood(test, (first, second), asked, greeted)
         sentences += _likelihood(by_likelihood, asked, greeted, (first, second))
@@ -225,14 +225,18 @@ def _where_answered(kind: _Kind) -> list[str]:
     return [f"Of the {kind.name} items that each one answers, {_listed(parts)}; these are not the same items."]
 
 
-def _against_guessing(kinds: Sequence[_Kind]) -> str:
+def _against_guessing(test: Comparison, kinds: Sequence[_Kind]) -> str:
+    # Where nothing can be guessed, one right answer of many is "above guessing", and says nothing.
+    kinds = [kind for kind in kinds if test.guessing(kind.name) > 0]
+    if not kinds:
+        return "No kind here has a guessing level."
     parts = []
     for place in (0, 1):
         above = [kind.name for kind in kinds if kind.sides[place].above_guessing]
         if above:
             parts.append(f"{kinds[0].sides[place].name} scores above guessing in {_listed(above)}")
     if not parts:
-        return "Neither scores above guessing in any kind."
+        return f"Neither scores above guessing in {_listed([kind.name for kind in kinds])}."
     if len(parts) == 1:
         parts.append("the other one does in none")
     return f"{'; '.join(parts)}."

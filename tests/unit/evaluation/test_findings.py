@@ -57,7 +57,7 @@ def test_a_constant_answer_is_found_and_wins_nothing():
     assert "mini gives no answer to 72 of 72 yes_no items." in text
     assert "No difference is detected in choice (0 and 0 of 72 right, p = 1) and list (0 and 0 of 24" in text
     assert "So all of the difference that can be detected comes from yes_no." in text
-    assert "Neither scores above guessing in any kind." in text
+    assert "Neither scores above guessing in yes_no, choice and list." in text
     assert text.endswith(
         "Which is better? In yes_no smol has more right, but always says 'no', and mini mostly gives no answer; "
         "so nothing here shows that either is better."
@@ -174,3 +174,13 @@ def test_the_controls_answer_without_reading():
     assert {reply.text for reply in controls.replies["falcon_greeted"]} == {greeting.text}
     assert controls.classes("falcon_greeted").count("no answer") == len(ITEMS)
     assert test.beside(controls).sides == ("falcon", "same_answer", "falcon_greeted")
+
+
+def test_one_right_answer_is_not_above_guessing_where_nothing_can_be_guessed():
+    """A key without wrong options has no guessing level: one of twelve would be above it, and would say nothing."""
+    items = tuple(evaluation.Item(f"i{n}", "fact", f"Question {n}?", answer=("Paris",)) for n in range(12))
+    test = compared(lambda item: "Paris." if item.id == "i0" else "?", gibberish, items)
+    sentences = evaluation.findings(test, "falcon", "llama").sentences
+    assert "No kind here has a guessing level." in sentences
+    mixed = compared(lambda item: "Paris." if item.id == "i0" else "?", gibberish, (*items, *ITEMS))
+    assert "Neither scores above guessing in yes_no, choice and list." in evaluation.findings(mixed, "falcon", "llama")
