@@ -23,10 +23,13 @@ _EARLIER: dict[Verdict, str] = {
     DIFFERS: "differs from earlier runs",
     UNMEASURED: "no earlier run",
 }
-# Readable on white and on black. That the article is wrong is a finding, not a fault of the run: it is not red.
-_COLOURS = {
-    _EARLIER[AS_EXPECTED]: "#00805a", _EARLIER[DIFFERS]: "#d0402f", _EARLIER[UNMEASURED]: "#777777",
-    AGREES: "#00805a", DISAGREES: "#b06000", TOO_CLOSE: "#777777", NOT_JUDGED: "#777777",
+# Dark words on a light ground can be read in a light and in a dark theme. That the article is wrong is a finding, not a
+# fault of the run: it is not red.
+_GOOD, _BAD = "#d5f0e6;color:#00482f", "#fbe3df;color:#8c1d0a"
+_DOUBTFUL, _PLAIN = "#fde3b0;color:#5c3c00", "#e4e6ea;color:#333333"
+_GROUNDS = {
+    _EARLIER[AS_EXPECTED]: _GOOD, _EARLIER[DIFFERS]: _BAD, _EARLIER[UNMEASURED]: _PLAIN,
+    AGREES: _GOOD, DISAGREES: _DOUBTFUL, TOO_CLOSE: _PLAIN, NOT_JUDGED: _PLAIN,
 }  # fmt: skip
 # What a side is called if a value was computed: from the published configurations of the real pair.
 _REAL = {"falcon": "Falcon-180B", "llama": "Llama-2-70B"}
@@ -123,7 +126,7 @@ class _Records(tuple[_Record, ...]):
 
 
 def _coloured(words: str) -> str:
-    return f'<b style="color:{_COLOURS[words]}">{words}</b>'
+    return f'<b style="padding:0 6px;border-radius:8px;background:{_GROUNDS[words]}">{words}</b>'
 
 
 def _model_name(label: str | None) -> str:
