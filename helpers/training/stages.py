@@ -25,6 +25,7 @@ class _StoredStage:
     model: str
     steps: int
     batch_size: int
+    learning_rate: float
     command: str
     commit: str
     date: str
@@ -34,7 +35,7 @@ class _StoredStage:
     @property
     def title(self) -> str:
         """The name of its row in a table."""
-        return f"stored: {self.steps} steps of {self.batch_size}"
+        return f"stored: {self.steps} steps of {self.batch_size}, rate {self.learning_rate:g}"
 
     @property
     def origin(self) -> str:

@@ -1,6 +1,6 @@
 """Store the result of a longer fine-tune for notebook 05, in repair_stage.json: what a run recorded, and what made it.
 
-    workbook run --only 05 -p steps=150
+    workbook run --only 05 -p steps=150 -p learning_rate=0.002
     python notebooks/data/store_repair.py runs/RUN
 
 The notebook shows it as a row named "stored" beside its own run, which trains fewer steps.
@@ -28,6 +28,7 @@ def stage(run: Path) -> dict:
         "model": model,
         "steps": parameters["steps"],
         "batch_size": parameters["batch_size"],
+        "learning_rate": parameters["learning_rate"],
         "command": " ".join(manifest["command"]),
         "commit": f"{manifest['git']['commit'][:12]}{changes}",
         "date": manifest["started"][:10],

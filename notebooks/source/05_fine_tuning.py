@@ -439,8 +439,8 @@ shutil.rmtree(work)
 # %% [markdown]
 # ## 9 · Would more steps help?
 #
-# Three stages side by side: before, this run, and a longer training that took too long for this notebook. Its results are stored
-# with the command that made them (`data/repair_stage.json`). The held-out loss says when more steps gain little *on average*;
+# Three stages side by side: before, this run, and a longer training that took too long for this notebook, with a lower learning
+# rate. Its results are stored with the command that made them (`data/repair_stage.json`). The held-out loss says when more steps gain little *on average*;
 # most samples are yes-or-no questions. A hard kind of question may still improve after that, and the stories may still get worse.
 
 # %%
@@ -449,7 +449,8 @@ import pandas as pd
 columns = ["yes_no_by_reply", "choice_by_reply", "list_by_reply", "all_by_reply"]
 columns.append("yes_no_by_likelihood")
 rows = {"before": [values[f"{column}_before"] for column in columns]}
-rows[f"this run: {steps} steps of {batch_size}"] = [values[f"{c}_true"] for c in columns]
+this_run = f"this run: {steps} steps of {batch_size}, rate {learning_rate:g}"
+rows[this_run] = [values[f"{column}_true"] for column in columns]
 stage = training.stored_stage(Path("data/repair_stage.json"), settings.repaired)
 if stage:
     rows[stage.title] = [stage.values[f"{column}_true"] for column in columns]

@@ -29,7 +29,7 @@ def run(tmp_path):
         "git": {"commit": "0123456789abcdef", "dirty": True},
         "hardware": {"cpu_count": 2, "cpu_name": "AMD EPYC"},
         "models": {role: {"id": ref.id, "label": ref.label} for role, ref in LAPTOP.models.items()},
-        "notebooks": {name: {"parameters": {"steps": 150, "batch_size": 8}}},
+        "notebooks": {name: {"parameters": {"steps": 150, "batch_size": 8, "learning_rate": 0.002}}},
     }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "results.json").write_text(json.dumps({"values": {name: results}}))
@@ -48,7 +48,7 @@ def stored(run, monkeypatch, **changes):
 
 def test_a_stage_says_what_made_it(run, monkeypatch):
     stage = stored_stage(stored(run, monkeypatch), LAPTOP.llama_chat)
-    assert stage.title == "stored: 150 steps of 8"
+    assert stage.title == "stored: 150 steps of 8, rate 0.002"
     assert stage.origin == (
         "workbook run --only 05 -p steps=150 (on 2026-11-28, commit 0123456789ab with uncommitted changes, "
         "2 CPUs (AMD EPYC))"
