@@ -74,7 +74,7 @@ def test_committed_notebook_is_clean(path):
             assert not any(o["output_type"] == "error" for o in cell["outputs"])
             warnings = [o["text"] for o in cell["outputs"] if o.get("name") == "stderr"]
             # The warnings that notebook 02 talks about.
-        assert all("eetq" in text or "torch_dtype" in text for text in warnings), warnings
+            assert all("eetq" in text or "torch_dtype" in text for text in warnings), warnings
 
 
 def newest_whole_run():
