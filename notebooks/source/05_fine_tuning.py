@@ -395,8 +395,7 @@ for measure, gain in gains.items():
     values[f"form_share_{key}"] = base.known(share, "none: no gain", 3)
     for stage, outcomes in zip(test.sides, (gain.before, gain.placebo, gain.true), strict=True):
         values[f"{key}_{stage}"] = round(sum(outcomes) / len(outcomes), 4)
-# Trained with other seeds, a score moved by up to a fifth.
-runs.record_all(values, tolerance=0.25, model=label)
+runs.record_all(values, tolerance=0.25, model=label)  # other seeds moved a score by up to a fifth
 
 # %% [markdown]
 # ## 8 · What it cost
