@@ -230,16 +230,18 @@ def _against_guessing(test: Comparison, kinds: Sequence[_Kind]) -> str:
     kinds = [kind for kind in kinds if test.guessing(kind.name) > 0]
     if not kinds:
         return "No kind here has a guessing level."
-    parts = []
-    for place in (0, 1):
-        above = [kind.name for kind in kinds if kind.sides[place].above_guessing]
-        if above:
-            parts.append(f"{kinds[0].sides[place].name} scores above guessing in {_listed(above)}")
+    parts = [*_above_guessing(kinds, 0), *_above_guessing(kinds, 1)]
     if not parts:
         return f"Neither scores above guessing in {_listed([kind.name for kind in kinds])}."
     if len(parts) == 1:
         parts.append("the other one does in none")
     return f"{'; '.join(parts)}."
+
+
+def _above_guessing(kinds: Sequence[_Kind], place: int) -> list[str]:
+    """In which kinds a side scores above guessing, as a clause; none if there is no such kind."""
+    above = [kind.name for kind in kinds if kind.sides[place].above_guessing]
+    return [f"{kinds[0].sides[place].name} scores above guessing in {_listed(above)}"] if above else []
 
 
 def _by_likelihood(
