@@ -369,10 +369,10 @@ runs.record_figure("stages", figures.reply_classes(test.answers(), f"{name}, nf4
 
 # %% [markdown]
 # All three stages answered the same items, so each difference is paired. What random answers gain is form. What true answers
-# gain on top of it can be knowledge. By likelihood nothing is written: there, random answers can only take away a preference
-# for one of the two words. (The [intervals](GLOSSARY.md#interval) treat the items as independent; each noun is in four or
-# five of them, so they are somewhat too narrow. And one training is one draw: another seed, `-p seed=1`, gives other numbers,
-# mostly for yes and no.)
+# gain on top of it can be knowledge. By [likelihood](GLOSSARY.md#likelihood) nothing is written: there, random answers can
+# only take away a preference for one of the two words. (The [intervals](GLOSSARY.md#interval) treat the items as independent;
+# each noun is in four or five of them, so they are somewhat too narrow. And one training is one draw: another seed, `-p
+# seed=1`, gives other numbers, mostly for yes and no.)
 
 # %%
 gains = {}
@@ -446,8 +446,7 @@ shutil.rmtree(work)
 # %%
 import pandas as pd
 
-columns = ["yes_no_by_reply", "choice_by_reply", "list_by_reply", "all_by_reply"]
-columns.append("yes_no_by_likelihood")
+columns = [*(f"{kind}_by_reply" for kind in (*test.kinds, "all")), "yes_no_by_likelihood"]
 rows = {"before": [values[f"{column}_before"] for column in columns]}
 this_run = f"this run: {steps} steps of {batch_size}, rate {learning_rate:g}"
 rows[this_run] = [values[f"{column}_true"] for column in columns]
