@@ -195,8 +195,8 @@ def test_a_content_that_the_format_changes_keeps_its_role(tiny_loaded):
 def test_long_conversations_cost_no_more_than_what_fits(tiny_loaded, monkeypatch):
     """A12: counted, not timed."""
     encoded = []
-    one = conversations._example
-    monkeypatch.setattr(conversations, "_example", lambda *a: encoded.append(1) or one(*a))
+    one = conversations._Writer._example
+    monkeypatch.setattr(conversations._Writer, "_example", lambda *a: encoded.append(1) or one(*a))
     found = examples(tiny_loaded, [talk(*["A dog is alive."] * 400)])
     assert len(encoded) == len(found) + 1 < 20
     started = time.perf_counter()
